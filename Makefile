@@ -1,0 +1,58 @@
+# make figures | test | slow | lint | clean.  Needs make and Python >= 3.11 with pip and venv.
+
+VENV ?= .venv
+PRESET ?= quick
+WORKERS ?= 2
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+
+# One thread a process: parallelism is over runs and over test workers.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help install figures test slow lint clean
+
+help:
+	@echo "make figures   compute what is missing and draw every figure (PRESET=quick|paper)"
+	@echo "make test      the test suite, under ten minutes on two cores"
+	@echo "make slow      the tests that train or solve for minutes"
+	@echo "make lint      ruff and pyright"
+	@echo "make clean     remove $(VENV), figures/ and caches; runs/ stays"
+
+install: $(STAMP)
+
+# A command named python3.12 may exist and not run, so each candidate is started once.
+$(STAMP): pyproject.toml constraints.txt
+	@set -e; python=; \
+	for name in $(PYTHON) python3 python3.13 python3.12 python3.11 python; do \
+	  if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+	  then python=$$name; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "deltacontrol needs Python 3.11 or newer; none was found." >&2; \
+	  echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 2; \
+	fi; \
+	echo "installing into $(VENV) with $$($$python --version)"; \
+	$$python -m venv "$(VENV)" || { \
+	  echo "'$$python -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch "$(STAMP)"
+
+figures: $(STAMP)
+	"$(BIN)/deltacontrol" figures --preset $(PRESET)
+
+test: $(STAMP)
+	"$(BIN)/python" -m pytest -n $(WORKERS)
+
+slow: $(STAMP)
+	"$(BIN)/python" -m pytest -m slow
+
+lint: $(STAMP)
+	"$(BIN)/python" -m ruff check .
+	"$(BIN)/python" -m ruff format --check .
+	"$(BIN)/python" -m pyright
+
+clean:
+	rm -rf "$(VENV)" figures .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

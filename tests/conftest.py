@@ -1,0 +1,48 @@
+"""One thread a test worker, no hub, seeded generators, and the real model where it can be had."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Give each test the same generators, whatever ran before it in the worker."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Make float64 the default of new tensors: identities are tested to 1e-9 and below."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="session")
+def minilm_l6() -> str:
+    """Return the name of the real 6-layer BERT, fetched and converted; skip where it cannot be."""
+    from experiments import models
+    from theory.errors import InputError
+
+    try:
+        models.resolve("minilm-l6")
+    except InputError as error:
+        pytest.skip(f"minilm-l6 cannot be had here: {error}")
+    return "minilm-l6"
