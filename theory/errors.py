@@ -1,0 +1,40 @@
+"""Errors that a user can act on.
+
+Every mistake in an argument raises `InputError` with one message: what was wrong, what was
+expected, what to try. The command line prints it without a traceback and exits with status 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["InputError", "unknown"]
+
+
+class InputError(ValueError):
+    """An argument, a file or a name that cannot be used; the message says what to try."""
+
+
+def unknown(kind: str, name: str, options: Iterable[str]) -> InputError:
+    """The error for a name that is not among `options`, naming the nearest ones.
+
+    Args:
+        kind: what the name stands for, such as ``"task"``.
+        name: the name that was given.
+        options: every name that would have been accepted.
+
+    Returns:
+        An `InputError`, to be raised by the caller.
+
+    Example:
+        >>> print(unknown("task", "moive", ["movie", "rt", "sms"]))
+        unknown task 'moive'; nearest: movie; known: movie, rt, sms
+    """
+    known = sorted(set(options))
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    parts = [f"unknown {kind} {name!r}"]
+    if nearest:
+        parts.append("nearest: " + ", ".join(nearest))
+    parts.append("known: " + (", ".join(known) if known else "none"))
+    return InputError("; ".join(parts))
