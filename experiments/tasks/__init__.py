@@ -1,0 +1,70 @@
+"""Tasks: packaged ones, one file each, and the user's own files.
+
+`load("movie")` fetches and converts once; `load("reviews.csv")` reads a file of yours. `digest`
+identifies what `load` would give without fetching anything, so that finished runs are found without
+the data.
+"""
+
+import importlib
+import pkgutil
+from functools import cache
+
+from experiments.tasks.base import Kind, PackagedTask, Task
+from experiments.tasks.files import file_digest, is_file_name, load_file
+from theory.errors import unknown
+
+__all__ = ["Kind", "PackagedTask", "Task", "available", "digest", "load"]
+
+
+@cache
+def available() -> dict[str, PackagedTask]:
+    """The packaged tasks by name: whatever modules of this package define a `TASK`."""
+    modules = (
+        importlib.import_module(f"{__name__}.{found.name}")
+        for found in pkgutil.iter_modules(__path__)
+    )
+    tasks = [module.TASK for module in modules if hasattr(module, "TASK")]
+    return {task.name: task for task in sorted(tasks, key=lambda task: task.name)}
+
+
+def load(
+    name: str,
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+    kind: Kind | None = None,
+) -> Task:
+    """Return the packaged task `name`, or the task in the file of that path.
+
+    Args:
+        name: one of `available()`, or a path ending in .csv, .tsv, .jsonl or .parquet.
+        text_column: the file's column of texts.
+        label_column: the file's column of labels.
+        kind: what the file's labels are; inferred when not given (see `files.load_file`).
+
+    Raises:
+        InputError: no such task, or what `sources.fetch` and `files.load_file` raise.
+    """
+    if is_file_name(name):
+        return load_file(name, text_column=text_column, label_column=label_column, kind=kind)
+    return _packaged(name).load()
+
+
+def digest(
+    name: str,
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+    kind: Kind | None = None,
+) -> str:
+    """Return `load(...).digest` without fetching or converting; arguments and errors as there."""
+    if is_file_name(name):
+        return file_digest(name, text_column=text_column, label_column=label_column, kind=kind)
+    return _packaged(name).digest
+
+
+def _packaged(name: str) -> PackagedTask:
+    tasks = available()
+    if name not in tasks:
+        raise unknown("task", name, [*tasks, "a path to a .csv, .tsv, .jsonl or .parquet file"])
+    return tasks[name]

@@ -1,0 +1,107 @@
+"""What a task is, and how a packaged one is converted once and read back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from experiments.sources import PackageFile, build_once, cache_dir, read
+from experiments.tasks.splits import SPLIT_SEED, split
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Kind = Literal["classification", "regression", "causal-lm"]
+
+# Part of every packaged task's digest: raise it when the conversion or the split changes.
+CONVERSION = 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, loaded.
+
+    Attributes:
+        name: a packaged task's name, or the file's stem.
+        kind: classification, regression or causal-lm.
+        labels: the class names in the order of their indices; empty unless classification.
+        train: columns `text` (str) and `label`: an index into `labels` (int64) for classification,
+            a float64 for regression, absent for causal-lm. Rows are in a fair order: any head of a
+            split has the class shares of the whole.
+        validation: carved from train; the same columns. Tuning looks here.
+        test: the same columns; never used for tuning.
+        digest: identifies rows, labels and split.
+        source: where the rows come from and what is known of their rights.
+    """
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    train: pd.DataFrame
+    validation: pd.DataFrame
+    test: pd.DataFrame
+    digest: str
+    source: str
+
+
+@dataclass(frozen=True)
+class PackagedTask:
+    """A task whose rows come out of a pinned package.
+
+    Attributes:
+        name: the name users type.
+        package: the wheel and the members to read.
+        labels: the class names in the order of their indices.
+        test_rows: size of the test split.
+        rows: contents of the members, by path → frame of `text`, `label` (class name) and
+            optionally `group` (rows of one group are never split).
+        description: one line for listings.
+        source: origin and rights.
+    """
+
+    name: str
+    package: PackageFile
+    labels: tuple[str, ...]
+    test_rows: int
+    rows: Callable[[dict[str, bytes]], pd.DataFrame]
+    description: str
+    source: str
+    kind: Kind = "classification"
+
+    @property
+    def digest(self) -> str:
+        """Known without the data: the wheel's digest, the members and the conversion's version."""
+        identity = [self.name, self.package.sha256, *self.package.members, CONVERSION, SPLIT_SEED]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    def load(self) -> Task:
+        """Read the task from the cache, fetching and converting it the first time.
+
+        Raises:
+            InputError: as in `sources.read`.
+        """
+        import pandas as pd
+
+        folder = cache_dir() / "tasks" / f"{self.name}-{self.digest[:8]}"
+        frame = pd.read_parquet(build_once(folder, self._convert) / "data.parquet")
+        parts = parts_of(frame)
+        return Task(self.name, self.kind, self.labels, *parts, self.digest, self.source)
+
+    def _convert(self, folder: Path) -> None:
+        frame = self.rows(read(self.package))
+        index = {label: number for number, label in enumerate(self.labels)}
+        frame = frame.assign(label=frame["label"].map(index).astype("int64"))
+        split(frame, self.test_rows).to_parquet(folder / "data.parquet", index=False)
+
+
+def parts_of(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Take a frame with a column `split` apart into train, validation and test."""
+    train, validation, test = (
+        frame[frame["split"] == name].drop(columns="split").reset_index(drop=True)
+        for name in ("train", "validation", "test")
+    )
+    return train, validation, test

@@ -1,0 +1,129 @@
+"""Seeded, stratified splits that keep whatever belongs together on one side.
+
+Rows with the same text always belong together; rows of one document (or film) do too when a group
+column says so. The seed is part of a task, never of a run: everyone sees the same test set.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SPLITS = ("train", "validation", "test")
+SPLIT_SEED = 20230302
+VALIDATION_SHARE = 0.1
+VALIDATION_LIMIT = 1000
+
+
+def split(frame: pd.DataFrame, test_rows: int | None = None) -> pd.DataFrame:
+    """Add a column `split` and order the rows so that any head of a split is a fair sample of it.
+
+    Args:
+        frame: columns `text`, `label` (absent when there are no labels) and optionally `group`.
+        test_rows: size of the test split; a tenth of the rows when not given.
+
+    Returns:
+        A frame with a fresh index, `split` in `SPLITS`, and no column `group`. The test split has
+        exactly `test_rows` rows when groups of fitting size exist, else slightly fewer. Validation
+        is a tenth of what is left, at most `VALIDATION_LIMIT` rows.
+    """
+    groups = _merged_groups(frame)
+    strata = frame["label"] if "label" in frame else None
+    wanted = len(frame) // 10 if test_rows is None else test_rows
+    in_test = _choose(groups, strata, wanted, seed=SPLIT_SEED)
+    rest = np.flatnonzero(~in_test)
+    wanted = min(int(VALIDATION_SHARE * len(rest)), VALIDATION_LIMIT)
+    rest_strata = None if strata is None else strata.iloc[rest]
+    chosen = _choose(groups[rest], rest_strata, wanted, seed=SPLIT_SEED + 1)
+    part = np.where(in_test, "test", "train").astype(object)
+    part[rest[chosen]] = "validation"
+    classes = None if strata is None else _classes(strata)
+    order = []
+    for name in SPLITS:
+        rows = np.flatnonzero(part == name)
+        of_part = None if classes is None else classes[rows]
+        order.append(rows[_fair_order(of_part, len(rows), seed=SPLIT_SEED + 2)])
+    ordered = frame.assign(split=part).iloc[np.concatenate(order)]
+    return ordered.drop(columns="group", errors="ignore").reset_index(drop=True)
+
+
+def carve_validation(frame: pd.DataFrame) -> np.ndarray:
+    """Return a mask (rows,) of the validation rows to take out of a given training split."""
+    groups = _merged_groups(frame)
+    wanted = min(int(VALIDATION_SHARE * len(frame)), VALIDATION_LIMIT)
+    strata = frame["label"] if "label" in frame else None
+    return _choose(groups, strata, wanted, seed=SPLIT_SEED + 1)
+
+
+def normalised(text: pd.Series) -> pd.Series:
+    """Texts that differ only in case or white space count as the same text."""
+    return text.str.split().str.join(" ").str.casefold()
+
+
+def _merged_groups(frame: pd.DataFrame) -> np.ndarray:
+    """Number the connected components of "same text or same group" (rows,)."""
+    import pandas as pd
+
+    component = pd.Series(pd.factorize(normalised(frame["text"]))[0], index=frame.index)
+    if "group" not in frame:
+        return component.to_numpy()
+    text = component.copy()
+    while True:
+        merged = component.groupby(frame["group"]).transform("min").groupby(text).transform("min")
+        if merged.equals(component):
+            return component.to_numpy()
+        component = merged
+
+
+def _choose(groups: np.ndarray, strata: pd.Series | None, rows: int, seed: int) -> np.ndarray:
+    """Return a mask (rows,) that picks whole groups, `rows` rows in all or the nearest below."""
+    sizes = np.bincount(groups)
+    present = np.flatnonzero(sizes)
+    classes = None
+    if strata is not None:
+        # A group of mixed labels is placed by its most frequent one: later writes win.
+        codes = _classes(strata)
+        num_classes = codes.max() + 1
+        pairs, counts = np.unique(groups * num_classes + codes, return_counts=True)
+        pairs = pairs[np.argsort(counts, kind="stable")]
+        majority = np.zeros(len(sizes), dtype=int)
+        majority[pairs // num_classes] = pairs % num_classes
+        classes = majority[present]
+    taken = np.zeros(len(sizes), dtype=bool)
+    left = rows
+    for group in present[_fair_order(classes, len(present), seed)]:
+        if sizes[group] <= left:
+            taken[group] = True
+            left -= sizes[group]
+    return taken[groups]
+
+
+def _fair_order(classes: np.ndarray | None, count: int, seed: int) -> np.ndarray:
+    """Return a random order (count,) of which every head has the class shares of the whole.
+
+    The i-th of n members of a class is placed at (i + 1/2)/n, so the classes are interleaved, and a
+    class of one or two members comes too late to land in a small head: training sees every class.
+    """
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(count)
+    if classes is None:
+        return order
+    classes = classes[order]
+    place = np.empty(count)
+    for value in np.unique(classes):
+        members = np.flatnonzero(classes == value)
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return order[np.argsort(place, kind="stable")]
+
+
+def _classes(strata: pd.Series) -> np.ndarray:
+    """Codes (rows,): the labels themselves, or ten quantile bins of a real-valued label."""
+    import pandas as pd
+
+    if pd.api.types.is_float_dtype(strata):
+        return pd.qcut(strata.rank(method="first"), min(10, len(strata)), labels=False).to_numpy()
+    return pd.factorize(strata, sort=True)[0]
