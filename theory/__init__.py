@@ -17,8 +17,8 @@ symbol                     meaning                                         shape
 =========================  ==============================================  =========================
 
 The sign is that of minimisation (``p_L = +grad Phi``, the control minimises ``H``);
-`theory.problem` says how the literature's maximum principle follows from it. This package knows tensors, never
-Transformers, and imports none of the packages above it.
+`theory.problem` says how the literature's maximum principle follows from it. This package knows
+tensors, never Transformers, and imports none of the packages above it.
 
 The names below are imported on first use, so that `theory.errors` and `theory.claims` cost no
 import of torch.

@@ -1,0 +1,97 @@
+"""Shooting: minimise ``J`` over all controls at once with L-BFGS, gradients by costates.
+
+Source: Byrd, Lu, Nocedal & Zhu, SIAM J. Sci. Comput. 16(5), 1995, as `scipy.optimize` provides it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import optimize
+from torch import Tensor
+
+from theory.errors import InputError
+from theory.problem import ControlProblem, Controls, Evaluation
+from theory.solvers.base import Report, Solver
+
+__all__ = ["Shooting"]
+
+_UNLIMITED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Shooting(Solver):
+    """L-BFGS on ``J`` over the concatenated controls.
+
+    scipy works in float64 on the CPU; the problem is evaluated in the dtype and on the device of
+    ``u0``. scipy's own tolerances are off, so that the residual alone decides when to stop. Where
+    the line search can no longer lower ``J``, mostly because rounding hides the descent, the method
+    gives up and hands on scipy's message.
+
+    Attributes:
+        memory: the number of past steps from which curvature is estimated.
+
+    Raises:
+        InputError: if the memory is not positive.
+    """
+
+    memory: int = 20
+
+    def __post_init__(self) -> None:
+        """Check the memory."""
+        if self.memory < 1:
+            raise InputError(f"memory = {self.memory} must be at least 1")
+
+    def run(self, problem: ControlProblem, u0: Controls, report: Report) -> str | None:
+        """Minimise until `report` says stop or the line search fails."""
+        latest: tuple[np.ndarray, Evaluation] | None = None
+
+        def evaluate(z: np.ndarray) -> Evaluation:
+            nonlocal latest
+            if latest is None or not np.array_equal(latest[0], z):
+                latest = z.copy(), problem.evaluate(_split(z, u0))
+            return latest[1]
+
+        def value_and_gradient(z: np.ndarray) -> tuple[float, np.ndarray]:
+            now = evaluate(z)
+            return float(now.objective), _flat(now.gradient)
+
+        def after_iteration(intermediate_result: optimize.OptimizeResult) -> None:
+            z = intermediate_result.x
+            now = evaluate(z)
+            if report(_split(z, u0), now.objective, now.gradient):
+                raise StopIteration
+
+        start = _flat(u0)
+        now = evaluate(start)
+        if report(u0, now.objective, now.gradient):
+            return None
+        result = optimize.minimize(
+            value_and_gradient,
+            start,
+            jac=True,
+            method="L-BFGS-B",
+            callback=after_iteration,
+            options={
+                "maxcor": self.memory,
+                "ftol": 0.0,
+                "gtol": 0.0,
+                "maxiter": _UNLIMITED,
+                "maxfun": _UNLIMITED,
+            },
+        )
+        return f"L-BFGS stopped: {result.message}"
+
+
+def _flat(tensors: Controls) -> np.ndarray:
+    parts = [t.detach().to("cpu", torch.float64).reshape(-1) for t in tensors]
+    return torch.cat(parts).numpy() if parts else np.zeros(0)
+
+
+def _split(z: np.ndarray, like: Controls) -> Controls:
+    parts: tuple[Tensor, ...] = torch.from_numpy(z.copy()).split([u.numel() for u in like])
+    return tuple(
+        part.reshape(u.shape).to(u.device, u.dtype) for part, u in zip(parts, like, strict=True)
+    )
