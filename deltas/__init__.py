@@ -1,0 +1,40 @@
+"""Delta methods as controls on a frozen Transformer.
+
+    from deltas import LoRA, attach
+    controlled = attach(model, LoRA(rank=8))   # the base is frozen, the controls are trainable
+    controlled.detach()                        # the base again, bit for bit
+
+A delta is a configuration (a frozen dataclass); ``attach`` builds its controllers at the sites that
+it targets. ``deltas.dynamics`` shows the same object to theory as a discrete dynamical system.
+"""
+
+from deltas.base import Delta
+from deltas.methods.bitfit import BitFit
+from deltas.methods.full import FullFineTuning
+from deltas.methods.head import HeadTuning
+from deltas.methods.houlsby import HoulsbyAdapter
+from deltas.methods.last_layers import LastLayers
+from deltas.methods.lora import LoRA
+from deltas.methods.prefix import PrefixTuning
+from deltas.methods.prompt import PromptTuning
+from deltas.methods.subspace import Subspace
+from deltas.model import DeltaModel, attach
+from deltas.registry import available, from_dict, parse
+
+__all__ = [
+    "BitFit",
+    "Delta",
+    "DeltaModel",
+    "FullFineTuning",
+    "HeadTuning",
+    "HoulsbyAdapter",
+    "LastLayers",
+    "LoRA",
+    "PrefixTuning",
+    "PromptTuning",
+    "Subspace",
+    "attach",
+    "available",
+    "from_dict",
+    "parse",
+]

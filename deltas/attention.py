@@ -1,0 +1,115 @@
+"""Prefixes enter through the attention interface of transformers, not through the model's code.
+
+``intercept`` switches a model from the implementation "sdpa" (or "eager") to a registered one of the
+same name that appends prefix keys and values where a module has some, and then calls the stock
+function. Without a prefix the result is the stock model's, exactly.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from theory.errors import InputError
+
+_NAME = "deltacontrol_"
+_SLOT = "deltacontrol_prefixes"
+
+
+class Prefix(Protocol):
+    """Gives prefix keys and values, each of shape (heads of keys, length, head width)."""
+
+    def __call__(self) -> tuple[Tensor, Tensor]: ...  # noqa: D102
+
+
+def add_prefix(module: nn.Module, prefix: Prefix) -> Callable[[], None]:
+    """Attach a prefix to an attention module; returns what takes it off again."""
+    slot = module.__dict__.setdefault(_SLOT, [])  # not a submodule: the base tree stays as it is
+    slot.append(prefix)
+
+    def remove() -> None:
+        slot.remove(prefix)
+        if not slot:
+            module.__dict__.pop(_SLOT, None)
+
+    return remove
+
+
+def is_intercepted(model: PreTrainedModel) -> bool:
+    """Whether the model's attention already goes through this file."""
+    return str(model.config._attn_implementation).startswith(_NAME)
+
+
+def intercept(model: PreTrainedModel) -> Callable[[], None]:
+    """Route a model's attention through this file; returns what switches it back.
+
+    Raises:
+        InputError: the model cannot change its attention, or uses a kernel without masks.
+    """
+    stock = model.config._attn_implementation
+    if not model._can_set_attn_implementation():
+        raise InputError(
+            f"{type(model).__name__} does not use the attention interface of transformers, so a "
+            "prefix cannot enter it. Use prompt tuning, or another delta."
+        )
+    if stock not in ("eager", "sdpa"):
+        raise InputError(
+            f"prefixes work with the attention implementations eager and sdpa, not {stock!r}; load "
+            "the model with attn_implementation='sdpa'."
+        )
+    model.set_attn_implementation(_NAME + stock)
+    return lambda: model.set_attn_implementation(stock)
+
+
+def _extended_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, length: int,
+                   is_causal: bool | None) -> Tensor | None:  # fmt: skip
+    """The mask with ``length`` always visible columns in front."""
+    if mask is not None:
+        return pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    queries, keys = query.shape[2], key.shape[2]
+    if not causal or queries == 1:
+        return None
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+    return pad(visible.tril(keys - queries), (length, 0), value=True)[None, None]
+
+
+def _attention(stock: str) -> Callable[..., Any]:
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        for prefix in module.__dict__.get(_SLOT, ()):
+            prefix_key, prefix_value = prefix()
+            length = prefix_key.shape[1]
+            is_causal = kwargs.get("is_causal") if stock == "sdpa" else False
+            attention_mask = _extended_mask(module, query, key, attention_mask, length, is_causal)
+            if kwargs.get("position_bias") is not None:
+                kwargs["position_bias"] = pad(kwargs["position_bias"], (length, 0))
+            batch = (key.shape[0], -1, -1, -1)
+            key = torch.cat([prefix_key.to(key.dtype).expand(batch), key], dim=2)
+            value = torch.cat([prefix_value.to(value.dtype).expand(batch), value], dim=2)
+        if stock == "eager":
+            function = sys.modules[type(module).__module__].eager_attention_forward
+        else:
+            function = ALL_ATTENTION_FUNCTIONS[stock]
+        return function(module, query, key, value, attention_mask, **kwargs)
+
+    return forward
+
+
+for _stock in ("eager", "sdpa"):
+    AttentionInterface.register(_NAME + _stock, _attention(_stock))
+    AttentionMaskInterface.register(_NAME + _stock, ALL_MASK_ATTENTION_FUNCTIONS[_stock])

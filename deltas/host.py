@@ -1,0 +1,224 @@
+"""The one way a delta may touch a model: everything done here can be undone, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from deltas import attention
+from deltas.sites import Site, SiteMap
+from theory.errors import InputError
+
+
+class ControlTree(nn.Module):
+    """Controllers in a tree that mirrors the base model's module paths.
+
+    Its ``state_dict`` keys read ``<delta>.<module path>.<parameter>``.
+    """
+
+    def place(self, path: str, item: nn.Module | nn.Parameter) -> None:
+        """Put a controller, or a single parameter, at a dotted path."""
+        *parents, leaf = path.split(".")
+        node: nn.Module = self
+        for name in parents:
+            if name not in node._modules:
+                node.add_module(name, nn.Module())
+            node = node._modules[name]  # type: ignore[assignment]
+        if leaf in node._modules or leaf in node._parameters:
+            raise InputError(f"two controllers at {path}; a delta controls a site once.")
+        if isinstance(item, nn.Module):
+            node.add_module(leaf, item)
+        else:
+            node.register_parameter(leaf, item)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden state in a module's output, which is a tensor or a tuple that starts with it."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_first_tensor(output: Any, value: Tensor) -> Any:
+    """The same output with another hidden state."""
+    if isinstance(output, Tensor):
+        return value
+    if isinstance(output, ModelOutput):
+        changed = copy(output)
+        changed[next(iter(output))] = value
+        return changed
+    return (value, *output[1:])
+
+
+class Host:
+    """A model that deltas are being attached to.
+
+    Args:
+        model: the base model.
+        seed: seed of the controllers' initial values.
+    """
+
+    def __init__(self, model: PreTrainedModel, seed: int = 0) -> None:
+        self.model = model
+        self.sites = SiteMap(model)
+        self.controls = ControlTree()
+        self.generator = torch.Generator().manual_seed(seed)
+        self.namespace = ""
+        self.state_path: dict[str, str] = {}  # control parameter -> path of the module it acts at
+        self.shared: list[str] = []  # control parameters that act on all layers at once
+        self._undo: list[Callable[[], None]] = []
+        self._replaced: dict[str, nn.Parameter] = {}
+
+    # -- what the model looks like ---------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration (of its text part, where there are several)."""
+        return self.model.config.get_text_config()
+
+    @property
+    def width(self) -> int:
+        """Width of the input embeddings."""
+        return self.model.get_input_embeddings().weight.shape[1]
+
+    def find(self, targets: Iterable[str], layers: Iterable[int] | None = None) -> list[Site]:
+        """Sites of ``targets``; see :meth:`deltas.sites.SiteMap.resolve`."""
+        return self.sites.resolve(targets, layers)
+
+    def parameter_names(self, module_paths: Iterable[str]) -> list[str]:
+        """Names of all parameters in the given modules, in the model's order, tied names too."""
+        prefixes = tuple(path + "." for path in module_paths)
+        return [n for n in self._owners() if n.startswith(prefixes)]
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The base parameter of that name."""
+        return self._owners()[name]
+
+    def distinct(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """The base parameters of these names, tied ones once, under their first name."""
+        found: dict[int, tuple[str, nn.Parameter]] = {}
+        for name in names:
+            parameter = self.parameter(name)
+            found.setdefault(id(parameter), (name, parameter))
+        return dict(found.values())
+
+    def _owners(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters(remove_duplicate=False))
+
+    def normal(self, *shape: int, std: float) -> Tensor:
+        """Gaussian initial values, from this host's generator."""
+        return torch.randn(*shape, generator=self.generator) * std
+
+    # -- what a delta may do ---------------------------------------------------------------------
+
+    def add(
+        self, site_path: str, controller: nn.Module, like: Tensor, key: str | None = None
+    ) -> Any:
+        """Register a controller that acts at a module.
+
+        Args:
+            site_path: path of the module in the base model.
+            controller: holds the control's parameters; it is moved to device and dtype of ``like``.
+            like: a parameter of the site.
+            key: name of the controller in the tree; None means the path itself.
+        """
+        controller = controller.to(like.device, like.dtype)
+        key = f"{self.namespace}.{key or site_path}"
+        self.controls.place(key, controller)
+        for name, _ in controller.named_parameters():
+            self.state_path[f"{key}.{name}"] = site_path
+        return controller
+
+    def replace(self, names: Iterable[str]) -> None:
+        """Make base parameters trainable: a copy takes their place until ``detach``.
+
+        Raises:
+            InputError: a parameter is tied to one that is not in ``names``, or another delta
+                controls it already.
+        """
+        names = list(names)
+        owners = self._owners()
+        for name in names:
+            if name in self._replaced:
+                raise InputError(f"{name} is controlled by two deltas; drop one of them.")
+            tied = [
+                other for other, p in owners.items() if p is owners[name] and other not in names
+            ]
+            if tied:
+                raise InputError(
+                    f"{name} is tied to {', '.join(tied)}: training it would change both. Choose "
+                    "targets that include all of them (full), or untie the model "
+                    "(tie_word_embeddings=False)."
+                )
+        for name, original in self.distinct(names).items():
+            control = nn.Parameter(original.detach().clone())
+            self.controls.place(f"{self.namespace}.{name}", control)
+            self.state_path[f"{self.namespace}.{name}"] = name.rpartition(".")[0]
+            for alias in (n for n in names if owners[n] is original):
+                self._replaced[alias] = original
+                self.set_parameter(alias, control)
+                self._undo.append(lambda alias=alias, p=original: self.set_parameter(alias, p))
+
+    def set_parameter(self, name: str, value: Tensor) -> None:
+        """Put a tensor in the place of a base parameter."""
+        path, _, leaf = name.rpartition(".")
+        self.sites.modules[path]._parameters[leaf] = value  # type: ignore[assignment]
+
+    def on_output(self, module: nn.Module, law: Callable[[tuple, Tensor], Tensor]) -> None:
+        """Pass a module's output through ``law(inputs, output)``."""
+
+        def hook(_module: nn.Module, args: tuple, output: Any) -> Any:
+            return with_first_tensor(output, law(args, first_tensor(output)))
+
+        self._undo.append(module.register_forward_hook(hook).remove)
+
+    def on_call(self, module: nn.Module, law: Callable[[tuple, dict], tuple[tuple, dict]]) -> None:
+        """Pass a module's arguments through ``law(args, kwargs)``."""
+
+        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return law(args, kwargs)
+
+        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def reparametrise(self, names: list[str], values: Callable[[], dict[str, Tensor]]) -> None:
+        """Let base parameters be a function of controls, computed once in every forward pass.
+
+        Under gradient checkpointing the values stay in place until the next pass, because the
+        backward pass runs parts of the forward again.
+        """
+        originals = {name: self.parameter(name) for name in names}
+        aliases = {n: p for n, p in self._owners().items()}
+        owned = {id(p): name for name, p in originals.items()}
+        places = {alias: owned[id(p)] for alias, p in aliases.items() if id(p) in owned}
+
+        def enter(_module: nn.Module, _args: tuple) -> None:
+            current = values()
+            for alias, name in places.items():
+                self.set_parameter(alias, current[name])
+
+        def restore() -> None:
+            for alias, name in places.items():
+                self.set_parameter(alias, originals[name])
+
+        def leave(_module: nn.Module, _args: tuple, _output: Any) -> None:
+            if not (self.model.is_activation_checkpointing and torch.is_grad_enabled()):
+                restore()
+
+        before = self.model.register_forward_pre_hook(enter)
+        after = self.model.register_forward_hook(leave, always_call=True)
+        self._undo += [restore, before.remove, after.remove]
+
+    def add_prefix(self, module: nn.Module, prefix: attention.Prefix) -> None:
+        """Let an attention module see ``prefix`` beside its own keys and values."""
+        if not attention.is_intercepted(self.model):
+            self._undo.append(attention.intercept(self.model))
+        self._undo.append(attention.add_prefix(module, prefix))
+
+    def undo(self) -> None:
+        """Take everything back, last thing first."""
+        while self._undo:
+            self._undo.pop()()

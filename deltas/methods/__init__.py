@@ -1,0 +1,1 @@
+"""One delta method a file; :func:`deltas.registry.available` finds them."""

@@ -1,0 +1,34 @@
+"""Full fine-tuning: the reference that every delta is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deltas.base import Delta
+from deltas.host import Host
+
+
+@dataclass(frozen=True)
+class FullFineTuning(Delta):
+    """Every parameter is a control, θ = u, u₀ = θ₀.
+
+    The copy that is trained costs the memory of one more model; the base stays untouched.
+    """
+
+    name = "full"
+    category = "specification"
+    law = "θ = u"
+    reference = "Devlin et al., NAACL 2019, Section 3.2"
+    num_parameters_formula = "D"
+    trains_head = True
+
+    def build(self, host: Host) -> None:
+        """Replace every parameter by a trainable copy."""
+        host.replace(self._names(host))
+
+    def num_parameters(self, host: Host) -> int:
+        """D, tied parameters once."""
+        return sum(p.numel() for p in host.distinct(self._names(host)).values())
+
+    def _names(self, host: Host) -> list[str]:
+        return [n for n, _ in host.model.named_parameters(remove_duplicate=False)]

@@ -1,0 +1,42 @@
+"""Head tuning: only the task head on top of the frozen backbone is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deltas.base import Delta
+from deltas.host import Host
+from theory.errors import InputError
+
+
+@dataclass(frozen=True)
+class HeadTuning(Delta):
+    """The head's parameters are the control of the last step, Φ's own weights; u₀ = θ₀.
+
+    The head is what transformers puts beside the backbone: ``classifier`` of BERT, ``score`` of
+    GPT-2. A language-model head that is tied to the embedding is refused.
+    """
+
+    name = "head"
+    category = "specification"
+    law = "θ_head = u"
+    reference = "Peters, Ruder, Smith, RepL4NLP 2019, Section 3 (feature extraction)"
+    num_parameters_formula = "D_head"
+    trains_head = True
+
+    def build(self, host: Host) -> None:
+        """Replace the head's parameters by trainable copies."""
+        host.replace(self._names(host))
+
+    def num_parameters(self, host: Host) -> int:
+        """Number of the head's parameters."""
+        return sum(p.numel() for p in host.distinct(self._names(host)).values())
+
+    def _names(self, host: Host) -> list[str]:
+        paths = host.sites.head_paths()
+        if not paths:
+            raise InputError(
+                f"{type(host.model).__name__} has no head beside its backbone; load it as "
+                "AutoModelForSequenceClassification, or drop the head delta."
+            )
+        return host.parameter_names(paths)

@@ -1,0 +1,122 @@
+"""Prompt tuning: trained rows in front of the input embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from deltas.base import Delta
+from deltas.host import Host
+from theory.errors import InputError
+
+
+@dataclass(frozen=True)
+class PromptTuning(Delta):
+    """[P; E(x)]: extra rows of the initial state and no control after it (Lester et al., Section 2).
+
+    The rows are taken off again behind the backbone's last block, so that heads, pooling and token losses see
+    the text's own positions. They start as rows of the embedding matrix, drawn at random, or
+    Gaussian; without training the model's output changes.
+
+    Attributes:
+        length: n, number of prompt positions.
+        init: "vocabulary" (embeddings of random tokens) or "normal".
+        init_std: standard deviation for ``init="normal"``.
+    """
+
+    length: int = 16
+    init: Literal["vocabulary", "normal"] = "vocabulary"
+    init_std: float = 0.02
+
+    name = "prompt"
+    category = "addition"
+    law = "x_0 = [P; E(x)]"
+    reference = "Lester, Al-Rfou, Constant, EMNLP 2021, Section 2"
+    num_parameters_formula = "n d"
+    identity_at_start = False
+
+    def __post_init__(self) -> None:
+        """Check the length."""
+        self._positive("length")
+
+    def build(self, host: Host) -> None:
+        """Insert the prompt before the backbone and take it off behind the blocks."""
+        embedding = host.model.get_input_embeddings()
+        weight = embedding.weight
+        if self.init == "vocabulary":
+            rows = torch.randint(weight.shape[0], (self.length,), generator=host.generator)
+            start = weight.detach()[rows.to(weight.device)].clone()
+        else:
+            start = host.normal(self.length, weight.shape[1], std=self.init_std)
+        path = host.sites.embedding_path or host.sites.backbone_path
+        limit = getattr(host.config, "max_position_embeddings", None)
+        prompt = host.add(path, Prompt(start, embedding, limit), like=weight)
+        model = host.model
+        stack = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+        host.on_call(stack, prompt.insert)
+        # A pooler inside the backbone must see the text's first token, so the rows leave before it.
+        has_pooler = getattr(stack, "pooler", None) is not None
+        host.on_output(host.sites.blocks[-1] if has_pooler else stack, prompt.strip)
+
+    def num_parameters(self, host: Host) -> int:
+        """N d, d the width of the embeddings."""
+        return self.length * host.width
+
+
+class Prompt(nn.Module):
+    """Rows (n, d) that enter in front of the embedded text and leave behind the blocks."""
+
+    def __init__(self, rows: Tensor, embedding: nn.Module, limit: int | None) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(rows)
+        self.limit = limit
+        self.inserted = False
+        self.__dict__["embedding"] = embedding  # the base's own module, not a control
+
+    def insert(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The backbone's arguments with the prompt in front.
+
+        Raises:
+            InputError: prompt and text together are longer than the model's positions, or the mask
+                is not of shape (batch, tokens).
+        """
+        if len(args) > 1:
+            raise InputError("prompt tuning needs the backbone's arguments by keyword.")
+        kwargs = dict(kwargs)
+        tokens = args[0] if args else kwargs.pop("input_ids", None)
+        length = len(self.rows)
+        cache = kwargs.get("past_key_values")
+        self.inserted = cache is None or cache.get_seq_length() == 0
+        if kwargs.get("inputs_embeds") is None:
+            kwargs["inputs_embeds"] = self.embedding(tokens)
+        text = kwargs["inputs_embeds"]
+        if self.inserted:
+            if self.limit is not None and text.shape[1] + length > self.limit:
+                raise InputError(
+                    f"a prompt of {length} and a text of {text.shape[1]} tokens are longer than the "
+                    f"{self.limit} positions of the model; shorten max_length or the prompt."
+                )
+            rows = self.rows.to(text.dtype).expand(len(text), -1, -1)
+            kwargs["inputs_embeds"] = torch.cat([rows, text], dim=1)
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dim() != 2:
+                raise InputError("prompt tuning needs an attention mask of shape (batch, tokens).")
+            kwargs["attention_mask"] = pad(mask, (length, 0), value=1)
+        positions = kwargs.get("position_ids")
+        if positions is not None:
+            shifted = positions + length
+            start = torch.arange(length, device=positions.device).expand(len(positions), -1)
+            kwargs["position_ids"] = torch.cat([start, shifted], 1) if self.inserted else shifted
+        types = kwargs.get("token_type_ids")
+        if types is not None and self.inserted:
+            kwargs["token_type_ids"] = pad(types, (length, 0))
+        return (), kwargs
+
+    def strip(self, _inputs: tuple, state: Tensor) -> Tensor:
+        """The state without the prompt's rows."""
+        return state[:, len(self.rows) :] if self.inserted else state

@@ -1,0 +1,193 @@
+"""``attach`` lays deltas on a frozen model; ``DeltaModel`` is the model with its controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltas.base import Delta
+from deltas.host import Host
+from theory.errors import InputError
+
+_MARK = "deltacontrol_attached"
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What one delta put on the model.
+
+    Attributes:
+        delta: the configuration.
+        namespace: the first part of the names of its controls.
+        num_parameters: counted; equals the method's formula.
+        num_sites: how many modules it acts at.
+    """
+
+    delta: Delta
+    namespace: str
+    num_parameters: int
+    num_sites: int
+
+
+class DeltaModel(nn.Module):
+    """A frozen base model and the controls beside it.
+
+    ``forward`` takes what the base model takes. Only ``controls`` is trained; parameter names of
+    the base stay as they are, so that DDP, accelerate and ``state_dict`` see an ordinary module.
+    Made by :func:`attach`.
+
+    Attributes:
+        model: the base model, with the controls acting in it.
+        controls: the trainable part; keys read ``<delta>.<module path>.<parameter>``.
+        attachments: what each delta put on the model, in the order in which it acts.
+    """
+
+    def __init__(self, host: Host, attachments: tuple[Attachment, ...], num_base: int) -> None:
+        super().__init__()
+        self.model = host.model
+        self.controls = host.controls
+        self.attachments = attachments
+        self.num_base = num_base
+        self._host: Host | None = host
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward, under control."""
+        self.host  # noqa: B018 - fails when detached
+        return self.model(*args, **kwargs)
+
+    @property
+    def host(self) -> Host:
+        """The record of what was attached where.
+
+        Raises:
+            InputError: the deltas were detached.
+        """
+        if self._host is None:
+            raise InputError("these deltas were detached; call attach(model, ...) again.")
+        return self._host
+
+    @property
+    def deltas(self) -> tuple[Delta, ...]:
+        """The configurations, in order."""
+        return tuple(attachment.delta for attachment in self.attachments)
+
+    @property
+    def num_trainable(self) -> int:
+        """Number of trainable parameters."""
+        return sum(p.numel() for p in self.controls.parameters())
+
+    @property
+    def num_total(self) -> int:
+        """Parameters of the base model, tied ones once."""
+        return self.num_base
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The controls by name."""
+        return dict(self.controls.named_parameters())
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the controls, on the CPU, to be saved."""
+        return {k: v.detach().cpu().clone() for k, v in self.controls.state_dict().items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Put saved controls in place.
+
+        Raises:
+            InputError: keys or shapes differ; nothing is changed then.
+        """
+        own = self.controls.state_dict()
+        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or extra:
+            raise InputError(
+                f"these controls do not fit: {len(missing)} missing {missing[:3]}, {len(extra)} "
+                f"unknown {extra[:3]}. Attach the deltas that they were saved with: this model has "
+                f"{', '.join(a.namespace for a in self.attachments)}."
+            )
+        for key, value in own.items():
+            if state[key].shape != value.shape:
+                raise InputError(
+                    f"control {key} has shape {tuple(state[key].shape)}, expected "
+                    f"{tuple(value.shape)}: the delta was saved with other dimensions."
+                )
+        with torch.no_grad():
+            for key, value in own.items():
+                value.copy_(state[key])
+
+    def detach(self) -> PreTrainedModel:
+        """Take all deltas off and give the base model back, bit for bit."""
+        self.host.undo()
+        self.model.__dict__.pop(_MARK, None)
+        self._host = None
+        return self.model
+
+
+def attach(model: PreTrainedModel, *deltas: Delta, seed: int = 0) -> DeltaModel:
+    """Lay deltas on a model; the model is frozen, the controls are trainable.
+
+    Several deltas act together; where two act at one site they do so in the order given.
+
+    Args:
+        model: any transformers model.
+        deltas: one or more configurations, such as ``LoRA(rank=8)``.
+        seed: seed of the initial values.
+
+    Returns:
+        The controlled model. ``detach()`` on it restores ``model`` bit for bit.
+
+    Raises:
+        InputError: a target matches nothing, a size is impossible, a tied weight would change on
+            both ends, or the model has deltas already. The model is then as before.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> from deltas import LoRA, attach
+        >>> config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        ...                     intermediate_size=64, vocab_size=100)
+        >>> attach(BertModel(config), LoRA(rank=2)).num_trainable == 2 * 2 * 2 * (32 + 32)
+        True
+    """
+    if not deltas:
+        raise InputError("attach needs at least one delta, such as LoRA(rank=8).")
+    if _MARK in model.__dict__:
+        raise InputError(
+            "this model has deltas already: call .detach() on its DeltaModel first, or give all "
+            "deltas to one attach(model, A, B)."
+        )
+    num_base = sum(p.numel() for p in model.parameters())
+    host = Host(model, seed)
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+
+    def restore_flags() -> None:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+    attachments: list[Attachment] = []
+    host._undo.append(restore_flags)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    try:
+        for delta in deltas:
+            taken = sum(a.delta.name == delta.name for a in attachments)
+            host.namespace = delta.name.replace(".", "_") + (f"_{taken + 1}" if taken else "")
+            before = {name for name, _ in host.controls.named_parameters()}
+            expected = delta.num_parameters(host)
+            delta.build(host)
+            added = {n: p for n, p in host.controls.named_parameters() if n not in before}
+            count = sum(p.numel() for p in added.values())
+            if count != expected:
+                raise AssertionError(
+                    f"{delta.name}: {count} parameters, its formula "
+                    f"{delta.num_parameters_formula} gives {expected}."
+                )
+            places = {host.state_path[name] for name in added}
+            attachments.append(Attachment(delta, host.namespace, count, len(places)))
+    except BaseException:
+        host.undo()
+        raise
+    model.__dict__[_MARK] = True
+    return DeltaModel(host, tuple(attachments), num_base)

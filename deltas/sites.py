@@ -1,0 +1,326 @@
+"""Where a delta can act: names with a meaning, resolved per architecture.
+
+A *site* is a module of the frozen model, possibly a slice of its output features (GPT-2 computes
+query, key and value in one matrix). The semantic names are
+
+    attention.query | attention.key | attention.value | attention.output   linear maps
+    mlp.up | mlp.down                                                      linear maps
+    attention | mlp | block | norm | embedding | head                      modules
+
+``attention`` is the module that computes softmax(QKᵀ)V, and ``mlp`` exists only where one module
+spans both of its matrices. Besides these, a target may be a module's full path, the end of a path
+("c_proj", "self.query") or a regular expression that matches a full path. A target that matches
+nothing is an error that names the nearest candidates.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from theory.errors import InputError
+
+SEMANTIC = (
+    "attention.query attention.key attention.value attention.output mlp.up mlp.down "
+    "attention mlp block norm embedding head"
+).split()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module of the base model, or the output features ``part`` of it.
+
+    Attributes:
+        path: the module's name in the base model.
+        module: the module itself.
+        layer: index of the block that contains it; None outside the blocks.
+        part: range of output features, for matrices that hold several maps side by side.
+    """
+
+    path: str
+    module: nn.Module
+    layer: int | None = None
+    part: tuple[int, int] | None = None
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input of the linear map at this site."""
+        return self._shape()[0]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output of the linear map at this site (of ``part``, where there is one)."""
+        return self.part[1] - self.part[0] if self.part else self._shape()[1]
+
+    @property
+    def total_out_features(self) -> int:
+        """Width of the whole module's output, whatever ``part`` says."""
+        return self._shape()[1]
+
+    def _shape(self) -> tuple[int, int]:
+        if isinstance(self.module, nn.Linear):
+            return self.module.in_features, self.module.out_features
+        if isinstance(self.module, Conv1D):
+            return self.module.weight.shape[0], self.module.weight.shape[1]
+        raise InputError(
+            f"{self.path} is a {type(self.module).__name__}, not a linear map; expected a Linear or "
+            "Conv1D. Choose sites such as attention.query, attention.value or mlp.down."
+        )
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Paths of one model family: block lists in the backbone, and sites inside a block.
+
+    ``sites`` maps a semantic name to a regular expression relative to the block, with an optional
+    ``[i/n]`` at its end: the i-th of n equal parts of the output features.
+    """
+
+    blocks: tuple[str, ...]
+    sites: dict[str, str]
+
+
+def _bert(q="attention.self.query", k="attention.self.key", v="attention.self.value",
+          o="attention.output.dense", core="attention.self") -> Architecture:  # fmt: skip
+    return Architecture(
+        ("encoder.layer",),
+        {
+            "attention.query": q,
+            "attention.key": k,
+            "attention.value": v,
+            "attention.output": o,
+            "mlp.up": "intermediate.dense",
+            "mlp.down": "output.dense",
+            "attention": core,
+        },
+    )
+
+
+_LLAMA = Architecture(
+    ("layers",),
+    {
+        "attention.query": "self_attn.q_proj",
+        "attention.key": "self_attn.k_proj",
+        "attention.value": "self_attn.v_proj",
+        "attention.output": "self_attn.o_proj",
+        "mlp.up": "mlp.up_proj",
+        "mlp.down": "mlp.down_proj",
+        "attention": "self_attn",
+        "mlp": "mlp",
+    },
+)
+_ATTN = "attention.attn"
+ARCHITECTURES: dict[str, Architecture] = {
+    "bert": _bert(),
+    "roberta": _bert(),
+    "xlm-roberta": _bert(),
+    "electra": _bert(),
+    "mpnet": _bert(f"{_ATTN}.q", f"{_ATTN}.k", f"{_ATTN}.v", f"{_ATTN}.o", _ATTN),
+    "distilbert": Architecture(
+        ("transformer.layer",),
+        {
+            "attention.query": "attention.q_lin",
+            "attention.key": "attention.k_lin",
+            "attention.value": "attention.v_lin",
+            "attention.output": "attention.out_lin",
+            "mlp.up": "ffn.lin1",
+            "mlp.down": "ffn.lin2",
+            "attention": "attention",
+            "mlp": "ffn",
+        },
+    ),
+    "gpt2": Architecture(
+        ("h",),
+        {
+            "attention.query": "attn.c_attn[0/3]",
+            "attention.key": "attn.c_attn[1/3]",
+            "attention.value": "attn.c_attn[2/3]",
+            "attention.output": "attn.c_proj",
+            "mlp.up": "mlp.c_fc",
+            "mlp.down": "mlp.c_proj",
+            "attention": "attn",
+            "mlp": "mlp",
+        },
+    ),
+    "opt": Architecture(
+        ("decoder.layers",),
+        {
+            "attention.query": "self_attn.q_proj",
+            "attention.key": "self_attn.k_proj",
+            "attention.value": "self_attn.v_proj",
+            "attention.output": "self_attn.out_proj",
+            "mlp.up": "fc1",
+            "mlp.down": "fc2",
+            "attention": "self_attn",
+        },
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "t5": Architecture(
+        ("encoder.block", "decoder.block"),
+        {
+            "attention.query": r"layer\.\d\.SelfAttention\.q",
+            "attention.key": r"layer\.\d\.SelfAttention\.k",
+            "attention.value": r"layer\.\d\.SelfAttention\.v",
+            "attention.output": r"layer\.\d\.SelfAttention\.o",
+            "mlp.up": r"layer\.\d\.DenseReluDense\.wi(_1)?",
+            "mlp.down": r"layer\.\d\.DenseReluDense\.wo",
+            "attention": r"layer\.\d\.SelfAttention",
+            "mlp": r"layer\.\d\.DenseReluDense",
+        },
+    ),
+}
+
+
+class SiteMap:
+    """The sites of one model.
+
+    Attributes:
+        backbone_path: path of the backbone in the model ("" when the model is one).
+        block_paths: paths of all blocks, in order.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+        backbone = getattr(model, "base_model", model)
+        self.backbone_path = next(path for path, m in self.modules.items() if m is backbone)
+        config = getattr(model, "config", None)
+        self.model_type = getattr(config, "model_type", type(model).__name__)
+        self.architecture = ARCHITECTURES.get(self.model_type)
+        self.block_paths = self._find_blocks()
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        self.embedding_path = next((p for p, m in self.modules.items() if m is embedding), None)
+
+    def _find_blocks(self) -> list[str]:
+        prefix = self.backbone_path + "." if self.backbone_path else ""
+        if self.architecture:
+            lists = [prefix + name for name in self.architecture.blocks]
+        else:  # unknown family: its longest list of modules is its blocks
+            candidates = [p for p, m in self.modules.items() if isinstance(m, nn.ModuleList)]
+            lists = sorted(candidates, key=lambda p: -len(self.modules[p]))[:1]
+        return [f"{p}.{i}" for p in lists if p in self.modules for i in range(len(self.modules[p]))]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, in order."""
+        return [self.modules[path] for path in self.block_paths]
+
+    def layer_of(self, path: str) -> int | None:
+        """Index of the block that contains ``path``; None outside the blocks."""
+        for index, block in enumerate(self.block_paths):
+            if path == block or path.startswith(block + "."):
+                return index
+        return None
+
+    def head_paths(self) -> list[str]:
+        """Top-level modules beside the backbone that hold parameters: the task head."""
+        if not self.backbone_path:
+            return []
+        root = self.backbone_path.split(".")[0]
+        return [
+            path
+            for path, module in self.modules.items()
+            if path and "." not in path and path != root and any(True for _ in module.parameters())
+        ]
+
+    def resolve(self, targets: Iterable[str], layers: Iterable[int] | None = None) -> list[Site]:
+        """Sites of all ``targets``, in the order of the model, each once.
+
+        Args:
+            targets: semantic names, module paths, ends of paths, or regular expressions.
+            layers: keep only sites in these blocks.
+
+        Raises:
+            InputError: a target matches nothing, a layer does not exist.
+        """
+        found: dict[tuple[str, tuple[int, int] | None], Site] = {}
+        for target in targets:
+            matches = self._match(target)
+            if not matches:
+                raise self._no_match(target)
+            found.update({(site.path, site.part): site for site in matches})
+        order = {path: i for i, path in enumerate(self.modules)}
+        sites = sorted(found.values(), key=lambda s: (order[s.path], s.part or (0, 0)))
+        if layers is None:
+            return sites
+        wanted = set(layers)
+        unknown = sorted(wanted - set(range(len(self.block_paths))))
+        if unknown or not wanted:
+            raise InputError(
+                f"layers {unknown or 'is empty'}: this model has blocks 0 to "
+                f"{len(self.block_paths) - 1}."
+            )
+        kept = [site for site in sites if site.layer in wanted]
+        if not kept:
+            raise InputError(f"none of {sorted(set(targets))} lies in the layers {sorted(wanted)}.")
+        return kept
+
+    def _match(self, target: str) -> list[Site]:
+        if target in SEMANTIC:
+            return self._match_semantic(target)
+        paths = [p for p in self.modules if p and (p == target or p.endswith("." + target))]
+        if not paths:
+            try:
+                pattern = re.compile(target)
+            except re.error as error:
+                raise InputError(f"site {target!r} is not a regular expression: {error}") from error
+            paths = [p for p in self.modules if p and pattern.fullmatch(p)]
+        return [self._site(path) for path in paths]
+
+    def _match_semantic(self, target: str) -> list[Site]:
+        if target == "embedding":
+            return [self._site(self.embedding_path)] if self.embedding_path else []
+        if target == "head":
+            return [self._site(path) for path in self.head_paths()]
+        if target == "block":
+            return [self._site(path) for path in self.block_paths]
+        if target == "norm":
+            return [
+                self._site(p) for p, m in self.modules.items() if type(m).__name__.endswith("Norm")
+            ]
+        if self.architecture is None:
+            raise InputError(
+                f"the site name {target!r} has no meaning yet for the architecture "
+                f"{self.model_type!r} (known: {', '.join(sorted(ARCHITECTURES))}). Use module names "
+                "or a regular expression instead."
+            )
+        rule = self.architecture.sites.get(target)
+        if rule is None:
+            raise InputError(
+                f"{self.model_type} has no single module for {target!r}; it has "
+                f"{', '.join(self.architecture.sites)}, block, norm, embedding, head."
+            )
+        split = re.fullmatch(r"(.*)\[(\d+)/(\d+)\]", rule)
+        pattern, index, count = split.groups() if split else (rule, None, None)
+        compiled = re.compile(pattern)
+        sites = []
+        for block in self.block_paths:
+            inside = (p for p in self.modules if p.startswith(block + "."))
+            for path in (p for p in inside if compiled.fullmatch(p[len(block) + 1 :])):
+                site = self._site(path)
+                if index is not None:
+                    width = site.total_out_features // int(count)
+                    part = (int(index) * width, (int(index) + 1) * width)
+                    site = Site(path, site.module, site.layer, part)
+                sites.append(site)
+        return sites
+
+    def _site(self, path: str) -> Site:
+        return Site(path, self.modules[path], self.layer_of(path))
+
+    def _no_match(self, target: str) -> InputError:
+        leaves = {path.rsplit(".", 1)[-1] for path in self.modules if path}
+        names = sorted({*SEMANTIC, *leaves, *self.modules} - {""})
+        near = get_close_matches(target, names, n=5, cutoff=0.4) or SEMANTIC[:6]
+        return InputError(
+            f"the site {target!r} matches no module of {self.model_type}; nearest: "
+            f"{', '.join(near)}. `deltacontrol inspect` prints the module tree."
+        )
