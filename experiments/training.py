@@ -1,0 +1,293 @@
+"""The training loop: minimise the loss over the controls of a `DeltaModel`.
+
+Randomness is stateless. The batch of a step is a function of (seed, step), and so is the state of
+torch's generator when the step begins, so that a training continued from a checkpoint repeats the
+uninterrupted one exactly, on the same hardware with the same number of threads.
+
+    update t = 0..steps-1:   g = ∇_u loss(batch(t)),  clipped to max_grad_norm
+                             u ← AdamW(u, g; learning_rate(t), weight_decay)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from experiments import checkpoints, resources
+from experiments.gradients import accumulate, num_tokens
+from experiments.modes import training_mode
+from experiments.schedules import learning_rate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from deltas import DeltaModel
+
+UNTIMED_STEPS = 5
+FINAL_STEPS = 10
+
+
+class Batches(Protocol):
+    """Training data: a batch as a function of the step."""
+
+    def batch(self, step: int) -> dict[str, Any]:
+        """Arguments of the model for update `step`: tensors with the examples first, "labels"."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+        steps: Number of updates.
+        learning_rate: Peak rate.
+        seed: Seed of everything random during training.
+        kind: "classification", "regression" or "causal-lm".
+        schedule, warmup: See `schedules.learning_rate`.
+        weight_decay: Decoupled weight decay of AdamW, on all controls.
+        max_grad_norm: The gradient is scaled down to this norm; None leaves it.
+        grad_accumulation: A batch is processed in this many slices: less memory, the same update.
+        gradient_checkpointing: Recompute each block in the backward pass: less memory, more time.
+        precision, device: See `resources`.
+        dropout: Whether the base model's own dropout acts.
+        eval_every: Evaluate after every so many updates; None for never.
+        patience: Stop after so many evaluations without a better one, and keep the best controls.
+        monitor, larger_is_better: The metric that decides that.
+        checkpoint_seconds: Time between checkpoints.
+    """
+
+    steps: int
+    learning_rate: float
+    seed: int = 0
+    kind: str = "classification"
+    schedule: str = "linear"
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    grad_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    precision: str = "auto"
+    device: str = "auto"
+    dropout: bool = False
+    eval_every: int | None = None
+    patience: int | None = None
+    monitor: str = "accuracy"
+    larger_is_better: bool = True
+    checkpoint_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training gave.
+
+    Attributes:
+        status: "completed", "early_stopped" or "diverged".
+        message: What happened, where it is not "completed".
+        curve: One row per step: step (1-based), loss before the update, learning_rate, grad_norm,
+            tokens, seconds, and, where an evaluation followed the update, validation_<metric>.
+        controls: The trained controls; those of the best evaluation where `patience` was set.
+        best: {"step", "value"} of the monitored metric, or None.
+        measures: final_train_loss (mean of the last 10 steps), seconds_per_step (median; the first
+            5 steps of each attempt left out), seconds_per_step_iqr, tokens_per_second,
+            peak_memory_bytes, baseline_memory_bytes, memory_method, precision, device.
+        earlier_seconds: Time spent by interrupted attempts.
+    """
+
+    status: str
+    message: str
+    curve: pd.DataFrame
+    controls: dict[str, Tensor]
+    best: dict[str, float] | None
+    measures: dict[str, Any] = field(default_factory=dict)
+    earlier_seconds: float = 0.0
+
+
+def train(
+    delta_model: DeltaModel,
+    data: Batches,
+    settings: Settings,
+    *,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    checkpoint_dir: Path | None = None,
+    progress: bool = True,
+) -> TrainingResult:
+    """Train the controls of `delta_model` in place.
+
+    Args:
+        delta_model: A model with its controls.
+        data: The batches.
+        settings: How to train.
+        evaluate: Metrics of the model on validation data; needed for `settings.eval_every`.
+        checkpoint_dir: Where to keep a checkpoint; one that is there is continued from.
+        progress: Whether to draw a progress bar.
+
+    Returns:
+        The result. A loss or gradient that is not finite ends the training with status "diverged",
+        before it reaches the controls.
+
+    Raises:
+        InputError: The checkpoint folder cannot be used; a batch smaller than its number of slices.
+    """
+    device = resources.choose_device(settings.device)
+    precision = resources.choose_precision(settings.precision, device)
+    accelerator = _accelerator(device, precision)
+    controls = delta_model.trainable()
+    optimizer = torch.optim.AdamW(
+        controls.values(),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        foreach=True,
+    )
+    model, prepared = accelerator.prepare(delta_model, optimizer)
+    run, best_controls = checkpoints.Progress(), None
+    if checkpoint_dir is not None:
+        run, best_controls = checkpoints.load(checkpoint_dir, controls, optimizer)
+    earlier, began, saved = run.seconds, time.perf_counter(), time.perf_counter()
+    memory = resources.PeakMemory(device)
+    status, message, first = "completed", "", run.step
+    bar = tqdm(
+        total=settings.steps,
+        initial=run.step,
+        desc="training",
+        disable=not (progress and accelerator.is_main_process),
+    )
+    with bar, training_mode(delta_model, settings.dropout, settings.gradient_checkpointing):
+        for step in range(run.step, settings.steps):
+            start = time.perf_counter()
+            rate = learning_rate(
+                step,
+                peak=settings.learning_rate,
+                steps=settings.steps,
+                warmup=settings.warmup,
+                schedule=settings.schedule,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batch = data.batch(step)
+            loss = accumulate(
+                accelerator,
+                model,
+                batch,
+                kind=settings.kind,
+                seed=settings.seed,
+                step=step,
+                slices=settings.grad_accumulation,
+            )
+            norm = float(accelerator.clip_grad_norm_(controls.values(), _bound(settings)))
+            if math.isfinite(loss) and math.isfinite(norm):
+                prepared.step()
+            else:
+                status, message = "diverged", _divergence(step + 1, loss, norm, rate)
+            optimizer.zero_grad(set_to_none=True)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            row: dict[str, Any] = {
+                "step": step + 1,
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": norm,
+                "tokens": num_tokens(batch),
+                "seconds": time.perf_counter() - start,
+                "timed": step - first >= UNTIMED_STEPS,
+            }
+            run.rows.append(row)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            if status == "diverged":
+                break
+            run.step = step + 1
+            if evaluate and settings.eval_every and run.step % settings.eval_every == 0:
+                metrics = evaluate(delta_model)
+                row.update({f"validation_{name}": value for name, value in metrics.items()})
+                if _improved(run, metrics[settings.monitor], settings) and settings.patience:
+                    best_controls = {k: v.detach().cpu().clone() for k, v in controls.items()}
+                if settings.patience and run.stale >= settings.patience:
+                    status = "early_stopped"
+                    message = (
+                        f"stopped after step {run.step}: {settings.monitor} has not improved on "
+                        f"{run.best['value']:.4g} of step {run.best['step']:.0f}"  # type: ignore[index]
+                    )
+                    break
+            now = time.perf_counter()
+            if checkpoint_dir and run.step < settings.steps:
+                if now - saved >= settings.checkpoint_seconds and accelerator.is_main_process:
+                    run.seconds = earlier + now - began
+                    run.peak_memory = max(run.peak_memory, memory.peak())
+                    checkpoints.save(checkpoint_dir, run, controls, optimizer, best_controls)
+                    saved = time.perf_counter()
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if settings.patience and best_controls:
+        with torch.no_grad():
+            for name, parameter in controls.items():
+                parameter.copy_(best_controls[name])
+    measures = _measures(run, memory, precision, device)
+    return TrainingResult(
+        status, message, _curve(run), delta_model.state(), run.best, measures, earlier
+    )
+
+
+def _accelerator(device: str, precision: str) -> Accelerator:
+    # Accelerate keeps one global state, and refuses another precision or device in one process.
+    AcceleratorState._reset_state(reset_partial_state=int(os.environ.get("WORLD_SIZE", "1")) == 1)
+    mixed = "bf16" if precision == "bf16" else "no"
+    return Accelerator(mixed_precision=mixed, cpu=device == "cpu")
+
+
+def _bound(settings: Settings) -> float:
+    return math.inf if settings.max_grad_norm is None else settings.max_grad_norm
+
+
+def _divergence(step: int, loss: float, norm: float, rate: float) -> str:
+    what = f"the loss was {loss}" if not math.isfinite(loss) else f"the gradient norm was {norm}"
+    return (
+        f"diverged at step {step}: {what} (loss {loss:.4g}, learning rate {rate:.3g}); "
+        "try a lower learning rate, a longer warm-up, a smaller max_grad_norm or precision fp32"
+    )
+
+
+def _improved(run: checkpoints.Progress, value: float, settings: Settings) -> bool:
+    sign = 1.0 if settings.larger_is_better else -1.0
+    if math.isfinite(value) and (run.best is None or sign * value > sign * run.best["value"]):
+        run.best, run.stale = {"step": float(run.step), "value": value}, 0
+        return True
+    run.stale += 1
+    return False
+
+
+def _curve(run: checkpoints.Progress) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(run.rows).drop(columns="timed", errors="ignore")
+
+
+def _measures(
+    run: checkpoints.Progress, memory: resources.PeakMemory, precision: str, device: str
+) -> dict[str, Any]:
+    import numpy as np
+
+    timed = [row for row in run.rows if row["timed"]] or run.rows
+    seconds = np.array([row["seconds"] for row in timed])
+    low, median, high = np.percentile(seconds, [25, 50, 75])
+    return {
+        "final_train_loss": float(np.mean([row["loss"] for row in run.rows[-FINAL_STEPS:]])),
+        "seconds_per_step": float(median),
+        "seconds_per_step_iqr": float(high - low),
+        "tokens_per_second": float(sum(row["tokens"] for row in timed) / seconds.sum()),
+        "peak_memory_bytes": max(run.peak_memory, memory.peak()),
+        "baseline_memory_bytes": memory.baseline,
+        "memory_method": memory.method,
+        "precision": precision,
+        "device": device,
+    }

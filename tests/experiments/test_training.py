@@ -1,0 +1,357 @@
+"""The training loop: exact resume, slices, modes, early stopping, divergence, metrics."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from deltas import FullFineTuning, HeadTuning, LoRA, attach
+from experiments import checkpoints, resources
+from experiments.evaluation import evaluate
+from experiments.gradients import step_seed
+from experiments.schedules import learning_rate
+from experiments.training import Settings, train
+from theory.errors import InputError
+
+VOCABULARY, WIDTH = 50, 16
+
+
+def bert(num_labels: int = 2, dropout: float = 0.1, **overrides):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        num_labels=num_labels,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        **overrides,
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def opt():
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        word_embed_proj_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=32,
+        max_position_embeddings=16,
+        dropout=0.5,
+    )
+    return OPTForCausalLM(config).eval()
+
+
+class ParityBatches:
+    """Label 1 where the first token is odd: learnable; a batch is a function of (seed, step)."""
+
+    def __init__(self, seed: int = 0, rows: int = 8, kind: str = "classification") -> None:
+        self.seed, self.rows, self.kind = seed, rows, kind
+
+    def batch(self, step: int) -> dict:
+        generator = np.random.default_rng([self.seed, step])
+        ids = torch.from_numpy(generator.integers(2, VOCABULARY, (self.rows, 6)))
+        mask = torch.ones_like(ids)
+        mask[: self.rows // 2, 4:] = 0
+        if self.kind == "causal-lm":
+            labels = ids.masked_fill(mask == 0, -100)
+        elif self.kind == "regression":
+            labels = (ids[:, 0] / VOCABULARY).float()
+        else:
+            labels = ids[:, 0] % 2
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def lora_model(**overrides):
+    return attach(bert(**overrides), LoRA(rank=2, dropout=0.2), HeadTuning(), seed=0)
+
+
+def settings(**overrides) -> Settings:
+    defaults = {"steps": 12, "learning_rate": 3e-3, "weight_decay": 0.01, "precision": "fp32"}
+    return Settings(**(defaults | {"device": "cpu"} | overrides))
+
+
+def fit(model, batches=None, **options):
+    keys = ("evaluate", "checkpoint_dir")
+    extra = {key: options.pop(key) for key in keys if key in options}
+    kind = options.get("kind", "classification")
+    data = batches or ParityBatches(kind=kind)
+    return train(model, data, settings(**options), progress=False, **extra)
+
+
+def validate(model) -> dict[str, float]:
+    return evaluate(model, [ParityBatches(seed=9).batch(0)], "classification")
+
+
+class Stop(Exception):
+    pass
+
+
+class Interrupted(ParityBatches):
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def batch(self, step: int) -> dict:
+        if step == self.at:
+            raise Stop
+        return super().batch(step)
+
+
+@pytest.mark.parametrize("delta", [LoRA(rank=2, dropout=0.2), FullFineTuning()])
+def test_resumed_training_equals_uninterrupted_bit_for_bit(tmp_path, delta):
+    def model():
+        extra = () if delta.trains_head else (HeadTuning(),)
+        return attach(bert(), delta, *extra, seed=0)
+
+    options = {"eval_every": 3, "patience": 10, "dropout": True, "evaluate": validate}
+    whole = fit(model(), **options)
+    for at in (2, 7):
+        with pytest.raises(Stop):
+            fit(
+                model(),
+                Interrupted(at),
+                checkpoint_dir=tmp_path,
+                checkpoint_seconds=0.0,
+                **options,
+            )
+    resumed = fit(model(), checkpoint_dir=tmp_path, checkpoint_seconds=0.0, **options)
+    assert resumed.earlier_seconds > 0
+    drop = ["seconds"]
+    pd.testing.assert_frame_equal(
+        whole.curve.drop(columns=drop), resumed.curve.drop(columns=drop), check_exact=True
+    )
+    assert whole.controls.keys() == resumed.controls.keys()
+    assert all(torch.equal(whole.controls[k], resumed.controls[k]) for k in whole.controls)
+    assert whole.best == resumed.best
+
+
+def test_same_seed_same_numbers_other_seed_other_numbers():
+    first, second = fit(lora_model()), fit(lora_model())
+    assert first.curve["loss"].equals(second.curve["loss"])
+    assert not first.curve["loss"].equals(fit(lora_model(), seed=1).curve["loss"])
+
+
+def test_damaged_or_foreign_checkpoint_is_reported(tmp_path):
+    with pytest.raises(Stop):
+        fit(lora_model(), Interrupted(3), checkpoint_dir=tmp_path, checkpoint_seconds=0.0)
+    with pytest.raises(InputError, match="cannot be used.*delete the folder"):
+        fit(attach(bert(), HeadTuning(), LoRA(rank=4)), checkpoint_dir=tmp_path)
+    path = tmp_path / checkpoints.FILE
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="cannot be used.*delete the folder"):
+        fit(lora_model(), checkpoint_dir=tmp_path)
+
+
+def test_training_learns_only_the_controls():
+    model = attach(bert(dropout=0.0), FullFineTuning(), seed=0)
+    base = {k: v.clone() for k, v in bert(dropout=0.0).state_dict().items()}
+    result = fit(model, ParityBatches(rows=32), steps=60, learning_rate=1e-2)
+    assert result.status == "completed" and result.measures["final_train_loss"] < 0.4
+    assert result.curve["step"].tolist() == list(range(1, 61))
+    assert all(torch.equal(v, base[k]) for k, v in model.detach().state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (bert, "classification"),
+        (lambda: bert(num_labels=1, problem_type="regression"), "regression"),
+        (llama, "causal-lm"),
+    ],
+)
+def test_slices_give_the_same_update(make, kind):
+    def run(slices):
+        model = attach(make(), FullFineTuning(), seed=0)
+        return fit(model, kind=kind, grad_accumulation=slices, steps=3)
+
+    whole, sliced = run(1), run(4)
+    np.testing.assert_allclose(whole.curve["loss"], sliced.curve["loss"], rtol=1e-4)
+    np.testing.assert_allclose(whole.curve["grad_norm"], sliced.curve["grad_norm"], rtol=1e-3)
+
+
+def test_too_many_slices():
+    with pytest.raises(InputError, match="choose batch_size >= 9"):
+        fit(lora_model(), grad_accumulation=9)
+
+
+@pytest.mark.parametrize("make", [bert, opt])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_gradient_checkpointing_changes_nothing(make, dropout):
+    kind = "causal-lm" if make is opt else "classification"
+
+    def run(on):
+        base, calls = make(), []
+        next(m for m in base.modules() if "Attention" in type(m).__name__).register_forward_hook(
+            lambda *_: calls.append(1)
+        )
+        model = attach(base, LoRA(rank=2), seed=0)
+        result = fit(model, kind=kind, gradient_checkpointing=on, dropout=dropout, steps=3)
+        assert len(calls) == (6 if on else 3)
+        assert not any(m.training for m in model.model.modules())
+        assert not any(getattr(m, "gradient_checkpointing", False) for m in model.model.modules())
+        return result
+
+    np.testing.assert_allclose(run(False).curve["loss"], run(True).curve["loss"], rtol=1e-6)
+
+
+def test_dropout_acts_only_when_asked():
+    without, zero, with_ = (
+        fit(attach(bert(dropout=p), HeadTuning()), dropout=flag, steps=2).curve["loss"]
+        for p, flag in ((0.5, False), (0.0, True), (0.5, True))
+    )
+    assert without.equals(zero) and not without.equals(with_)
+
+
+def test_early_stopping_keeps_the_best_controls():
+    values = iter([0.5, 0.7, 0.6, 0.6, 0.9])
+    seen = []
+
+    def scripted(model):
+        seen.append(model.state())
+        return {"accuracy": next(values)}
+
+    result = fit(lora_model(), eval_every=2, patience=2, evaluate=scripted)
+    assert (
+        result.status == "early_stopped" and "has not improved on 0.7 of step 4" in result.message
+    )
+    assert result.best == {"step": 4.0, "value": 0.7}
+    assert all(torch.equal(v, result.controls[k]) for k, v in seen[1].items())
+    assert result.curve["validation_accuracy"].dropna().tolist() == [0.5, 0.7, 0.6, 0.6]
+
+
+def test_divergence_stops_with_finite_controls_and_advice():
+    class Poisoned(ParityBatches):
+        def batch(self, step):
+            batch = super().batch(step)
+            return batch | ({"labels": batch["labels"] * math.inf} if step == 4 else {})
+
+    model = attach(bert(num_labels=1, problem_type="regression"), HeadTuning())
+    result = fit(model, Poisoned(kind="regression"), kind="regression")
+    assert result.status == "diverged" and len(result.curve) == 5
+    for word in ("step 5", "loss", "learning rate", "try a lower learning rate"):
+        assert word in result.message
+    assert all(v.isfinite().all() for v in result.controls.values())
+
+
+def test_measures():
+    result = fit(lora_model())
+    measures = result.measures
+    timed = result.curve["seconds"][5:]
+    assert measures["seconds_per_step"] == pytest.approx(timed.median())
+    assert measures["peak_memory_bytes"] >= measures["baseline_memory_bytes"] > 10**7
+    assert measures["tokens_per_second"] == pytest.approx(40 * len(timed) / timed.sum())
+    assert measures["final_train_loss"] == pytest.approx(result.curve["loss"][-10:].mean())
+
+
+def test_peak_memory_sees_an_allocation():
+    memory = resources.PeakMemory("cpu")
+    size = 200_000_000
+    del_me = torch.ones(size // 4)
+    del del_me
+    if "VmHWM" in memory.method:
+        assert memory.peak() - memory.baseline == pytest.approx(size, rel=0.2)
+
+
+def test_devices_and_precisions():
+    assert resources.choose_precision("bf16", "cpu") == "bf16"
+    expected = "bf16" if resources.cpu_computes_bf16() else "fp32"
+    assert resources.choose_precision("auto", "cpu") == expected
+    with pytest.raises(InputError, match="nearest: bf16"):
+        resources.choose_precision("bf61", "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no GPU"):
+            resources.choose_device("cuda")
+    exact, half = fit(lora_model()), fit(lora_model(), precision="bf16")
+    assert half.measures["precision"] == "bf16"
+    np.testing.assert_allclose(exact.curve["loss"], half.curve["loss"], rtol=0.05)
+    assert not exact.curve["loss"].equals(half.curve["loss"])
+
+
+def test_schedules():
+    def rates(schedule):
+        options = {"peak": 2.0, "steps": 10, "warmup": 0.2, "schedule": schedule}
+        return [learning_rate(t, **options) for t in range(10)]
+
+    for schedule in ("linear", "cosine", "constant"):
+        assert rates(schedule)[:3] == [1.0, 2.0, 2.0]
+    assert rates("linear")[-1] == pytest.approx(2.0 / 8)
+    assert rates("cosine")[6] == pytest.approx(1.0)
+    assert rates("constant")[-1] == 2.0
+    with pytest.raises(InputError, match="nearest: linear"):
+        rates("liner")
+
+
+def test_step_seeds_differ():
+    seeds = {step_seed(s, t, r, p) for s in (0, 1) for t in (0, 1) for r in (0, 1) for p in (0, 1)}
+    assert len(seeds) == 16 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_metrics_against_their_definitions():
+    model = lora_model()
+    batches = [ParityBatches(seed=9).batch(step) for step in range(3)]
+    metrics = evaluate(model, batches, "classification")
+    labels = torch.cat([b["labels"] for b in batches])
+    with torch.no_grad():
+        inputs = [{k: v for k, v in b.items() if k != "labels"} for b in batches]
+        logits = torch.cat([model(**i).logits for i in inputs])
+    guess = logits.argmax(-1)
+    f1 = []
+    for c in (0, 1):
+        hits = ((guess == c) & (labels == c)).sum()
+        f1.append(float(2 * hits / ((guess == c).sum() + (labels == c).sum())))
+    assert metrics["accuracy"] == pytest.approx(float((guess == labels).float().mean()))
+    assert metrics["macro_f1"] == pytest.approx(sum(f1) / 2)
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_language_model_metrics_weigh_by_tokens():
+    model = attach(llama(), LoRA(rank=2))
+    batches = [ParityBatches(rows=r, kind="causal-lm").batch(r) for r in (2, 6)]
+    metrics = evaluate(model, batches, "causal-lm")
+    total, count = 0.0, 0
+    for batch in batches:
+        tokens = int((batch["labels"][:, 1:] != -100).sum())
+        with torch.no_grad():
+            total += float(model(**batch).loss) * tokens
+        count += tokens
+    assert metrics["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_regression_metrics():
+    model = attach(bert(num_labels=1, problem_type="regression"), HeadTuning())
+    metrics = evaluate(model, [ParityBatches(kind="regression").batch(0)], "regression")
+    assert -1 <= metrics["pearson"] <= 1 and metrics["mse"] > 0
