@@ -1,8 +1,7 @@
 """Prefixes enter through the attention interface of transformers, not through the model's code.
 
-``intercept`` switches a model from the implementation "sdpa" (or "eager") to a registered one of the
-same name that appends prefix keys and values where a module has some, and then calls the stock
-function. Without a prefix the result is the stock model's, exactly.
+``intercept`` switches a model from the implementation "sdpa" (or "eager") to a registered one that
+puts prefix keys and values in front where a module has some, and then calls the stock function. Without a prefix the result is the stock model's, exactly.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A delta: the configuration of a control law, and how it is laid on a frozen model.
 
-A delta is a frozen dataclass. ``build(host)`` creates its controllers at the sites that it targets;
-everything it may do to a model goes through :class:`deltas.host.Host`, which records how to undo it.
-A new method is one file in ``deltas/methods``; it is found by itself.
+A delta is a frozen dataclass. ``build(host)`` creates its controllers at the sites that it targets.
+Everything it may do to a model goes through :class:`deltas.host.Host`, which records how to undo
+it. A new method is one file in ``deltas/methods``; it is found by itself.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ class TransformerDynamics(Dynamics):
     def __init__(self, delta_model: DeltaModel, batch: Mapping[str, Any]) -> None:
         if delta_model.host.shared:
             raise InputError(
-                f"the control {delta_model.host.shared[0]} acts on all layers at once, so it has no "
-                "layer of its own; the layered dynamics take layer-wise deltas such as lora."
+                f"the control {delta_model.host.shared[0]} acts on all layers at once, so it has "
+                "no layer of its own; the layered dynamics take layer-wise deltas such as lora."
             )
         if delta_model.model.config.is_encoder_decoder:
             raise InputError(

@@ -68,8 +68,8 @@ class Site:
         if isinstance(self.module, Conv1D):
             return self.module.weight.shape[0], self.module.weight.shape[1]
         raise InputError(
-            f"{self.path} is a {type(self.module).__name__}, not a linear map; expected a Linear or "
-            "Conv1D. Choose sites such as attention.query, attention.value or mlp.down."
+            f"{self.path} is a {type(self.module).__name__}, not a linear map; expected a Linear "
+            "or Conv1D. Choose sites such as attention.query, attention.value or mlp.down."
         )
 
 
@@ -289,8 +289,8 @@ class SiteMap:
         if self.architecture is None:
             raise InputError(
                 f"the site name {target!r} has no meaning yet for the architecture "
-                f"{self.model_type!r} (known: {', '.join(sorted(ARCHITECTURES))}). Use module names "
-                "or a regular expression instead."
+                f"{self.model_type!r} (known: {', '.join(sorted(ARCHITECTURES))}). Use module "
+                "names or a regular expression instead."
             )
         rule = self.architecture.sites.get(target)
         if rule is None:

@@ -45,7 +45,7 @@ class BitFit(Delta):
         biases = [name for name in names if name.rpartition(".")[2] == "bias"]
         if not biases:
             raise InputError(
-                f"{host.sites.model_type} has no bias at {self.sites or 'any module'}, so BitFit has "
-                "nothing to train; choose another delta, such as lora or houlsby."
+                f"{host.sites.model_type} has no bias at {self.sites or 'any module'}, so BitFit "
+                "has nothing to train; choose another delta, such as lora or houlsby."
             )
         return biases

@@ -16,11 +16,11 @@ from theory.errors import InputError
 
 @dataclass(frozen=True)
 class PromptTuning(Delta):
-    """[P; E(x)]: extra rows of the initial state and no control after it (Lester et al., Section 2).
+    """[P; E(x)]: extra rows of the initial state, no control after it (Lester et al., Section 2).
 
-    The rows are taken off again behind the backbone's last block, so that heads, pooling and token losses see
-    the text's own positions. They start as rows of the embedding matrix, drawn at random, or
-    Gaussian; without training the model's output changes.
+    The rows are taken off again behind the backbone's last block, so that heads, pooling and token
+    losses see the text's own positions. They start as embeddings of random tokens, or Gaussian;
+    without training the model's output changes.
 
     Attributes:
         length: n, number of prompt positions.
@@ -97,8 +97,8 @@ class Prompt(nn.Module):
         if self.inserted:
             if self.limit is not None and text.shape[1] + length > self.limit:
                 raise InputError(
-                    f"a prompt of {length} and a text of {text.shape[1]} tokens are longer than the "
-                    f"{self.limit} positions of the model; shorten max_length or the prompt."
+                    f"a prompt of {length} and a text of {text.shape[1]} tokens are longer than "
+                    f"the {self.limit} positions of the model; shorten max_length or the prompt."
                 )
             rows = self.rows.to(text.dtype).expand(len(text), -1, -1)
             kwargs["inputs_embeds"] = torch.cat([rows, text], dim=1)
