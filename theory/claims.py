@@ -83,14 +83,14 @@ class Threshold:
         """Check the operator and its bound."""
         if self.op not in _OPERATORS:
             raise unknown("threshold operator", self.op, _OPERATORS)
-        pair = isinstance(self.value, tuple | list)
-        if pair != (self.op == "within") or (pair and len(self.value) != 2):
+        bounds = self.value if isinstance(self.value, tuple | list) else (self.value,)
+        if len(bounds) != (2 if self.op == "within" else 1):
             raise InputError(
                 f"threshold {self.op!r} does not take the value {self.value!r}; 'within' takes a "
                 "pair (low, high), the others one number"
             )
-        plain = tuple(map(float, self.value)) if pair else float(self.value)
-        object.__setattr__(self, "value", plain)
+        plain = tuple(float(bound) for bound in bounds)
+        object.__setattr__(self, "value", plain if self.op == "within" else plain[0])
 
     def passes(self, value: float) -> bool:
         """Whether the number meets the condition; NaN never does."""

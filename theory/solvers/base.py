@@ -57,6 +57,7 @@ class Report(Protocol):
 
     def __call__(self, controls: Controls, objective: Tensor | float, gradient: Controls) -> bool:
         """Record the iterate and return True if the solver must stop."""
+        ...
 
 
 class Solver(ABC):
@@ -193,7 +194,7 @@ class _Recorder:
             self.best = controls
         if iteration:
             self.bar.update()
-        self.bar.set_postfix_str(f"J={value:.4g} residual={residual.norm:.2e}")
+        self.bar.set_postfix_str(f"J={value:.4g} residual={residual.norm:.2e}", refresh=False)
         if self.callback is not None:
             self.callback(Iterate(iteration, controls, value, residual, gradient))
         return not finite or residual.norm <= self.tol or iteration >= self.max_steps

@@ -21,7 +21,8 @@ class MSA(Solver):
 
     States come from a forward rollout under the present controls and costates from a backward
     sweep along them. As ``grad_u H_t = dJ/du_t``, the iterates are those of gradient descent on
-    ``J``; for a convex quadratic ``J`` they converge if ``step_size < 2/lambda_max`` of its Hessian.
+    ``J``; for a convex quadratic ``J`` they converge if ``step_size < 2/lambda_max`` of its
+    Hessian.
 
 
     Attributes:

@@ -27,8 +27,10 @@ class Shooting(Solver):
 
     scipy works in float64 on the CPU; the problem is evaluated in the dtype and on the device of
     ``u0``. scipy's own tolerances are off, so that the residual alone decides when to stop. Where
-    the line search can no longer lower ``J``, mostly because rounding hides the descent, the method
-    gives up and hands on scipy's message.
+    the line search can no longer lower ``J``, the method gives up and hands on scipy's message.
+    Mostly rounding hides the descent then: a residual below about ``(eps |J| lambda)^(1/2)``, with
+    ``lambda`` the curvature of ``J`` and ``eps`` the precision, cannot be reached by comparing
+    values of ``J``.
 
     Attributes:
         memory: the number of past steps from which curvature is estimated.
