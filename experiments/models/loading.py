@@ -1,0 +1,204 @@
+"""From a resolved model to modules: heads, seeds, precision, and what may be missing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from experiments.models.base import ResolvedModel
+from theory.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_CLASSES = {
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "backbone": "AutoModel",
+}
+
+
+def build(
+    model: ResolvedModel,
+    *,
+    kind: str,
+    num_labels: int | None,
+    pretrained: bool,
+    seed: int,
+    dtype: str | torch.dtype,
+    attn_implementation: str,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Build what `experiments.models.load` describes."""
+    import torch
+    import transformers
+
+    if kind not in _CLASSES:
+        raise unknown("kind of model", kind, _CLASSES)
+    precision = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(precision, torch.dtype) and precision.is_floating_point):
+        raise unknown("dtype", str(dtype), ["float32", "float64", "bfloat16", "float16"])
+    config, tokenizer = _config_and_tokenizer(model)
+    _set_task(config, kind, num_labels, model.name)
+    _set_padding(config, tokenizer, model.name)
+    auto = getattr(transformers, _CLASSES[kind])
+    architecture = _architecture(auto, config, kind, model.name)
+    if attn_implementation == "sdpa" and not architecture._supports_sdpa:
+        attn_implementation = "eager"
+    options: dict[str, Any] = {
+        "config": config,
+        "attn_implementation": attn_implementation,
+        # Drawing in float64 would give another head than drawing in float32.
+        "dtype": torch.float32 if precision == torch.float64 else precision,
+    }
+    with _drawn_from(seed), _without_load_report():
+        if pretrained:
+            built = _from_checkpoint(auto, model, kind, options)
+        else:
+            built = auto.from_config(options.pop("config"), **options)
+    if precision == torch.float64:
+        built = built.to(precision)
+    return built.eval(), tokenizer
+
+
+def _config_and_tokenizer(
+    model: ResolvedModel,
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(model.location)
+        tokenizer = AutoTokenizer.from_pretrained(model.location)
+    # Unreachable and unknown names are OSErrors; unknown architectures and tokenizers ValueErrors.
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _cannot_load(model, error) from error
+    if not tokenizer.is_fast:
+        raise InputError(f"{model.name} has no fast tokenizer (a tokenizer.json is needed).")
+    return config, tokenizer
+
+
+def _set_task(config: PretrainedConfig, kind: str, num_labels: int | None, name: str) -> None:
+    if kind == "classification":
+        if num_labels is None or num_labels < 2:
+            raise InputError(f"a classification needs num_labels of 2 or more, got {num_labels}.")
+        # Names of classes in the checkpoint stay when their number is the same.
+        if config.num_labels != num_labels:
+            config.num_labels = num_labels
+        config.problem_type = "single_label_classification"
+    elif kind == "regression":
+        if num_labels not in (None, 1):
+            raise InputError(f"a regression has one output, got num_labels={num_labels}.")
+        config.num_labels = 1
+        config.problem_type = "regression"
+    elif kind == "causal-lm":
+        if getattr(config, "is_encoder_decoder", False):
+            raise InputError(f"{name} is an encoder-decoder, not a causal language model.")
+        config.use_cache = False
+        # Encoders such as BERT see only the past when told so.
+        if getattr(config, "is_decoder", None) is False:
+            config.is_decoder = True
+
+
+def _set_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"the tokenizer of {name} has neither a padding nor an end token.")
+        tokenizer.pad_token = tokenizer.eos_token
+    # Sequence classifiers on decoders find the last token by this number.
+    config.pad_token_id = tokenizer.pad_token_id
+
+
+def _architecture(
+    auto: Any, config: PretrainedConfig, kind: str, name: str
+) -> type[PreTrainedModel]:
+    try:
+        found = auto._model_mapping[type(config)]
+    except KeyError:
+        raise InputError(
+            f"{name} is of type '{config.model_type}', for which transformers has no {kind} model."
+        ) from None
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _from_checkpoint(
+    auto: Any, model: ResolvedModel, kind: str, options: dict[str, Any]
+) -> PreTrainedModel:
+    try:
+        built, report = auto.from_pretrained(
+            model.location, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _cannot_load(model, error) from error
+    prefix = f"{built.base_model_prefix}."
+
+    def may_be_new(weight: str) -> bool:
+        if kind == "causal-lm":
+            return False
+        # Pooling layers belong to heads; many checkpoints are saved without.
+        return "pooler." in weight or (kind != "backbone" and not weight.startswith(prefix))
+
+    reshaped = {name: shapes for name, *shapes in report["mismatched_keys"]}
+    lacking = sorted(key for key in {*report["missing_keys"], *reshaped} if not may_be_new(key))
+    if lacking:
+        shown = ", ".join(
+            f"{key} (shape {tuple(reshaped[key][0])} there, {tuple(reshaped[key][1])} needed)"
+            if key in reshaped
+            else key
+            for key in lacking[:5]
+        )
+        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+        raise InputError(
+            f"the weights of {model.name} do not fit its {type(built).__name__}: missing or of "
+            f"another shape are {shown}{more}. Is config.json of another model, or the checkpoint "
+            f"not meant for {kind}?"
+        )
+    return built
+
+
+def _cannot_load(model: ResolvedModel, error: Exception) -> InputError:
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    if model.digest is None:
+        return InputError(
+            f"{model.name} could not be loaded from the hub: {reason}. Check the id and the "
+            "connection, or give a local folder or a packaged model (`deltacontrol models`)."
+        )
+    return InputError(f"{model.name} could not be loaded from {model.location}: {reason}.")
+
+
+@contextmanager
+def _drawn_from(seed: int) -> Iterator[None]:
+    """Draw from `seed` inside, and leave the global generator as it was."""
+    import torch
+
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keep transformers from reporting the new head and the unused weights as a problem.
+
+    Only that report is dropped: `_from_checkpoint` reads the same findings and raises where they
+    matter. Other warnings pass.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    def passes(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    bars = transformers_logging.is_progress_bar_enabled()
+    logger.addFilter(passes)
+    transformers_logging._tqdm_active = False
+    try:
+        yield
+    finally:
+        transformers_logging._tqdm_active = bars
+        logger.removeFilter(passes)
