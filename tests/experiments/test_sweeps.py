@@ -1,0 +1,198 @@
+"""Sweeps: every run once, failures that cost nobody else, and death at any moment."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from experiments.runs import RunStore
+from experiments.sweeps import run, run_all, threads_each
+from theory.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TOY = """
+import os, time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
+import pandas as pd
+from experiments.runs import Experiment, Outcome
+from theory.errors import InputError
+
+
+@dataclass(frozen=True)
+class Toy(Experiment):
+    kind: ClassVar[str] = "toy"
+    name: str = "a"
+    behaviour: str = "finish"
+    log: str = ""
+
+    def to_config(self):
+        return asdict(self)
+
+    @property
+    def label(self):
+        return f"toy {self.name}"
+
+    def execute(self, workspace):
+        with open(self.log, "a") as file:
+            file.write(f"{self.name} {os.getpid()}\\n")
+        if self.behaviour == "refuse":
+            raise InputError("no such thing; try another")
+        if self.behaviour == "fail":
+            raise KeyError("lost")
+        if self.behaviour == "die":
+            os._exit(9)
+        if self.behaviour == "sleep":
+            time.sleep(2.0)
+        if self.behaviour == "hang":
+            time.sleep(300)
+        return Outcome("completed", {"name": self.name}, pd.DataFrame({"step": [1]}))
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A class of experiments in a module that worker processes can import."""
+    (tmp_path / "toy_experiments.py").write_text(TOY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("toy_experiments", None)
+    module = importlib.import_module("toy_experiments")
+    log = tmp_path / "log"
+
+    def make(name, behaviour="finish"):
+        return module.Toy(name, behaviour, str(log))
+
+    make.log = lambda: log.read_text().split("\n")[:-1] if log.exists() else []
+    return make
+
+
+@pytest.fixture
+def store(tmp_path):
+    return RunStore(tmp_path / "runs")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds: float = 30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.05)
+
+
+def test_one_run(toy, store):
+    record = run(toy("a"), store, progress=False)
+    assert record.result == {"name": "a"} and record.provenance["wall_seconds"] > 0
+    assert run(toy("a"), store, progress=False) == record
+    assert len(toy.log()) == 1 and not list((store.root / ".partial").iterdir())
+
+
+def test_every_run_once_in_its_own_process_in_order(toy, store):
+    names = ["c", "a", "b", "a"]
+    records = run_all([toy(n) for n in names], store, workers=2, progress=False)
+    assert [r.result["name"] for r in records] == names
+    pids = {line.split()[1] for line in toy.log()}
+    assert len(toy.log()) == len(pids) == 3 and str(os.getpid()) not in pids
+    times = [r.folder.stat().st_mtime_ns for r in records]
+    again = run_all([toy(n) for n in [*names, "d"]], store, workers=2, progress=False)
+    assert [r.folder.stat().st_mtime_ns for r in again[:4]] == times
+    assert len(toy.log()) == 4
+    assert {r.provenance["hardware"]["threads"] for r in again} == {threads_each(2)}
+
+
+def test_failures_are_named_and_cost_nobody_else(toy, store):
+    runs = [
+        toy("good"),
+        toy("refused", "refuse"),
+        toy("failed", "fail"),
+        toy("dead", "die"),
+        toy("fine"),
+        toy("last"),
+    ]
+    with pytest.raises(InputError) as raised:
+        run_all(runs, store, workers=2, progress=False)
+    text = str(raised.value)
+    assert text.startswith("3 of 6 runs failed; the others are recorded")
+    for part in (
+        "toy refused",
+        "no such thing; try another",
+        "toy failed",
+        "KeyError: 'lost'",
+        "toy dead",
+        "perhaps for lack of memory",
+    ):
+        assert part in text
+    assert [r.result["name"] for r in map(store.find, runs) if r] == ["good", "fine", "last"]
+
+
+def test_workers_must_be_positive(toy, store):
+    with pytest.raises(InputError, match="workers is 0"):
+        run_all([toy("a")], store, workers=0)
+
+
+def script(tmp_path: Path, body: str) -> list[str]:
+    path = tmp_path / "sweep_script.py"
+    path.write_text(textwrap.dedent(body))
+    return [sys.executable, str(path)]
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+SWEEP = """
+    import sys
+    from experiments.runs import RunStore
+    from experiments import sweeps
+    from toy_experiments import Toy
+    sweeps.PRELOADED = ("torch",)
+    if __name__ == "__main__":
+        pairs = [text.split(":") for text in sys.argv[3:]]
+        experiments = [Toy(name, behaviour, sys.argv[2]) for name, behaviour in pairs]
+        sweeps.run_all(experiments, RunStore(sys.argv[1]), workers=2, progress=False)
+"""
+
+
+def start(tmp_path, store, *pairs) -> subprocess.Popen:
+    command = [*script(tmp_path, SWEEP), str(store.root), str(tmp_path / "log"), *pairs]
+    return subprocess.Popen(command, env=environment(tmp_path), stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_parent(toy, store, tmp_path, how):
+    parent = start(tmp_path, store, "a:hang", "b:hang")
+    wait_until(lambda: len(toy.log()) == 2)
+    pids = [int(line.split()[1]) for line in toy.log()]
+    assert all(map(alive, pids))
+    parent.send_signal(how)
+    assert parent.wait(20) != 0
+    parent.stderr.close()
+    wait_until(lambda: not any(map(alive, pids)), 10)
+    assert store.records() == []
+
+
+def test_two_sweeps_on_one_store_compute_each_run_once(toy, store):
+    def sweep(_):
+        return run_all([toy(name, "sleep") for name in "abc"], store, workers=2, progress=False)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(sweep, range(2))
+    assert first == second and len(first) == 3
+    assert sorted(line.split()[0] for line in toy.log()) == ["a", "b", "c"]
