@@ -167,7 +167,7 @@ def _exclusive(target: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(target) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise InputError(
                 f"cannot write to {target.parent}: {error.strerror}. "
                 f"Set {CACHE_VARIABLE} to a folder that you can write to."
