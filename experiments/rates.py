@@ -1,0 +1,49 @@
+"""Learning rates: those of the recorded search, and defaults where it has none."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from theory.errors import InputError
+
+# Peak learning rates where no search is recorded for (model, task, delta).
+DEFAULT_RATES = {
+    "full": 1e-4,
+    "last-layers": 2e-4,
+    "lora": 1e-3,
+    "houlsby": 1e-3,
+    "bitfit": 2e-3,
+    "head": 5e-3,
+    "subspace": 5e-3,
+    "prefix": 5e-3,
+    "prompt": 1e-2,
+}
+OTHER_RATE = 1e-3
+RATES_FILE = Path(__file__).parent / "studies" / "learning_rates.json"
+
+
+def default_rate(model: str, task: str, deltas: tuple[dict[str, Any], ...]) -> float:
+    """The learning rate of the recorded search for model/task/delta, else a default.
+
+    Several deltas together are looked up as `a+b`, the names in alphabetical order; without an
+    entry they take the smallest of their defaults, so that none of them gets too large a rate.
+    """
+    names = sorted(delta["name"] for delta in deltas)
+    recorded = _recorded_rates().get(f"{model}/{task}/{'+'.join(names)}")
+    if recorded is not None:
+        return recorded
+    return min(DEFAULT_RATES.get(name, OTHER_RATE) for name in names)
+
+
+@cache
+def _recorded_rates() -> dict[str, float]:
+    if not RATES_FILE.exists():
+        return {}
+    try:
+        document = json.loads(RATES_FILE.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{RATES_FILE} is not JSON: {error}; restore or delete it") from error
+    return document.get("rates", document)
