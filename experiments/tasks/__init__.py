@@ -11,7 +11,7 @@ from functools import cache
 
 from experiments.tasks.base import Kind, PackagedTask, Task
 from experiments.tasks.files import file_digest, is_file_name, load_file
-from theory.errors import unknown
+from theory.errors import InputError, unknown
 
 __all__ = ["Kind", "PackagedTask", "Task", "available", "digest", "load"]
 
@@ -47,7 +47,7 @@ def load(
     """
     if is_file_name(name):
         return load_file(name, text_column=text_column, label_column=label_column, kind=kind)
-    return _packaged(name).load()
+    return _packaged(name, kind).load()
 
 
 def digest(
@@ -60,11 +60,14 @@ def digest(
     """Return `load(...).digest` without fetching or converting; arguments and errors as there."""
     if is_file_name(name):
         return file_digest(name, text_column=text_column, label_column=label_column, kind=kind)
-    return _packaged(name).digest
+    return _packaged(name, kind).digest
 
 
-def _packaged(name: str) -> PackagedTask:
+def _packaged(name: str, kind: Kind | None) -> PackagedTask:
     tasks = available()
     if name not in tasks:
         raise unknown("task", name, [*tasks, "a path to a .csv, .tsv, .jsonl or .parquet file"])
-    return tasks[name]
+    task = tasks[name]
+    if kind not in (None, task.kind):
+        raise InputError(f"{name} is a {task.kind} task, not {kind}; leave kind out.")
+    return task

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from experiments.sources import PackageFile, build_once, cache_dir, read
 from experiments.tasks.splits import SPLIT_SEED, split
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Kind = Literal["classification", "regression", "causal-lm"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # Part of every packaged task's digest: raise it when the conversion or the split changes.
 CONVERSION = 1

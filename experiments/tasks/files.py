@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.sources import sha256_of
-from experiments.tasks.base import CONVERSION, Kind, Task, parts_of
+from experiments.tasks.base import CONVERSION, KINDS, Kind, Task, parts_of
 from experiments.tasks.splits import SPLIT_SEED, SPLITS, carve_validation, split
 from theory.errors import InputError, unknown
 
@@ -43,6 +43,8 @@ def load_file(
         InputError: no such file, unreadable, empty, a column missing, rows without text or label, a
             single class, too few rows, or labels that do not fit `kind`.
     """
+    if kind not in (None, *KINDS):
+        raise unknown("kind of task", kind, KINDS)
     digest = file_digest(name, text_column=text_column, label_column=label_column, kind=kind)
     path = _existing(name)
     frame = _read(path)

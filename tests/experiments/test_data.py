@@ -1,0 +1,201 @@
+"""Batches: complete, repeatable, padded as little as they can be."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from experiments.data import IGNORED, Encoded, encode
+from experiments.tasks import Task
+from theory.errors import InputError
+
+PAD = 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Split at spaces; the word `w7` has the id 7."""
+    words = {"<pad>": PAD, "<unk>": 1} | {f"w{i}": i for i in range(2, 200)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", model_max_length=64
+    )
+
+
+def frame(start: int, rows: int, kind: str) -> pd.DataFrame:
+    """Row i starts with the word of its number, so that batches can be read back."""
+    lengths = np.random.default_rng(start).integers(1, 12, rows)
+    texts = [" ".join([f"w{start + i}"] + ["w199"] * n) for i, n in enumerate(lengths)]
+    if kind == "causal-lm":
+        return pd.DataFrame({"text": texts})
+    scale = 0.5 if kind == "regression" else 1
+    return pd.DataFrame({"text": texts, "label": scale * (np.arange(rows) % 3)})
+
+
+def task(kind: str = "classification", rows: int = 100) -> Task:
+    splits = frame(2, rows, kind), frame(110, 15, kind), frame(130, 33, kind)
+    labels = ("a", "b", "c") if kind == "classification" else ()
+    return Task("words", kind, labels, *splits, digest="", source="")
+
+
+@pytest.fixture
+def encoded(tokenizer: PreTrainedTokenizerFast) -> Encoded:
+    return encode(task(), tokenizer, max_length=32)
+
+
+def rows_of(batch: dict[str, torch.Tensor]) -> list[int]:
+    return batch["input_ids"][:, 0].tolist()
+
+
+def test_a_batch_is_what_the_tokenizer_pads(
+    encoded: Encoded, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    source = task().train
+    chosen = np.array([5, 17, 60])
+    batch = encoded.train.batch(chosen)
+    reference = tokenizer(source["text"][chosen].tolist(), padding=True, return_tensors="pt")
+    torch.testing.assert_close(batch["input_ids"], reference["input_ids"])
+    torch.testing.assert_close(batch["attention_mask"], reference["attention_mask"])
+    assert batch["labels"].tolist() == source["label"][chosen].tolist()
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_the_last_rows_batch_has_the_last_token(encoded: Encoded) -> None:
+    batch = encoded.train.batch(np.array([99]))
+    assert batch["attention_mask"].all() and batch["input_ids"][0, 0] == 101
+
+
+def test_an_epoch_sees_each_row_at_most_once(encoded: Encoded) -> None:
+    steps = encoded.steps_per_epoch(16)
+    assert steps == 6
+    epochs = [
+        [
+            rows_of(encoded.training_batch(e * steps + k, seed=3, batch_size=16))
+            for k in range(steps)
+        ]
+        for e in range(20)
+    ]
+    for epoch in epochs:
+        assert all(len(batch) == 16 for batch in epoch)
+        assert len({row for batch in epoch for row in batch}) == 96
+    # Other rows are left out in each epoch, so all are seen.
+    assert {row for epoch in epochs for batch in epoch for row in batch} == set(range(2, 102))
+
+
+def test_a_batch_depends_on_seed_step_and_size_alone(
+    encoded: Encoded, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    torch.manual_seed(1)
+    forward = [encoded.training_batch(k, seed=0, batch_size=8) for k in range(30)]
+    torch.manual_seed(2)
+    other = encode(task(), tokenizer, max_length=32)
+    for k in reversed(range(30)):
+        batch = other.training_batch(k, seed=0, batch_size=8)
+        for key, value in batch.items():
+            torch.testing.assert_close(value, forward[k][key], rtol=0, atol=0)
+    again = [rows_of(encoded.training_batch(k, seed=1, batch_size=8)) for k in range(12)]
+    assert again != [rows_of(batch) for batch in forward[:12]]
+    assert [rows_of(b) for b in forward[:12]] != [rows_of(b) for b in forward[12:24]]
+
+
+def test_the_global_generators_are_left_alone(encoded: Encoded) -> None:
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    encoded.training_batch(0, seed=0, batch_size=8)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+
+
+def test_rows_of_a_batch_have_similar_lengths(encoded: Encoded) -> None:
+    steps = encoded.steps_per_epoch(10)
+    batches = [encoded.training_batch(k, seed=0, batch_size=10) for k in range(steps)]
+    filled = sum(int(b["attention_mask"].sum()) for b in batches)
+    assert filled / sum(b["attention_mask"].numel() for b in batches) > 0.9
+    longest = [b["input_ids"].shape[1] for b in batches]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+
+def test_evaluation_covers_every_row_once(encoded: Encoded) -> None:
+    for split, size in (("train", 100), ("validation", 15), ("test", 33)):
+        batches = list(encoded.eval_batches(split, 8))
+        assert len(batches) == encoded.num_eval_batches(split, 8) == -(-size // 8)
+        seen = [row for batch in batches for row in rows_of(batch)]
+        assert len(seen) == len(set(seen)) == size
+        longest = [batch["input_ids"].shape[1] for batch in batches]
+        assert longest == sorted(longest, reverse=True)
+    with pytest.raises(InputError, match="unknown split 'tset'; nearest: test"):
+        list(encoded.eval_batches("tset", 8))
+
+
+def test_labels_have_the_type_of_the_kind(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert (
+        encode(task(), tokenizer, max_length=8)
+        .training_batch(0, seed=0, batch_size=4)["labels"]
+        .dtype
+        == torch.int64
+    )
+    batch = encode(task("regression"), tokenizer, max_length=8).training_batch(
+        0, seed=0, batch_size=4
+    )
+    assert batch["labels"].dtype == torch.float32
+    assert set(batch["labels"].tolist()) <= {0.0, 0.5, 1.0}
+
+
+def test_a_language_model_predicts_no_padding(tokenizer: PreTrainedTokenizerFast) -> None:
+    source = task("causal-lm")
+    source.train.loc[0, "text"] = "w2"
+    encoded = encode(source, tokenizer, max_length=8)
+    assert len(encoded.train) == 99
+    for batch in encoded.eval_batches("train", 16):
+        attended = batch["attention_mask"].bool()
+        assert (batch["labels"][~attended] == IGNORED).all()
+        torch.testing.assert_close(batch["labels"][attended], batch["input_ids"][attended])
+
+
+def test_long_texts_are_cut_and_empty_ones_keep_a_position(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    source = task()
+    source.train.loc[0, "text"] = " ".join(["w5"] * 100)
+    source.train.loc[1, "text"] = "   "
+    split = encode(source, tokenizer, max_length=8).train
+    assert split.lengths.max() == 8
+    assert split.batch(np.array([1]))["input_ids"].tolist() == [[PAD]]
+
+
+def test_limits_take_the_first_rows(tokenizer: PreTrainedTokenizerFast) -> None:
+    limited = encode(task(), tokenizer, max_length=8, train_limit=10, eval_limit=20)
+    assert [len(limited.split(name)) for name in ("train", "validation", "test")] == [10, 15, 20]
+    seen = {row for batch in limited.eval_batches("train", 4) for row in rows_of(batch)}
+    assert seen == set(range(2, 12))
+
+
+def test_a_split_smaller_than_a_batch_is_one_batch(tokenizer: PreTrainedTokenizerFast) -> None:
+    limited = encode(task(), tokenizer, max_length=8, train_limit=5)
+    for step in range(3):
+        batch = limited.training_batch(step, seed=0, batch_size=16)
+        assert sorted(rows_of(batch)) == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 1}, "max_length=1 leaves no room"),
+        ({"max_length": 8, "train_limit": 0}, "train_limit must be 1 or more"),
+        ({"max_length": 8, "eval_limit": -1}, "eval_limit must be 1 or more"),
+    ],
+)
+def test_limits_that_make_no_sense(
+    options: dict, message: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(InputError, match=message):
+        encode(task(), tokenizer, **options)
+
+
+def test_texts_of_one_token_leave_nothing_to_predict(tokenizer: PreTrainedTokenizerFast) -> None:
+    source = task("causal-lm")
+    source.validation["text"] = "w5"
+    with pytest.raises(InputError, match="nothing to predict"):
+        encode(source, tokenizer, max_length=8)

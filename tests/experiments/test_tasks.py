@@ -1,0 +1,309 @@
+"""The packaged tasks as they are documented, splits, and the user's own files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments import tasks
+from experiments.tasks import splits
+from experiments.tasks.base import Task
+from theory.errors import InputError
+
+# Train (validation included) and test rows, classes, share of the largest class in the whole.
+# Splits are stratified, so the test split has that share too, up to whole documents.
+DOCUMENTED = {
+    "movie": (8455, 2113, 2, 0.504),
+    "rt": (10199, 2553, 2, 0.578),
+    "nyt": (2813, 708, 2, 0.591),
+    "amazon": (2492, 640, 2, 0.588),
+    "trec6": (4306, 1076, 6, 0.231),
+    "trec50": (4306, 1076, 50, 0.178),
+    "sms": (3618, 904, 2, 0.875),
+}
+
+
+def packaged(name: str) -> Task:
+    try:
+        return tasks.load(name)
+    except InputError as error:
+        pytest.skip(f"{name} cannot be had here: {error}")
+
+
+def parts(task: Task) -> list[pd.DataFrame]:
+    return [task.train, task.validation, task.test]
+
+
+def test_every_documented_task_is_found() -> None:
+    assert set(tasks.available()) == set(DOCUMENTED)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_a_packaged_task_is_as_documented(name: str) -> None:
+    task = packaged(name)
+    train_rows, test_rows, classes, majority = DOCUMENTED[name]
+    assert len(task.train) + len(task.validation) == train_rows
+    assert len(task.test) == test_rows
+    assert 0.09 * train_rows < len(task.validation) <= min(1000, 0.1 * train_rows)
+    assert len(task.labels) == classes
+    labels = pd.concat(parts(task))["label"]
+    assert labels.value_counts(normalize=True).max() == pytest.approx(majority, abs=5e-4)
+    whole_documents = 0.02 if name in ("rt", "nyt", "amazon") else 0.002
+    assert task.test["label"].value_counts(normalize=True).max() == pytest.approx(
+        majority, abs=whole_documents
+    )
+    for part in parts(task):
+        assert list(part) == ["label", "text"] or list(part) == ["text", "label"]
+        assert part["label"].dtype == np.int64
+        assert (part["text"].str.strip() != "").all()
+    assert set(task.train["label"]) == set(range(classes))
+    assert task.digest == tasks.digest(name)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_no_text_is_in_two_splits(name: str) -> None:
+    train, validation, test = (set(splits.normalised(p["text"])) for p in parts(packaged(name)))
+    assert not train & validation and not train & test and not validation & test
+
+
+def test_the_two_trec_tasks_share_their_questions() -> None:
+    coarse, fine = packaged("trec6"), packaged("trec50")
+    names = [label.split(":")[0] for label in fine.labels]
+    both = pd.concat(parts(fine)).assign(name=lambda f: f["label"].map(dict(enumerate(names))))
+    other = pd.concat(parts(coarse)).assign(
+        name=lambda f: f["label"].map(dict(enumerate(coarse.labels)))
+    )
+    columns = ["text", "name"]
+    assert sorted(map(tuple, both[columns].values)) == sorted(map(tuple, other[columns].values))
+
+
+def test_an_unknown_task_names_the_nearest() -> None:
+    with pytest.raises(InputError, match="nearest: movie"):
+        tasks.load("moive")
+    with pytest.raises(InputError, match="nearest: movie"):
+        tasks.digest("moive")
+
+
+def test_a_packaged_task_has_its_kind() -> None:
+    with pytest.raises(InputError, match="movie is a classification task, not regression"):
+        tasks.load("movie", kind="regression")
+
+
+def test_listing_and_digests_need_neither_torch_nor_pandas() -> None:
+    code = (
+        "import sys; from experiments import models, tasks\n"
+        "print(tasks.digest('movie'), models.digest('minilm-l6'))\n"
+        "sys.exit(', '.join({'torch', 'transformers', 'pandas'} & set(sys.modules)) or 0)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- splits
+
+
+def rows(count: int = 400) -> pd.DataFrame:
+    generator = np.random.default_rng(0)
+    return pd.DataFrame(
+        {
+            "text": [f"text number {i}" for i in range(count)],
+            "label": generator.choice(3, count, p=[0.7, 0.25, 0.05]),
+        }
+    )
+
+
+def test_a_split_is_exact_stratified_and_repeatable() -> None:
+    frame = rows()
+    done = splits.split(frame, test_rows=80)
+    pd.testing.assert_frame_equal(done, splits.split(frame, test_rows=80))
+    counts = done["split"].value_counts()
+    assert counts.to_dict() == {"train": 288, "validation": 32, "test": 80}
+    shares = frame["label"].value_counts(normalize=True)
+    for name in splits.SPLITS:
+        labels = done.loc[done["split"] == name, "label"]
+        for size in (len(labels), len(labels) // 2):
+            head = labels.head(size).value_counts().reindex(shares.index, fill_value=0)
+            assert (np.abs(head - shares * size) <= 2).all()
+    assert sorted(done["text"]) == sorted(frame["text"])
+
+
+def test_groups_and_equal_texts_stay_together() -> None:
+    frame = rows().assign(group=np.arange(400) // 7)
+    # The same text, up to case and spaces, ties the groups 0 and 10 together.
+    frame.loc[0, "text"], frame.loc[70, "text"] = "The same  text", "the SAME text "
+    group = frame["group"].replace(10, 0).to_numpy()
+    done = splits.split(frame, test_rows=80).merge(
+        frame.assign(tied=group)[["text", "tied"]], on="text"
+    )
+    assert (done.groupby("tied")["split"].nunique() == 1).all()
+    assert "group" not in done
+
+
+def test_a_rare_class_stays_in_training() -> None:
+    frame = rows(100).assign(label=["rare"] + ["common"] * 99)
+    done = splits.split(frame)
+    assert done.loc[done["label"] == "rare", "split"].tolist() == ["train"]
+
+
+def test_real_valued_labels_are_stratified_by_quantile() -> None:
+    values = np.random.default_rng(0).normal(size=1000)
+    done = splits.split(rows(1000).assign(label=values), test_rows=200)
+    test = done.loc[done["split"] == "test", "label"]
+    assert (
+        np.abs(np.quantile(test, [0.1, 0.5, 0.9]) - np.quantile(values, [0.1, 0.5, 0.9])).max()
+        < 0.1
+    )
+
+
+# ---- files
+
+
+def reviews(count: int = 60) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "text": [f"review {i}, with a comma" for i in range(count)],
+            "label": ["good", "bad", "good"] * (count // 3),
+        }
+    )
+
+
+def write(frame: pd.DataFrame, path: Path) -> str:
+    writers = {
+        ".csv": lambda: frame.to_csv(path, index=False),
+        ".tsv": lambda: frame.to_csv(path, index=False, sep="\t"),
+        ".jsonl": lambda: frame.to_json(path, orient="records", lines=True),
+        ".json": lambda: frame.to_json(path, orient="records"),
+        ".parquet": lambda: frame.to_parquet(path),
+    }
+    writers[path.suffix]()
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet"])
+def test_each_format_gives_the_same_task(suffix: str, tmp_path: Path) -> None:
+    name = write(reviews(), tmp_path / f"mine{suffix}")
+    task = tasks.load(name)
+    reference = tasks.load(write(reviews(), tmp_path / "reference.csv"))
+    assert (task.name, task.kind, task.labels) == ("mine", "classification", ("bad", "good"))
+    assert [len(p) for p in parts(task)] == [49, 5, 6]
+    for part, other in zip(parts(task), parts(reference), strict=True):
+        pd.testing.assert_frame_equal(part, other, check_dtype=False)
+    assert task.digest == tasks.digest(name)
+
+
+def test_the_digest_follows_content_columns_and_kind(tmp_path: Path) -> None:
+    frame = reviews().assign(other=range(60), stars=[1, 2, 3] * 20)
+    name = write(frame, tmp_path / "mine.csv")
+    different = {
+        tasks.digest(name),
+        tasks.digest(name, label_column="stars"),
+        tasks.digest(name, label_column="stars", kind="regression"),
+        tasks.digest(write(frame.iloc[1:], tmp_path / "less.csv")),
+    }
+    assert len(different) == 4
+    assert tasks.digest(name) == tasks.digest(write(frame, tmp_path / "renamed.csv"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "names"),
+    [
+        ([0, 1, 1] * 20, "classification", ("0", "1")),
+        ([10, 9, 2] * 20, "classification", ("2", "9", "10")),
+        ([True, False, True] * 20, "classification", ("False", "True")),
+        ([1.0, 0.0, 1.0] * 20, "classification", ("0", "1")),
+        ([0.5, 1.5, 2.5] * 20, "regression", ()),
+        (list(range(60)), "regression", ()),
+    ],
+)
+def test_the_kind_is_inferred(labels: list, kind: str, names: tuple, tmp_path: Path) -> None:
+    task = tasks.load(write(reviews().assign(label=labels), tmp_path / "mine.parquet"))
+    assert (task.kind, task.labels) == (kind, names)
+    dtype = np.float64 if kind == "regression" else np.int64
+    assert all(part["label"].dtype == dtype for part in parts(task))
+
+
+def test_a_language_model_needs_only_text(tmp_path: Path) -> None:
+    name = write(reviews()[["text"]].rename(columns={"text": "line"}), tmp_path / "mine.jsonl")
+    task = tasks.load(name, text_column="line", kind="causal-lm")
+    assert task.kind == "causal-lm" and task.labels == ()
+    assert all(list(part) == ["text"] for part in parts(task))
+
+
+def test_a_split_column_is_obeyed(tmp_path: Path) -> None:
+    frame = reviews().assign(split=["Train"] * 40 + ["test"] * 20)
+    task = tasks.load(write(frame, tmp_path / "mine.csv"))
+    assert [len(p) for p in parts(task)] == [36, 4, 20]
+    assert set(task.test["text"]) == set(frame["text"][40:])
+    frame.loc[:9, "split"] = "validation"
+    task = tasks.load(write(frame, tmp_path / "all.csv"))
+    assert set(task.validation["text"]) == set(frame["text"][:10])
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (
+            lambda f: f.rename(columns={"label": "lable"}),
+            {},
+            r"'label'; nearest: lable.*label_column",
+        ),
+        (lambda f: f, {"text_column": "review"}, "known: label, text.*text_column"),
+        (lambda f: f.iloc[:0], {}, "has no rows"),
+        (lambda f: f.assign(label="good"), {}, "every row has the label 'good'"),
+        (lambda f: f.assign(label=[None] * 3 + ["a", "b", "c"] * 19), {}, "3 of 60 rows .*row 1"),
+        (lambda f: f.assign(text=["a"] * 58 + ["", " "]), {}, "2 of 60 rows have no text"),
+        (lambda f: f.assign(label=[f"id{i}" for i in range(60)]), {}, "60 different labels"),
+        (lambda f: f, {"kind": "regression"}, "60 rows of 'label' are not finite"),
+        (lambda f: f, {"kind": "ranking"}, "unknown kind of task 'ranking'"),
+        (lambda f: f.head(9), {}, "split empty; give at least 20 rows"),
+        (lambda f: f.assign(split="dev"), {}, "'split' holds dev"),
+        (lambda f: f.assign(split="train"), {}, "test split empty"),
+    ],
+)
+def test_a_file_that_is_wrong_is_explained(
+    change, options: dict, message: str, tmp_path: Path
+) -> None:
+    name = write(change(reviews()), tmp_path / "mine.csv")
+    with pytest.raises(InputError, match=message):
+        tasks.load(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("mine.parquet", b"not parquet", "cannot be read as parquet"),
+        ("mine.jsonl", b'{"text": "a"\n', "cannot be read as jsonl"),
+        ("mine.csv", b"\xff\xfe\x00text", "cannot be read as csv"),
+        ("mine.csv", b'text,label\na,b,c,d\ne\n"', "cannot be read as csv"),
+        ("mine.csv", b"", "has no rows"),
+        ("data/mine.xlsx", b"", "the kind of file is not known"),
+    ],
+)
+def test_a_damaged_file_is_explained(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        tasks.load(str(path))
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    for read in (tasks.load, tasks.digest):
+        with pytest.raises(InputError, match="there is no file"):
+            read(str(tmp_path / "absent.csv"))
+        with pytest.raises(InputError, match="is a folder"):
+            read(str(tmp_path))
+
+
+def test_lines_of_json_keep_unicode(tmp_path: Path) -> None:
+    lines = [{"text": f"naïve – {i}", "label": i % 2} for i in range(40)]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), "utf-8")
+    assert tasks.load(str(path)).train["text"].str.startswith("naïve – ").all()
