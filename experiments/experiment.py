@@ -31,10 +31,17 @@ class Digests:
 
 @dataclass(frozen=True)
 class Workspace:
-    """What a run may use: a folder for checkpoints, and whether to draw a progress bar."""
+    """What a run may use.
+
+    Attributes:
+        folder: For checkpoints; what is there is continued from.
+        progress: Whether to draw a progress bar.
+        checkpoint_seconds: Time between checkpoints: what a killed run loses at most.
+    """
 
     folder: Path
     progress: bool = True
+    checkpoint_seconds: float = 30.0
 
 
 @dataclass(frozen=True)

@@ -221,6 +221,7 @@ class FineTuning(Experiment):
                 kind=task.kind,
                 monitor=monitor,
                 larger_is_better=larger_is_better,
+                checkpoint_seconds=workspace.checkpoint_seconds,
                 **{name: getattr(self, name) for name in _SHARED},
             ),
             evaluate=lambda module: metrics(module, "validation"),

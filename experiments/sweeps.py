@@ -42,7 +42,12 @@ PRELOADED = (
 
 
 def run(
-    experiment: Experiment, store: RunStore, *, progress: bool = True, block: bool = True
+    experiment: Experiment,
+    store: RunStore,
+    *,
+    progress: bool = True,
+    block: bool = True,
+    checkpoint_seconds: float = 30.0,
 ) -> Record | None:
     """Run one experiment in this process, unless it is recorded, and return its record.
 
@@ -53,6 +58,7 @@ def run(
         store: Where its record is kept.
         progress: Whether to draw a progress bar.
         block: Wait for another process that computes the same run; otherwise return None.
+        checkpoint_seconds: Time between checkpoints.
 
     Raises:
         InputError: From the experiment, or because the store cannot be used.
@@ -69,7 +75,7 @@ def run(
         if found is not None:
             return found
         began, started = time.perf_counter(), datetime.now(UTC)
-        outcome = experiment.execute(Workspace(partial, progress))
+        outcome = experiment.execute(Workspace(partial, progress, checkpoint_seconds))
         if not first:
             return None
         record = store.write(
@@ -91,6 +97,8 @@ def run_all(
     store: RunStore,
     workers: int | None = None,
     progress: bool = True,
+    *,
+    checkpoint_seconds: float = 30.0,
 ) -> list[Record]:
     """Run all experiments that are not recorded yet, one process each.
 
@@ -101,6 +109,7 @@ def run_all(
             CPU the cores are shared out among them, and a result's last digits depend on how many
             threads a run had.
         progress: Whether to draw a progress bar that names what runs.
+        checkpoint_seconds: Time between checkpoints: what a killed run loses at most.
 
     Returns:
         The records, in the order of `experiments`.
@@ -120,7 +129,7 @@ def run_all(
         threads = threads_each(workers)
         with tqdm(total=len(distinct), disable=not progress, unit="run") as bar:
             bar.update(len(distinct) - len(pending))
-            failures = _Sweep(store, pending, workers, threads, bar).finish()
+            failures = _Sweep(store, pending, workers, threads, checkpoint_seconds, bar).finish()
         if failures:
             lines = "\n".join(f"  {pending[n].label} ({n}): {why}" for n, why in failures.items())
             raise InputError(
@@ -152,6 +161,7 @@ class _Sweep:
     pending: dict[str, Experiment]
     workers: int
     threads: int
+    checkpoint_seconds: float
     bar: tqdm
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -195,7 +205,10 @@ class _Sweep:
         )
         try:
             futures: dict[Future, str] = {
-                pool.submit(_work, self.pending[name], self.store, block): name for name in names
+                pool.submit(
+                    _work, self.pending[name], self.store, block, self.checkpoint_seconds
+                ): name
+                for name in names
             }
             waiting = set(futures)
             while waiting:
@@ -248,10 +261,19 @@ def _end_with_parent(alive: Connection) -> None:
     os._exit(1)
 
 
-def _work(experiment: Experiment, store: RunStore, block: bool) -> tuple[bool, str | None]:
+def _work(
+    experiment: Experiment, store: RunStore, block: bool, checkpoint_seconds: float
+) -> tuple[bool, str | None]:
     """(finished, message of the failure): not every exception survives the way to the parent."""
     try:
-        return run(experiment, store, progress=False, block=block) is not None, None
+        record = run(
+            experiment,
+            store,
+            progress=False,
+            block=block,
+            checkpoint_seconds=checkpoint_seconds,
+        )
+        return record is not None, None
     except InputError as error:
         return True, str(error)
     except Exception as error:

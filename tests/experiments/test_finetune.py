@@ -1,0 +1,213 @@
+"""Fine-tuning end to end on a tiny random model and a small file; killed sweeps that go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+from deltas import LoRA
+from experiments import rates
+from experiments.finetune import FineTuning
+from experiments.runs import RunStore
+from experiments.sweeps import run, run_all
+from theory.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ("good", "bad", "fine", "poor", "the", "film", "was", "a", "very", "so")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A tiny random model in a folder, and a task in a file."""
+    folder = tmp_path_factory.mktemp("places")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    model = folder / "tiny-bert"
+    model.mkdir()
+    (model / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(vocab=str(model / "vocab.txt")).save_pretrained(model)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+    )
+    BertForSequenceClassification(config).save_pretrained(model)
+    generator = np.random.default_rng(0)
+    rows = []
+    for index in range(300):
+        words = generator.choice(WORDS[4:], 6).tolist()
+        words.insert(3, WORDS[index % 4])
+        rows.append({"text": " ".join(words) + f" {index}", "label": ("yes", "no")[index % 2]})
+    frame = pd.DataFrame(rows)
+    frame.to_csv(folder / "task.csv", index=False)
+    numbers = generator.normal(size=len(frame))
+    frame.assign(label=numbers).to_csv(folder / "numbers.csv", index=False)
+    return folder
+
+
+def tiny(places, **options) -> FineTuning:
+    defaults = {"steps": 20, "batch_size": 8, "max_length": 12, "learning_rate": 5e-3}
+    names = {"model": str(places / "tiny-bert"), "task": str(places / "task.csv")}
+    return FineTuning(**(names | defaults | {"device": "cpu", "precision": "fp32"} | options))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return RunStore(tmp_path / "runs")
+
+
+def test_classification_record(places, store):
+    experiment = tiny(places, deltas=("full",), steps=100, eval_every=50, learning_rate=1e-2)
+    record = run(experiment, store, progress=False)
+    result, curve = record.result, record.curve()
+    assert result["accuracy"] > 0.9 > result["majority_share"] == 0.5
+    assert result["num_trainable"] == result["num_total"]
+    assert result["num_head"] == 16 * 2 + 2 and result["num_labels"] == 2
+    assert result["trainable_share_with_head"] == 1.0 > result["trainable_share"]
+    assert len(curve) == 100 and curve["validation_accuracy"].notna().sum() == 2
+    assert result["best_validation_accuracy"] == curve["validation_accuracy"].max()
+    assert record.status == "completed"
+    for name in ("seconds_per_step", "peak_memory_bytes", "tokens_per_second", "macro_f1", "loss"):
+        assert result[name] > 0
+    assert record.provenance["digests"]["model"] and record.provenance["digests"]["data"]
+    assert FineTuning.from_config(record.config) == experiment
+
+
+def test_head_is_added_where_no_delta_trains_it(places, store):
+    record = run(tiny(places, deltas=("lora:rank=2",)), store, progress=False)
+    result = record.result
+    assert result["num_head"] == 34 and result["num_trainable"] == 34 + 2 * 2 * 2 * 32
+    assert result["trainable_share"] == pytest.approx(256 / result["num_total"])
+    assert {name.split(".")[0] for name in record.controls()} == {"lora", "head"}
+
+
+def test_regression_and_language_model(places, store):
+    record = run(tiny(places, task=str(places / "numbers.csv")), store, progress=False)
+    assert set(record.result) >= {"pearson", "mse"} and record.result["majority_share"] is None
+
+
+def test_divergence_is_recorded(places, store):
+    experiment = tiny(places, deltas=("full",), learning_rate=1e30, max_grad_norm=None)
+    record = run(experiment, store, progress=False)
+    assert record.status == "diverged" and record.result["accuracy"] is None
+    assert "learning rate" in record.message and len(record.curve()) < 20
+    json.loads((record.folder / "run.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_equal_configurations_are_equal(places, store):
+    written = [
+        tiny(places, deltas=given)
+        for given in ("lora", ["lora"], ({"name": "lora"},), (LoRA(),), ("lora:rank=8,alpha=16",))
+    ]
+    assert len({store.path(e) for e in written}) == 1 and all(e == written[0] for e in written)
+    assert written[0].to_config()["deltas"][0]["rank"] == 8
+    assert tiny(places, weight_decay=0) == tiny(places, weight_decay=0.0)
+    assert store.path(tiny(places, weight_decay=0)) == store.path(tiny(places, weight_decay=0.0))
+
+
+def test_the_configuration_names_the_rate(monkeypatch):
+    monkeypatch.setattr(
+        rates, "_recorded_rates", lambda: {"m/t/lora": 0.5, "m/t/bitfit+lora": 0.25}
+    )
+    assert FineTuning(model="m", task="t").learning_rate == 0.5
+    assert FineTuning(model="m", task="t", deltas=("lora", "bitfit")).learning_rate == 0.25
+    assert FineTuning(model="m", task="u").learning_rate == rates.DEFAULT_RATES["lora"]
+    mixed = FineTuning(model="m", task="u", deltas=("lora", "prompt"))
+    assert mixed.learning_rate == rates.DEFAULT_RATES["lora"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; expected a finite number > 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"steps": 0}, "steps is 0; expected a whole number >= 1"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"warmup": 2.0}, "warmup is 2.0; expected a fraction"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0; expected a finite number >= 0"),
+        ({"schedule": "cosin"}, "nearest: cosine"),
+        ({"precision": "fp16"}, "unknown precision 'fp16'"),
+        ({"device": "cud"}, "nearest: cuda"),
+        ({"evaluate_on": "tests"}, "nearest: test"),
+        ({"deltas": ("lara",)}, "nearest: lora"),
+        ({"deltas": ()}, "at least one delta"),
+        ({"patience": 2}, "set eval_every too"),
+        ({"grad_accumulation": 17}, "at most batch_size slices"),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        FineTuning(**options)
+
+
+def test_too_long_texts_and_unknown_names(places, store):
+    with pytest.raises(InputError, match="choose max_length <= 16"):
+        run(tiny(places, max_length=64), store, progress=False)
+    with pytest.raises(InputError, match="nearest: movie"):
+        run(FineTuning(task="moive"), store, progress=False)
+
+
+SWEEP = """
+    import sys
+    from experiments.finetune import FineTuning
+    from experiments.runs import RunStore
+    from experiments.sweeps import run_all
+    if __name__ == "__main__":
+        import json
+        configs = json.loads(sys.argv[2])
+        experiments = [FineTuning.from_config(config) for config in configs]
+        run_all(experiments, RunStore(sys.argv[1]), 1, False, checkpoint_seconds=0.05)
+"""
+
+
+def test_killed_sweep_goes_on_and_gives_the_same_numbers(places, store, tmp_path):
+    quick = tiny(places, steps=3)
+    slow = tiny(places, deltas=("lora", "bitfit"), steps=400, dropout=True, eval_every=100)
+    script = tmp_path / "sweep.py"
+    script.write_text(textwrap.dedent(SWEEP))
+    configs = json.dumps([quick.to_config(), slow.to_config()])
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    sweep = subprocess.Popen(
+        [sys.executable, str(script), str(store.root), configs], env=environment
+    )
+    checkpoint = store.partial(slow) / "checkpoint.safetensors"
+    end = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    sweep.send_signal(signal.SIGKILL)
+    sweep.wait(10)
+    assert checkpoint.exists() and store.find(quick) and store.find(slow) is None
+    finished = {p: p.stat().st_mtime_ns for p in store.path(quick).iterdir()}
+
+    resumed = run_all([quick, slow], store, workers=2, progress=False)[1]
+    assert {p: p.stat().st_mtime_ns for p in store.path(quick).iterdir()} == finished
+    assert not store.partial(slow).exists()
+
+    whole = run_all([slow], RunStore(tmp_path / "other"), workers=2, progress=False)[0]
+    assert whole.id == resumed.id
+    pd.testing.assert_frame_equal(
+        whole.curve().drop(columns="seconds"),
+        resumed.curve().drop(columns="seconds"),
+        check_exact=True,
+    )
+    ours, theirs = whole.controls(), resumed.controls()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    for name in ("accuracy", "macro_f1", "loss", "final_train_loss", "best_validation_accuracy"):
+        assert whole.result[name] == resumed.result[name]
