@@ -35,6 +35,7 @@ def build(
     """Build what `experiments.models.load` describes."""
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     if kind not in _CLASSES:
         raise unknown("kind of model", kind, _CLASSES)
@@ -54,11 +55,16 @@ def build(
         # Drawing in float64 would give another head than drawing in float32.
         "dtype": torch.float32 if precision == torch.float64 else precision,
     }
-    with _drawn_from(seed), _without_load_report():
-        if pretrained:
-            built = _from_checkpoint(auto, model, kind, options)
-        else:
-            built = auto.from_config(options.pop("config"), **options)
+    try:
+        with _drawn_from(seed), _without_load_report():
+            if pretrained:
+                built = _from_checkpoint(auto, model, kind, options)
+            else:
+                built = auto.from_config(options.pop("config"), **options)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise _cannot_load(model, error) from error
     if precision == torch.float64:
         built = built.to(precision)
     return built.eval(), tokenizer
@@ -126,12 +132,9 @@ def _architecture(
 def _from_checkpoint(
     auto: Any, model: ResolvedModel, kind: str, options: dict[str, Any]
 ) -> PreTrainedModel:
-    try:
-        built, report = auto.from_pretrained(
-            model.location, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _cannot_load(model, error) from error
+    built, report = auto.from_pretrained(
+        model.location, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
     prefix = f"{built.base_model_prefix}."
 
     def may_be_new(weight: str) -> bool:
