@@ -95,15 +95,21 @@ class TransformerDynamics(Dynamics):
         }
         return functional_call(self._stages, parameters, (t, x))
 
-    def controls(self) -> Controls:
-        """The model's present controls, u_0 … u_{L+1}, copied."""
+    def logits(self) -> Tensor:
+        """Logits of one ordinary forward pass of the model, differentiable in its parameters."""
+        return self._stages.run(self.x0)
+
+    def live_controls(self) -> Controls:
+        """u_0 … u_{L+1} as differentiable functions of the model's own parameters."""
         like = next(self._stages.delta_model.controls.parameters())
         return tuple(
-            torch.cat([p.detach().reshape(-1) for p in stage.values()])
-            if stage
-            else like.new_zeros(0)
+            torch.cat([p.reshape(-1) for p in stage.values()]) if stage else like.new_zeros(0)
             for stage in self._names
         )
+
+    def controls(self) -> Controls:
+        """The model's present controls, u_0 … u_{L+1}, copied."""
+        return tuple(u.detach().clone() for u in self.live_controls())
 
     def load_controls(self, u: Controls) -> None:
         """Write u into the model."""
@@ -185,7 +191,7 @@ class _Stages(nn.Module):
         args, kwargs = self.calls[t - 1]
         return first_tensor(blocks[t - 1](x, *args, **kwargs))
 
-    def _run(self, tokens: Tensor) -> Tensor:
+    def run(self, tokens: Tensor) -> Tensor:
         output = self.delta_model(**{self.main: tokens}, **self.inputs)
         return output.logits if hasattr(output, "logits") else output[0]
 
@@ -219,7 +225,7 @@ class _Stages(nn.Module):
                 handles.append(module.register_forward_pre_hook(note(path)))
         try:
             with torch.enable_grad():
-                logits = self._run(tokens)
+                logits = self.run(tokens)
         finally:
             for handle in handles:
                 handle.remove()
@@ -254,7 +260,7 @@ class _Stages(nn.Module):
         first = self.delta_model.host.sites.blocks[0]
         handle = first.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
         try:
-            self._run(tokens)
+            self.run(tokens)
         except _Reached:
             pass
         finally:
@@ -268,7 +274,7 @@ class _Stages(nn.Module):
         try:
             for container, path, bypass in zip(lists, sites.block_paths, passes, strict=True):
                 container._modules[path.rpartition(".")[2]] = bypass
-            return self._run(self.tokens)
+            return self.run(self.tokens)
         finally:
             for container, path, block in zip(lists, sites.block_paths, sites.blocks, strict=True):
                 container._modules[path.rpartition(".")[2]] = block

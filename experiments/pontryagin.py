@@ -1,0 +1,255 @@
+"""Pontryagin's conditions along a real fine-tuning.
+
+A delta is trained on a fixed set of examples, in float64 and without dropout, so that
+
+    J(u) = mean cross-entropy + λ/2 Σ_t ‖u_t‖²
+
+is one deterministic optimal-control problem. At every iteration the costates give the gradient of
+each stage, ∇_u H_t(x_t, u_t, p_{t+1}); at an optimum all of them vanish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from experiments import models, tasks
+from experiments.experiment import Digests, Experiment, Outcome, Workspace
+from theory.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltas.dynamics import TransformerDynamics
+    from deltas.model import DeltaModel
+    from theory.problem import ControlProblem, Controls
+
+OPTIMISERS = ("lbfgs", "adamw")
+
+
+@dataclass(frozen=True)
+class PontryaginTrace(Experiment):
+    """Train a delta on fixed examples and record the stationarity residual of every stage.
+
+    Attributes:
+        delta: the delta, as a dictionary with its name; the task's head is trained with it.
+        model: the model.
+        task: a classification task; its first training examples are the fixed set.
+        optimiser: "lbfgs" (shooting on J until ``tolerance``) or "adamw" (full-batch AdamW without
+            decoupled decay, linearly decaying rate: fine-tuning as it is usually done).
+        num_examples: how many examples.
+        max_length: tokens of an example at most.
+        steps: largest number of iterations.
+        learning_rate: peak rate of AdamW.
+        weight_decay: λ.
+        tolerance: on the total residual (Σ_t ‖∇_u H_t‖²)^½.
+        seed: seed of the head's and the controls' initial values.
+    """
+
+    delta: Mapping[str, Any] = field(default_factory=lambda: {"name": "lora"})
+    model: str = "minilm-l6"
+    task: str = "movie"
+    optimiser: str = "lbfgs"
+    num_examples: int = 32
+    max_length: int = 32
+    steps: int = 400
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-3
+    tolerance: float = 1e-6
+    seed: int = 0
+
+    kind: ClassVar[str] = "pontryagin"
+
+    def __post_init__(self) -> None:
+        """Check the optimiser and the sizes."""
+        if self.optimiser not in OPTIMISERS:
+            raise unknown("optimiser", self.optimiser, OPTIMISERS)
+        if self.num_examples < 1 or self.steps < 1:
+            raise InputError(
+                f"num_examples is {self.num_examples} and steps is {self.steps}; expected at least "
+                "1 of each."
+            )
+
+    def to_config(self) -> dict[str, Any]:
+        """The fields, with the delta's defaults filled in."""
+        from deltas.registry import from_dict
+
+        return {**asdict(self), "delta": from_dict(self.delta).to_dict()}
+
+    def digests(self) -> Digests:
+        """Digests of model and task."""
+        return Digests(models.digest(self.model), tasks.digest(self.task))
+
+    @property
+    def label(self) -> str:
+        """Delta and optimiser."""
+        return f"pontryagin {self.delta['name']} {self.optimiser} seed {self.seed}"
+
+    def execute(self, workspace: Workspace) -> Outcome:
+        """Train, recording residuals and costates; compare with autograd at both ends."""
+        import pandas as pd
+
+        problem, controlled = self._problem()
+        dynamics: TransformerDynamics = problem.dynamics  # type: ignore[assignment]
+        rows: list[dict[str, float]] = []
+        start = dynamics.controls()
+        first = identity_difference(problem, controlled, start)
+        train = _with_lbfgs if self.optimiser == "lbfgs" else _with_adamw
+        final, status, message = train(self, problem, start, rows, workspace.progress)
+        dynamics.load_controls(final)
+        last = identity_difference(problem, controlled, final)
+        result = {
+            "status": status,
+            "stages": list(dynamics.stage_names),
+            "num_controls": list(dynamics.control_sizes),
+            "objective": rows[-1]["objective"],
+            "residual": rows[-1]["residual"],
+            "iterations": len(rows) - 1,
+            "identity_relative_difference": max(first, last),
+            "replay_error": dynamics.replay_error,
+        }
+        return Outcome("completed", result, pd.DataFrame(rows), controlled.state(), message)
+
+    def _problem(self) -> tuple[ControlProblem, DeltaModel]:
+        import torch
+
+        from deltas import HeadTuning, attach, from_dict
+        from deltas.dynamics import control_problem
+
+        task = tasks.load(self.task)
+        if task.kind != "classification":
+            raise InputError(f"{self.task} is a {task.kind} task; expected a classification.")
+        model, tokenizer = models.load(
+            self.model,
+            kind="classification",
+            num_labels=len(task.labels),
+            seed=self.seed,
+            dtype="float64",
+        )
+        delta = from_dict(self.delta)
+        deltas = (delta,) if delta.trains_head else (delta, HeadTuning())
+        controlled = attach(model, *deltas, seed=self.seed)
+        examples = task.train.head(self.num_examples)
+        batch = tokenizer(
+            list(examples["text"]),
+            truncation=True,
+            max_length=self.max_length,
+            padding=True,
+            return_tensors="pt",
+        )
+        labels = torch.tensor(examples["label"].to_numpy())
+        problem = control_problem(
+            controlled, {**batch, "labels": labels}, weight_decay=self.weight_decay
+        )
+        return problem, controlled
+
+
+def identity_difference(
+    problem: ControlProblem, controlled: DeltaModel, controls: Controls
+) -> float:
+    """‖∇_u H - ∂J/∂u‖ / ‖∂J/∂u‖ with ∂J/∂u by autograd through the model's own forward pass.
+
+    Args:
+        problem: as `deltas.dynamics.control_problem` made it for ``controlled``.
+        controlled: the model; its controls are set to ``controls``.
+        controls: where to compare.
+    """
+    import torch
+
+    dynamics: TransformerDynamics = problem.dynamics  # type: ignore[assignment]
+    dynamics.load_controls(controls)
+    parameters = controlled.trainable()
+    loss = problem.cost.terminal(dynamics.logits())
+    for t, u in enumerate(dynamics.live_controls()):
+        loss = loss + problem.cost.running(t, problem.x0, u)
+    names = [name for t in range(dynamics.horizon) for name in dynamics.control_names(t)]
+    found = torch.autograd.grad(loss, [parameters[n] for n in names], allow_unused=True)
+    reference = torch.cat(
+        [
+            (torch.zeros_like(parameters[n]) if g is None else g).reshape(-1)
+            for n, g in zip(names, found, strict=True)
+        ]
+    )
+    difference = torch.cat(problem.gradient(controls)) - reference
+    return float(difference.norm() / reference.norm())
+
+
+def _row(problem: ControlProblem, controls: Controls, objective: float, residual: Any) -> dict:
+    evaluation = problem.evaluate(controls)
+    return _describe(problem, objective, residual.per_step, residual.norm, evaluation.costates)
+
+
+def _describe(
+    problem: ControlProblem,
+    objective: float,
+    per_step: tuple[float, ...],
+    total: float,
+    costates: list[Tensor],
+) -> dict[str, float]:
+    names = problem.dynamics.stage_names  # type: ignore[attr-defined]
+    row = {"objective": objective, "residual": total}
+    row |= {f"residual_{name}": value for name, value in zip(names, per_step, strict=True)}
+    # p_{t+1} is the costate behind stage t
+    row |= {f"costate_{n}": float(p.norm()) for n, p in zip(names, costates[1:], strict=True)}
+    return row
+
+
+def _with_lbfgs(
+    trace: PontryaginTrace,
+    problem: ControlProblem,
+    start: Controls,
+    rows: list[dict[str, float]],
+    progress: bool,
+) -> tuple[Controls, str, str]:
+    from theory.solvers import Shooting, solve
+
+    def note(iterate: Any) -> None:
+        row = _row(problem, iterate.controls, iterate.objective, iterate.residual)
+        rows.append({"iteration": iterate.iteration, **row})
+
+    solution = solve(
+        problem,
+        Shooting(),
+        start,
+        max_steps=trace.steps,
+        tol=trace.tolerance,
+        callback=note,
+        progress=progress,
+    )
+    return solution.controls, str(solution.status), solution.message
+
+
+def _with_adamw(
+    trace: PontryaginTrace,
+    problem: ControlProblem,
+    start: Controls,
+    rows: list[dict[str, float]],
+    progress: bool,
+) -> tuple[Controls, str, str]:
+    import torch
+    from tqdm.auto import tqdm
+
+    from theory.problem import Residual
+
+    controls = tuple(torch.nn.Parameter(u.clone()) for u in start)
+    optimiser = torch.optim.AdamW(controls, lr=trace.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=trace.steps)
+    for iteration in tqdm(range(trace.steps + 1), disable=not progress, unit="step"):
+        now = problem.evaluate(tuple(u.detach() for u in controls))
+        residual = Residual.of(now.gradient)
+        row = _describe(
+            problem, float(now.objective), residual.per_step, residual.norm, now.costates
+        )
+        rows.append({"iteration": iteration, **row})
+        if not torch.isfinite(now.objective):
+            return tuple(u.detach() for u in controls), "diverged", "J is not finite"
+        if residual.norm <= trace.tolerance or iteration == trace.steps:
+            break
+        for control, gradient in zip(controls, now.gradient, strict=True):
+            control.grad = gradient
+        optimiser.step()
+        schedule.step()
+    status = "converged" if residual.norm <= trace.tolerance else "max_steps"
+    message = f"residual {residual.norm:.2e} after {len(rows) - 1} steps of AdamW"
+    return tuple(u.detach() for u in controls), status, message
