@@ -213,7 +213,7 @@ class Outcome:
                 "verdict": Verdict(record["verdict"]),
             }
             return cls(**rest)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"this is not the record of a judged claim: {error}") from error
 
 

@@ -73,7 +73,8 @@ class Solver(ABC):
             report: takes the controls, ``J`` and the gradient of an iterate.
 
         Returns:
-            None, or why the method itself could not go on (a failed line search).
+            None, or why the method itself could not go on (a failed line search); not looked at
+            if `report` had said stop.
         """
 
 
@@ -205,7 +206,9 @@ class _Recorder:
             return Status.DIVERGED
         if residual <= self.tol:
             return Status.CONVERGED
-        return Status.MAX_STEPS if failure is None else Status.LINE_SEARCH_FAILED
+        if failure is None or len(self.history["objective"]) > self.max_steps:
+            return Status.MAX_STEPS
+        return Status.LINE_SEARCH_FAILED
 
     def message(self, status: Status, failure: str | None) -> str:
         steps, residual = len(self.history["objective"]) - 1, self.history["residual"][-1]

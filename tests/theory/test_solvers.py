@@ -1,0 +1,309 @@
+"""One conformance suite: every solver on every problem it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import cvxpy
+import pytest
+import torch
+
+from tests.theory.dense import flat, hessian, kkt, stacked
+from tests.theory.problems import (
+    CASES,
+    Case,
+    low_rank,
+    residual_network,
+    scalar,
+    varying,
+)
+from theory.costs import SquaredErrorCost
+from theory.errors import InputError
+from theory.problem import ControlProblem, Controls
+from theory.solvers import MSA, Iterate, Shooting, Solution, Solver, Status, solve
+
+F64 = torch.float64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A solver for the suite: how to make it for a problem, and which cases it is for."""
+
+    name: str
+    make: Callable[[ControlProblem, Controls], Solver]
+    solves: Callable[[Case], bool] = lambda case: True
+    tol: float = 1e-7
+    max_steps: int = 20_000
+
+
+def msa(problem: ControlProblem, at: Controls) -> Solver:
+    return MSA(1.0 / float(torch.linalg.eigvalsh(hessian(problem, at))[-1]))
+
+
+SOLVERS = (
+    Entry("msa", msa),
+    Entry("shooting", lambda problem, at: Shooting()),
+)
+
+PAIRS = [
+    pytest.param(entry, case, id=f"{entry.name}-{case.name}")
+    for entry in SOLVERS
+    for case in CASES
+    if entry.solves(case)
+]
+LQ_PAIRS = [pair for pair in PAIRS if pair.values[1].linear_quadratic]
+
+_solved: dict[tuple[str, str], Solution] = {}
+
+
+def solved(entry: Entry, case: Case) -> Solution:
+    """The solution of a case, computed once."""
+    key = (entry.name, case.name)
+    if key not in _solved:
+        problem = case.make()
+        # A bilinear problem is stationary at zero, so that one starts elsewhere.
+        start = case.start(problem, 0.0 if case.strongly_convex else 0.5)
+        solver = entry.make(problem, start)
+        _solved[key] = solve(problem, solver, start, max_steps=entry.max_steps, tol=entry.tol)
+    return _solved[key]
+
+
+def curvature(case: Case, at: Controls) -> float:
+    """The smallest eigenvalue of the Hessian of ``J``."""
+    return float(torch.linalg.eigvalsh(hessian(case.make(), at))[0])
+
+
+def distance(a: Controls, b: Controls) -> float:
+    return float((flat(a) - flat(b)).norm())
+
+
+@pytest.mark.parametrize(("entry", "case"), PAIRS)
+def test_converges_with_the_residual_it_claims(entry: Entry, case: Case) -> None:
+    solution, problem = solved(entry, case), case.make()
+    assert solution.status is Status.CONVERGED, solution.message
+    residual = problem.residual(solution.controls)
+    assert residual.norm <= entry.tol
+    assert solution.residual.norm == pytest.approx(residual.norm, rel=1e-6, abs=1e-15)
+    assert solution.objective == pytest.approx(float(problem.objective(solution.controls)))
+    for x, y in zip(solution.states, problem.rollout(solution.controls), strict=True):
+        torch.testing.assert_close(x, y)
+    costates = problem.costates(solution.states, solution.controls)
+    for p, q in zip(solution.costates, costates, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize(("entry", "case"), PAIRS)
+def test_history_is_complete_and_descends_overall(entry: Entry, case: Case) -> None:
+    history = solved(entry, case).history
+    assert {len(values) for values in history.values()} == {solved(entry, case).iterations + 1}
+    assert history["objective"][-1] <= history["objective"][0]
+    assert history["step_size"][0] == 0.0 and all(s > 0 for s in history["step_size"][1:])
+    assert history["residual"][-1] == pytest.approx(solved(entry, case).residual.norm, rel=1e-6)
+
+
+@pytest.mark.parametrize(("entry", "case"), LQ_PAIRS)
+def test_equals_the_dense_kkt_solution_to_the_residual_it_reached(entry: Entry, case: Case) -> None:
+    """A gradient of norm ``g`` puts the optimum within ``g / lambda_min``."""
+    solution = solved(entry, case)
+    reference, _ = kkt(case.make(), case.per_example)
+    bound = solution.residual.norm / curvature(case, solution.controls)
+    assert distance(solution.controls, reference) <= 1.001 * bound + 1e-13
+
+
+@pytest.mark.parametrize(("entry", "case"), [p for p in PAIRS if p.values[1].exact])
+def test_equals_the_closed_form(entry: Entry, case: Case) -> None:
+    solution = solved(entry, case)
+    assert case.exact is not None
+    bound = solution.residual.norm / curvature(case, solution.controls)
+    assert distance(solution.controls, case.exact()) <= 1.001 * bound + 1e-13
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.strongly_convex], ids=lambda case: case.name
+)
+def test_solvers_agree_with_each_other(case: Case) -> None:
+    solutions = [solved(entry, case) for entry in SOLVERS if entry.solves(case)]
+    first = solutions[0]
+    for other in solutions[1:]:
+        least = min(curvature(case, s.controls) for s in (first, other))
+        assert least > 0
+        bound = (first.residual.norm + other.residual.norm) / least
+        assert distance(first.controls, other.controls) <= 2 * bound
+        assert other.objective == pytest.approx(first.objective, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("batch", [None, 6])
+def test_dense_kkt_reference_equals_an_independent_convex_solve(batch: int | None) -> None:
+    problem = varying(batch)
+    m = stacked(problem, per_example=False)
+    x = [cvxpy.Constant(problem.x0.numpy().reshape(-1))]
+    controls, total = [], 0.0
+    for t, (A, B) in enumerate(zip(m["A"], m["B"], strict=True)):
+        u = cvxpy.Variable(B.shape[1]) if B.shape[1] else None
+        controls.append(u)
+        moved = A @ x[-1] + m["c"][t]
+        weight, linear, z = m["Q"][t], m["q"][t], x[-1]
+        if u is not None:
+            moved = moved + B @ u
+            weight = _block(m["Q"][t], m["N"][t], m["R"][t])
+            linear = cvxpy.hstack([m["q"][t], m["r"][t]])
+            z = cvxpy.hstack([x[-1], u])
+        total = total + 0.5 * cvxpy.quad_form(z, cvxpy.psd_wrap(weight)) + linear @ z
+        x.append(moved)
+    total = total + 0.5 * cvxpy.quad_form(x[-1], cvxpy.psd_wrap(m["Q"][-1])) + m["q"][-1] @ x[-1]
+    cvxpy.Problem(cvxpy.Minimize(total)).solve(solver=cvxpy.CLARABEL)
+    reference, _ = kkt(problem, per_example=False)
+    for u, expected in zip(controls, reference, strict=True):
+        if u is not None:
+            torch.testing.assert_close(torch.from_numpy(u.value), expected, rtol=1e-6, atol=1e-6)
+
+
+def _block(Q: object, N: object, R: object) -> object:
+    return torch.cat(
+        [
+            torch.cat([torch.as_tensor(Q), torch.as_tensor(N)], 1),
+            torch.cat([torch.as_tensor(N).mT, torch.as_tensor(R)], 1),
+        ]
+    ).numpy()
+
+
+@pytest.mark.parametrize("entry", SOLVERS, ids=lambda entry: entry.name)
+def test_status_is_honest_when_the_steps_run_out(entry: Entry) -> None:
+    problem = residual_network()
+    start = problem.zero_controls()
+    solution = solve(problem, entry.make(problem, start), start, max_steps=2, tol=1e-12)
+    assert solution.status is Status.MAX_STEPS
+    assert solution.iterations == 2
+    assert solution.residual.norm > 1e-12
+    assert "after all 2 iterations" in solution.message and "more steps" in solution.message
+
+
+@pytest.mark.parametrize("entry", SOLVERS, ids=lambda entry: entry.name)
+def test_no_steps_only_evaluates_the_start(entry: Entry) -> None:
+    problem = scalar()
+    start = problem.zero_controls()
+    solution = solve(problem, entry.make(problem, start), start, max_steps=0, tol=0.0)
+    assert solution.status is Status.MAX_STEPS and solution.iterations == 0
+    assert all(torch.equal(a, b) for a, b in zip(solution.controls, start, strict=True))
+
+
+@pytest.mark.parametrize("entry", SOLVERS, ids=lambda entry: entry.name)
+def test_a_solved_start_converges_without_a_step(entry: Entry) -> None:
+    problem = varying(None)
+    start, _ = kkt(problem, per_example=False)
+    solution = solve(problem, entry.make(problem, start), start, max_steps=9, tol=1e-10)
+    assert solution.status is Status.CONVERGED and solution.iterations == 0
+
+
+@pytest.mark.parametrize("entry", SOLVERS, ids=lambda entry: entry.name)
+def test_nan_is_divergence(entry: Entry) -> None:
+    network = residual_network()
+    target = torch.full((7, 4), float("nan"), dtype=F64)
+    problem = ControlProblem(network.dynamics, SquaredErrorCost(target), network.x0)
+    start = network.zero_controls()
+    solution = solve(problem, entry.make(network, start), start, max_steps=9, tol=1e-9)
+    assert solution.status is Status.DIVERGED
+    assert "initial controls" in solution.message
+
+
+@pytest.mark.parametrize("entry", SOLVERS, ids=lambda entry: entry.name)
+def test_controls_keep_their_dtype_and_the_start_is_left_alone(entry: Entry) -> None:
+    network = residual_network()
+    dynamics = type(network.dynamics).random(5, 4, 6, 3, seed=1, dtype=torch.float32)
+    cost = SquaredErrorCost(network.cost.target.float(), weight_decay=1.0)
+    problem = ControlProblem(dynamics, cost, network.x0.float())
+    start = problem.zero_controls()
+    solution = solve(problem, entry.make(problem, start), start, max_steps=200, tol=1e-4)
+    assert solution.status is Status.CONVERGED, solution.message
+    assert all(u.dtype == torch.float32 and u.shape == (3,) for u in solution.controls)
+    assert not any(u.any() for u in start)
+
+
+@pytest.mark.parametrize("entry", SOLVERS, ids=lambda entry: entry.name)
+def test_callback_sees_every_iterate_and_can_end_the_solve(entry: Entry) -> None:
+    problem = residual_network()
+    start, seen = problem.zero_controls(), []
+    solution = solve(
+        problem, entry.make(problem, start), start, max_steps=3, tol=0.0, callback=seen.append
+    )
+    assert [it.iteration for it in seen] == [0, 1, 2, 3]
+    assert [it.objective for it in seen] == solution.history["objective"]
+    for it in seen:
+        assert distance(it.gradient, problem.gradient(it.controls)) <= 1e-12
+        assert it.residual.norm == pytest.approx(problem.residual(it.controls).norm)
+
+    def interrupt(iterate: Iterate) -> None:
+        if iterate.iteration == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        solve(problem, entry.make(problem, start), start, max_steps=9, tol=0.0, callback=interrupt)
+
+
+@pytest.mark.parametrize("entry", SOLVERS, ids=lambda entry: entry.name)
+def test_progress_is_shown_on_request(entry: Entry, capsys: pytest.CaptureFixture[str]) -> None:
+    problem = scalar()
+    start = problem.zero_controls()
+    solver = entry.make(problem, start)
+    solve(problem, solver, start, max_steps=2, tol=0.0)
+    assert capsys.readouterr().err == ""
+    solve(problem, solver, start, max_steps=2, tol=0.0, progress=True)
+    assert "2/2" in capsys.readouterr().err or entry.name != "msa"
+
+
+@pytest.mark.parametrize("make", [residual_network, low_rank, lambda: varying(6)])
+def test_msa_is_gradient_descent(make: Callable[[], ControlProblem]) -> None:
+    problem, step, iterates = make(), 0.05, []
+    start = tuple(torch.linspace(-1, 1, m, dtype=F64) for m in problem.dynamics.control_sizes)
+    solve(problem, MSA(step), start, max_steps=30, tol=0.0, callback=iterates.append)
+    leaves = [u.clone().requires_grad_() for u in start]
+    optimiser = torch.optim.SGD(leaves, lr=step)
+    for it in iterates:
+        assert distance(it.controls, tuple(leaves)) <= 1e-12 * float(flat(it.controls).norm())
+        optimiser.zero_grad()
+        problem.objective(tuple(leaves)).backward()
+        optimiser.step()
+
+
+def test_msa_with_too_long_a_step_diverges_and_returns_the_last_finite_iterate() -> None:
+    problem = scalar()
+    solution = solve(problem, MSA(1e3), problem.zero_controls(), max_steps=500, tol=1e-9)
+    assert solution.status is Status.DIVERGED
+    assert "last finite iterate" in solution.message and "smaller step" in solution.message
+    assert torch.isfinite(flat(solution.controls)).all()
+
+
+def test_msa_converges_exactly_below_two_over_the_curvature() -> None:
+    problem = scalar()
+    start = problem.zero_controls()
+    top = float(torch.linalg.eigvalsh(hessian(problem, start))[-1])
+    below, above = (
+        solve(problem, MSA(factor * 2 / top), start, max_steps=300, tol=1e-10)
+        for factor in (0.9, 1.02)
+    )
+    assert below.status is Status.CONVERGED
+    assert above.status is not Status.CONVERGED
+    assert above.history["residual"][-1] > above.history["residual"][0]
+
+
+def test_shooting_reports_a_failed_line_search_with_its_cause() -> None:
+    problem = residual_network()
+    solution = solve(problem, Shooting(), problem.zero_controls(), max_steps=9999, tol=0.0)
+    assert solution.status is Status.LINE_SEARCH_FAILED
+    assert "L-BFGS stopped" in solution.message and "raise tol" in solution.message
+    assert 0 < solution.residual.norm <= 1e-6
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_bad_settings_are_refused(value: float) -> None:
+    with pytest.raises(InputError, match="step_size"):
+        MSA(value)
+    with pytest.raises(InputError, match="memory"):
+        Shooting(0)
+    problem = scalar()
+    with pytest.raises(InputError, match="max_steps"):
+        solve(problem, MSA(1.0), problem.zero_controls(), max_steps=-1, tol=0.0)
+    with pytest.raises(InputError, match="step 0 has shape"):
+        bad = tuple(torch.zeros(2, dtype=F64) for _ in range(5))
+        solve(problem, MSA(1.0), bad, max_steps=1, tol=0.0)
