@@ -51,7 +51,7 @@ slow: $(STAMP)
 lint: $(STAMP)
 	"$(BIN)/python" -m ruff check .
 	"$(BIN)/python" -m ruff format --check .
-	"$(BIN)/python" -m pyright
+	"$(BIN)/python" -m pyright --pythonpath "$(BIN)/python"
 
 clean:
 	rm -rf "$(VENV)" figures .pytest_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,124 @@
+"""What a figure is, and where figures are found.
+
+A figure is one module of this folder that defines everything in `FigureModule`. The path is always
+records → `table`, `curves` → `draw`: nothing is drawn that is not in a table, and each table is
+written beside the picture, so a picture can be checked, or drawn otherwise, from its CSV files.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+
+from experiments.experiment import canonical_json
+from experiments.records import Record
+from theory.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+FOLDER = Path(__file__).parent
+STYLE = FOLDER / "style.mplstyle"
+RECORDS = FOLDER / "records"
+
+COLUMN_WIDTH = 3.5
+PAGE_WIDTH = 7.2
+
+
+@runtime_checkable
+class FigureModule(Protocol):
+    """What the module of a figure defines.
+
+    Attributes:
+        TITLE: One line that says what the figure shows.
+        STUDY: The module of `experiments.studies` whose records it is drawn from.
+    """
+
+    TITLE: str
+    STUDY: str
+
+    def table(self, records: Sequence[Record]) -> DataFrame:
+        """One row per run (or per run and layer): every number drawn as a point."""
+        ...
+
+    def curves(self, records: Sequence[Record]) -> DataFrame:
+        """Every number drawn as part of a line, in long form."""
+        ...
+
+    def summary(self, table: DataFrame) -> DataFrame:
+        """The table that readers see, formatted, with spread over seeds."""
+        ...
+
+    def draw(self, table: DataFrame, curves: DataFrame) -> Figure:
+        """The picture."""
+        ...
+
+    def caption(self, table: DataFrame) -> str:
+        """The caption; each number in it is computed from `table`."""
+        ...
+
+
+def names() -> list[str]:
+    """Names of all figures: the modules of this folder that define `STUDY` at top level."""
+    return sorted(
+        path.stem
+        for path in FOLDER.glob("*.py")
+        if any(line.startswith("STUDY =") for line in path.read_text("utf-8").splitlines())
+    )
+
+
+def load(name: str) -> FigureModule:
+    """Import the figure called `name`.
+
+    Raises:
+        InputError: There is no such figure, or its module lacks a part of `FigureModule`.
+    """
+    if name not in names():
+        raise unknown("figure", name, names())
+    module = importlib.import_module(f"paper_figures.{name}")
+    if not isinstance(module, FigureModule):
+        wanted = (w for w in FigureModule.__dict__ if not w.startswith("_"))
+        annotated = FigureModule.__annotations__
+        lacking = [w for w in (*annotated, *wanted) if not hasattr(module, w)]
+        raise InputError(f"paper_figures/{name}.py must define {', '.join(lacking)}")
+    return cast(FigureModule, module)
+
+
+def groups(frame: DataFrame, keys: Sequence[str]) -> Iterator[tuple[tuple[Any, ...], DataFrame]]:
+    """Rows of `frame` by the values of `keys`, in order of first appearance."""
+    for values, rows in frame.groupby(list(keys), sort=False):
+        yield (values if isinstance(values, tuple) else (values,)), rows
+
+
+def check_replicates(records: Sequence[Record], labels: Sequence[object]) -> None:
+    """Check that records of the same group differ in nothing but their seed.
+
+    Means and spreads over seeds are taken within a group; pooling two settings there would draw a
+    number that belongs to neither.
+
+    Args:
+        records: The records.
+        labels: For each record, the group that it is averaged in.
+
+    Raises:
+        InputError: Two records of a group have different configurations or the same seed.
+    """
+    settings: dict[object, str] = {}
+    seen: set[tuple[object, object]] = set()
+    for record, group in zip(records, labels, strict=True):
+        seed = record.config.get("seed")
+        rest = canonical_json({k: v for k, v in record.config.items() if k != "seed"})
+        if settings.setdefault(group, rest) != rest:
+            raise InputError(
+                f"records of {group} differ in more than their seed (run {record.id}); "
+                "draw from a folder that holds the runs of one study only"
+            )
+        if (group, seed) in seen:
+            raise InputError(
+                f"two records of {group} have seed {seed} (run {record.id}), computed with other "
+                "model or data files; delete the one that is out of date"
+            )
+        seen.add((group, seed))

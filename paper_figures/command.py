@@ -1,0 +1,78 @@
+"""`deltacontrol figures`: compute what is missing, then draw every figure.
+
+Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from experiments.runs import RunStore
+from paper_figures import base, collect
+from theory.errors import InputError
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Draw the figures, each with its table and its caption.
+
+    `quick` runs a small grid on this machine, skipping what is finished. `paper` redraws from the
+    records that come with the package and computes nothing.
+
+    Attributes:
+        preset: The grid: quick (minutes on two cores) or paper (hours).
+        recompute: With quick, discard the finished runs of the chosen figures and run them again.
+            With paper, run the grid here, skipping what --runs has, instead of reading the records
+            that come with the package.
+        only: Names of the figures to draw; all when empty.
+        out: Where the pictures, tables and captions go.
+        workers: Runs at a time, one process with one thread each; chosen by the machine if absent.
+        runs: Where finished runs are kept.
+        publish: Copy the records that were drawn into the package, for preset paper to read.
+    """
+
+    preset: Literal["quick", "paper"] = "quick"
+    recompute: bool = False
+    only: tuple[str, ...] = ()
+    out: Path = Path("figures")
+    workers: int | None = None
+    runs: Path = Path("runs")
+    publish: bool = False
+
+    def run(self) -> None:
+        """Draw the chosen figures, one after another, and print each table as it is there.
+
+        Raises:
+            InputError: A figure is unknown, records are missing, or a folder cannot be written.
+        """
+        if self.publish and self.preset != "paper":
+            raise InputError("--publish is for --preset paper: quick runs are not published")
+        chosen = dict.fromkeys(self.only or base.names())
+        figures = {name: base.load(name) for name in chosen}
+        for name, figure in figures.items():
+            self._draw(name, figure)
+
+    def _draw(self, name: str, figure: base.FigureModule) -> None:
+        from paper_figures.export import export
+
+        experiments = collect.study(figure.STUDY, self.preset)
+        folder = base.RECORDS / figure.STUDY
+        if self.preset == "paper" and not self.recompute:
+            records = collect.committed(folder, experiments)
+        else:
+            records = collect.computed(
+                RunStore(self.runs),
+                experiments,
+                discard=self.recompute and self.preset == "quick",
+                workers=self.workers,
+            )
+        if self.publish:
+            collect.publish(records, folder)
+        done = export(name, figure, records, self.out)
+        print(f"\n{name}: {figure.TITLE} ({len(records)} runs)\n")
+        print(done.summary.to_string(index=False))
+        print(f"\n{textwrap.fill(done.caption, 100)}\n")
+        print("\n".join(f"wrote {path}" for path in done.files))

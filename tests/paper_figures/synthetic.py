@@ -1,0 +1,144 @@
+"""Synthetic records of the three studies, written as real runs are: through a `RunStore`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from experiments.experiment import Experiment, Outcome, Workspace
+from experiments.records import Record
+from experiments.runs import RunStore
+
+STAGES = ["input", *(f"block.{i}" for i in range(6)), "readout"]
+
+
+@dataclass(frozen=True)
+class Synthetic(Experiment):
+    """An experiment whose record is made up."""
+
+    kind: ClassVar[str] = "synthetic"
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def to_config(self) -> dict[str, Any]:
+        return self.config
+
+    def execute(self, workspace: Workspace) -> Outcome:
+        raise AssertionError("the figures must not run this")
+
+
+Grid = list[tuple[Synthetic, dict[str, Any], pd.DataFrame]]
+
+#            accuracy, trainable share
+METHODS = {
+    "full": (0.83, 1.0),
+    "lora": (0.82, 0.0065),
+    "houlsby": (0.815, 0.013),
+    "bitfit": (0.80, 0.0022),
+    "prefix": (0.78, 0.0041),
+    "prompt": (0.72, 0.0003),
+    "head": (0.70, 0.00003),
+}
+
+
+def performance(seeds: int = 3) -> Grid:
+    grid: Grid = []
+    random = np.random.default_rng(0)
+    for task, shift, majority in (("movie", 0.0, 0.52), ("trec6", 0.08, 0.24)):
+        for name, (accuracy, share) in METHODS.items():
+            for seed in range(seeds):
+                config = {
+                    "model": "minilm-l6",
+                    "task": task,
+                    "deltas": [{"name": name}],
+                    "seed": seed,
+                    "learning_rate": 2e-4 if name == "full" else 1e-3,
+                    "evaluate_on": "test",
+                }
+                result = {
+                    "accuracy": accuracy + shift + random.normal(0, 0.006),
+                    "majority_share": majority,
+                    "num_trainable": int(22_700_000 * share),
+                    "trainable_share": 0.0 if name == "head" else share,
+                    "trainable_share_with_head": share,
+                    "seconds_per_step": 0.2 + 0.1 * (name == "full"),
+                    "peak_memory_bytes": 900_000_000,
+                }
+                step = np.arange(1, 201)
+                floor = 1.0 - accuracy
+                loss = floor + (0.7 - floor) * np.exp(-step / 60) + random.normal(0, 0.05, 200)
+                curve = pd.DataFrame({"step": step, "loss": np.maximum(loss, 0.01)})
+                grid.append((Synthetic(config), result, curve))
+    return grid
+
+
+def pontryagin(seeds: int = 2) -> Grid:
+    grid: Grid = []
+    for optimiser, rate, count in (("lbfgs", 0.12, 90), ("adamw", 0.03, 200)):
+        for seed in range(seeds):
+            random = np.random.default_rng(seed)
+            iteration = np.arange(count + 1)
+            columns: dict[str, Any] = {
+                "iteration": iteration,
+                "objective": 0.05 + 0.65 * np.exp(-1.5 * rate * iteration) * (1 + 0.1 * seed),
+            }
+            parts = []
+            for position, stage in enumerate(STAGES):
+                noise = np.exp(random.normal(0, 0.3, count + 1))
+                part = 0.02 * 1.5**position * np.exp(-rate * iteration) * noise
+                parts.append(part if stage != "input" else 0 * part)
+                columns[f"residual_{stage}"] = parts[-1]
+                columns[f"costate_{stage}"] = 0.3 * 0.8**position * np.exp(-0.01 * iteration)
+            columns["residual"] = np.sqrt(np.sum(np.square(parts), axis=0))
+            config = {
+                "delta": {"name": "lora", "rank": 8},
+                "optimiser": optimiser,
+                "seed": seed,
+                "num_examples": 32,
+            }
+            result = {
+                "identity_relative_difference": 3.2e-15,
+                "stages": STAGES,
+                "residual": float(columns["residual"][-1]),
+                "status": "converged",
+            }
+            grid.append((Synthetic(config), result, pd.DataFrame(columns)))
+    return grid
+
+
+def subspace(seeds: int = 3) -> Grid:
+    grid: Grid = []
+    random = np.random.default_rng(1)
+    for pretrained, top, centre in ((True, 0.82, 60.0), (False, 0.66, 3000.0)):
+        for dimension in (None, 10, 50, 200, 1000, 5000, 20000):
+            for seed in range(seeds):
+                delta = {"name": "subspace", "dimension": dimension}
+                gain = 1.0 if dimension is None else dimension / (dimension + centre)
+                config = {
+                    "model": "minilm-l6",
+                    "task": "movie",
+                    "deltas": [{"name": "full"} if dimension is None else delta],
+                    "pretrained": pretrained,
+                    "seed": seed,
+                    "learning_rate": 1e-3,
+                }
+                result = {
+                    "accuracy": 0.52 + (top - 0.52) * gain + random.normal(0, 0.006),
+                    "majority_share": 0.52,
+                    "num_trainable": dimension or 22_700_000,
+                }
+                curve = pd.DataFrame({"step": [1, 2], "loss": [0.7, 0.6]})
+                grid.append((Synthetic(config), result, curve))
+    return grid
+
+
+GRIDS: dict[str, Callable[[], Grid]] = {
+    "performance": performance,
+    "pontryagin": pontryagin,
+    "subspace": subspace,
+}
+
+
+def write(store: RunStore, grid: Grid) -> list[Record]:
+    return [store.write(e, result, curve, status="completed") for e, result, curve in grid]

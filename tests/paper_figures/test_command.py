@@ -1,0 +1,95 @@
+"""`deltacontrol figures`: what it computes, what it refuses, what it prints."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import experiments.sweeps
+from experiments.experiment import Experiment
+from experiments.records import Record
+from experiments.runs import RunStore
+from paper_figures import base, collect
+from paper_figures.command import Figures
+from tests.paper_figures.synthetic import GRIDS, Grid, write
+from theory.errors import InputError
+
+
+# The command is the same for every figure, so it is tested on the one that draws fastest.
+@pytest.fixture(scope="module", params=["subspace"])
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def synthetic_studies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(collect, "study", lambda name, preset: [e for e, *_ in GRIDS[name]()])
+    monkeypatch.setattr(base, "RECORDS", tmp_path / "records")
+
+
+@pytest.fixture
+def sweep(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """Replace the sweep by one that writes the made-up records; lists how many it was asked for."""
+    asked: list[int] = []
+    answers = {e.to_config().__repr__(): row for row in GRIDS[name]() for e in row[:1]}
+
+    def run_all(
+        wanted: Sequence[Experiment], store: RunStore, workers: int | None = None
+    ) -> list[Record]:
+        asked.append(len(wanted))
+        return write(store, [answers[repr(e.to_config())] for e in wanted])
+
+    monkeypatch.setattr(experiments.sweeps, "run_all", run_all)
+    return asked
+
+
+def figures(name: str, folder: Path, **options: object) -> Figures:
+    return Figures(only=(name,), out=folder / "out", runs=folder / "runs", **options)  # type: ignore[arg-type]
+
+
+def test_quick_computes_what_is_missing_once(
+    name: str, grid: Grid, sweep: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(RunStore(tmp_path / "runs"), grid[:1])
+    figures(name, tmp_path).run()
+    assert sweep == [len(grid) - 1]
+    printed = capsys.readouterr().out
+    assert base.load(name).TITLE in printed and f"wrote {tmp_path / 'out' / name}.pdf" in printed
+    figures(name, tmp_path).run()
+    assert len(sweep) == 1
+    figures(name, tmp_path, recompute=True).run()
+    assert sweep == [len(grid) - 1, len(grid)]
+
+
+def test_paper_redraws_published_records_without_computing(
+    name: str, grid: Grid, sweep: list[int], tmp_path: Path
+) -> None:
+    figures(name, tmp_path, preset="paper", recompute=True, publish=True).run()
+    first = (tmp_path / "out" / f"{name}.pdf").read_bytes()
+    figures(name, tmp_path / "elsewhere", preset="paper").run()
+    assert sweep == [len(grid)]
+    assert (tmp_path / "elsewhere" / "out" / f"{name}.pdf").read_bytes() == first
+    published = tmp_path / "records" / base.load(name).STUDY
+    assert {p.name for p in published.rglob("*") if p.is_file()} == {"run.json", "curve.parquet"}
+
+
+def test_paper_says_which_records_are_missing(
+    name: str, grid: Grid, sweep: list[int], tmp_path: Path
+) -> None:
+    write(RunStore(tmp_path / "records" / base.load(name).STUDY), grid[2:])
+    with pytest.raises(InputError, match=f"2 of {len(grid)} runs .*--recompute"):
+        figures(name, tmp_path, preset="paper").run()
+    assert not sweep and not (tmp_path / "out").exists()
+
+
+def test_publishing_drops_stale_records(name: str, grid: Grid, tmp_path: Path) -> None:
+    records = write(RunStore(tmp_path / "runs"), grid[:3])
+    folder = tmp_path / "published"
+    collect.publish(records, folder)
+    collect.publish(records[1:], folder)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(r.id for r in records[1:])
+
+
+def test_quick_runs_are_not_published(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="paper"):
+        figures("performance", tmp_path, publish=True).run()

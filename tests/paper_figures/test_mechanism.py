@@ -1,0 +1,40 @@
+"""How figures are found, and what may be averaged."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments.runs import RunStore
+from paper_figures import base
+from tests.paper_figures.synthetic import GRIDS, Synthetic, performance, write
+from theory.errors import InputError
+
+
+def test_every_figure_has_synthetic_records() -> None:
+    assert base.names() == sorted(GRIDS)
+
+
+def test_every_figure_is_complete() -> None:
+    for name in base.names():
+        figure = base.load(name)
+        assert isinstance(figure, base.FigureModule)
+        assert figure.STUDY and figure.TITLE
+
+
+def test_unknown_figure_names_the_nearest() -> None:
+    with pytest.raises(InputError, match="performance"):
+        base.load("preformance")
+
+
+def test_settings_are_not_pooled(tmp_path: Path) -> None:
+    grid = performance(seeds=2)
+    other = Synthetic(grid[1][0].config | {"learning_rate": 0.5})
+    records = write(RunStore(tmp_path), [grid[0], (other, *grid[1][1:])])
+    with pytest.raises(InputError, match="more than their seed"):
+        base.load("performance").table(records)
+
+
+def test_a_seed_counts_once(tmp_path: Path) -> None:
+    records = write(RunStore(tmp_path), performance(seeds=1)[:1])
+    with pytest.raises(InputError, match="two records"):
+        base.check_replicates(records * 2, ["lora", "lora"])
