@@ -1,0 +1,37 @@
+"""The README runs, and its generated tables are not stale."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def between(text: str, marker: str) -> str:
+    begin, end = f"<!-- {marker}:begin -->\n", f"<!-- {marker}:end -->"
+    assert text.count(begin) == 1 and text.count(end) == 1, f"README.md lacks its {marker} markers"
+    return text.split(begin)[1].split(end)[0]
+
+
+def test_scoreboard_is_up_to_date() -> None:
+    scoreboard = pytest.importorskip("experiments.scoreboard")
+    written = between(README.read_text(encoding="utf-8"), "scoreboard").strip()
+    assert written == scoreboard.render_table().strip(), (
+        "the scoreboard in README.md is stale; put what experiments.scoreboard.render_table() "
+        "returns between its markers"
+    )
+
+
+def test_python_example_runs(minilm_l6: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert f'"{minilm_l6}"' in code
+    exec(compile(code, str(README), "exec"), {})
+    assert capsys.readouterr().out
+
+
+def test_linked_files_exist() -> None:
+    text = README.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    missing = [link for link in links if not (README.parent / link).exists()]
+    assert links and not missing
