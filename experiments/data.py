@@ -85,7 +85,9 @@ class Encoded:
     train: EncodedSplit
     validation: EncodedSplit
     test: EncodedSplit
-    _plans: dict[tuple[int, int, int], np.ndarray] = field(default_factory=dict, repr=False)
+    _plans: dict[tuple[int, int, int], np.ndarray] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def split(self, name: str) -> EncodedSplit:
         """Return a split by its name.
@@ -151,8 +153,8 @@ def encode(
         eval_limit: use the first so many validation and test rows.
 
     Raises:
-        InputError: a limit or `max_length` that is too small, or no text with two tokens for
-            causal-lm (a single token has nothing to predict; such rows are left out).
+        InputError: a limit or `max_length` that is too small, no padding token, or no text with two
+            tokens for causal-lm (a single one has nothing to predict; such rows are left out).
     """
     if max_length < 2 + tokenizer.num_special_tokens_to_add():
         raise InputError(f"max_length={max_length} leaves no room for text; give 8 or more.")
@@ -162,10 +164,7 @@ def encode(
     limits = {"train": train_limit, "validation": eval_limit, "test": eval_limit}
     frames = {name: getattr(task, name).iloc[:limit] for name, limit in limits.items()}
     return Encoded(
-        **{
-            name: _encode_split(frame, task, tokenizer, max_length)
-            for name, frame in frames.items()
-        }
+        **{name: _encode_split(part, task, tokenizer, max_length) for name, part in frames.items()}
     )
 
 
@@ -173,6 +172,8 @@ def _encode_split(
     frame: pd.DataFrame, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> EncodedSplit:
     pad = tokenizer.pad_token_id
+    if not isinstance(pad, int):
+        raise InputError("the tokenizer has no padding token; set one, its end token for example.")
     ids = tokenizer(
         frame["text"].tolist(),
         truncation=True,

@@ -66,7 +66,7 @@ def build(
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise _cannot_load(model, error) from error
     if precision == torch.float64:
-        built = built.to(precision)
+        built = built.double()
     return built.eval(), tokenizer
 
 

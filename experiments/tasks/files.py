@@ -67,8 +67,9 @@ def load_file(
     rows = frame[list(columns.values())].set_axis(list(columns), axis=1)
     rows = rows.assign(text=rows["text"].astype(str))
     labels: tuple[str, ...] = ()
-    if "label" in rows:
-        kind = kind or _infer(rows["label"])
+    if kind is None:
+        kind = _infer(rows["label"])
+    if kind != "causal-lm":
         rows, labels = _label(rows, kind, label_column, path)
     if "split" in frame and "split" not in columns.values():
         rows = _given_split(rows.assign(split=frame["split"].astype(str).str.lower()), path)
