@@ -1,7 +1,8 @@
 """Prefixes enter through the attention interface of transformers, not through the model's code.
 
 ``intercept`` switches a model from the implementation "sdpa" (or "eager") to a registered one that
-puts prefix keys and values in front where a module has some, and then calls the stock function. Without a prefix the result is the stock model's, exactly.
+puts prefix keys and values in front where a module has some, and then calls the stock function.
+Without a prefix the result is the stock model's, exactly.
 """
 
 from __future__ import annotations
@@ -42,18 +43,19 @@ def add_prefix(module: nn.Module, prefix: Prefix) -> Callable[[], None]:
     return remove
 
 
-def is_intercepted(model: PreTrainedModel) -> bool:
-    """Whether the model's attention already goes through this file."""
-    return str(model.config._attn_implementation).startswith(_NAME)
-
-
 def intercept(model: PreTrainedModel) -> Callable[[], None]:
     """Route a model's attention through this file; returns what switches it back.
 
     Raises:
-        InputError: the model cannot change its attention, or uses a kernel without masks.
+        InputError: the model cannot change its attention, uses a kernel without masks, or shares
+            its configuration object with another model that carries a prefix.
     """
-    stock = model.config._attn_implementation
+    stock = str(model.config._attn_implementation)
+    if stock.startswith(_NAME):
+        raise InputError(
+            "this model shares its configuration object with a model that carries a prefix; build "
+            "it from a copy of the configuration, or detach the other model's deltas first."
+        )
     if not model._can_set_attn_implementation():
         raise InputError(
             f"{type(model).__name__} does not use the attention interface of transformers, so a "

@@ -71,7 +71,8 @@ class Host:
         self.state_path: dict[str, str] = {}  # control parameter -> path of the module it acts at
         self.shared: list[str] = []  # control parameters that act on all layers at once
         self._undo: list[Callable[[], None]] = []
-        self._replaced: dict[str, nn.Parameter] = {}
+        self._taken: set[str] = set()  # base parameters that a control stands for
+        self._intercepted = False
 
     # -- what the model looks like ---------------------------------------------------------------
 
@@ -142,9 +143,8 @@ class Host:
         """
         names = list(names)
         owners = self._owners()
+        self._refuse_taken(names)
         for name in names:
-            if name in self._replaced:
-                raise InputError(f"{name} is controlled by two deltas; drop one of them.")
             tied = [
                 other for other, p in owners.items() if p is owners[name] and other not in names
             ]
@@ -158,10 +158,22 @@ class Host:
             control = nn.Parameter(original.detach().clone())
             self.controls.place(f"{self.namespace}.{name}", control)
             self.state_path[f"{self.namespace}.{name}"] = name.rpartition(".")[0]
-            for alias in (n for n in names if owners[n] is original):
-                self._replaced[alias] = original
+            aliases = [n for n in names if owners[n] is original]
+            for alias in aliases:
                 self.set_parameter(alias, control)
-                self._undo.append(lambda alias=alias, p=original: self.set_parameter(alias, p))
+            self._undo.append(lambda a=aliases, p=original, c=control: self._put_back(a, p, c))
+        self._taken.update(names)
+
+    def _put_back(self, names: list[str], original: nn.Parameter, control: nn.Parameter) -> None:
+        """Put a base parameter back; it follows the model if that went elsewhere meanwhile."""
+        original.data = original.data.to(control.device, control.dtype)
+        for name in names:
+            self.set_parameter(name, original)
+
+    def _refuse_taken(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name in self._taken:
+                raise InputError(f"{name} is controlled by two deltas; drop one of them.")
 
     def set_parameter(self, name: str, value: Tensor) -> None:
         """Put a tensor in the place of a base parameter."""
@@ -189,33 +201,54 @@ class Host:
 
         Under gradient checkpointing the values stay in place until the next pass, because the
         backward pass runs parts of the forward again.
+
+        Raises:
+            InputError: another delta controls one of the parameters already.
         """
         originals = {name: self.parameter(name) for name in names}
-        aliases = {n: p for n, p in self._owners().items()}
         owned = {id(p): name for name, p in originals.items()}
-        places = {alias: owned[id(p)] for alias, p in aliases.items() if id(p) in owned}
+        places = {n: owned[id(p)] for n, p in self._owners().items() if id(p) in owned}
+        self._refuse_taken(places)
+        self._taken.update(places)
+        running: list[nn.Module] = []
+        earlier: dict[str, Tensor] = {}
 
-        def enter(_module: nn.Module, _args: tuple) -> None:
-            current = values()
-            for alias, name in places.items():
-                self.set_parameter(alias, current[name])
+        def put(value: Callable[[str], Tensor]) -> None:
+            for alias in places:
+                self.set_parameter(alias, value(alias))
 
-        def restore() -> None:
-            for alias, name in places.items():
-                self.set_parameter(alias, originals[name])
+        def original(alias: str) -> Tensor:
+            return originals[places[alias]]
 
-        def leave(_module: nn.Module, _args: tuple, _output: Any) -> None:
-            if not (self.model.is_activation_checkpointing and torch.is_grad_enabled()):
-                restore()
+        def enter(module: nn.Module, _args: tuple) -> None:
+            running.append(module)
+            if len(running) == 1:
+                owners = self._owners()
+                earlier.update({alias: owners[alias] for alias in places})
+                current = values()
+                put(lambda alias: current[places[alias]])
 
-        before = self.model.register_forward_pre_hook(enter)
-        after = self.model.register_forward_hook(leave, always_call=True)
-        self._undo += [restore, before.remove, after.remove]
+        def leave(module: nn.Module, _args: tuple, _output: Any) -> None:
+            if not running or running.pop() is not module or running:
+                return
+            if not self.model.is_activation_checkpointing:
+                put(original)
+            elif not torch.is_grad_enabled():  # a backward pass may still need what was there
+                put(earlier.__getitem__)
+            earlier.clear()
+
+        # In generation an encoder runs by itself, outside the model's own forward.
+        encoder = self.model.get_encoder() if self.model.config.is_encoder_decoder else None
+        self._undo.append(lambda: put(original))
+        for module in filter(None, (self.model, encoder)):
+            self._undo.append(module.register_forward_pre_hook(enter).remove)
+            self._undo.append(module.register_forward_hook(leave, always_call=True).remove)
 
     def add_prefix(self, module: nn.Module, prefix: attention.Prefix) -> None:
         """Let an attention module see ``prefix`` beside its own keys and values."""
-        if not attention.is_intercepted(self.model):
+        if not self._intercepted:
             self._undo.append(attention.intercept(self.model))
+            self._intercepted = True
         self._undo.append(attention.add_prefix(module, prefix))
 
     def undo(self) -> None:
