@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,8 +57,11 @@ class Subspace(Delta):
         if seed is None:
             seed = int(torch.randint(2**31, (), generator=host.generator))
         kind = {"fastfood": FastfoodProjection, "dense": DenseProjection}[self.projection]
-        projection = kind(full_dim, self.dimension, seed=seed, dtype=like.dtype, device=like.device)
-        coordinates = Coordinates(projection, parameters)
+
+        def project(dtype: torch.dtype, device: torch.device) -> Projection:
+            return kind(full_dim, self.dimension, seed=seed, dtype=dtype, device=device)
+
+        coordinates = Coordinates(self.dimension, seed, project, parameters)
         host.add("z", coordinates, like=like)
         host.shared.append(f"{host.namespace}.z.z")
         host.reparametrise(list(parameters), coordinates)
@@ -68,13 +72,32 @@ class Subspace(Delta):
 
 
 class Coordinates(nn.Module):
-    """z ↦ the parameters θ₀ + P z by name; z (d,) starts at zero."""
+    """z ↦ the parameters θ₀ + P z by name; z (d,) starts at zero.
 
-    def __init__(self, projection: Projection, parameters: dict[str, nn.Parameter]) -> None:
+    The seed of P is saved beside z, because z means nothing under another P.
+    """
+
+    def __init__(
+        self,
+        dimension: int,
+        seed: int,
+        project: Callable[[torch.dtype, torch.device], Projection],
+        parameters: dict[str, nn.Parameter],
+    ) -> None:
         super().__init__()
-        self.z = nn.Parameter(torch.zeros(projection.sub_dim))
-        self.projection = projection
+        self.z = nn.Parameter(torch.zeros(dimension))
+        self.register_buffer("seed", torch.tensor(seed))
+        self._project = project
+        self._projection: Projection | None = None
         self.__dict__["base"] = dict(parameters)  # θ₀ stays the base model's own
+
+    @property
+    def projection(self) -> Projection:
+        """P in the dtype and on the device of z; drawn again when z has moved."""
+        made = self._projection
+        if made is None or (made.dtype, made.device) != (self.z.dtype, self.z.device):
+            made = self._projection = self._project(self.z.dtype, self.z.device)
+        return made
 
     def forward(self) -> dict[str, Tensor]:
         """All parameters at the current z."""
