@@ -41,7 +41,14 @@ class BitFit(Delta):
             head = tuple(path + "." for path in host.sites.head_paths())
             names = [n for n in host.parameter_names(host.sites.modules) if not n.startswith(head)]
         else:
-            names = host.parameter_names(site.path for site in host.find(self.sites))
+            sites = host.find(self.sites)
+            for site in sites:
+                if site.part is not None:
+                    raise InputError(
+                        f"bitfit: {host.sites.model_type} keeps several maps in {site.path}, and "
+                        f"their biases in one vector; take the whole, sites={site.path!r}."
+                    )
+            names = host.parameter_names(site.path for site in sites)
         biases = [name for name in names if name.rpartition(".")[2] == "bias"]
         if not biases:
             raise InputError(

@@ -47,6 +47,11 @@ class HoulsbyAdapter(Delta):
         self._positive("bottleneck")
         if self.activation not in ACT2FN:
             raise unknown("activation", self.activation, ACT2FN)
+        if any(True for _ in ACT2FN[self.activation].parameters()):
+            raise InputError(
+                f"houlsby: the activation {self.activation!r} has parameters of its own; choose a "
+                "fixed one such as gelu or relu."
+            )
 
     def build(self, host: Host) -> None:
         """Add an adapter at every site."""
@@ -66,6 +71,11 @@ class HoulsbyAdapter(Delta):
     def _checked_sites(self, host: Host) -> list[Site]:
         sites = host.find(self.sites, self.layers)
         for site in sites:
+            if site.part is not None:
+                raise InputError(
+                    f"houlsby: {host.sites.model_type} computes several maps in {site.path}, whose "
+                    "output has no slice of its own to adapt; choose attention.output or mlp.down."
+                )
             if self.bottleneck > site.out_features:
                 raise InputError(
                     f"houlsby: bottleneck {self.bottleneck} is above the width "
