@@ -48,15 +48,17 @@ class PromptTuning(Delta):
         embedding = host.model.get_input_embeddings()
         weight = embedding.weight
         if self.init == "vocabulary":
-            rows = torch.randint(weight.shape[0], (self.length,), generator=host.generator)
-            start = weight.detach()[rows.to(weight.device)].clone()
+            tokens = torch.randint(weight.shape[0], (self.length,), generator=host.generator)
+            with torch.no_grad():
+                start = embedding(tokens.to(weight.device)).clone()
         else:
             start = host.normal(self.length, weight.shape[1], std=self.init_std)
         path = host.sites.embedding_path or host.sites.backbone_path
         limit = getattr(host.config, "max_position_embeddings", None)
-        prompt = host.add(path, Prompt(start, embedding, limit), like=weight)
         model = host.model
         stack = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+        prompt = Prompt(start, embedding, limit, _first_position(stack))
+        host.add(path, prompt, like=weight)
         host.on_call(stack, prompt.insert)
         # A pooler inside the backbone must see the text's first token, so the rows leave before it.
         has_pooler = getattr(stack, "pooler", None) is not None
@@ -67,13 +69,30 @@ class PromptTuning(Delta):
         return self.length * host.width
 
 
-class Prompt(nn.Module):
-    """Rows (n, d) that enter in front of the embedded text and leave behind the blocks."""
+def _first_position(stack: nn.Module) -> int:
+    """The first position of a text: RoBERTa and its kin count from behind the padding's index."""
+    for path, module in stack.named_modules():
+        if path.endswith("position_embeddings"):
+            padding = getattr(module, "padding_idx", None)
+            return 0 if padding is None else padding + 1
+    return 0
 
-    def __init__(self, rows: Tensor, embedding: nn.Module, limit: int | None) -> None:
+
+class Prompt(nn.Module):
+    """Rows (n, d) that enter in front of the embedded text and leave behind the blocks.
+
+    Args:
+        rows: the start.
+        embedding: the base's own token embedding.
+        limit: how many positions the model has; None where there is no limit.
+        first: the first of them that a token can have.
+    """
+
+    def __init__(self, rows: Tensor, embedding: nn.Module, limit: int | None, first: int) -> None:
         super().__init__()
         self.rows = nn.Parameter(rows)
-        self.limit = limit
+        self.limit = None if limit is None else limit - first
+        self.first = first
         self.inserted = False
         self.__dict__["embedding"] = embedding  # the base's own module, not a control
 
@@ -89,7 +108,7 @@ class Prompt(nn.Module):
         kwargs = dict(kwargs)
         tokens = args[0] if args else kwargs.pop("input_ids", None)
         length = len(self.rows)
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("past_key_values")  # it holds the prompt from the first pass on
         self.inserted = cache is None or cache.get_seq_length() == 0
         if kwargs.get("inputs_embeds") is None:
             kwargs["inputs_embeds"] = self.embedding(tokens)
@@ -105,12 +124,16 @@ class Prompt(nn.Module):
         mask = kwargs.get("attention_mask")
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
-                raise InputError("prompt tuning needs an attention mask of shape (batch, tokens).")
+                raise InputError(
+                    "prompt tuning needs an attention mask of shape (batch, tokens); in generation "
+                    "with a static cache there is none: use cache_implementation='dynamic'."
+                )
             kwargs["attention_mask"] = pad(mask, (length, 0), value=1)
         positions = kwargs.get("position_ids")
         if positions is not None:
             shifted = positions + length
-            start = torch.arange(length, device=positions.device).expand(len(positions), -1)
+            start = torch.arange(self.first, self.first + length, device=positions.device)
+            start = start.expand(len(positions), -1)
             kwargs["position_ids"] = torch.cat([start, shifted], 1) if self.inserted else shifted
         types = kwargs.get("token_type_ids")
         if types is not None and self.inserted:
