@@ -39,7 +39,9 @@ class DeltaModel(nn.Module):
 
     ``forward`` takes what the base model takes. Only ``controls`` is trained; parameter names of
     the base stay as they are, so that DDP, accelerate and ``state_dict`` see an ordinary module.
-    Made by :func:`attach`.
+    Made by :func:`attach`, in the training or evaluation mode of the base. Copying it is refused,
+    because the hooks of a copy would still read the controls of the original: detach, copy the
+    base, attach to the copy and ``load(state())``.
 
     Attributes:
         model: the base model, with the controls acting in it.
@@ -54,6 +56,8 @@ class DeltaModel(nn.Module):
         self.attachments = attachments
         self.num_base = num_base
         self._host: Host | None = host
+        self.controls.train(host.model.training)
+        self.training = host.model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, under control."""
@@ -98,7 +102,7 @@ class DeltaModel(nn.Module):
         """Put saved controls in place.
 
         Raises:
-            InputError: keys or shapes differ; nothing is changed then.
+            InputError: keys, shapes or a seed of the delta differ; nothing is changed then.
         """
         own = self.controls.state_dict()
         missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -114,9 +118,22 @@ class DeltaModel(nn.Module):
                     f"control {key} has shape {tuple(state[key].shape)}, expected "
                     f"{tuple(value.shape)}: the delta was saved with other dimensions."
                 )
+        for key, value in self.controls.named_buffers():
+            if not torch.equal(state[key].cpu(), value.cpu()):
+                raise InputError(
+                    f"{key} is {state[key].tolist()}, but this model has {value.tolist()}: attach "
+                    "with the seed that the controls were saved with."
+                )
         with torch.no_grad():
             for key, value in own.items():
                 value.copy_(state[key])
+
+    def __deepcopy__(self, memo: dict) -> DeltaModel:
+        """Refused: the copy's hooks would act with the original's controls."""
+        raise InputError(
+            "a model with deltas cannot be copied: detach(), copy the base, attach to the copy and "
+            "load(state())."
+        )
 
     def detach(self) -> PreTrainedModel:
         """Take all deltas off and give the base model back, bit for bit."""
@@ -153,7 +170,17 @@ def attach(model: PreTrainedModel, *deltas: Delta, seed: int = 0) -> DeltaModel:
     """
     if not deltas:
         raise InputError("attach needs at least one delta, such as LoRA(rank=8).")
-    if _MARK in model.__dict__:
+    for delta in deltas:
+        if not isinstance(delta, Delta):
+            raise InputError(
+                f"attach takes deltas such as LoRA(rank=8), not {delta!r}; deltas.parse makes one "
+                "of a text."
+            )
+    if not isinstance(model, PreTrainedModel | DeltaModel):
+        raise InputError(
+            f"attach takes a model of transformers (PreTrainedModel), not {type(model).__name__}."
+        )
+    if isinstance(model, DeltaModel) or _MARK in model.__dict__:
         raise InputError(
             "this model has deltas already: call .detach() on its DeltaModel first, or give all "
             "deltas to one attach(model, A, B)."
