@@ -76,7 +76,12 @@ def parse(text: str) -> Delta:
                 f"{item!r} in the delta {text!r} is not FIELD=VALUE; the fields of {name} are "
                 f"{', '.join(fields(name))}."
             )
-        values[key.strip()] = value.strip()
+        key = key.strip()
+        if key not in fields(name):
+            raise unknown(f"field of the delta {name}", key, fields(name))
+        if key in values:
+            raise InputError(f"{key} is given twice in the delta {text!r}.")
+        values[key] = value.strip()
     return from_dict({"name": name, **values})
 
 

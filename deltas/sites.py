@@ -197,6 +197,7 @@ class SiteMap:
         self.architecture = ARCHITECTURES.get(self.model_type)
         self.block_paths = self._find_blocks()
         embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        self._output_embedding = getattr(model, "get_output_embeddings", lambda: None)()
         self.embedding_path = next((p for p, m in self.modules.items() if m is embedding), None)
 
     def _find_blocks(self) -> list[str]:
@@ -222,8 +223,8 @@ class SiteMap:
 
     def head_paths(self) -> list[str]:
         """Top-level modules beside the backbone that hold parameters: the task head."""
-        if not self.backbone_path:
-            return []
+        if not self.backbone_path:  # T5 keeps its stacks and its head side by side
+            return [p for p, m in self.modules.items() if p and m is self._output_embedding]
         root = self.backbone_path.split(".")[0]
         return [
             path
@@ -241,6 +242,10 @@ class SiteMap:
         Raises:
             InputError: a target matches nothing, a layer does not exist.
         """
+        if isinstance(targets, str):
+            raise InputError(f"sites is the text {targets!r}; expected a tuple: ({targets!r},).")
+        if isinstance(layers, int):
+            raise InputError(f"layers is the number {layers}; expected a tuple: ({layers},).")
         found: dict[tuple[str, tuple[int, int] | None], Site] = {}
         for target in targets:
             matches = self._match(target)
