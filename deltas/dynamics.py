@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 
 from deltas.host import first_tensor, with_first_tensor
 from deltas.model import DeltaModel
@@ -112,7 +113,18 @@ class TransformerDynamics(Dynamics):
         return tuple(u.detach().clone() for u in self.live_controls())
 
     def load_controls(self, u: Controls) -> None:
-        """Write u into the model."""
+        """Write u into the model.
+
+        Raises:
+            InputError: u has not one flat control of the right size for every stage; the model is
+                unchanged then.
+        """
+        shapes = [tuple(control.shape) for control in u]
+        if shapes != [(size,) for size in self.control_sizes]:
+            raise InputError(
+                f"the controls have shapes {shapes}, expected one flat control a stage of sizes "
+                f"{list(self.control_sizes)}."
+            )
         with torch.no_grad():
             for stage, control in zip(self._names, u, strict=True):
                 pieces = control.split([p.numel() for p in stage.values()]) if stage else ()
@@ -176,7 +188,7 @@ class _Stages(nn.Module):
         self.delta_model = delta_model
         self.main = main
         self.inputs = dict(inputs)
-        if getattr(delta_model.model.config, "use_cache", False):
+        if "use_cache" in inputs or getattr(delta_model.model.config, "use_cache", False):
             self.inputs["use_cache"] = False  # a recorded cache would change the second call
         self.calls: list[tuple[tuple, dict]] = []
         self.outputs: list[Any] = []
@@ -308,14 +320,18 @@ def _detached(output: Any) -> Any:
     return tuple(_detached(item) if isinstance(item, Tensor | tuple) else item for item in output)
 
 
+def _is_causal_lm(model: PreTrainedModel) -> bool:
+    return model.get_output_embeddings() is not None and model.loss_type != "ForMaskedLM"
+
+
 def control_problem(
     delta_model: DeltaModel, batch: Mapping[str, Any], *, weight_decay: float = 0.0
 ) -> ControlProblem:
     """The fine-tuning of a delta on one batch, as an optimal-control problem.
 
     J(u) = loss(logits, labels) + λ/2 Σ_t ‖u_t‖² with the loss averaged over the batch:
-    cross-entropy for integer labels (shifted by one position for language models), half the mean
-    squared error for real ones.
+    cross-entropy for integer labels (shifted by one position for causal language models), half the
+    mean squared error for real ones.
 
     Args:
         delta_model: the controlled model.
@@ -329,7 +345,7 @@ def control_problem(
     cost: Cost
     if labels.is_floating_point():
         cost = SquaredErrorCost(labels.reshape(len(labels), -1), weight_decay=weight_decay)
-    elif labels.dim() == 2 and delta_model.model.get_output_embeddings() is not None:
+    elif labels.dim() == 2 and _is_causal_lm(delta_model.model):
         shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
         cost = CrossEntropyCost(shifted, weight_decay=weight_decay)
     else:
