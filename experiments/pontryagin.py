@@ -21,8 +21,6 @@ from theory.errors import InputError, unknown
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltas.dynamics import TransformerDynamics
-    from deltas.model import DeltaModel
     from theory.problem import ControlProblem, Controls
 
 OPTIMISERS = ("lbfgs", "adamw")
@@ -90,15 +88,24 @@ class PontryaginTrace(Experiment):
         """Train, recording residuals and costates; compare with autograd at both ends."""
         import pandas as pd
 
-        problem, controlled = self._problem()
-        dynamics: TransformerDynamics = problem.dynamics  # type: ignore[assignment]
+        from deltas.registry import from_dict
+        from experiments.problems import fixed_problem
+
+        fixed = fixed_problem(
+            (from_dict(self.delta),),
+            model=self.model,
+            task=self.task,
+            num_examples=self.num_examples,
+            max_length=self.max_length,
+            weight_decay=self.weight_decay,
+            seed=self.seed,
+        )
+        dynamics, start = fixed.dynamics, fixed.dynamics.controls()
         rows: list[dict[str, float]] = []
-        start = dynamics.controls()
-        first = identity_difference(problem, controlled, start)
+        first = fixed.identity_difference(start)
         train = _with_lbfgs if self.optimiser == "lbfgs" else _with_adamw
-        final, status, message = train(self, problem, start, rows, workspace.progress)
-        dynamics.load_controls(final)
-        last = identity_difference(problem, controlled, final)
+        final, status, message = train(self, fixed.problem, start, rows, workspace.progress)
+        last = fixed.identity_difference(final)
         result = {
             "status": status,
             "stages": list(dynamics.stage_names),
@@ -109,70 +116,8 @@ class PontryaginTrace(Experiment):
             "identity_relative_difference": max(first, last),
             "replay_error": dynamics.replay_error,
         }
-        return Outcome("completed", result, pd.DataFrame(rows), controlled.state(), message)
-
-    def _problem(self) -> tuple[ControlProblem, DeltaModel]:
-        import torch
-
-        from deltas import HeadTuning, attach, from_dict
-        from deltas.dynamics import control_problem
-
-        task = tasks.load(self.task)
-        if task.kind != "classification":
-            raise InputError(f"{self.task} is a {task.kind} task; expected a classification.")
-        model, tokenizer = models.load(
-            self.model,
-            kind="classification",
-            num_labels=len(task.labels),
-            seed=self.seed,
-            dtype="float64",
-        )
-        delta = from_dict(self.delta)
-        deltas = (delta,) if delta.trains_head else (delta, HeadTuning())
-        controlled = attach(model, *deltas, seed=self.seed)
-        examples = task.train.head(self.num_examples)
-        batch = tokenizer(
-            list(examples["text"]),
-            truncation=True,
-            max_length=self.max_length,
-            padding=True,
-            return_tensors="pt",
-        )
-        labels = torch.tensor(examples["label"].to_numpy())
-        problem = control_problem(
-            controlled, {**batch, "labels": labels}, weight_decay=self.weight_decay
-        )
-        return problem, controlled
-
-
-def identity_difference(
-    problem: ControlProblem, controlled: DeltaModel, controls: Controls
-) -> float:
-    """‖∇_u H - ∂J/∂u‖ / ‖∂J/∂u‖ with ∂J/∂u by autograd through the model's own forward pass.
-
-    Args:
-        problem: as `deltas.dynamics.control_problem` made it for ``controlled``.
-        controlled: the model; its controls are set to ``controls``.
-        controls: where to compare.
-    """
-    import torch
-
-    dynamics: TransformerDynamics = problem.dynamics  # type: ignore[assignment]
-    dynamics.load_controls(controls)
-    parameters = controlled.trainable()
-    loss = problem.cost.terminal(dynamics.logits())
-    for t, u in enumerate(dynamics.live_controls()):
-        loss = loss + problem.cost.running(t, problem.x0, u)
-    names = [name for t in range(dynamics.horizon) for name in dynamics.control_names(t)]
-    found = torch.autograd.grad(loss, [parameters[n] for n in names], allow_unused=True)
-    reference = torch.cat(
-        [
-            (torch.zeros_like(parameters[n]) if g is None else g).reshape(-1)
-            for n, g in zip(names, found, strict=True)
-        ]
-    )
-    difference = torch.cat(problem.gradient(controls)) - reference
-    return float(difference.norm() / reference.norm())
+        controls = fixed.controlled.state()
+        return Outcome("completed", result, pd.DataFrame(rows), controls, message)
 
 
 def _row(problem: ControlProblem, controls: Controls, objective: float, residual: Any) -> dict:

@@ -1,0 +1,1 @@
+"""Subcommands of ``deltacontrol``, one a file; `experiments.cli` finds them."""

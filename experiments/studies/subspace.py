@@ -1,0 +1,38 @@
+"""Accuracy against the dimension of a random subspace, pre-trained against random start."""
+
+from __future__ import annotations
+
+from experiments.finetune import FineTuning
+from experiments.rates import recorded_rates
+from experiments.studies.learning_rates import MODEL, subspace_rate
+
+TASK = "movie"
+
+
+def experiments(preset: str) -> list[FineTuning]:
+    """Dimensions × starts × seeds, and full fine-tuning of both starts."""
+    quick = preset == "quick"
+    dimensions = (100, 1000, 10_000) if quick else (10, 100, 1000, 10_000, 100_000)
+    found = []
+    for seed in range(1 if quick else 3):
+        for pretrained in (True, False):
+            start = MODEL if pretrained else f"{MODEL}@random"
+            common = {
+                "model": MODEL,
+                "task": TASK,
+                "seed": seed,
+                "pretrained": pretrained,
+                "steps": 40 if quick else 100,
+                "eval_limit": 500 if quick else None,
+            }
+            rate = recorded_rates().get(f"{start}/{TASK}/full")
+            found.append(FineTuning(deltas=("full",), learning_rate=rate, **common))
+            for dimension in dimensions:
+                found.append(
+                    FineTuning(
+                        deltas=(f"subspace:dimension={dimension}",),
+                        learning_rate=subspace_rate(dimension, pretrained),
+                        **common,
+                    )
+                )
+    return found
