@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments import studies
 from experiments.experiment import Experiment, canonical_json
 from experiments.records import CURVE_FILE, RUN_FILE, Record
 from experiments.runs import RunStore
@@ -17,9 +17,9 @@ def study(name: str, preset: str) -> list[Experiment]:
     """The experiments of study `name` at `preset`.
 
     Raises:
-        InputError: The study has no experiments at this preset.
+        InputError: There is no such study, or it has no experiments at this preset.
     """
-    experiments = importlib.import_module(f"experiments.studies.{name}").experiments(preset)
+    experiments = studies.experiments(name, preset)
     if not experiments:
         raise InputError(f"study {name!r} has no experiments for preset {preset!r}")
     return list(experiments)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments.records import Record
 from paper_figures.base import PAGE_WIDTH, check_replicates, groups
@@ -193,6 +194,7 @@ def _draw_losses(ax: Axes, curves: pd.DataFrame, shown: dict[str, Look]) -> None
             step, loss - deviation, loss + deviation, color=look.color, alpha=0.15, linewidth=0
         )
     ax.set_ylabel("training loss")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     ax.set_ylim(bottom=0)
 
 

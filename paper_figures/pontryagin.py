@@ -114,7 +114,8 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     if len(optimisers) > 2:
         raise InputError(f"pontryagin compares two optimisers; the records have {optimisers}")
     stages = _stages(table)
-    figure = Figure(figsize=(PAGE_WIDTH, 4.3 * len(deltas)), layout="constrained")
+    height = 4.3 if len(deltas) == 1 else 3.7 * len(deltas)
+    figure = Figure(figsize=(PAGE_WIDTH, height), layout="constrained")
     axes = figure.subplots(2 * len(deltas), 2, squeeze=False)
     for index, delta in enumerate(deltas):
         of_delta = curves[curves["delta"] == delta]
@@ -126,7 +127,7 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
             ax.set_title(f"{title}{_name(optimiser)}")
         for ax in top[len(optimisers) :]:
             ax.set_visible(False)
-        headroom(top[0], 0.12)
+        headroom(top[0], 0.25)
         _draw_gaps(bottom[0], of_delta, title)
         _draw_costates(bottom[1], table[table["delta"] == delta], title)
         _add_scale(figure, top, stages)
@@ -138,13 +139,15 @@ def caption(table: pd.DataFrame) -> str:
     """What fell by how much; the identity of claim 1, from the records."""
     runs = table.drop_duplicates("run")
     worst = runs["identity_relative_difference"].max()
+    identity = f"differ by at most {worst:.1e} (relative)" if worst else "are equal to the last bit"
+    seeds = runs["seed"].nunique()
+    others = "; thin grey lines are the totals of other seeds" if seeds > 1 else ""
     sentences = [
-        f"{TITLE}. (a, b) ‖∇_u H_t‖ of each stage t, and of all stages together (black), first "
-        "seed; thin grey lines are the totals of other seeds. (c) Objective above the lowest J "
-        "that either optimiser reached from the same seed. (d) Costate norms ‖p_{t+1}‖ before and "
-        f"after training, mean and range over {runs['seed'].nunique()} seed(s). Claim 1: in "
-        f"float64 ∇_u H_t along the costates and the gradient of J differ by at most {worst:.1e} "
-        f"(relative, over {len(runs)} runs)."
+        f"{TITLE}. Upper panels: ‖∇_u H_t‖ of each stage t, and of all stages together (black)"
+        f"{others}. Lower left: objective above the lowest J that either optimiser reached from "
+        "the same seed. Lower right: costate norms ‖p_{t+1}‖ before and after training"
+        f"{f', mean and range over {seeds} seeds' if seeds > 1 else ''}. Claim 1: in float64, "
+        f"∇_u H_t along the costates and the gradient of J {identity}, over {len(runs)} runs."
     ]
     for (delta, optimiser), of_pair in groups(runs, ["delta", "optimiser"]):
         factor = (of_pair["total_end"] / of_pair["total_start"]).median()
@@ -274,4 +277,4 @@ def _draw_costates(ax: Axes, table: pd.DataFrame, title: str) -> None:
     ax.set_ylabel(r"$\|p_{t+1}\|$")
     ax.set_title(f"{title}costates")
     headroom(ax, 0.3)
-    ax.legend(loc="upper right", ncols=2)
+    ax.legend(loc="best", ncols=2)
