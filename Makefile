@@ -6,9 +6,9 @@ WORKERS ?= 2
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-# One thread a process: parallelism is over runs and over test workers.
-export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# One thread a test worker. A sweep shares the cores out among its runs by itself.
+test slow: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install figures test slow lint clean

@@ -87,6 +87,19 @@ def computed(
     return [record for record in records if record is not None]
 
 
+def show(picture: Path, gallery: Path) -> None:
+    """Copy a picture into the gallery, which the README shows.
+
+    Raises:
+        InputError: `gallery` cannot be written.
+    """
+    try:
+        gallery.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(picture, gallery / picture.name)
+    except OSError as error:
+        raise InputError(f"cannot write to {gallery}: {error.strerror or error}") from error
+
+
 def publish(records: Sequence[Record], folder: Path) -> None:
     """Make `folder` hold exactly `records`, without their trained controls.
 

@@ -31,7 +31,8 @@ class Figures:
         out: Where the pictures, tables and captions go.
         workers: Runs at a time, one process with one thread each; chosen by the machine if absent.
         runs: Where finished runs are kept.
-        publish: Copy the records that were drawn into the package, for preset paper to read.
+        publish: Copy the records that were drawn into the package, for preset paper to read, and
+            the pictures into its gallery.
     """
 
     preset: Literal["quick", "paper"] = "quick"
@@ -69,9 +70,10 @@ class Figures:
                 discard=self.recompute and self.preset == "quick",
                 workers=self.workers,
             )
+        done = export(name, figure, records, self.out)
         if self.publish:
             collect.publish(records, folder)
-        done = export(name, figure, records, self.out)
+            collect.show(self.out / f"{name}.png", base.GALLERY)
         print(f"\n{name}: {figure.TITLE} ({len(records)} runs)\n")
         print(done.summary.to_string(index=False))
         print(f"\n{textwrap.fill(done.caption, 100)}\n")

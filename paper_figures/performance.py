@@ -122,7 +122,7 @@ def caption(table: pd.DataFrame) -> str:
     seeds = table.groupby(KEYS)["seed"].nunique()
     count = str(seeds.min()) if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
     sentences = [
-        f"{TITLE} ({joined(sorted(table['model'].unique()))}; {count} seeds). Left: a dot is a "
+        f"{TITLE} ({joined(sorted(table['model'].unique()))}; seeds: {count}). Left: a dot is a "
         "seed, the bar mean ± standard deviation, the dashed line the majority class. Middle: "
         "training loss, running mean over a tenth of the steps, mean ± standard deviation over "
         "seeds. Right: mean accuracy against the share of parameters trained, head included."

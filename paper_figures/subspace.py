@@ -125,7 +125,7 @@ def caption(table: pd.DataFrame) -> str:
     """The rules, and d90 by each."""
     seeds = table[table["method"] == "subspace"]["seed"].nunique()
     sentences = [
-        f"{TITLE}: θ = θ₀ + P z, z ∈ R^d ({seeds} seeds; dots are seeds, lines their mean). "
+        f"{TITLE}: θ = θ₀ + P z, z ∈ R^d (seeds: {seeds}; dots are seeds, lines their mean). "
         "Horizontal lines: full fine-tuning (solid) and 90 % of it (dashed). d90 is interpolated "
         "in log d on the mean; brackets give its range over seeds. Absolute rule: 90 % of full "
         "fine-tuning of the pre-trained model; baseline rule: 90 % of each model's own."

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments import cli, scoreboard
+
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
@@ -15,7 +17,6 @@ def between(text: str, marker: str) -> str:
 
 
 def test_scoreboard_is_up_to_date() -> None:
-    scoreboard = pytest.importorskip("experiments.scoreboard")
     written = between(README.read_text(encoding="utf-8"), "scoreboard").strip()
     assert written == scoreboard.render_table().strip(), (
         "the scoreboard in README.md is stale; put what experiments.scoreboard.render_table() "
@@ -28,6 +29,11 @@ def test_python_example_runs(minilm_l6: str, capsys: pytest.CaptureFixture[str])
     assert f'"{minilm_l6}"' in code
     exec(compile(code, str(README), "exec"), {})
     assert capsys.readouterr().out
+
+
+def test_commands_exist() -> None:
+    named = re.findall(r"^deltacontrol ([a-z-]+)", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert named and set(named) <= set(cli.available())
 
 
 def test_linked_files_exist() -> None:

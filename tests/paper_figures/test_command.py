@@ -25,6 +25,7 @@ def name(request: pytest.FixtureRequest) -> str:
 def synthetic_studies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(collect, "study", lambda name, preset: [e for e, *_ in GRIDS[name]()])
     monkeypatch.setattr(base, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(base, "GALLERY", tmp_path / "gallery")
 
 
 @pytest.fixture
@@ -69,6 +70,7 @@ def test_paper_redraws_published_records_without_computing(
     figures(name, tmp_path / "elsewhere", preset="paper").run()
     assert sweep == [len(grid)]
     assert (tmp_path / "elsewhere" / "out" / f"{name}.pdf").read_bytes() == first
+    assert (tmp_path / "gallery" / f"{name}.png").exists()
     published = tmp_path / "records" / base.load(name).STUDY
     assert {p.name for p in published.rglob("*") if p.is_file()} == {"run.json", "curve.parquet"}
 
