@@ -249,7 +249,7 @@ def test_progress_is_shown_on_request(entry: Entry, capsys: pytest.CaptureFixtur
     solve(problem, solver, start, max_steps=2, tol=0.0)
     assert capsys.readouterr().err == ""
     solve(problem, solver, start, max_steps=2, tol=0.0, progress=True)
-    assert "2/2" in capsys.readouterr().err or entry.name != "msa"
+    assert "step/s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("make", [residual_network, low_rank, lambda: varying(6)])

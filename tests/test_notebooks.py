@@ -1,0 +1,43 @@
+"""Every proof notebook is a percent script with the agreed sections, and runs to its end."""
+
+from __future__ import annotations
+
+import runpy
+import warnings
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "proofs_notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.py"))
+SECTIONS = ("statement", "assumptions", "derivation", "numerical check", "what breaks it")
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def test_there_are_notebooks() -> None:
+    assert NOTEBOOKS
+
+
+@each
+def test_is_a_percent_script_with_the_agreed_sections(path: Path) -> None:
+    with warnings.catch_warnings():
+        # jupytext's own imports still use interfaces that their authors have deprecated.
+        warnings.simplefilter("ignore")
+        import jupytext
+
+        notebook = jupytext.read(path)
+    assert notebook.metadata["jupytext"]["text_representation"]["format_name"] == "percent"
+    kinds = {cell.cell_type for cell in notebook.cells}
+    assert kinds == {"markdown", "code"}
+    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    headings = [line.lstrip("# ").lower() for line in text.splitlines() if line.startswith("## ")]
+    for section in SECTIONS:
+        assert any(heading.startswith(section) for heading in headings), section
+    code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
+    assert "assert " in code
+
+
+@each
+def test_runs(path: Path) -> None:
+    runpy.run_path(str(path), run_name="__main__")
