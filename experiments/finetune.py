@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
+import tyro
 
 from experiments.experiment import Digests, Experiment, Outcome, Workspace
 from experiments.rates import default_rate
@@ -40,6 +41,16 @@ _SHARED = (
 )
 
 
+# On the command line, deltas are texts: --delta lora:rank=16 bitfit.
+_TEXTS = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="NAME[:FIELD=VALUE,...]",
+    instance_from_str=tuple,
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=lambda value: [str(item) for item in value],
+)
+
+
 @dataclass(frozen=True)
 class FineTuning(Experiment):
     """Train deltas on a frozen model for a task, then evaluate on rows that training never saw."""
@@ -50,7 +61,7 @@ class FineTuning(Experiment):
     """A packaged model's name, a local folder, or an id on the hub."""
     task: str = "movie"
     """A packaged task's name, or the path of a CSV, JSON Lines or Parquet file."""
-    deltas: tuple[Any, ...] = ("lora",)
+    deltas: Annotated[tuple[Any, ...], _TEXTS, tyro.conf.arg(name="delta")] = ("lora",)
     """The deltas: texts such as lora:rank=16, or dictionaries. The head is added where needed."""
     seed: int = 0
     """Seed of the head, the controls, the batches and the dropout."""
@@ -186,8 +197,20 @@ class FineTuning(Experiment):
         best_validation_<metric> with best_validation_step where `eval_every` is set.
 
         Raises:
-            InputError: From loading the model or the task, or attaching the deltas.
+            InputError: From loading the model or the task, from attaching the deltas, or because
+                the GPU's memory is too small.
         """
+        import torch
+
+        try:
+            return self._execute(workspace)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"the GPU's memory is too small for {self.label}; try a larger grad_accumulation, "
+                "gradient_checkpointing, a smaller max_length or a smaller batch_size"
+            ) from error
+
+    def _execute(self, workspace: Workspace) -> Outcome:
         from experiments import data, models, tasks, training
         from experiments.evaluation import MONITORED, evaluate
         from experiments.resources import autocast

@@ -36,7 +36,7 @@ class Deltas:
         print(f"  parameters  {method.num_parameters_formula}")
         print(f"  source      {method.reference}")
         print(f"  at start    {'the model itself' if method.identity_at_start else 'perturbed'}\n")
-        print(f"{cleandoc(method.__doc__ or str())}\n\nDefaults:")
+        print(f"{cleandoc(method.__doc__ or '')}\n\nDefaults:")
         for field, (_, default) in fields(self.show).items():
             print(f"  {field} = {default!r}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from experiments.finetune import FineTuning
@@ -26,7 +26,7 @@ _SHOWN = {
 
 
 @dataclass(frozen=True)
-class Finetune:
+class Finetune(FineTuning):
     """Train deltas on a frozen model for a task, and evaluate on rows that training never saw.
 
     A run is recorded under the hash of its configuration; the same command again prints the record,
@@ -38,19 +38,22 @@ class Finetune:
         deltacontrol finetune --task reviews.csv --text-column review --label-column stars
     """
 
-    experiment: FineTuning = field(default_factory=FineTuning)
     runs: Path = Path("runs")
     """Folder in which the run is recorded."""
+
+    def __post_init__(self) -> None:
+        """Check nothing yet: `run` makes the experiment, whose errors are messages of their own."""
 
     def run(self) -> int:
         """Train, record, print; exit code 1 after a divergence."""
         from experiments.sweeps import run
 
+        experiment = FineTuning(**{f.name: getattr(self, f.name) for f in fields(FineTuning)})
         store = RunStore(self.runs)
-        known = store.find(self.experiment) is not None
-        record = run(self.experiment, store)
+        known = store.find(experiment) is not None
+        record = run(experiment, store)
         assert record is not None
-        print_record(record, store.path(self.experiment), "found" if known else "recorded")
+        print_record(record, store.path(experiment), "found" if known else "recorded")
         return 1 if record.status == "diverged" else 0
 
 
