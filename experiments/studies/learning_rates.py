@@ -20,11 +20,11 @@ MODEL = "minilm-l6"
 TASKS = ("movie", "trec6")
 GRID = {
     "full": (3e-5, 1e-4, 3e-4, 1e-3),
-    "head": (3e-3, 1e-2, 3e-2, 1e-1),
+    "head": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "bitfit": (1e-3, 3e-3, 1e-2, 3e-2),
     "lora": (3e-4, 1e-3, 3e-3, 1e-2),
     "houlsby": (3e-4, 1e-3, 3e-3, 1e-2),
-    "prefix": (3e-3, 1e-2, 3e-2, 1e-1),
+    "prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "prompt": (1e-2, 3e-2, 1e-1, 3e-1),
 }
 STEPS = 100
