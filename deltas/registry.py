@@ -87,18 +87,18 @@ def parse(text: str) -> Delta:
 
 def _convert(delta: str, key: str, value: Any, kind: Any) -> Any:
     """``value`` as the type of the field, or an error that says what was expected."""
-    error = InputError(f"{delta}: {key}={value!r} is not {_describe(kind)}.")
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        if value not in args:
+            raise unknown(f"{key} of the delta {delta}", str(value), map(str, args))
+        return value
+    error = InputError(f"{delta}: {key}={value!r} is not {_describe(kind)}.")
     if origin in (typing.Union, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             if type(None) in args:
                 return None
             raise error
         return _convert(delta, key, value, next(a for a in args if a is not type(None)))
-    if origin is typing.Literal:
-        if value not in args:
-            raise unknown(f"{key} of the delta {delta}", str(value), map(str, args))
-        return value
     if origin is tuple:
         items = value.split("+") if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
