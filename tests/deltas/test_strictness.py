@@ -1,0 +1,206 @@
+"""A mistake gets one message: what was wrong, what was expected, what to try."""
+
+import copy
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import PreTrainedModel, T5ForConditionalGeneration
+
+from deltas import (
+    BitFit,
+    Delta,
+    FullFineTuning,
+    HeadTuning,
+    HoulsbyAdapter,
+    LastLayers,
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+    Subspace,
+    attach,
+    available,
+    from_dict,
+    parse,
+)
+from tests.deltas.zoo import FAMILIES, METHODS, P, V, assert_same, batch_of, d, out, snapshot
+from theory.errors import InputError
+
+Build = Callable[..., PreTrainedModel]
+
+CLS, LM = "classification", "causal-lm"
+QUERY = ("attention.query",)
+
+# delta, family, kind, what the message must hold
+REFUSALS: list[tuple[Delta, str, str, tuple[str, ...]]] = [
+    (LoRA(sites=("attention.qeury",)), "bert", CLS, ("'attention.qeury'", "attention.query")),
+    (LoRA(sites=("q_proj",)), "bert", CLS, ("'q_proj'", "matches no module of bert", "nearest")),
+    (LoRA(sites=("",)), "bert", CLS, ("''", "matches no module")),
+    (LoRA(sites=("(",)), "bert", CLS, ("'('", "not a regular expression")),
+    (LoRA(sites=("norm",)), "bert", CLS, ("LayerNorm", "not a linear map", "attention.query")),
+    (LoRA(sites=("embedding",)), "gpt2", CLS, ("Embedding", "not a linear map")),
+    (LoRA(sites="query"), "bert", CLS, ("the text 'query'", "('query',)")),  # type: ignore[arg-type]
+    (LoRA(rank=33), "bert", CLS, ("rank 33", "width 32", "self.query", "1 to 32")),
+    (LoRA(rank=17), "llama", CLS, ("rank 17", "width 16", "v_proj", "1 to 16")),
+    (LoRA(layers=(2,)), "bert", CLS, ("[2]", "blocks 0 to 1")),
+    (LoRA(layers=(-1,)), "bert", CLS, ("[-1]", "blocks 0 to 1")),
+    (LoRA(layers=()), "bert", CLS, ("layers", "empty", "blocks 0 to 1")),
+    (LoRA(layers=1), "bert", CLS, ("the number 1", "(1,)")),  # type: ignore[arg-type]
+    (LoRA(sites=("classifier",), layers=(0,)), "bert", CLS, ("classifier", "layers [0]")),
+    (LoRA(sites=("mlp",)), "bert", CLS, ("no single module for 'mlp'", "mlp.up")),
+    (HoulsbyAdapter(bottleneck=33), "bert", CLS, ("bottleneck 33", "width 32", "1 to 32")),
+    (HoulsbyAdapter(sites=QUERY), "gpt2", CLS, ("c_attn", "attention.output")),
+    (BitFit(), "llama", CLS, ("llama has no bias", "lora")),
+    (BitFit(), "t5", CLS, ("t5 has no bias", "lora")),
+    (BitFit(sites=("embedding",)), "bert", CLS, ("no bias at ('embedding',)",)),
+    (BitFit(sites=QUERY), "gpt2", CLS, ("c_attn", "several maps")),
+    (HeadTuning(), "t5", CLS, ("T5EncoderModel", "no head", "AutoModelForSequence")),
+    (HeadTuning(), "bert", "backbone", ("BertModel", "no head")),
+    (HeadTuning(), "gpt2", LM, ("lm_head.weight", "tied to transformer.wte.weight", "full")),
+    (PrefixTuning(), "mpnet", CLS, ("MPNet", "attention interface", "prompt")),
+    (PrefixTuning(layers=(9,)), "bert", CLS, ("[9]", "blocks 0 to 1")),
+    (LastLayers(num_layers=3), "bert", CLS, ("num_layers is 3", "2 blocks")),
+    (Subspace(dimension=10**7), "bert", CLS, ("10000000", "parameters of the model")),
+]  # fmt: skip
+
+
+def raises(*parts: str):
+    """Expects an InputError whose message holds all parts."""
+    return pytest.raises(InputError, match="".join(f"(?=.*{re.escape(p)})" for p in parts))
+
+
+@pytest.mark.parametrize(
+    ("delta", "family", "kind", "parts"), REFUSALS, ids=[f"{r[0].name}-{r[1]}" for r in REFUSALS]
+)
+def test_attaching_refuses(build: Build, delta, family, kind, parts):
+    model = build(family, kind)
+    before = snapshot(model)
+    with raises(*parts):
+        attach(model, PromptTuning(length=2), delta)  # the first one must go as well
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (lambda: LoRA(rank=0), ("lora", "rank is 0", "at least 1")),
+        (lambda: LoRA(dropout=1.0), ("dropout is 1.0", "< 1")),
+        (lambda: LoRA(dropout=-0.1), ("dropout is -0.1",)),
+        (lambda: HoulsbyAdapter(bottleneck=0), ("bottleneck is 0", "at least 1")),
+        (lambda: HoulsbyAdapter(activation="gleu"), ("'gleu'", "gelu")),
+        (lambda: HoulsbyAdapter(activation="prelu"), ("'prelu'", "parameters of its own", "relu")),
+        (lambda: PrefixTuning(length=0), ("prefix", "length is 0", "at least 1")),
+        (lambda: PromptTuning(length=-2), ("prompt", "length is -2", "at least 1")),
+        (lambda: LastLayers(num_layers=0), ("num_layers is 0",)),
+        (lambda: Subspace(dimension=0), ("dimension is 0",)),
+        (lambda: parse("lorra"), ("unknown delta 'lorra'", "nearest: lora", "known: bitfit")),
+        (lambda: parse(""), ("unknown delta ''", "known: bitfit")),
+        (lambda: parse("lora:rnak=3"), ("'rnak'", "nearest: rank", "known: alpha")),
+        (lambda: parse("lora:name=bitfit"), ("'name'", "known: alpha")),
+        (lambda: parse("lora:rank"), ("'rank'", "FIELD=VALUE", "rank, alpha")),
+        (lambda: parse("lora:rank=2,rank=3"), ("rank is given twice",)),
+        (lambda: parse("lora:rank=two"), ("rank='two'", "an integer")),
+        (lambda: parse("lora:rank=2.5"), ("rank='2.5'", "an integer")),
+        (lambda: parse("lora:rank=none"), ("rank='none'", "an integer")),
+        (lambda: parse("lora:alpha=big"), ("alpha='big'", "a number")),
+        (lambda: parse("lora:layers=0+x"), ("layers='x'", "an integer")),
+        (lambda: parse("prompt:init=vocab"), ("init", "'vocab'", "nearest: vocabulary")),
+        (lambda: parse("subspace:projection=sparse"), ("'sparse'", "dense, fastfood")),
+        (lambda: from_dict({"rank": 2}), ("needs a name",)),
+        (lambda: from_dict({"name": "lora", "rank": 2.5}), ("rank=2.5", "an integer")),
+        (lambda: from_dict({"name": "lora", "rank": True}), ("rank=True", "an integer")),
+        (lambda: from_dict({"name": "lora", "rank": None}), ("rank=None", "an integer")),
+        (lambda: from_dict({"name": "lora", "depth": 1}), ("'depth'", "known: alpha")),
+    ],
+)  # fmt: skip
+def test_configurations_refuse(make, parts):
+    with raises(*parts):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("deltas", "parts"),
+    [
+        ((), ("at least one delta", "LoRA(rank=8)")),
+        (("lora",), ("not 'lora'", "deltas.parse")),
+        ((LoRA,), ("LoRA(rank=8)", "not <class")),
+    ],
+)
+def test_attach_takes_deltas(build, deltas, parts):
+    with raises(*parts):
+        attach(build("bert"), *deltas)
+
+
+def test_attach_takes_models_of_transformers():
+    with raises("PreTrainedModel", "not Linear"):
+        attach(torch.nn.Linear(2, 2), LoRA())  # type: ignore[arg-type]
+
+
+def test_a_tied_head_names_the_way_out(build):
+    model = build("llama", "causal-lm", tie_word_embeddings=True)
+    with raises("lm_head.weight", "tied to model.embed_tokens.weight", "tie_word_embeddings=False"):
+        attach(model, HeadTuning())
+    attach(model, FullFineTuning()).detach()
+    untied = build("llama", "causal-lm")
+    controlled = attach(untied, HeadTuning())
+    assert list(controlled.trainable()) == ["head.lm_head.weight"]
+    controlled.detach()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_of_an_encoder_decoder_is_found(tied):
+    config = FAMILIES["t5"].config()
+    config.update({"tie_word_embeddings": tied})
+    model = T5ForConditionalGeneration(config)
+    if tied:
+        with raises("lm_head.weight", "tied to"):
+            attach(model, HeadTuning())
+    else:
+        assert attach(model, HeadTuning()).num_trainable == V * d
+
+
+def test_other_attention_kernels_are_refused(build):
+    model = copy.deepcopy(build("bert"))
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with raises("eager and sdpa", "not 'flash_attention_2'", "attn_implementation='sdpa'"):
+        attach(model, PrefixTuning())
+    assert model.config._attn_implementation == "flash_attention_2"
+    model.config._attn_implementation_internal = "eager"
+    attach(model, PrefixTuning()).detach()
+
+
+@pytest.mark.parametrize(
+    "family", ["bert", "roberta", "electra", "distilbert", "mpnet", "gpt2", "opt"]
+)
+def test_a_prompt_must_fit_in_front_of_the_text(build, family):
+    """To the position: one more is refused, before the embedding table is left."""
+    model = build(family)
+    room = P - 2 if family in ("roberta", "mpnet") else P  # they spend two positions on padding
+    controlled = attach(model, PromptTuning(length=room - 7))
+    ids = torch.randint(3, V, (1, 8))
+    assert out(controlled, {"input_ids": ids[:, :7]}).isfinite().all()
+    with raises(f"prompt of {room - 7}", "text of 8", f"{room} positions", "max_length"):
+        controlled(input_ids=ids)
+    assert out(controlled, {"input_ids": ids[:, :7]}).isfinite().all()
+    controlled.detach()
+
+
+def test_a_prompt_needs_a_plain_mask(build):
+    controlled = attach(build("bert"), PromptTuning(length=2))
+    batch = batch_of(controlled.model)
+    with raises("attention mask of shape (batch, tokens)"):
+        controlled(batch["input_ids"], attention_mask=batch["attention_mask"][:, None, None])
+    controlled.detach()
+
+
+def test_the_registry_knows_every_delta_and_returns_it():
+    assert sorted(available()) == sorted(METHODS)
+    for delta, _ in METHODS.values():
+        assert from_dict(delta.to_dict()) == delta
+        assert parse(delta.name) == type(delta)()
+    text = "lora:rank=4,alpha=2,sites=attention.key+mlp.up,layers=0+1,dropout=0.5"
+    expected = LoRA(4, 2.0, ("attention.key", "mlp.up"), (0, 1), 0.5)
+    assert parse(text) == expected == from_dict(expected.to_dict())
+    assert parse("lora:layers=none").layers is None
+    assert parse("subspace:projection=dense,projection_seed=3") == Subspace(1000, "dense", 3)
