@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from experiments.runs import unwritable
+from experiments.runs import unwritable, write_tensors
 from theory.errors import InputError
 
 FILE = "checkpoint.safetensors"
@@ -62,18 +61,15 @@ def save(
             tensors[f"{key}/{name}"] = value
     for name, value in (best_controls or {}).items():
         tensors[f"best/{name}"] = value
-    tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
     temporary = folder / (FILE + ".new")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"progress": json.dumps(asdict(progress))})
+        write_tensors(temporary, tensors, metadata={"progress": json.dumps(asdict(progress))})
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, folder / FILE)
     except OSError as error:
         raise unwritable(folder, error) from error
-    except Exception as error:  # safetensors reports a failed write by its own class
-        raise InputError(f"cannot write a checkpoint to {folder}: {error}") from error
 
 
 def load(

@@ -84,9 +84,10 @@ def classification(
     """Accuracy, macro F1 over the classes that occur, and mean cross-entropy."""
     from sklearn.metrics import f1_score
 
+    f1 = f1_score(targets, outputs, average="macro", zero_division=0)  # type: ignore[arg-type]
     return {
         "accuracy": float(np.mean(outputs == targets)),
-        "macro_f1": float(f1_score(targets, outputs, average="macro", zero_division=0.0)),
+        "macro_f1": float(f1),
         "loss": float(losses.mean(dtype=np.float64)),
     }
 

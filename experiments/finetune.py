@@ -341,6 +341,8 @@ def _sizes(model: DeltaModel) -> dict[str, Any]:
     }
 
 
-def _majority(labels: np.ndarray) -> float:
+def _majority(labels: np.ndarray | None) -> float | None:
     """Share of the most frequent class: the accuracy of always guessing it."""
+    if labels is None:
+        return None
     return float(np.unique(labels, return_counts=True)[1].max() / len(labels))

@@ -57,7 +57,7 @@ def accumulate(
             loss = outputs.loss * weight if weight else outputs.logits.sum() * 0.0
             accelerator.backward(loss * world)
         loss_sum = loss_sum.to(loss.device) + loss.detach()
-    return float(accelerator.reduce(loss_sum, reduction="sum"))
+    return float(accelerator.reduce(loss_sum, reduction="sum"))  # type: ignore[arg-type]
 
 
 def _rows(batch: Mapping[str, Any], rows: slice, count: int) -> dict[str, Any]:

@@ -84,12 +84,11 @@ def processor_name() -> str:
 def hardware() -> dict[str, Any]:
     """Processor, cores, threads in use and GPU. Asks torch only where the run has imported it."""
     torch = sys.modules.get("torch")
-    on_gpu = torch is not None and torch.cuda.is_available()
     return {
         "processor": processor_name(),
         "machine": platform.machine(),
         "system": platform.system(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads() if torch is not None else None,
-        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "gpu": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None,
     }

@@ -32,14 +32,15 @@ def default_rate(model: str, task: str, deltas: tuple[dict[str, Any], ...]) -> f
     entry they take the smallest of their defaults, so that none of them gets too large a rate.
     """
     names = sorted(delta["name"] for delta in deltas)
-    recorded = _recorded_rates().get(f"{model}/{task}/{'+'.join(names)}")
+    recorded = recorded_rates().get(f"{model}/{task}/{'+'.join(names)}")
     if recorded is not None:
         return recorded
     return min(DEFAULT_RATES.get(name, OTHER_RATE) for name in names)
 
 
 @cache
-def _recorded_rates() -> dict[str, float]:
+def recorded_rates() -> dict[str, float]:
+    """Rates by model/task/delta, as the search wrote them; empty without a search."""
     if not RATES_FILE.exists():
         return {}
     try:

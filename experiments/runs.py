@@ -14,6 +14,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -121,7 +122,7 @@ class RunStore:
             temporary.mkdir(parents=True)
             curve.to_parquet(temporary / CURVE_FILE, index=False)
             if controls and self.keep_controls:
-                _write_controls(temporary / CONTROLS_FILE, controls)
+                write_tensors(temporary / CONTROLS_FILE, controls)
             document = {
                 "schema": SCHEMA,
                 "id": identity,
@@ -177,19 +178,21 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _write_controls(path: Path, controls: dict[str, torch.Tensor]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file; any failure is an `OSError`, with its number where it has one."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in controls.items()}
+    copies = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     try:
-        save_file(tensors, path)
-    except OSError:
-        raise
-    except Exception as error:  # safetensors wraps a failed write in its own error
-        free = shutil.disk_usage(path.parent).free
-        if free < sum(t.nbytes for t in tensors.values()):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-        raise
+        save_file(copies, path, metadata=metadata)
+    except SafetensorError as error:  # keeps the system's error as text: "... (os error 28)"
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise OSError(str(error)) from error
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _flush(path: Path) -> None:

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -241,7 +242,7 @@ class _Sweep:
     def _done(self, name: str, failure: str | None = None) -> None:
         if failure is not None:
             self.failures[name] = failure
-            self.bar.write(f"failed: {self.pending[name].label}: {failure}")
+            self.bar.write(f"failed: {self.pending[name].label}: {failure}", file=sys.stderr)
         self.bar.update()
 
 

@@ -142,100 +142,146 @@ def train(
     """
     device = resources.choose_device(settings.device)
     precision = resources.choose_precision(settings.precision, device)
-    accelerator = _accelerator(device, precision)
-    controls = delta_model.trainable()
-    optimizer = torch.optim.AdamW(
-        controls.values(),
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        foreach=True,
-    )
-    model, prepared = accelerator.prepare(delta_model, optimizer)
-    run, best_controls = checkpoints.Progress(), None
+    loop = _Loop(delta_model, data, settings, _accelerator(device, precision))
     if checkpoint_dir is not None:
-        run, best_controls = checkpoints.load(checkpoint_dir, controls, optimizer)
-    earlier, began, saved = run.seconds, time.perf_counter(), time.perf_counter()
+        loop.resume(checkpoint_dir)
+    run, earlier = loop.run, loop.run.seconds
+    began = saved = time.perf_counter()
     memory = resources.PeakMemory(device)
-    status, message, first = "completed", "", run.step
+    status, message = "completed", ""
     bar = tqdm(
         total=settings.steps,
         initial=run.step,
         desc="training",
-        disable=not (progress and accelerator.is_main_process),
+        disable=not (progress and loop.accelerator.is_main_process),
     )
     with bar, training_mode(delta_model, settings.dropout, settings.gradient_checkpointing):
-        for step in range(run.step, settings.steps):
-            start = time.perf_counter()
-            rate = learning_rate(
-                step,
-                peak=settings.learning_rate,
-                steps=settings.steps,
-                warmup=settings.warmup,
-                schedule=settings.schedule,
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            batch = data.batch(step)
-            loss = accumulate(
-                accelerator,
-                model,
-                batch,
-                kind=settings.kind,
-                seed=settings.seed,
-                step=step,
-                slices=settings.grad_accumulation,
-            )
-            norm = float(accelerator.clip_grad_norm_(controls.values(), _bound(settings)))
-            if math.isfinite(loss) and math.isfinite(norm):
-                prepared.step()
-            else:
-                status, message = "diverged", _divergence(step + 1, loss, norm, rate)
-            optimizer.zero_grad(set_to_none=True)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            row: dict[str, Any] = {
+        while run.step < settings.steps:
+            message = loop.update()
+            bar.update()
+            bar.set_postfix(loss=f"{run.rows[-1]['loss']:.3f}", refresh=False)
+            if message:
+                status = "diverged"
+                break
+            if evaluate and settings.eval_every and run.step % settings.eval_every == 0:
+                message = loop.validate(evaluate)
+                if message:
+                    status = "early_stopped"
+                    break
+            now = time.perf_counter()
+            due = run.step < settings.steps and now - saved >= settings.checkpoint_seconds
+            if checkpoint_dir is not None and due and loop.accelerator.is_main_process:
+                run.seconds = earlier + now - began
+                run.peak_memory = max(run.peak_memory, memory.peak())
+                loop.save(checkpoint_dir)
+                saved = time.perf_counter()
+    loop.finish()
+    measures = _measures(run, memory, precision, device)
+    return TrainingResult(
+        status, message, _curve(run), delta_model.state(), run.best, measures, earlier
+    )
+
+
+class _Loop:
+    """The parts of a training, and its single steps."""
+
+    def __init__(
+        self,
+        delta_model: DeltaModel,
+        data: Batches,
+        settings: Settings,
+        accelerator: Accelerator,
+    ) -> None:
+        self.delta_model, self.data, self.settings = delta_model, data, settings
+        self.accelerator = accelerator
+        self.controls = delta_model.trainable()
+        self.optimizer = torch.optim.AdamW(
+            self.controls.values(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            foreach=True,
+        )
+        self.model, self.prepared = accelerator.prepare(delta_model, self.optimizer)
+        self.run = checkpoints.Progress()
+        self.first = 0
+        self.best_controls: dict[str, Tensor] | None = None
+
+    def resume(self, folder: Path) -> None:
+        self.run, self.best_controls = checkpoints.load(folder, self.controls, self.optimizer)
+        self.first = self.run.step
+
+    def save(self, folder: Path) -> None:
+        checkpoints.save(folder, self.run, self.controls, self.optimizer, self.best_controls)
+
+    def update(self) -> str:
+        """Do one update and add its row; returns a message if it had to be left out."""
+        start, step, settings = time.perf_counter(), self.run.step, self.settings
+        rate = learning_rate(
+            step,
+            peak=settings.learning_rate,
+            steps=settings.steps,
+            warmup=settings.warmup,
+            schedule=settings.schedule,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch = self.data.batch(step)
+        loss = accumulate(
+            self.accelerator,
+            self.model,
+            batch,
+            kind=settings.kind,
+            seed=settings.seed,
+            step=step,
+            slices=settings.grad_accumulation,
+        )
+        bound = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
+        clipped = self.accelerator.clip_grad_norm_(self.controls.values(), bound)
+        norm = float(clipped)  # type: ignore[arg-type]
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self.prepared.step()
+            self.run.step = step + 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.run.rows.append(
+            {
                 "step": step + 1,
                 "loss": loss,
                 "learning_rate": rate,
                 "grad_norm": norm,
                 "tokens": num_tokens(batch),
                 "seconds": time.perf_counter() - start,
-                "timed": step - first >= UNTIMED_STEPS,
+                "timed": step - self.first >= UNTIMED_STEPS,
             }
-            run.rows.append(row)
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            if status == "diverged":
-                break
-            run.step = step + 1
-            if evaluate and settings.eval_every and run.step % settings.eval_every == 0:
-                metrics = evaluate(delta_model)
-                row.update({f"validation_{name}": value for name, value in metrics.items()})
-                if _improved(run, metrics[settings.monitor], settings) and settings.patience:
-                    best_controls = {k: v.detach().cpu().clone() for k, v in controls.items()}
-                if settings.patience and run.stale >= settings.patience:
-                    status = "early_stopped"
-                    message = (
-                        f"stopped after step {run.step}: {settings.monitor} has not improved on "
-                        f"{run.best['value']:.4g} of step {run.best['step']:.0f}"  # type: ignore[index]
-                    )
-                    break
-            now = time.perf_counter()
-            if checkpoint_dir and run.step < settings.steps:
-                if now - saved >= settings.checkpoint_seconds and accelerator.is_main_process:
-                    run.seconds = earlier + now - began
-                    run.peak_memory = max(run.peak_memory, memory.peak())
-                    checkpoints.save(checkpoint_dir, run, controls, optimizer, best_controls)
-                    saved = time.perf_counter()
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    if settings.patience and best_controls:
+        )
+        return "" if finite else _divergence(step + 1, loss, norm, rate)
+
+    def validate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> str:
+        """Evaluate into the last row; returns a message if the patience is at its end."""
+        run, settings = self.run, self.settings
+        metrics = evaluate(self.delta_model)
+        run.rows[-1].update({f"validation_{name}": value for name, value in metrics.items()})
+        value, sign = metrics[settings.monitor], 1.0 if settings.larger_is_better else -1.0
+        best = run.best
+        if math.isfinite(value) and (best is None or sign * value > sign * best["value"]):
+            run.best, run.stale = {"step": float(run.step), "value": value}, 0
+            if settings.patience:
+                self.best_controls = {k: v.detach().cpu().clone() for k, v in self.controls.items()}
+            return ""
+        run.stale += 1
+        if settings.patience is None or run.stale < settings.patience:
+            return ""
+        reached = f"{best['value']:.4g} of step {best['step']:.0f}" if best else "no finite value"
+        return f"stopped after step {run.step}: {settings.monitor} has not improved on {reached}"
+
+    def finish(self) -> None:
+        """Give the model back without accelerate's wrappers, with the best controls if kept."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         with torch.no_grad():
-            for name, parameter in controls.items():
-                parameter.copy_(best_controls[name])
-    measures = _measures(run, memory, precision, device)
-    return TrainingResult(
-        status, message, _curve(run), delta_model.state(), run.best, measures, earlier
-    )
+            for name, value in (self.best_controls or {}).items():
+                self.controls[name].copy_(value)
 
 
 def _accelerator(device: str, precision: str) -> Accelerator:
@@ -245,25 +291,12 @@ def _accelerator(device: str, precision: str) -> Accelerator:
     return Accelerator(mixed_precision=mixed, cpu=device == "cpu")
 
 
-def _bound(settings: Settings) -> float:
-    return math.inf if settings.max_grad_norm is None else settings.max_grad_norm
-
-
 def _divergence(step: int, loss: float, norm: float, rate: float) -> str:
     what = f"the loss was {loss}" if not math.isfinite(loss) else f"the gradient norm was {norm}"
     return (
         f"diverged at step {step}: {what} (loss {loss:.4g}, learning rate {rate:.3g}); "
         "try a lower learning rate, a longer warm-up, a smaller max_grad_norm or precision fp32"
     )
-
-
-def _improved(run: checkpoints.Progress, value: float, settings: Settings) -> bool:
-    sign = 1.0 if settings.larger_is_better else -1.0
-    if math.isfinite(value) and (run.best is None or sign * value > sign * run.best["value"]):
-        run.best, run.stale = {"step": float(run.step), "value": value}, 0
-        return True
-    run.stale += 1
-    return False
 
 
 def _curve(run: checkpoints.Progress) -> pd.DataFrame:

@@ -122,7 +122,7 @@ def test_equal_configurations_are_equal(places, store):
 
 def test_the_configuration_names_the_rate(monkeypatch):
     monkeypatch.setattr(
-        rates, "_recorded_rates", lambda: {"m/t/lora": 0.5, "m/t/bitfit+lora": 0.25}
+        rates, "recorded_rates", lambda: {"m/t/lora": 0.5, "m/t/bitfit+lora": 0.25}
     )
     assert FineTuning(model="m", task="t").learning_rate == 0.5
     assert FineTuning(model="m", task="t", deltas=("lora", "bitfit")).learning_rate == 0.25
@@ -179,7 +179,7 @@ SWEEP = """
 
 def test_killed_sweep_goes_on_and_gives_the_same_numbers(places, store, tmp_path):
     quick = tiny(places, steps=3)
-    slow = tiny(places, deltas=("lora", "bitfit"), steps=400, dropout=True, eval_every=100)
+    slow = tiny(places, deltas=("lora", "bitfit"), steps=200, dropout=True, eval_every=50)
     script = tmp_path / "sweep.py"
     script.write_text(textwrap.dedent(SWEEP))
     configs = json.dumps([quick.to_config(), slow.to_config()])
@@ -200,7 +200,7 @@ def test_killed_sweep_goes_on_and_gives_the_same_numbers(places, store, tmp_path
     assert {p: p.stat().st_mtime_ns for p in store.path(quick).iterdir()} == finished
     assert not store.partial(slow).exists()
 
-    whole = run_all([slow], RunStore(tmp_path / "other"), workers=2, progress=False)[0]
+    whole = run(slow, RunStore(tmp_path / "other"), progress=False)
     assert whole.id == resumed.id
     pd.testing.assert_frame_equal(
         whole.curve().drop(columns="seconds"),
