@@ -90,8 +90,8 @@ class TransformerDynamics(Dynamics):
             )
         shapes = self._shapes[t]
         pieces = u.split([shape.numel() for shape in shapes.values()]) if shapes else ()
-        parameters = {
-            f"delta_model.controls.{name}": piece.view(shape)
+        parameters = {  # cloned, because the rounding of a matrix product depends on its alignment
+            f"delta_model.controls.{name}": piece.view(shape).clone()
             for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
         }
         return functional_call(self._stages, parameters, (t, x))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from deltas import attention
 from deltas.sites import Site, SiteMap
@@ -84,7 +84,20 @@ class Host:
     @property
     def width(self) -> int:
         """Width of the input embeddings."""
-        return self.model.get_input_embeddings().weight.shape[1]
+        return self.embedding_weight.shape[1]
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """The matrix of input embeddings, (vocabulary, width)."""
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def weight(self, site: Site) -> Tensor:
+        """The weight of the linear map at a site."""
+        weight = site.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def find(self, targets: Iterable[str], layers: Iterable[int] | None = None) -> list[Site]:
         """Sites of ``targets``; see :meth:`deltas.sites.SiteMap.resolve`."""

@@ -206,8 +206,11 @@ class SiteMap:
             lists = [prefix + name for name in self.architecture.blocks]
         else:  # unknown family: its longest list of modules is its blocks
             candidates = [p for p, m in self.modules.items() if isinstance(m, nn.ModuleList)]
-            lists = sorted(candidates, key=lambda p: -len(self.modules[p]))[:1]
-        return [f"{p}.{i}" for p in lists if p in self.modules for i in range(len(self.modules[p]))]
+            lists = sorted(candidates, key=lambda p: -self._length(p))[:1]
+        return [f"{p}.{i}" for p in lists if p in self.modules for i in range(self._length(p))]
+
+    def _length(self, path: str) -> int:
+        return sum(1 for _ in self.modules[path].children())
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -304,14 +307,14 @@ class SiteMap:
                 f"{', '.join(self.architecture.sites)}, block, norm, embedding, head."
             )
         split = re.fullmatch(r"(.*)\[(\d+)/(\d+)\]", rule)
-        pattern, index, count = split.groups() if split else (rule, None, None)
+        pattern, index, count = split.groups() if split else (rule, "0", "1")
         compiled = re.compile(pattern)
         sites = []
         for block in self.block_paths:
             inside = (p for p in self.modules if p.startswith(block + "."))
             for path in (p for p in inside if compiled.fullmatch(p[len(block) + 1 :])):
                 site = self._site(path)
-                if index is not None:
+                if split:
                     width = site.total_out_features // int(count)
                     part = (int(index) * width, (int(index) + 1) * width)
                     site = Site(path, site.module, site.layer, part)

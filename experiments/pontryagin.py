@@ -21,7 +21,7 @@ from theory.errors import InputError, unknown
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from theory.problem import ControlProblem, Controls
+    from theory.problem import ControlProblem, Controls, Residual
 
 OPTIMISERS = ("lbfgs", "adamw")
 
@@ -120,21 +120,12 @@ class PontryaginTrace(Experiment):
         return Outcome("completed", result, pd.DataFrame(rows), controls, message)
 
 
-def _row(problem: ControlProblem, controls: Controls, objective: float, residual: Any) -> dict:
-    evaluation = problem.evaluate(controls)
-    return _describe(problem, objective, residual.per_step, residual.norm, evaluation.costates)
-
-
-def _describe(
-    problem: ControlProblem,
-    objective: float,
-    per_step: tuple[float, ...],
-    total: float,
-    costates: list[Tensor],
+def _row(
+    problem: ControlProblem, objective: float, residual: Residual, costates: list[Tensor]
 ) -> dict[str, float]:
     names = problem.dynamics.stage_names  # type: ignore[attr-defined]
-    row = {"objective": objective, "residual": total}
-    row |= {f"residual_{name}": value for name, value in zip(names, per_step, strict=True)}
+    row = {"objective": objective, "residual": residual.norm}
+    row |= {f"residual_{n}": value for n, value in zip(names, residual.per_step, strict=True)}
     # p_{t+1} is the costate behind stage t
     row |= {f"costate_{n}": float(p.norm()) for n, p in zip(names, costates[1:], strict=True)}
     return row
@@ -150,7 +141,8 @@ def _with_lbfgs(
     from theory.solvers import Shooting, solve
 
     def note(iterate: Any) -> None:
-        row = _row(problem, iterate.controls, iterate.objective, iterate.residual)
+        costates = iterate.evaluation.costates
+        row = _row(problem, iterate.objective, iterate.residual, costates)
         rows.append({"iteration": iterate.iteration, **row})
 
     solution = solve(
@@ -183,9 +175,7 @@ def _with_adamw(
     for iteration in tqdm(range(trace.steps + 1), disable=not progress, unit="step"):
         now = problem.evaluate(tuple(u.detach() for u in controls))
         residual = Residual.of(now.gradient)
-        row = _describe(
-            problem, float(now.objective), residual.per_step, residual.norm, now.costates
-        )
+        row = _row(problem, float(now.objective), residual, now.costates)
         rows.append({"iteration": iteration, **row})
         if not torch.isfinite(now.objective):
             return tuple(u.detach() for u in controls), "diverged", "J is not finite"

@@ -59,7 +59,7 @@ class HoulsbyAdapter(Delta):
             width = site.out_features
             down = host.normal(self.bottleneck, width, std=1 / math.sqrt(width))
             adapter = Bottleneck(down, self.activation)
-            host.add(site.path, adapter, like=site.module.weight)
+            host.add(site.path, adapter, like=host.weight(site))
             host.on_output(site.module, adapter)
 
     def num_parameters(self, host: Host) -> int:

@@ -53,9 +53,8 @@ class LoRA(Delta):
             down = torch.empty(self.rank, site.in_features)
             nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=host.generator)
             path = LowRankPath(down, torch.zeros(site.out_features, self.rank), self, site)
-            weight = site.module.weight
             key = site.path if site.part is None else f"{site.path}.{site.part[0]}-{site.part[1]}"
-            host.add(site.path, path, like=weight, key=key)
+            host.add(site.path, path, like=host.weight(site), key=key)
             host.on_output(site.module, path)
 
     def num_parameters(self, host: Host) -> int:

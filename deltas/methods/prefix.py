@@ -42,11 +42,10 @@ class PrefixTuning(Delta):
     def build(self, host: Host) -> None:
         """Give every attention module its prefix."""
         heads, head_width = self._heads(host)
-        weight = host.model.get_input_embeddings().weight
         for site in host.find(("attention",), self.layers):
             shape = (heads, self.length, head_width)
             keys, values = host.normal(2, *shape, std=self.init_std)
-            prefix = host.add(site.path, KeyValuePrefix(keys, values), like=weight)
+            prefix = host.add(site.path, KeyValuePrefix(keys, values), like=host.embedding_weight)
             host.add_prefix(site.module, prefix)
 
     def num_parameters(self, host: Host) -> int:

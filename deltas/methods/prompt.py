@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,7 +47,7 @@ class PromptTuning(Delta):
     def build(self, host: Host) -> None:
         """Insert the prompt before the backbone and take it off behind the blocks."""
         embedding = host.model.get_input_embeddings()
-        weight = embedding.weight
+        weight = host.embedding_weight
         if self.init == "vocabulary":
             tokens = torch.randint(weight.shape[0], (self.length,), generator=host.generator)
             with torch.no_grad():
@@ -94,7 +95,7 @@ class Prompt(nn.Module):
         self.limit = None if limit is None else limit - first
         self.first = first
         self.inserted = False
-        self.__dict__["embedding"] = embedding  # the base's own module, not a control
+        self.embed: Callable[[Tensor], Tensor] = embedding.__call__  # the base's own: no submodule
 
     def insert(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The backbone's arguments with the prompt in front.
@@ -111,7 +112,7 @@ class Prompt(nn.Module):
         cache = kwargs.get("past_key_values")  # it holds the prompt from the first pass on
         self.inserted = cache is None or cache.get_seq_length() == 0
         if kwargs.get("inputs_embeds") is None:
-            kwargs["inputs_embeds"] = self.embedding(tokens)
+            kwargs["inputs_embeds"] = self.embed(tokens)
         text = kwargs["inputs_embeds"]
         if self.inserted:
             if self.limit is not None and text.shape[1] + length > self.limit:

@@ -230,7 +230,7 @@ def test_callback_sees_every_iterate_and_can_end_the_solve(entry: Entry) -> None
     assert [it.iteration for it in seen] == [0, 1, 2, 3]
     assert [it.objective for it in seen] == solution.history["objective"]
     for it in seen:
-        assert distance(it.gradient, problem.gradient(it.controls)) <= 1e-12
+        assert distance(it.evaluation.gradient, problem.gradient(it.controls)) <= 1e-12
         assert it.residual.norm == pytest.approx(problem.residual(it.controls).norm)
 
     def interrupt(iterate: Iterate) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from theory.errors import InputError
-from theory.problem import ControlProblem, Controls, Residual
+from theory.problem import ControlProblem, Controls, Evaluation, Residual
 
 __all__ = ["Iterate", "Report", "Solution", "Solver", "Status", "solve"]
 
@@ -42,20 +42,20 @@ class Iterate:
         controls: the controls of this iteration.
         objective: ``J``.
         residual: ``||grad_u H_t||`` per step and in total.
-        gradient: ``grad_u H_t`` per step.
+        evaluation: states, costates and the gradients ``grad_u H_t`` under these controls.
     """
 
     iteration: int
     controls: Controls
     objective: float
     residual: Residual
-    gradient: Controls
+    evaluation: Evaluation
 
 
 class Report(Protocol):
     """How a solver hands over an iterate; the answer says whether to stop."""
 
-    def __call__(self, controls: Controls, objective: Tensor | float, gradient: Controls) -> bool:
+    def __call__(self, controls: Controls, evaluation: Evaluation) -> bool:
         """Record the iterate and return True if the solver must stop."""
         ...
 
@@ -70,7 +70,7 @@ class Solver(ABC):
         Args:
             problem: the problem to solve.
             u0: the initial controls.
-            report: takes the controls, ``J`` and the gradient of an iterate.
+            report: takes the controls of an iterate and what `ControlProblem.evaluate` gives there.
 
         Returns:
             None, or why the method itself could not go on (a failed line search); not looked at
@@ -184,8 +184,8 @@ class _Recorder:
         default_factory=lambda: {"objective": [], "residual": [], "step_size": []}
     )
 
-    def __call__(self, controls: Controls, objective: Tensor | float, gradient: Controls) -> bool:
-        value, residual = float(objective), Residual.of(gradient)
+    def __call__(self, controls: Controls, evaluation: Evaluation) -> bool:
+        value, residual = float(evaluation.objective), Residual.of(evaluation.gradient)
         iteration = len(self.history["objective"])
         self.history["objective"].append(value)
         self.history["residual"].append(residual.norm)
@@ -197,7 +197,7 @@ class _Recorder:
             self.bar.update()
         self.bar.set_postfix_str(f"J={value:.4g} residual={residual.norm:.2e}", refresh=False)
         if self.callback is not None:
-            self.callback(Iterate(iteration, controls, value, residual, gradient))
+            self.callback(Iterate(iteration, controls, value, residual, evaluation))
         return not finite or residual.norm <= self.tol or iteration >= self.max_steps
 
     def status(self, failure: str | None) -> Status:

@@ -44,6 +44,6 @@ class MSA(Solver):
         u = u0
         while True:
             now = problem.evaluate(u)
-            if report(u, now.objective, now.gradient):
+            if report(u, now):
                 return
             u = tuple(u_t - self.step_size * g_t for u_t, g_t in zip(u, now.gradient, strict=True))

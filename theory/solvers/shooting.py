@@ -63,12 +63,12 @@ class Shooting(Solver):
         def after_iteration(intermediate_result: optimize.OptimizeResult) -> None:
             z = intermediate_result.x
             now = evaluate(z)
-            if report(_split(z, u0), now.objective, now.gradient):
+            if report(_split(z, u0), now):
                 raise StopIteration
 
         start = _flat(u0)
         now = evaluate(start)
-        if report(u0, now.objective, now.gradient):
+        if report(u0, now):
             return None
         result = optimize.minimize(
             value_and_gradient,
