@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -56,14 +57,31 @@ class PromptTuning(Delta):
             start = host.normal(self.length, weight.shape[1], std=self.init_std)
         path = host.sites.embedding_path or host.sites.backbone_path
         limit = getattr(host.config, "max_position_embeddings", None)
-        model = host.model
-        stack = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+        stack = self._stack(host)
         prompt = Prompt(start, embedding, limit, _first_position(stack))
         host.add(path, prompt, like=weight)
         host.on_call(stack, prompt.insert)
         # A pooler inside the backbone must see the text's first token, so the rows leave before it.
         has_pooler = getattr(stack, "pooler", None) is not None
         host.on_output(host.sites.blocks[-1] if has_pooler else stack, prompt.strip)
+
+    def _stack(self, host: Host) -> nn.Module:
+        """The innermost module around the blocks that takes embeddings.
+
+        Not always the backbone: OPT's language model calls the decoder inside of it directly.
+        """
+        if host.model.config.is_encoder_decoder:
+            return host.model.get_encoder()
+        path = host.sites.block_paths[0]
+        while path:
+            path = path.rpartition(".")[0]
+            module = host.sites.modules[path]
+            if "inputs_embeds" in signature(module.forward).parameters:
+                return module
+        raise InputError(
+            f"{type(host.model).__name__} takes no inputs_embeds, so a prompt cannot enter it; "
+            "choose another delta, such as prefix."
+        )
 
     def num_parameters(self, host: Host) -> int:
         """N d, d the width of the embeddings."""
