@@ -13,8 +13,9 @@ import math
 from collections.abc import Iterable
 
 from experiments.finetune import FineTuning
-from experiments.rates import RATES_FILE
+from experiments.rates import RATES_FILE, recorded_rates
 from experiments.runs import Record, RunStore
+from theory.errors import InputError
 
 MODEL = "minilm-l6"
 TASKS = ("movie", "trec6")
@@ -30,7 +31,7 @@ GRID = {
 STEPS = 100
 # AdamW moves d coordinates of unit columns by about rate * sqrt(d) a step: search that product.
 SUBSPACE_DIMENSIONS = (100, 10_000)
-SUBSPACE_MOVES = (0.1, 0.3, 1.0, 3.0)
+SUBSPACE_MOVES = (0.3, 1.0, 3.0)
 RANDOM_INIT_RATES = (1e-4, 3e-4, 1e-3)
 
 
@@ -59,7 +60,7 @@ def subspaces() -> list[FineTuning]:
             rate = move / math.sqrt(dimension)
             trials.append(_trial(task, f"subspace:dimension={dimension}", rate))
     largest = SUBSPACE_DIMENSIONS[-1]
-    for move in SUBSPACE_MOVES[1:]:
+    for move in SUBSPACE_MOVES:
         rate = move / math.sqrt(largest)
         trials.append(_trial(task, f"subspace:dimension={largest}", rate, pretrained=False))
     trials += [_trial(task, "full", rate, pretrained=False) for rate in RANDOM_INIT_RATES]
@@ -117,11 +118,16 @@ def choose(records: Iterable[Record]) -> dict:
 
 def subspace_rate(dimension: int, pretrained: bool = True) -> float:
     """The rate for a subspace of any dimension: move/sqrt(d), the move interpolated in log d."""
-    rates = json.loads(RATES_FILE.read_text(encoding="utf-8"))["rates"]
+    rates = recorded_rates()
     prefix = f"{MODEL}{'' if pretrained else '@random'}/{TASKS[0]}/subspace/"
     known = sorted(
         (int(k.removeprefix(prefix)), r) for k, r in rates.items() if k.startswith(prefix)
     )
+    if not known:
+        raise InputError(
+            f"no learning rate is recorded for {prefix}*; run "
+            "python -m experiments.studies.learning_rates"
+        )
     points = [(math.log(d), math.log(rate * math.sqrt(d))) for d, rate in known]
     x = math.log(dimension)
     below = max((p for p in points if p[0] <= x), default=points[0])

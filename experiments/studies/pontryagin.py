@@ -15,9 +15,9 @@ def experiments(preset: str) -> list[PontryaginTrace]:
             delta={"name": delta},
             optimiser=optimiser,
             seed=seed,
-            num_examples=6 if quick else 12,
-            max_length=16 if quick else 24,
-            steps=40 if quick else 300,
+            num_examples=6 if quick else 8,
+            max_length=16 if quick else 20,
+            steps=30 if quick else 200,
         )
         for seed in range(1)
         for delta in DELTAS

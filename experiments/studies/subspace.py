@@ -12,7 +12,12 @@ TASK = "movie"
 def experiments(preset: str) -> list[FineTuning]:
     """Dimensions × starts × seeds, and full fine-tuning of both starts."""
     quick = preset == "quick"
-    dimensions = (100, 1000, 10_000) if quick else (10, 100, 1000, 10_000, 100_000)
+    dimensions = {
+        (True, True): (100, 1000, 10_000),
+        (True, False): (100, 10_000),
+        (False, True): (10, 100, 1000, 10_000),
+        (False, False): (100, 10_000),
+    }
     found = []
     for seed in range(1 if quick else 3):
         for pretrained in (True, False):
@@ -27,7 +32,7 @@ def experiments(preset: str) -> list[FineTuning]:
             }
             rate = recorded_rates().get(f"{start}/{TASK}/full")
             found.append(FineTuning(deltas=("full",), learning_rate=rate, **common))
-            for dimension in dimensions:
+            for dimension in dimensions[quick, pretrained]:
                 found.append(
                     FineTuning(
                         deltas=(f"subspace:dimension={dimension}",),

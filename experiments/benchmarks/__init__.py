@@ -1,0 +1,1 @@
+"""Benchmarks: commands that print ratios, alternating the contestants in one process."""
