@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from deltas.host import first_tensor, with_first_tensor
 from deltas.model import DeltaModel
@@ -249,6 +249,11 @@ class _Stages(nn.Module):
         for index, (args, kwargs) in enumerate(self.calls):
             named = {**{f"argument {i + 1}": a for i, a in enumerate(args)}, **kwargs}
             for name, value in named.items():
+                if isinstance(value, Cache):
+                    raise InputError(
+                        f"block {index} receives a cache as {name!r}, which would change its next "
+                        "call; set model.config.use_cache = False."
+                    )
                 if any(tensor.requires_grad for tensor in _tensors(value)):
                     raise InputError(
                         f"block {index} receives {name!r}, which depends on the controls, beside "

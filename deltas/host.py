@@ -193,13 +193,15 @@ class Host:
         path, _, leaf = name.rpartition(".")
         self.sites.modules[path]._parameters[leaf] = value  # type: ignore[assignment]
 
-    def on_output(self, module: nn.Module, law: Callable[[tuple, Tensor], Tensor]) -> None:
-        """Pass a module's output through ``law(inputs, output)``."""
+    def on_output(
+        self, module: nn.Module, law: Callable[[tuple, Tensor], Tensor], *, first: bool = False
+    ) -> None:
+        """Pass a module's output through ``law(inputs, output)``; ``first`` puts it before others."""
 
         def hook(_module: nn.Module, args: tuple, output: Any) -> Any:
             return with_first_tensor(output, law(args, first_tensor(output)))
 
-        self._undo.append(module.register_forward_hook(hook).remove)
+        self._undo.append(module.register_forward_hook(hook, prepend=first).remove)
 
     def on_call(self, module: nn.Module, law: Callable[[tuple, dict], tuple[tuple, dict]]) -> None:
         """Pass a module's arguments through ``law(args, kwargs)``."""

@@ -61,9 +61,14 @@ class PromptTuning(Delta):
         prompt = Prompt(start, embedding, limit, _first_position(stack))
         host.add(path, prompt, like=weight)
         host.on_call(stack, prompt.insert)
-        # A pooler inside the backbone must see the text's first token, so the rows leave before it.
-        has_pooler = getattr(stack, "pooler", None) is not None
-        host.on_output(host.sites.blocks[-1] if has_pooler else stack, prompt.strip)
+        host.on_output(self._exit(host, stack), prompt.strip, first=True)  # last in, first out
+
+    def _exit(self, host: Host, stack: nn.Module) -> nn.Module:
+        """The module behind which the rows leave: before a pooler, which must see the text."""
+        if getattr(stack, "pooler", None) is None:
+            return stack
+        around = host.sites.modules[host.sites.block_paths[0].rsplit(".", 2)[0]]
+        return host.sites.blocks[-1] if around is stack else around
 
     def _stack(self, host: Host) -> nn.Module:
         """The innermost module around the blocks that takes embeddings.
@@ -113,6 +118,7 @@ class Prompt(nn.Module):
         self.limit = None if limit is None else limit - first
         self.first = first
         self.inserted = False
+        self.total = 0  # positions of the present pass, prompt and text
         self.embed: Callable[[Tensor], Tensor] = embedding.__call__  # the base's own: no submodule
 
     def insert(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -140,6 +146,7 @@ class Prompt(nn.Module):
                 )
             rows = self.rows.to(text.dtype).expand(len(text), -1, -1)
             kwargs["inputs_embeds"] = torch.cat([rows, text], dim=1)
+            self.total = text.shape[1] + length
         mask = kwargs.get("attention_mask")
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -160,5 +167,16 @@ class Prompt(nn.Module):
         return (), kwargs
 
     def strip(self, _inputs: tuple, state: Tensor) -> Tensor:
-        """The state without the prompt's rows."""
-        return state[:, len(self.rows) :] if self.inserted else state
+        """The state without the prompt's rows.
+
+        Raises:
+            InputError: the model does not keep one row for each position.
+        """
+        if not self.inserted:
+            return state
+        if state.shape[1] != self.total:
+            raise InputError(
+                f"{self.total} positions went in and {state.shape[1]} came out, so the prompt "
+                "cannot be taken off again; choose another delta for this architecture."
+            )
+        return state[:, len(self.rows) :]
