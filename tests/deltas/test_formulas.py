@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AlbertConfig, AlbertForSequenceClassification, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from deltas import (
@@ -193,9 +193,15 @@ class TestPrefix:
 
 
 class TestPrompt:
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_equals_a_run_on_longer_embeddings(self, build, family):
-        model = build(family, "classification" if family == "t5" else "backbone")
+    @pytest.mark.parametrize(
+        ("family", "kind"),
+        [(family, "backbone") for family in FAMILIES if family != "t5"]
+        + [("t5", "classification")]  # its encoder
+        + [(family, "causal-lm") for family in ("gpt2", "opt", "llama")]
+        + [(family, "masked-lm") for family in ("bert", "mpnet", "distilbert", "electra")],
+    )
+    def test_equals_a_run_on_longer_embeddings(self, build, family, kind):
+        model = build(family, kind)
         batch = batch_of(model)
         embedding = model.get_input_embeddings()
         controlled = attach(model, PromptTuning(length=3))
@@ -215,6 +221,24 @@ class TestPrompt:
         torch.testing.assert_close(found[0][real], expected[real], rtol=0, atol=1e-12)
         if getattr(model, "pooler", None) is not None:
             torch.testing.assert_close(found.pooler_output, model.pooler(expected))
+
+    def test_leaves_once_where_all_layers_are_one(self):
+        """ALBERT runs the same block again and again, and takes its first token before pooling."""
+        torch.manual_seed(0)
+        config = AlbertConfig(
+            hidden_size=d, embedding_size=d, num_hidden_layers=3, num_attention_heads=H,
+            intermediate_size=m, vocab_size=V, num_labels=2,
+        )  # fmt: skip
+        model = AlbertForSequenceClassification(config).double().eval()
+        ids = batch_of(model, pad=0)["input_ids"]
+        controlled = move(attach(model, PromptTuning(length=3)))
+        (rows,) = controlled.trainable().values()
+        found = controlled(input_ids=ids).logits
+        controlled.detach()
+        longer = torch.cat([rows.expand(3, -1, -1), model.get_input_embeddings()(ids)], dim=1)
+        first = model.albert(inputs_embeds=longer)[0][:, 3]
+        expected = model.classifier(model.albert.pooler_activation(model.albert.pooler(first)))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
     @pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama"])
     def test_heads_see_the_texts_own_positions(self, build, family):
