@@ -60,7 +60,7 @@ def subspaces() -> list[FineTuning]:
             rate = move / math.sqrt(dimension)
             trials.append(_trial(task, f"subspace:dimension={dimension}", rate))
     largest = SUBSPACE_DIMENSIONS[-1]
-    for move in SUBSPACE_MOVES:
+    for move in SUBSPACE_MOVES[1:]:
         rate = move / math.sqrt(largest)
         trials.append(_trial(task, f"subspace:dimension={largest}", rate, pretrained=False))
     trials += [_trial(task, "full", rate, pretrained=False) for rate in RANDOM_INIT_RATES]

