@@ -21,12 +21,12 @@ MODEL = "minilm-l6"
 TASKS = ("movie", "trec6")
 GRID = {
     "full": (3e-5, 1e-4, 3e-4, 1e-3),
-    "head": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    "head": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
     "bitfit": (1e-3, 3e-3, 1e-2, 3e-2),
     "lora": (3e-4, 1e-3, 3e-3, 1e-2),
     "houlsby": (3e-4, 1e-3, 3e-3, 1e-2),
     "prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-    "prompt": (1e-2, 3e-2, 1e-1, 3e-1),
+    "prompt": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
 }
 STEPS = 100
 # AdamW moves d coordinates of unit columns by about rate * sqrt(d) a step: search that product.
