@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,9 @@ def tree(controlled: DeltaModel, depth: int = 99) -> list[str]:
         text = f"{indent}{path.rpartition('.')[2]} ({type(module).__name__})"
         lines.append(f"{text:60} {frozen:>12,d}")
         lines += [f"{indent}  + {space}: {', '.join(parts)}" for space, parts in acting.items()]
+        if path.count(".") == depth - 1:
+            inside = [space for p in controls if p.startswith(path + ".") for space in controls[p]]
+            lines += [f"{indent}  + {s}: {n} sites inside" for s, n in Counter(inside).items()]
     for path in controls.keys() - host.sites.modules.keys():
         lines += [f"  + {space}: {', '.join(p)}" for space, p in controls[path].items()]
     lines.append("")
