@@ -86,14 +86,16 @@ def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
     iterates = [tuple(controls)]
     for _ in range(ITERATIONS):
         costates = problem.evaluate(tuple(controls)).costates
-        for t in range(len(controls)):
-            x = problem.rollout(tuple(controls))[t].detach()
-            leaf = controls[t].clone().requires_grad_()
+        x = problem.x0
+        for t, control in enumerate(controls):
+            leaf = control.clone().requires_grad_()
             value = problem.hamiltonian(t, x, leaf, costates[t + 1])
             (gradient,) = torch.autograd.grad(
                 value, leaf, allow_unused=True, materialize_grads=True
             )
-            controls[t] = controls[t] - STEP_SIZE * gradient
+            controls[t] = control - STEP_SIZE * gradient
+            with torch.no_grad():
+                x = problem.dynamics.step(t, x, controls[t])
         iterates.append(tuple(controls))
     worst, moved = _distance(iterates, _gradient_descent(fixed, start))
     return Evidence(
