@@ -196,7 +196,7 @@ class Host:
     def on_output(
         self, module: nn.Module, law: Callable[[tuple, Tensor], Tensor], *, first: bool = False
     ) -> None:
-        """Pass a module's output through ``law(inputs, output)``; ``first`` puts it before others."""
+        """Pass a module's output through ``law(inputs, output)``; ``first``: before others."""
 
         def hook(_module: nn.Module, args: tuple, output: Any) -> Any:
             return with_first_tensor(output, law(args, first_tensor(output)))

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from experiments.records import Record
 from paper_figures.base import PAGE_WIDTH, check_replicates, groups
@@ -194,8 +194,12 @@ def _draw_losses(ax: Axes, curves: pd.DataFrame, shown: dict[str, Look]) -> None
             step, loss - deviation, loss + deviation, color=look.color, alpha=0.15, linewidth=0
         )
     ax.set_ylabel("training loss")
+    # Logarithmic: a large rate, good for accuracy, may raise the loss far above the others'.
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    ax.set_ylim(bottom=0)
 
 
 def _draw_sizes(ax: Axes, runs: pd.DataFrame, shown: dict[str, Look]) -> None:

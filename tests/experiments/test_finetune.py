@@ -121,9 +121,7 @@ def test_equal_configurations_are_equal(places, store):
 
 
 def test_the_configuration_names_the_rate(monkeypatch):
-    monkeypatch.setattr(
-        rates, "recorded_rates", lambda: {"m/t/lora": 0.5, "m/t/bitfit+lora": 0.25}
-    )
+    monkeypatch.setattr(rates, "recorded_rates", lambda: {"m/t/lora": 0.5, "m/t/bitfit+lora": 0.25})
     assert FineTuning(model="m", task="t").learning_rate == 0.5
     assert FineTuning(model="m", task="t", deltas=("lora", "bitfit")).learning_rate == 0.25
     assert FineTuning(model="m", task="u").learning_rate == rates.DEFAULT_RATES["lora"]
