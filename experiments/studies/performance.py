@@ -16,8 +16,8 @@ def experiments(preset: str) -> list[FineTuning]:
             task=task,
             deltas=(delta,),
             seed=seed,
-            steps=50 if quick else 200,
-            eval_limit=500 if quick else None,
+            steps=40 if quick else 200,
+            eval_limit=400 if quick else None,
         )
         for seed in range(2 if quick else 3)
         for task in TASKS

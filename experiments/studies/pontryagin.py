@@ -15,9 +15,10 @@ def experiments(preset: str) -> list[PontryaginTrace]:
             delta={"name": delta},
             optimiser=optimiser,
             seed=seed,
-            num_examples=6 if quick else 8,
-            max_length=16 if quick else 20,
-            steps=30 if quick else 200,
+            num_examples=4 if quick else 8,
+            max_length=12 if quick else 20,
+            steps=25 if quick else 300,
+            weight_decay=1e-2,
         )
         for seed in range(1)
         for delta in DELTAS

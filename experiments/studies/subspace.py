@@ -27,8 +27,8 @@ def experiments(preset: str) -> list[FineTuning]:
                 "task": TASK,
                 "seed": seed,
                 "pretrained": pretrained,
-                "steps": 40 if quick else 100,
-                "eval_limit": 500 if quick else None,
+                "steps": 30 if quick else 60,
+                "eval_limit": 400 if quick else None,
             }
             rate = recorded_rates().get(f"{start}/{TASK}/full")
             found.append(FineTuning(deltas=("full",), learning_rate=rate, **common))
