@@ -31,7 +31,7 @@ GRID = {
 STEPS = 100
 # AdamW moves d coordinates of unit columns by about rate * sqrt(d) a step: search that product.
 SUBSPACE_DIMENSIONS = (100, 10_000)
-SUBSPACE_MOVES = (0.3, 1.0, 3.0)
+SUBSPACE_MOVES = (0.3, 1.0, 3.0, 10.0)
 RANDOM_INIT_RATES = (1e-4, 3e-4, 1e-3)
 
 
