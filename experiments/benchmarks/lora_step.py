@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import tyro
 from torch import nn
+from transformers import PreTrainedModel
 
 from experiments import data, models, provenance, tasks
 from experiments.resources import PeakMemory, autocast, choose_device, choose_precision
@@ -114,15 +115,14 @@ class Benchmark:
             "labels": batch["labels"],
         }
 
-    def _base(self) -> nn.Module:
+    def _base(self) -> PreTrainedModel:
         return models.load(self.model, kind="classification", num_labels=2)[0]
 
     def _ours(self, device: str) -> nn.Module:
         from deltas import HeadTuning, LoRA, attach
 
-        base = self._base().to(device)
-        controlled = attach(base, LoRA(rank=self.rank, alpha=2.0 * self.rank), HeadTuning())
-        return controlled.eval()
+        lora = LoRA(rank=self.rank, alpha=2.0 * self.rank)
+        return attach(self._base(), lora, HeadTuning()).to(device).eval()
 
     def _peft(self, device: str) -> nn.Module:
         try:
