@@ -107,8 +107,8 @@ class Benchmark:
         encoded = data.encode(task, tokenizer, max_length=self.length)
         batch = encoded.training_batch(0, seed=0, batch_size=self.batch_size)
         width = self.length - batch["input_ids"].shape[1]
-        # Full rows: every example has `length` tokens that count.
-        ids = nn.functional.pad(batch["input_ids"], (0, width), value=tokenizer.unk_token_id or 0)
+        # Full rows: every example has `length` tokens that count, whichever they are.
+        ids = nn.functional.pad(batch["input_ids"], (0, width), value=1)
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
