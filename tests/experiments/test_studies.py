@@ -1,0 +1,93 @@
+"""The grids behind the figures, and how a learning rate is chosen."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from experiments import rates, studies
+from experiments.finetune import FineTuning
+from experiments.records import Record
+from experiments.studies import learning_rates
+from theory.errors import InputError
+
+
+def record(rate: float, accuracy: float | None, loss: float | None = 0.5, **config) -> Record:
+    experiment = FineTuning(deltas=("lora",), learning_rate=rate, **config)
+    result = {"accuracy": accuracy, "loss": loss}
+    return Record(f"{rate:g}", "fine-tuning", experiment.to_config(), result, {}, "completed")
+
+
+@pytest.mark.parametrize("name", sorted(studies.available()))
+def test_presets_have_distinct_runs_and_quick_is_smaller(name: str) -> None:
+    sizes = []
+    for preset in studies.PRESETS:
+        runs = studies.experiments(name, preset)
+        assert len(set(map(repr, runs))) == len(runs) > 0
+        sizes.append(sum(run.steps for run in runs))
+    assert sizes[0] < sizes[1] or name == "learning_rates"
+
+
+def test_figures_never_tune_on_test_rows() -> None:
+    assert {run.evaluate_on for run in learning_rates.experiments("paper")} == {"validation"}
+    tuned = studies.experiments("performance", "paper")
+    for run in tuned:
+        key = learning_rates.key(run.to_config())
+        assert run.learning_rate == rates.recorded_rates()[key]
+
+
+def test_unknown_studies_and_presets_are_named() -> None:
+    with pytest.raises(InputError, match="nearest: performance"):
+        studies.experiments("performanse", "quick")
+    with pytest.raises(InputError, match="known: paper, quick"):
+        studies.experiments("performance", "slow")
+
+
+def test_the_best_rate_has_the_best_validation_accuracy_then_the_least_loss() -> None:
+    records = [
+        record(1e-3, 0.7),
+        record(3e-3, 0.8, 0.6),
+        record(1e-2, 0.8, 0.5),
+        record(3e-2, None),
+    ]
+    chosen = learning_rates.choose(records)
+    assert chosen["rates"] == {"minilm-l6/movie/lora": 1e-2}
+    assert chosen["at_end_of_grid"] == []
+    assert [row["rate"] for row in chosen["trials"]["minilm-l6/movie/lora"]] == [
+        1e-3,
+        3e-3,
+        1e-2,
+        3e-2,
+    ]
+    assert learning_rates.choose(records[:3])["at_end_of_grid"] == ["minilm-l6/movie/lora"]
+    random = learning_rates.choose([record(1e-3, 0.5, pretrained=False)])
+    assert random["rates"] == {"minilm-l6@random/movie/lora": 1e-3}
+
+
+def test_the_written_rates_are_what_the_records_say() -> None:
+    from experiments.runs import RunStore
+
+    store = RunStore(rates.RATES_FILE.parent / "records")
+    chosen = learning_rates.choose(store.records())
+    assert json.loads(rates.RATES_FILE.read_text()) == chosen
+
+
+def test_a_subspace_rate_moves_alike_in_every_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {
+        "minilm-l6/movie/subspace/100": 0.1,
+        "minilm-l6/movie/subspace/10000": 0.04,
+    }
+    monkeypatch.setattr(learning_rates, "recorded_rates", lambda: known)
+    assert learning_rates.subspace_rate(100) == 0.1
+    assert learning_rates.subspace_rate(10_000) == 0.04
+    assert learning_rates.subspace_rate(10) == pytest.approx(1.0 / math.sqrt(10), rel=1e-2)
+    middle = learning_rates.subspace_rate(1000) * math.sqrt(1000)
+    assert middle == pytest.approx(math.sqrt(1.0 * 4.0), rel=1e-2)
+    with pytest.raises(InputError, match="learning_rates"):
+        learning_rates.subspace_rate(100, pretrained=False)
+
+
+def test_runs_of_another_seed_differ() -> None:
+    run = studies.experiments("performance", "quick")[0]
+    assert replace(run, seed=9).to_config() != run.to_config()
