@@ -165,13 +165,15 @@ def _draw_panel(ax: Axes, runs: pd.DataFrame, lines: pd.DataFrame) -> None:
         if len(full):
             ax.axhline(full.mean(), color=color, **FULL)
             ax.axhline(SHARE * full.mean(), color=color, **TARGET)
+    majority = runs["majority_share"].dropna()
+    chance = majority.iloc[0] if len(majority) else 0.0
     for target in targets(runs):
-        if target.dimension is not None:
+        # A target that guessing meets says nothing.
+        if target.dimension is not None and target.accuracy > chance:
             edge = COLORS[target.pretrained]
             ax.plot(target.dimension, target.accuracy, markeredgecolor=edge, zorder=5, **CROSSING)
-    majority = runs["majority_share"].dropna()
     if len(majority):
-        ax.axhline(majority.iloc[0], **MAJORITY)
+        ax.axhline(chance, **MAJORITY)
     ax.set_xscale("log")
     ax.set_xlabel("subspace dimension $d$")
     ax.set_ylabel("test accuracy (%)")
