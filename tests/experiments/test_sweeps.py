@@ -172,7 +172,14 @@ SWEEP = """
 
 def start(tmp_path, store, *pairs) -> subprocess.Popen:
     command = [*script(tmp_path, SWEEP), str(store.root), str(tmp_path / "log"), *pairs]
-    return subprocess.Popen(command, env=environment(tmp_path), stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=environment(tmp_path),
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests themselves run in the background, Ctrl-C is ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
