@@ -177,7 +177,7 @@ def start(tmp_path, store, *pairs) -> subprocess.Popen:
         env=environment(tmp_path),
         stderr=subprocess.PIPE,
         text=True,
-        # Where the tests themselves run in the background, Ctrl-C is ignored, and that is inherited.
+        # Tests that run in the background ignore Ctrl-C, which a child inherits.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
