@@ -17,7 +17,7 @@ def experiments(preset: str) -> list[PontryaginTrace]:
             seed=seed,
             num_examples=4 if quick else 8,
             max_length=12 if quick else 20,
-            steps=25 if quick else 300,
+            steps=25 if quick else {"lbfgs": 900, "adamw": 300}[optimiser],
             weight_decay=1e-2,
         )
         for seed in range(1)
