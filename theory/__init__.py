@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from theory.claims import Claim, Evidence, Outcome, Threshold, Verdict, judge
     from theory.costs import CrossEntropyCost, QuadraticCost, SquaredErrorCost
     from theory.errors import InputError, unknown
-    from theory.problem import ControlProblem, Controls, Cost, Dynamics, Evaluation, Residual
+    from theory.linearisation import Linearisation
+    from theory.problem import Box, ControlProblem, Controls, Cost, Dynamics, Evaluation, Residual
     from theory.projections import DenseProjection, FastfoodProjection, Projection
     from theory.solvers import MSA, Iterate, Shooting, Solution, Solver, Status, solve
     from theory.systems import LinearDynamics, LowRankDynamics, ResidualNetwork
@@ -42,7 +43,9 @@ _HOME = {
     "theory.claims": ("Claim", "Evidence", "Outcome", "Threshold", "Verdict", "judge"),
     "theory.costs": ("CrossEntropyCost", "QuadraticCost", "SquaredErrorCost"),
     "theory.errors": ("InputError", "unknown"),
+    "theory.linearisation": ("Linearisation",),
     "theory.problem": (
+        "Box",
         "ControlProblem",
         "Controls",
         "Cost",
@@ -58,6 +61,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "MSA",
+    "Box",
     "Claim",
     "ControlProblem",
     "Controls",
@@ -71,6 +75,7 @@ __all__ = [
     "InputError",
     "Iterate",
     "LinearDynamics",
+    "Linearisation",
     "LowRankDynamics",
     "Outcome",
     "Projection",

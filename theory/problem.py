@@ -9,7 +9,8 @@ With the Hamiltonian ``H_t(x, u, p) = l_t(x, u) + <p, f_t(x, u)>`` the costates 
     p_L = grad Phi(x_L),     p_t = grad_x H_t(x_t, u_t, p_{t+1}),
 
 and ``dJ/du_t = grad_u H_t(x_t, u_t, p_{t+1})``, so that an unconstrained optimum has
-``grad_u H_t = 0`` at every step.
+``grad_u H_t = 0`` at every step. Where a box bounds the controls, ``-grad_u H_t`` lies in its normal
+cone instead: ``u_t = proj(u_t - grad_u H_t)``.
 
 Sign. This is the minimisation sign: the costate is the gradient of the cost to go and the control
 minimises ``H``. Pontryagin's *maximum* principle is the same statement with ``p -> -p`` and
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from theory.errors import InputError
 
-__all__ = ["ControlProblem", "Controls", "Cost", "Dynamics", "Evaluation", "Residual"]
+__all__ = ["Box", "ControlProblem", "Controls", "Cost", "Dynamics", "Evaluation", "Residual"]
 
 Controls: TypeAlias = tuple[Tensor, ...]
 
@@ -78,13 +79,53 @@ class Cost(ABC):
         """The terminal cost ``Phi(x_L)``, a scalar."""
 
 
+@dataclass(frozen=True, eq=False)
+class Box:
+    """Bounds ``low <= u <= high`` on every entry of the controls.
+
+    Attributes:
+        low: a number, or one tensor a step that broadcasts to ``u_t``; ``-inf`` is no bound.
+        high: likewise.
+
+    Raises:
+        InputError: if a lower bound exceeds its upper bound.
+    """
+
+    low: float | Sequence[Tensor] = -math.inf
+    high: float | Sequence[Tensor] = math.inf
+
+    def __post_init__(self) -> None:
+        """Check that the box is not empty."""
+        steps = [len(b) for b in (self.low, self.high) if not isinstance(b, int | float)]
+        for t in range(max(steps, default=1)):
+            low, high = torch.as_tensor(_bound(self.low, t)), torch.as_tensor(_bound(self.high, t))
+            if not bool((low <= high).all()):
+                raise InputError(f"the box is empty at step {t}: low exceeds high, or one is NaN")
+
+    def bounds(self, t: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """``low`` and ``high`` of step ``t`` as tensors of the shape and dtype of ``like``."""
+        low, high = (
+            torch.as_tensor(_bound(b, t), dtype=like.dtype, device=like.device).expand_as(like)
+            for b in (self.low, self.high)
+        )
+        return low, high
+
+    def project(self, u: Controls) -> Controls:
+        """The nearest controls in the box."""
+        return tuple(u_t.clamp(*self.bounds(t, u_t)) for t, u_t in enumerate(u))
+
+
+def _bound(bound: float | Sequence[Tensor], t: int) -> float | Tensor:
+    return bound if isinstance(bound, int | float) else bound[t]
+
+
 @dataclass(frozen=True)
 class Residual:
     """How far the stationarity condition ``grad_u H_t = 0`` is from holding.
 
     Attributes:
-        per_step: ``||grad_u H_t||_2`` for each step.
-        norm: ``(sum_t per_step_t^2)^(1/2)``, the norm of the gradient of ``J``.
+        per_step: ``||grad_u H_t||_2`` for each step; with a box ``||u_t - proj(u_t - grad_u H_t)||``.
+        norm: ``(sum_t per_step_t^2)^(1/2)``; without a box the norm of the gradient of ``J``.
     """
 
     per_step: tuple[float, ...]
@@ -116,11 +157,13 @@ class ControlProblem:
         dynamics: the steps ``f_t``.
         cost: the running and the terminal cost.
         x0: the initial state; integer tensors (token numbers) are allowed and get zero costates.
+        box: bounds on the controls, or None.
     """
 
     dynamics: Dynamics
     cost: Cost
     x0: Tensor
+    box: Box | None = None
 
     def __post_init__(self) -> None:
         """Check that each step has a control size."""
@@ -250,7 +293,14 @@ class ControlProblem:
 
     def residual(self, u: Controls) -> Residual:
         """The stationarity residual ``||grad_u H_t||_2`` of each step and in total."""
-        return Residual.of(self.gradient(u))
+        return self.residual_of(u, self.gradient(u))
+
+    def residual_of(self, u: Controls, gradient: Controls) -> Residual:
+        """The residual where the gradient is known; with a box that of the projected gradient."""
+        if self.box is None:
+            return Residual.of(gradient)
+        moved = self.box.project(tuple(a - g for a, g in zip(u, gradient, strict=True)))
+        return Residual.of(tuple(a - b for a, b in zip(u, moved, strict=True)))
 
 
 def _leaf(x: Tensor) -> Tensor:

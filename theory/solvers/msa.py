@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from theory.errors import InputError
 from theory.problem import ControlProblem, Controls
-from theory.solvers.base import Report, Solver
+from theory.solvers.base import Memory, Report, Solver
 
 __all__ = ["MSA"]
 
@@ -39,7 +39,7 @@ class MSA(Solver):
         if not self.step_size > 0:
             raise InputError(f"step_size = {self.step_size} must be positive")
 
-    def run(self, problem: ControlProblem, u0: Controls, report: Report) -> None:
+    def run(self, problem: ControlProblem, u0: Controls, report: Report, memory: Memory) -> None:
         """Sweep forward, backward, step; until `report` says stop."""
         u = u0
         while True:

@@ -6,6 +6,7 @@ Source: Byrd, Lu, Nocedal & Zhu, SIAM J. Sci. Comput. 16(5), 1995, as `scipy.opt
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from theory.errors import InputError
 from theory.problem import ControlProblem, Controls, Evaluation
-from theory.solvers.base import Report, Solver
+from theory.solvers.base import Ending, Memory, Report, Solver, Status
 
 __all__ = ["Shooting"]
 
@@ -46,7 +47,11 @@ class Shooting(Solver):
         if self.memory < 1:
             raise InputError(f"memory = {self.memory} must be at least 1")
 
-    def run(self, problem: ControlProblem, u0: Controls, report: Report) -> str | None:
+    takes_box: ClassVar[bool] = True
+
+    def run(
+        self, problem: ControlProblem, u0: Controls, report: Report, memory: Memory
+    ) -> Ending | None:
         """Minimise until `report` says stop or the line search fails."""
         latest: tuple[np.ndarray, Evaluation] | None = None
 
@@ -74,6 +79,7 @@ class Shooting(Solver):
             value_and_gradient,
             start,
             jac=True,
+            bounds=_bounds(problem, u0),
             method="L-BFGS-B",
             callback=after_iteration,
             options={
@@ -84,7 +90,14 @@ class Shooting(Solver):
                 "maxfun": _UNLIMITED,
             },
         )
-        return f"L-BFGS stopped: {result.message}"
+        return Ending(Status.LINE_SEARCH_FAILED, f"L-BFGS stopped: {result.message}")
+
+
+def _bounds(problem: ControlProblem, like: Controls) -> optimize.Bounds | None:
+    if problem.box is None:
+        return None
+    low, high = zip(*(problem.box.bounds(t, u) for t, u in enumerate(like)), strict=True)
+    return optimize.Bounds(_flat(low), _flat(high))
 
 
 def _flat(tensors: Controls) -> np.ndarray:
