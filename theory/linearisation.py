@@ -160,20 +160,18 @@ class Linearisation:
         x, u = self.states[t].detach(), self.controls[t].detach()
         with differentiable_attention():
             if x.is_floating_point():
-                _, pull = torch.func.vjp(lambda x, u: self.dynamics.step(t, x, u), x, u)
-                return pull
-            _, pull_u = torch.func.vjp(lambda u: self.dynamics.step(t, x, u), u)
-        return lambda q: (None, *pull_u(q))
+                return torch.func.vjp(lambda x, u: self.dynamics.step(t, x, u), x, u)[1]
+            pull = torch.func.vjp(lambda u: self.dynamics.step(t, x, u), u)[1]
+        return lambda q: (None, *pull(q))
 
 
 def _jvp(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> Tensor:
-    _, tangent = torch.func.jvp(f, at, along)
-    return tangent
+    return torch.func.jvp(f, at, along)[1]
 
 
 def _dense(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Both Jacobians by reverse mode, one sweep for each entry of the next state."""
-    y, pull = torch.func.vjp(f, x, u)
+    y, pull = torch.func.vjp(f, x, u)[:2]
     basis = torch.eye(y.numel(), dtype=y.dtype, device=y.device).reshape(-1, *y.shape)
     a, b = torch.func.vmap(pull)(basis)
     return a.reshape(y.numel(), x.numel()), b.reshape(y.numel(), u.numel())

@@ -9,8 +9,8 @@ With the Hamiltonian ``H_t(x, u, p) = l_t(x, u) + <p, f_t(x, u)>`` the costates 
     p_L = grad Phi(x_L),     p_t = grad_x H_t(x_t, u_t, p_{t+1}),
 
 and ``dJ/du_t = grad_u H_t(x_t, u_t, p_{t+1})``, so that an unconstrained optimum has
-``grad_u H_t = 0`` at every step. Where a box bounds the controls, ``-grad_u H_t`` lies in its normal
-cone instead: ``u_t = proj(u_t - grad_u H_t)``.
+``grad_u H_t = 0`` at every step. Where a box bounds the controls, ``-grad_u H_t`` lies in its
+normal cone instead: ``u_t = proj(u_t - grad_u H_t)``.
 
 Sign. This is the minimisation sign: the costate is the gradient of the cost to go and the control
 minimises ``H``. Pontryagin's *maximum* principle is the same statement with ``p -> -p`` and
@@ -124,7 +124,8 @@ class Residual:
     """How far the stationarity condition ``grad_u H_t = 0`` is from holding.
 
     Attributes:
-        per_step: ``||grad_u H_t||_2`` for each step; with a box ``||u_t - proj(u_t - grad_u H_t)||``.
+        per_step: ``||grad_u H_t||_2`` for each step, or ``||u_t - proj(u_t - grad_u H_t)||_2``
+            with a box.
         norm: ``(sum_t per_step_t^2)^(1/2)``; without a box the norm of the gradient of ``J``.
     """
 

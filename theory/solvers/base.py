@@ -1,8 +1,8 @@
 """What all solvers share: iterates, the stopping rule, an honest status, the solution.
 
 A solver never says that it converged. It reports iterates; `solve` computes the residual
-``(sum_t ||grad_u H_t||^2)^(1/2)`` of each (with a box, that of the projected gradient), stops when it
-is at most ``tol``, and derives the status from the residual that was reached.
+``(sum_t ||grad_u H_t||^2)^(1/2)`` of each (with a box, that of the projected gradient), stops when
+it is at most ``tol``, and derives the status from the residual that was reached.
 
 A solve can be interrupted and resumed. With ``checkpoint=path`` the controls, the history and the
 solver's own memory are kept in one safetensors file, written at most every few seconds and on the

@@ -93,11 +93,12 @@ class Shooting(Solver):
         return Ending(Status.LINE_SEARCH_FAILED, f"L-BFGS stopped: {result.message}")
 
 
-def _bounds(problem: ControlProblem, like: Controls) -> optimize.Bounds | None:
-    if problem.box is None:
+def _bounds(problem: ControlProblem, like: Controls) -> np.ndarray | None:
+    """Lower and upper bounds as two columns."""
+    if problem.box is None or not like:
         return None
     low, high = zip(*(problem.box.bounds(t, u) for t, u in enumerate(like)), strict=True)
-    return optimize.Bounds(_flat(low), _flat(high))
+    return np.stack([_flat(low), _flat(high)], axis=1)
 
 
 def _flat(tensors: Controls) -> np.ndarray:
