@@ -1,6 +1,6 @@
-"""Small systems with known structure: linear, residual, and bilinear as LoRA is.
+"""Small systems with known structure: linear, residual, bilinear as LoRA is; and parts of systems.
 
-All act on the last axis of the state, ``(n,)`` or ``(batch, n)``.
+The small ones act on the last axis of the state, ``(n,)`` or ``(batch, n)``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from theory.errors import InputError
 from theory.problem import Dynamics
 
-__all__ = ["LinearDynamics", "LowRankDynamics", "ResidualNetwork"]
+__all__ = ["LinearDynamics", "LowRankDynamics", "ResidualNetwork", "Segment"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +189,53 @@ class LowRankDynamics(Dynamics):
         _check_width(t, x, self.weights[t].shape[0])
         down, up = self.factors(t, u)
         return x @ self.weights[t] + (x.unsqueeze(-2) @ down @ up).squeeze(-2)
+
+
+@dataclass(frozen=True, eq=False)
+class Segment(Dynamics):
+    """The steps ``start <= t < stop`` of a system, numbered from 0.
+
+    Its initial state is ``x_start`` of the whole and its controls are ``u[start:stop]``. A model's
+    blocks without its input and readout are one.
+
+    Attributes:
+        dynamics: the whole system.
+        start: its first step that belongs to the segment.
+        stop: its first step after the segment; by default its horizon.
+
+    Raises:
+        InputError: if the segment is empty or reaches beyond the system.
+    """
+
+    dynamics: Dynamics
+    start: int
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ends."""
+        if not 0 <= self.start < self._end <= self.dynamics.horizon:
+            raise InputError(
+                f"a segment from step {self.start} to step {self._end} of a system of "
+                f"{self.dynamics.horizon} steps; expected 0 <= start < stop <= horizon"
+            )
+
+    @property
+    def _end(self) -> int:
+        return self.dynamics.horizon if self.stop is None else self.stop
+
+    @property
+    def horizon(self) -> int:
+        """The number of steps of the segment."""
+        return self._end - self.start
+
+    @property
+    def control_sizes(self) -> tuple[int, ...]:
+        """The control sizes of its steps."""
+        return self.dynamics.control_sizes[self.start : self._end]
+
+    def step(self, t: int, x: Tensor, u: Tensor) -> Tensor:
+        """``f_{start + t}(x, u)``."""
+        return self.dynamics.step(self.start + t, x, u)
 
 
 def _check_width(t: int, x: Tensor, width: int) -> None:
