@@ -17,31 +17,18 @@ Source: Bryson & Ho, *Applied Optimal Control*, 1975, section 2.2 and appendix A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from theory.errors import InputError
 from theory.problem import ControlProblem, Controls, Dynamics
+from theory.step_graph import StepGraph, differentiable_attention
+from theory.work import count
 
 __all__ = ["Linearisation", "differentiable_attention"]
-
-_Pull = Callable[[Tensor], tuple[Tensor | None, Tensor]]
-
-
-@contextmanager
-def differentiable_attention() -> Iterator[None]:
-    """Compute attention from elementary operations.
-
-    The fused kernels of `torch.nn.functional.scaled_dot_product_attention` have neither
-    forward-mode nor second derivatives; without attention this changes nothing.
-    """
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +39,9 @@ class Linearisation:
         dynamics: the steps ``f_t``.
         states: ``x_0..x_L``, as a rollout gives them.
         controls: the controls that produced the states.
-        keep: keep what reverse mode needs of each step from its first `pull` on, which costs the
-            memory of one training step and saves a forward evaluation in each later `pull`.
+        keep: keep the graph of each step from its first product on. It costs the memory of one
+            training step where only `pull` is used and about twice that with `push`, and saves the
+            evaluation of the step in each later product, most of its time.
 
     Raises:
         InputError: if the numbers of states and controls do not fit the horizon.
@@ -63,7 +51,7 @@ class Linearisation:
     states: Sequence[Tensor]
     controls: Controls
     keep: bool = False
-    _pulls: dict[int, _Pull] = field(default_factory=dict, init=False, repr=False)
+    _graphs: dict[int, StepGraph] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the lengths."""
@@ -103,6 +91,9 @@ class Linearisation:
 
     def push_step(self, t: int, dx: Tensor, du: Tensor) -> Tensor:
         """``A_t dx + B_t du``."""
+        count(1)
+        if self.keep:
+            return self._graph(t).push(dx, du)
         x, u = self.states[t].detach(), self.controls[t].detach()
         with differentiable_attention(), torch.no_grad():
             if x.is_floating_point():
@@ -129,13 +120,8 @@ class Linearisation:
 
     def pull_step(self, t: int, q: Tensor) -> tuple[Tensor, Tensor]:
         """``A_t' q`` and ``B_t' q``."""
-        pull = self._pulls.get(t)
-        if pull is None:
-            pull = self._make_pull(t)
-            if self.keep:
-                self._pulls[t] = pull
-        a, b = pull(q)
-        return (_zeros_like(self.states[t], q.dtype) if a is None else a), b
+        count(1)
+        return self._graph(t).pull(q)
 
     def jacobians(self, t: int, *, per_example: bool = False) -> tuple[Tensor, Tensor]:
         """Dense ``A_t`` and ``B_t``.
@@ -144,9 +130,12 @@ class Linearisation:
             t: the step.
             per_example: the first axis numbers examples that do not interact; the matrices are
                 then ``(batch, n', n)`` and ``(batch, n', m)``, else ``(n', n)`` and ``(n', m)``
-                of the flattened states (and of the flattened control).
+                of the flattened states (and of the flattened control). The columns of a state
+                that holds integers are zero.
         """
         x, u = self.states[t].detach(), self.controls[t].detach()
+        rows = self.states[t + 1].numel()
+        count(rows // max(len(x), 1) if per_example else rows)
         with differentiable_attention():
             if not per_example:
                 return _dense(lambda x, u: self.dynamics.step(t, x, u), x, u)
@@ -156,13 +145,15 @@ class Linearisation:
 
             return torch.func.vmap(row, in_dims=(0, None if u.ndim == 1 else 0))(x, u)
 
-    def _make_pull(self, t: int) -> _Pull:
-        x, u = self.states[t].detach(), self.controls[t].detach()
-        with differentiable_attention():
-            if x.is_floating_point():
-                return torch.func.vjp(lambda x, u: self.dynamics.step(t, x, u), x, u)[1]
-            pull = torch.func.vjp(lambda u: self.dynamics.step(t, x, u), u)[1]
-        return lambda q: (None, *pull(q))
+    def _graph(self, t: int) -> StepGraph:
+        graph = self._graphs.get(t)
+        if graph is None:
+            graph = StepGraph(
+                lambda x, u: self.dynamics.step(t, x, u), self.states[t], self.controls[t]
+            )
+            if self.keep:
+                self._graphs[t] = graph
+        return graph
 
 
 def _jvp(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> Tensor:
@@ -171,9 +162,13 @@ def _jvp(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, 
 
 def _dense(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Both Jacobians by reverse mode, one sweep for each entry of the next state."""
-    y, pull = torch.func.vjp(f, x, u)[:2]
+    if x.is_floating_point():
+        y, pull = torch.func.vjp(f, x, u)[:2]
+    else:
+        y, pull = torch.func.vjp(lambda u: f(x, u), u)[:2]
     basis = torch.eye(y.numel(), dtype=y.dtype, device=y.device).reshape(-1, *y.shape)
-    a, b = torch.func.vmap(pull)(basis)
+    *state, b = torch.func.vmap(pull)(basis)
+    a = state[0] if state else y.new_zeros(y.numel(), x.numel())
     return a.reshape(y.numel(), x.numel()), b.reshape(y.numel(), u.numel())
 
 

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from theory.errors import InputError
+from theory.work import count
 
 __all__ = ["Box", "ControlProblem", "Controls", "Cost", "Dynamics", "Evaluation", "Residual"]
 
@@ -216,6 +217,7 @@ class ControlProblem:
     def rollout(self, u: Controls) -> list[Tensor]:
         """The states ``x_0, ..., x_L`` (a list of length ``horizon + 1``)."""
         self.check_controls(u)
+        count(len(u))
         states = [self.x0]
         for t, u_t in enumerate(u):
             with _located(t, states[-1], u_t):
@@ -265,6 +267,7 @@ class ControlProblem:
         self.check_controls(u)
         if len(states) != len(u) + 1:
             raise InputError(f"expected {len(u) + 1} states, x_0 to x_L, but got {len(states)}")
+        count(len(u))
         with torch.enable_grad():
             x = _leaf(states[-1])
             (p,) = _gradients(self.cost.terminal(x), (x,))

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from theory.errors import InputError
 from theory.problem import ControlProblem, Controls, Evaluation, Residual
+from theory.work import Meter, metered
 
 __all__ = ["Ending", "Iterate", "Memory", "Report", "Solution", "Solver", "Status", "solve"]
 
@@ -137,8 +138,9 @@ class Solution:
         status: how the solve ended.
         message: what happened and, unless it converged, what to try.
         history: lists with one entry per iterate, the initial controls first: ``objective``,
-            ``residual`` (total norm) and ``step_size`` (Euclidean length of the change of all
-            controls since the iterate before).
+            ``residual`` (total norm), ``step_size`` (Euclidean length of the change of all
+            controls since the iterate before) and ``sweeps`` (the work so far in passes through all
+            steps, as `theory.work` counts it; a gradient is two).
         gains: feedback gains ``K_t`` of the law ``u_t + K_t (x - x_t)`` around this solution,
             ``(m_t, n_t)`` for each step, or None where the solver has none.
     """
@@ -219,7 +221,8 @@ def solve(
             recorder.checkpoint = Path(checkpoint)
             u = recorder.restore(u)
         try:
-            ending = solver.run(problem, u, recorder, recorder.memory) or Ending()
+            with metered() as recorder.meter:
+                ending = solver.run(problem, u, recorder, recorder.memory) or Ending()
         finally:
             recorder.keep()
     controls = recorder.best if recorder.best is not None else u
@@ -251,8 +254,10 @@ class _Recorder:
     best: Controls | None = None
     memory: Memory = field(default_factory=dict)
     history: dict[str, list[float]] = field(
-        default_factory=lambda: {"objective": [], "residual": [], "step_size": []}
+        default_factory=lambda: {"objective": [], "residual": [], "step_size": [], "sweeps": []}
     )
+    meter: Meter = field(default_factory=Meter)
+    sweeps_before: float = 0.0
     checkpoint: Path | None = None
     kept: float = field(default_factory=time.monotonic)
     resumed: bool = False
@@ -264,10 +269,13 @@ class _Recorder:
         residual = self.problem.residual_of(controls, evaluation.gradient)
         finite = math.isfinite(value) and math.isfinite(residual.norm)
         known, self.resumed = self.resumed, False
-        if not known:
+        if known:  # work that is in the history already
+            self.sweeps_before -= self.meter.steps / max(self.problem.dynamics.horizon, 1)
+        else:
             self.history["objective"].append(value)
             self.history["residual"].append(residual.norm)
             self.history["step_size"].append(_distance(controls, self.best))
+            self.history["sweeps"].append(self.sweeps())
         iteration = len(self.history["objective"]) - 1
         if finite:
             self.best, self.memory = controls, dict(memory or {})
@@ -280,6 +288,11 @@ class _Recorder:
             self.keep()
         over = residual.norm <= self.tol or iteration >= self.max_steps
         return over or not finite or self.unbounded()
+
+    def sweeps(self) -> float:
+        """Passes through all steps since the solve began."""
+        horizon = max(self.problem.dynamics.horizon, 1)
+        return self.sweeps_before + self.meter.steps / horizon
 
     def unbounded(self) -> bool:
         """Whether ``J`` fell so far that its first value no longer counts beside it."""
@@ -373,6 +386,7 @@ class _Recorder:
         if not math.isfinite(history["objective"][-1] + history["residual"][-1]):
             for values in history.values():  # the checkpoint holds the finite iterate before it
                 values.pop()
+        self.sweeps_before = history["sweeps"][-1]
         self.bar.update(len(history["objective"]) - 1)
         self.memory = {
             name.removeprefix("memory."): value.to(u[0].device) if u else value
