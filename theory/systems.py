@@ -141,8 +141,25 @@ class ResidualNetwork(Dynamics):
 
     def step(self, t: int, x: Tensor, u: Tensor) -> Tensor:
         """``x + W2_t tanh(W1_t x + B_t u)``."""
+        return self.step_between(t, 0.0, x, u)
+
+    def step_between(self, t: int, weight: float, x: Tensor, u: Tensor) -> Tensor:
+        """The layer whose matrices are ``(1 - weight)`` times those of ``t`` + ``weight`` ``t+1``.
+
+        With it a network has a continuous depth (`theory.continuous`).
+
+        Args:
+            t: a layer, and not the last one unless the weight is 0.
+            weight: from 0 to 1.
+            x: the state.
+            u: the control.
+        """
         _check_width(t, x, self.W1[t].shape[1])
-        return x + torch.tanh(x @ self.W1[t].mT + u @ self.B[t].mT) @ self.W2[t].mT
+        W1, W2, B = (
+            M[t] if weight == 0 else torch.lerp(M[t], M[t + 1], weight)
+            for M in (self.W1, self.W2, self.B)
+        )
+        return x + torch.tanh(x @ W1.mT + u @ B.mT) @ W2.mT
 
 
 @dataclass(frozen=True, eq=False)
