@@ -220,6 +220,7 @@ def solve(
         if checkpoint is not None:
             recorder.checkpoint = Path(checkpoint)
             u = recorder.restore(u)
+            u = u if problem.box is None else problem.box.project(u)
         try:
             with metered() as recorder.meter:
                 ending = solver.run(problem, u, recorder, recorder.memory) or Ending()
@@ -269,7 +270,9 @@ class _Recorder:
         residual = self.problem.residual_of(controls, evaluation.gradient)
         finite = math.isfinite(value) and math.isfinite(residual.norm)
         known, self.resumed = self.resumed, False
-        if known:  # work that is in the history already
+        if known:
+            self.check_same_problem(value)
+            # This work is in the history already.
             self.sweeps_before -= self.meter.steps / max(self.problem.dynamics.horizon, 1)
         else:
             self.history["objective"].append(value)
@@ -293,6 +296,17 @@ class _Recorder:
         """Passes through all steps since the solve began."""
         horizon = max(self.problem.dynamics.horizon, 1)
         return self.sweeps_before + self.meter.steps / horizon
+
+    def check_same_problem(self, value: float) -> None:
+        """Refuse a checkpoint whose controls do not give the objective that it holds."""
+        kept = self.history["objective"][-1]
+        # Another machine may round differently; another problem gives another number.
+        if not math.isclose(value, kept, rel_tol=1e-3, abs_tol=1e-6):
+            raise InputError(
+                f"{self.checkpoint} is a checkpoint of another problem: its controls had J = "
+                f"{kept:.6g} and have {value:.6g} here; delete it to start anew, or name another "
+                "file"
+            )
 
     def unbounded(self) -> bool:
         """Whether ``J`` fell so far that its first value no longer counts beside it."""
@@ -318,10 +332,10 @@ class _Recorder:
         if status is Status.CONVERGED:
             return f"residual {residual:.3g} <= tol {self.tol:.3g} after {steps} iterations"
         if status is Status.UNBOUNDED:
-            reason = ending.reason or f"J fell to {self.history['objective'][-1]:.3g}"
+            fell = f"J fell to {self.history['objective'][-1]:.3g}, so that it has no minimum"
             return (
-                f"{reason}, after {steps} iterations: no minimum exists; add or raise the running "
-                "cost of the controls (a weight decay), or bound them by a box"
+                f"{ending.reason or fell}; after {steps} iterations; add or raise the running cost "
+                "of the controls (a weight decay), or bound them by a box"
             )
         if status is Status.DIVERGED and steps == 0:
             return (
@@ -366,6 +380,10 @@ class _Recorder:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             solver, history = metadata["solver"], json.loads(metadata["history"])
+            history = {name: [float(value) for value in history[name]] for name in self.history}
+            lengths = {len(values) for values in history.values()}
+            if len(lengths) != 1 or lengths == {0}:
+                raise ValueError("its history is empty or uneven")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path} is no checkpoint of a solve ({error}); delete it to start anew"
@@ -375,9 +393,10 @@ class _Recorder:
                 f"{path} is a checkpoint of {solver}, not of {self.solver!r}; delete it to start "
                 "anew, or name another file"
             )
-        names = [f"control.{t}" for t in range(len(u))]
+        kept = [name for name in tensors if name.startswith("control.")]
+        names = [f"control.{t}" for t in range(len(kept))]
         found = [tuple(tensors[name].shape) for name in names if name in tensors]
-        if found != [tuple(control.shape) for control in u]:
+        if len(kept) != len(u) or found != [tuple(control.shape) for control in u]:
             raise InputError(
                 f"{path} holds controls of shapes {found}; expected "
                 f"{[tuple(control.shape) for control in u]}; delete it to start anew"

@@ -1,0 +1,233 @@
+"""Extended MSA: the method of successive approximations, made to descend.
+
+Along the states ``x`` and costates ``p`` of the present controls ``u`` let
+
+    D_t(v) = |f_t(x_t, v) - x_{t+1}|^2 + |grad_x H_t(x_t, v, p_{t+1}) - p_t|^2,
+    K_t(v) = H_t(x_t, v, p_{t+1}) + rho/2 D_t(v),
+
+the augmented Hamiltonian, with ``D_t(u_t) = 0``: a control ``v`` that would move the next state or
+the costate away from the trajectory on which ``H_t`` was formed pays for it. One iteration lowers
+each ``K_t`` on its own. There is a constant ``C`` (of the Lipschitz constants of ``f``, ``grad f``
+and ``grad Phi`` on the region in use) with
+
+    J(v) - J(u) <= sum_t [H_t(x_t, v_t, p_{t+1}) - H_t(x_t, u_t, p_{t+1})] + C sum_t D_t(v_t),
+
+so that for ``rho >= 2 C`` the sum of the ``K_t`` is a majorant of ``J`` that touches it at ``u``:
+lowering the ``K_t``, by however little, lowers ``J`` by at least as much. And as ``grad K_t = grad
+H_t`` at ``u_t``, only a stationary ``u`` is left unchanged. `proofs_notebooks/03` and `04` prove
+both.
+
+Norms. In a batch each example has its own trajectory and ``J`` is the mean: ``|.|^2`` is the mean
+over the examples of squared Euclidean norms, of the states and of the *example's* costate, which is
+``N`` times the one that `ControlProblem` keeps, ``N`` the number of examples. So ``rho`` does not
+depend on the batch size. A state ``(n,)`` is one example.
+
+Source: Li, Chen, Tai & E, *Maximum principle based algorithms for deep learning*, JMLR 18(165),
+2018, section 3.2, algorithm 2, there with the signs of a maximisation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from theory.errors import InputError
+from theory.linearisation import differentiable_attention
+from theory.problem import ControlProblem, Controls, Evaluation
+from theory.solvers.base import Ending, Memory, Report, Solver, Status
+from theory.solvers.minimisers import InnerLBFGS, Minimiser, NoMinimum, Stage
+from theory.work import count
+
+__all__ = ["ExtendedMSA", "StepChange", "step_change"]
+
+_GROWTH, _SHRINKAGE = 4.0, 0.5
+_DESCENT = 0.1
+_TRIALS = 50
+
+
+@dataclass(frozen=True, eq=False)
+class StepChange:
+    """What another control at one step changes there, states and costates of the others held.
+
+    Attributes:
+        hamiltonian: ``H_t(x_t, v, p_{t+1}) - H_t(x_t, u_t, p_{t+1})``.
+        state: ``|f_t(x_t, v) - f_t(x_t, u_t)|^2``, the mean over the examples.
+        costate: ``|grad_x H_t(x_t, v, p_{t+1}) - grad_x H_t(x_t, u_t, p_{t+1})|^2``, the mean over
+            the examples, with the costate of the example; zero where the state holds integers.
+    """
+
+    hamiltonian: Tensor
+    state: Tensor
+    costate: Tensor
+
+    @property
+    def squares(self) -> Tensor:
+        """``D_t(v)``, the sum of the two squares."""
+        return self.state + self.costate
+
+
+def step_change(
+    problem: ControlProblem, now: Evaluation, u: Controls, t: int, v: Tensor
+) -> StepChange:
+    """Put ``v`` in the place of ``u_t``, along the trajectory of ``u``.
+
+    Args:
+        problem: the problem.
+        now: `ControlProblem.evaluate` of ``u``.
+        u: the present controls.
+        t: the step.
+        v: the other control of that step; the result is differentiable in it, twice.
+    """
+    with differentiable_attention():
+        old = _hamiltonian(problem, now, t, u[t].detach())
+        return _change(problem, now, t, v, old)
+
+
+@dataclass(frozen=True)
+class ExtendedMSA(Solver):
+    """MSA on the augmented Hamiltonian, all steps at once, with an automatic ``rho``.
+
+    The schedule. An iterate ``v`` is accepted if ``J(v) - J(u) <= 0.1 sum_t [K_t(v_t) -
+    K_t(u_t)]``, which is certain for ``rho >= 2 C``; otherwise ``rho`` is multiplied by 4 and the
+    same trajectory minimised again. After an accepted iterate ``rho`` is halved. Where the
+    difference of the two ``J`` is lost in their rounding, an iterate with a smaller residual is
+    accepted.
+
+    Attributes:
+        rho: the weight of the penalty; with a schedule, its first value.
+        minimiser: how ``K_t`` is lowered. `InnerLBFGS` serves any smooth problem; `ExactArgmin`
+            where ``K_t`` is quadratic, as on linear-quadratic problems.
+        adaptive: whether ``rho`` follows the schedule. If not, each minimiser of the ``K_t`` is
+            taken, whatever it does to ``J``.
+
+    Raises:
+        InputError: if ``rho`` is not positive.
+    """
+
+    rho: float = 1.0
+    minimiser: Minimiser = InnerLBFGS()
+    adaptive: bool = True
+
+    takes_box: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check rho."""
+        if not 0 < self.rho < math.inf:
+            raise InputError(f"rho = {self.rho} must be positive; rho = 0 is MSA")
+
+    def run(
+        self, problem: ControlProblem, u0: Controls, report: Report, memory: Memory
+    ) -> Ending | None:
+        """Sweep forward, backward, minimise; until `report` says stop."""
+        rho = float(memory["rho"]) if "rho" in memory else self.rho
+        u, now = u0, problem.evaluate(u0)
+        while not report(u, now, {"rho": torch.tensor(rho, dtype=torch.float64)}):
+            for trial in range(_TRIALS):
+                try:
+                    v, predicted = self._minimise(problem, now, u, rho)
+                except NoMinimum as reason:
+                    if not self.adaptive or trial + 1 == _TRIALS:
+                        return Ending(Status.UNBOUNDED, str(reason))
+                    rho *= _GROWTH
+                    continue
+                if all(torch.equal(a, b) for a, b in zip(u, v, strict=True)):
+                    return Ending(
+                        Status.LINE_SEARCH_FAILED,
+                        f"with rho = {rho:.3g} no inner step lowers the augmented Hamiltonian",
+                    )
+                new = problem.evaluate(v)
+                if not self.adaptive or _accepted(problem, (u, now), (v, new), predicted):
+                    break
+                rho *= _GROWTH
+            else:
+                return Ending(
+                    Status.LINE_SEARCH_FAILED, f"even rho = {rho:.3g} does not make J decrease"
+                )
+            u, now = v, new
+            if self.adaptive:
+                rho *= _SHRINKAGE
+        return None
+
+    def _minimise(
+        self, problem: ControlProblem, now: Evaluation, u: Controls, rho: float
+    ) -> tuple[Controls, float]:
+        """Lower every ``K_t``; the new controls and the sum of ``K_t(v_t) - K_t(u_t)``."""
+        controls, total = [], 0.0
+        with differentiable_attention():
+            for t, u_t in enumerate(u):
+                old = _hamiltonian(problem, now, t, u_t)
+
+                def augmented(v: Tensor, t: int = t, old: _Hamiltonian = old) -> Tensor:
+                    change = _change(problem, now, t, v, old)
+                    return change.hamiltonian + rho / 2 * change.squares
+
+                stage = Stage(
+                    step=t,
+                    name="the augmented H",
+                    objective=augmented,
+                    control=u_t,
+                    gradient=now.gradient[t],
+                    bounds=None if problem.box is None else problem.box.bounds(t, u_t),
+                    work=2,
+                )
+                v_t = self.minimiser.minimise(stage)
+                controls.append(v_t)
+                count(2 * stage.work)  # at the present control and at the new one
+                total += float(augmented(v_t))
+        return tuple(controls), total
+
+
+@dataclass(frozen=True, eq=False)
+class _Hamiltonian:
+    """``H_t`` at one control in its parts."""
+
+    running: Tensor
+    state: Tensor
+    gradient: Tensor | None
+
+
+def _hamiltonian(problem: ControlProblem, now: Evaluation, t: int, v: Tensor) -> _Hamiltonian:
+    """``l_t``, ``f_t`` and ``grad_x H_t`` at ``(x_t, v, p_{t+1})``."""
+    x, p = now.states[t].detach(), now.costates[t + 1]
+
+    def parts(x: Tensor) -> tuple[Tensor, Tensor]:
+        return problem.cost.running(t, x, v), problem.dynamics.step(t, x, v)
+
+    if not x.is_floating_point():
+        return _Hamiltonian(*parts(x), None)
+    (running, state), pull = torch.func.vjp(parts, x)[:2]
+    (gradient,) = pull((torch.ones_like(running), p))
+    return _Hamiltonian(running, state, gradient)
+
+
+def _change(
+    problem: ControlProblem, now: Evaluation, t: int, v: Tensor, old: _Hamiltonian
+) -> StepChange:
+    new = _hamiltonian(problem, now, t, v)
+    moved = new.state - old.state
+    # The difference of the states first: of two large inner products little would be left.
+    hamiltonian = new.running - old.running + (now.costates[t + 1] * moved).sum()
+    examples = problem.x0.shape[0] if problem.x0.ndim > 1 else 1
+    costate = torch.zeros_like(hamiltonian)
+    if new.gradient is not None and old.gradient is not None:
+        costate = (new.gradient - old.gradient).square().sum() * examples
+    return StepChange(hamiltonian, moved.square().sum() / examples, costate)
+
+
+def _accepted(
+    problem: ControlProblem,
+    old: tuple[Controls, Evaluation],
+    new: tuple[Controls, Evaluation],
+    predicted: float,
+) -> bool:
+    """Whether ``J`` decreased by a fair part of what was predicted."""
+    before, after = (float(now.objective) for _, now in (old, new))
+    rounding = 10 * torch.finfo(old[1].objective.dtype).eps * abs(before)
+    if -predicted > rounding:
+        return after - before <= _DESCENT * predicted
+    residuals = [problem.residual_of(u, now.gradient).norm for u, now in (old, new)]
+    return after <= before + rounding and residuals[1] < residuals[0]
