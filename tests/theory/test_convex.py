@@ -1,0 +1,527 @@
+"""Convex delta-tuning: closed forms, other programs, certificates, exact reductions."""
+
+from __future__ import annotations
+
+import cvxpy as cp
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.theory.problems import normal
+from theory.convex import (
+    ConvexStatus,
+    ConvexTuning,
+    DenseFeatures,
+    GroupLasso,
+    NormBall,
+    NuclearNorm,
+    OuterProducts,
+    Ridge,
+    linearised_tuning,
+    logit_jacobians,
+    program,
+)
+from theory.convex.penalties import Penalty
+from theory.costs import CrossEntropyCost, SquaredErrorCost
+from theory.errors import InputError
+from theory.problem import Box, ControlProblem
+from theory.solvers import Shooting, solve
+from theory.systems import LinearDynamics, ResidualNetwork
+
+F64 = torch.float64
+N, K, SIZES = 12, 3, (4, 2, 5)
+
+
+def classes(num_examples: int, num_classes: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, num_classes, (num_examples,), generator=generator)
+
+
+def data(loss: str, seed: int = 0) -> dict:
+    labels = classes(N, K, seed) if loss == "cross-entropy" else normal(N, K, seed=seed + 1)
+    return {"labels": labels, "offset": 0.5 * normal(N, K, seed=seed + 2), "loss": loss}
+
+
+def tuning(penalty: str, loss: str) -> ConvexTuning:
+    """A small problem for each penalty; groups of vectors, or two matrices."""
+    vectors = normal(N, K, sum(SIZES), seed=7)
+    matrices = {"one": normal(N, K, 3, 4, seed=8), "two": normal(N, K, 2, 3, seed=9)}
+    options = data(loss)
+    if penalty == "nuclear":
+        return ConvexTuning(matrices, penalty=NuclearNorm(), **options)
+    if penalty == "box":
+        return ConvexTuning(vectors, groups=SIZES, box=Box(-0.1, 0.2), **options)
+    made: dict[str, Penalty] = {"ridge": Ridge(), "ball": NormBall(), "lasso": GroupLasso()}
+    return ConvexTuning(vectors, groups=SIZES, penalty=made[penalty], **options)
+
+
+KINDS = [
+    (penalty, loss)
+    for penalty in ("ridge", "box", "ball", "lasso", "nuclear")
+    for loss in ("cross-entropy", "squared-error")
+]
+WEIGHTS = {"ridge": 0.3, "box": 0.02, "ball": 0.4, "lasso": 0.06, "nuclear": 0.12}
+
+
+# -- closed forms ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [5, 60])
+def test_ridge_is_the_normal_equations(count: int) -> None:
+    """``(G'G/N + lambda) u = G'(y - z)/N``, with fewer and with more controls than rows."""
+    features = normal(N, K, count, seed=1)
+    options = data("squared-error")
+    solution = ConvexTuning(features, **options).solve(0.2)
+    G = features.reshape(N * K, count)
+    right = G.mT @ (options["labels"] - options["offset"]).reshape(-1) / N
+    exact = torch.linalg.solve(G.mT @ G / N + 0.2 * torch.eye(count, dtype=F64), right)
+    torch.testing.assert_close(solution.controls[0], exact, rtol=1e-7, atol=1e-8)
+    assert solution.status is ConvexStatus.OPTIMAL and -1e-14 <= solution.gap < 1e-9
+
+
+def orthonormal_features(count: int) -> Tensor:
+    """``G'G = N I``, so that the least-squares solution is ``G'y/N``."""
+    return N**0.5 * torch.linalg.qr(normal(N * K, count, seed=2))[0].reshape(N, K, count)
+
+
+def test_group_lasso_is_soft_thresholding_of_groups() -> None:
+    features = orthonormal_features(sum(SIZES))
+    y = normal(N, K, seed=3)
+    made = ConvexTuning(
+        features, y, groups=SIZES, loss="squared-error", penalty=GroupLasso((1.0, 2.0, 0.5))
+    )
+    least = (features.reshape(N * K, -1).mT @ y.reshape(-1) / N).split(SIZES)
+    weight = 0.6 * made.largest_weight
+    solution = made.solve(weight)
+    for found, c, w in zip(solution.controls, least, (1.0, 2.0, 0.5), strict=True):
+        exact = (1 - weight * w / c.norm()).clamp(min=0) * c
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-7)
+    expected = [int(c.norm() > weight * w) for c, w in zip(least, (1.0, 2.0, 0.5), strict=True)]
+    assert 0 < sum(expected) < 3
+    assert list(solution.ranks) == expected == list(solution.rank_bounds)
+
+
+@pytest.mark.parametrize("direct", [32, 0])
+def test_nuclear_norm_is_singular_value_thresholding(direct: int) -> None:
+    p, q = 4, 6
+    features = orthonormal_features(p * q).reshape(N, K, p, q)
+    y = normal(N, K, seed=4)
+    made = ConvexTuning(
+        [features], y, loss="squared-error", penalty=NuclearNorm(direct=direct, directions=2)
+    )
+    C = torch.einsum("nkpq,nk->pq", features, y) / N
+    left, values, right = torch.linalg.svd(C, full_matrices=False)
+    assert made.largest_weight == pytest.approx(float(values[0]), rel=1e-12)
+    weight = float(0.5 * (values[1] + values[2]))
+    exact = left @ torch.diag((values - weight).clamp(min=0)) @ right
+    solution = made.solve(weight)
+    torch.testing.assert_close(solution.controls[0], exact, rtol=1e-4, atol=2e-4)
+    assert solution.ranks == solution.rank_bounds == (2,)
+    assert solution.objective == pytest.approx(
+        float(0.5 * (y.reshape(-1) - features.reshape(N * K, -1) @ exact.reshape(-1)).square().sum()
+              / N + weight * (values - weight).clamp(min=0).sum()), abs=1e-7
+    )  # fmt: skip
+
+
+def test_ridge_cross_entropy_is_logistic_regression() -> None:
+    """Features of a linear head ``z = W h`` are ``e_k h'``; scikit-learn's C is 1/(lambda N)."""
+    from sklearn.linear_model import LogisticRegression
+
+    h, weight = normal(N, 40, seed=5), 0.01
+    y = classes(N, K)
+    left = torch.eye(K, dtype=F64).reshape(1, K, 1, K).expand(N, K, 1, K)
+    made = ConvexTuning({"head": OuterProducts(left, h[:, None])}, y)  # pyright: ignore
+    solution = made.solve(weight)
+    reference = LogisticRegression(
+        C=1 / (weight * N), fit_intercept=False, tol=1e-12, max_iter=9999
+    )
+    reference.fit(h.numpy(), y.numpy())
+    np.testing.assert_allclose(solution.controls[0].numpy(), reference.coef_, atol=1e-6)
+    np.testing.assert_allclose(solution.logits.numpy(), h.numpy() @ reference.coef_.T, atol=1e-5)
+
+
+# -- optimality and certificates ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("penalty", "loss"), KINDS)
+def test_certificate_closes(penalty: str, loss: str) -> None:
+    solution = tuning(penalty, loss).solve(WEIGHTS[penalty])
+    assert solution.status is ConvexStatus.OPTIMAL
+    assert -1e-13 <= solution.gap <= 1e-7
+    assert solution.rounds >= 1 and any(norm > 0.01 for norm in solution.norms)
+
+
+@pytest.mark.parametrize(("penalty", "loss"), KINDS)
+def test_objective_is_that_of_the_controls(penalty: str, loss: str) -> None:
+    """Evaluated from scratch with the original features, and below random neighbours."""
+    made, weight = tuning(penalty, loss), WEIGHTS[penalty]
+    solution, options = made.solve(weight), data(loss)
+    if penalty == "nuclear":
+        G = [normal(N, K, 3, 4, seed=8), normal(N, K, 2, 3, seed=9)]
+    else:
+        G = list(normal(N, K, sum(SIZES), seed=7).split(SIZES, dim=-1))
+
+    def objective(u: tuple[Tensor, ...]) -> float:
+        pairs = zip(G, u, strict=True)
+        z = options["offset"] + sum(g.flatten(2) @ c.reshape(-1) for g, c in pairs)
+        y = options["labels"]
+        value = (
+            torch.nn.functional.cross_entropy(z, y)
+            if loss == "cross-entropy"
+            else 0.5 * (z - y).square().sum() / N
+        )
+        square = sum(c.square().sum() for c in u)
+        if penalty in ("ridge", "box"):
+            return float(value + 0.5 * weight * square)
+        if penalty == "ball":
+            return float(value)
+        if penalty == "lasso":
+            return float(value + weight * sum(len(c) ** 0.5 * c.norm() for c in u))
+        return float(value + weight * sum(torch.linalg.matrix_norm(c, "nuc") for c in u))
+
+    assert objective(solution.controls) == pytest.approx(solution.objective, abs=1e-9)
+    for seed in range(20):
+        moved = tuple(c + 0.05 * normal(*c.shape, seed=seed + 30) for c in solution.controls)
+        if penalty == "box":
+            moved = Box(-0.1, 0.2).project(moved)
+        if penalty == "ball":
+            length = sum(c.square().sum() for c in moved) ** 0.5
+            moved = tuple(c * min(1.0, float(weight / length)) for c in moved)
+        assert objective(moved) >= solution.bound - 1e-12
+
+
+@pytest.mark.parametrize(("penalty", "loss"), KINDS)
+def test_weak_duality_at_random_points(penalty: str, loss: str) -> None:
+    made, weight = tuning(penalty, loss), WEIGHTS[penalty]
+    best = made.solve(weight).objective
+    y = made._targets
+    finite = 0
+    for seed in range(25):
+        a = normal(N, K, seed=seed)
+        if loss == "cross-entropy":
+            a = torch.softmax(a, 1) - torch.from_numpy(y)
+        for share in (1.0, 0.3, 0.02):
+            bound = made.bound(share * a, weight)
+            finite += bound > -np.inf
+            assert bound <= best + 1e-9
+    assert finite >= 10
+
+
+def test_bound_is_minus_infinity_outside_the_domain() -> None:
+    made = tuning("lasso", "cross-entropy")
+    a = made.solve(0.06).dual
+    assert made.bound(a, 0.06) > -np.inf
+    assert made.bound(1.01 * a, 0.06) == -np.inf  # violates the constraint on v
+    shifted = a.clone()
+    shifted[0] = torch.tensor([2.0, -1.0, -1.0])  # not a distribution
+    assert made.bound(1e-6 * a + shifted, 1e6) == -np.inf
+
+
+def test_optimality_conditions_of_the_ball_and_the_box() -> None:
+    for loss in ("cross-entropy", "squared-error"):
+        ball = tuning("ball", loss).solve(0.4)
+        G = normal(N, K, sum(SIZES), seed=7).reshape(N * K, -1)
+        u = torch.cat(ball.controls)
+        v = -G.mT @ ball.dual.reshape(-1) / N
+        assert float(u.norm()) == pytest.approx(0.4, rel=1e-9)
+        assert float(u @ v / (u.norm() * v.norm())) == pytest.approx(1.0, abs=1e-7)
+        box = tuning("box", loss).solve(0.02)
+        u = torch.cat(box.controls)
+        v = -G.mT @ box.dual.reshape(-1) / N
+        torch.testing.assert_close(u, (v / 0.02).clamp(-0.1, 0.2), rtol=1e-5, atol=1e-6)
+        assert {-0.1, 0.2} <= {round(float(x), 6) for x in u}
+
+
+def test_box_without_ridge_needs_two_finite_bounds() -> None:
+    made = tuning("box", "squared-error")
+    free = made.solve(0.0)
+    assert free.status is ConvexStatus.OPTIMAL
+    half = ConvexTuning(normal(N, K, 3, seed=1), box=Box(low=0.0), **data("squared-error"))
+    assert half.solve(0.1).status is ConvexStatus.OPTIMAL
+    with pytest.raises(InputError, match="0 only with a box"):
+        half.solve(0.0)
+    with pytest.raises(InputError, match="the box is empty"):
+        Box(1.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["clarabel", "scs"])
+def test_solvers_agree(name: str) -> None:
+    reference = tuning("lasso", "cross-entropy").solve(0.06)
+    vectors, options = normal(N, K, sum(SIZES), seed=7), data("cross-entropy")
+    made = ConvexTuning(vectors, groups=SIZES, penalty=GroupLasso(), solver=name, **options)
+    found = made.solve(0.06)
+    assert found.solver == name
+    assert abs(found.objective - reference.objective) <= found.gap + reference.gap
+    assert found.gap < 1e-5
+
+
+def test_osqp_solves_the_quadratic_program() -> None:
+    vectors, options = normal(N, K, sum(SIZES), seed=7), data("squared-error")
+    made = ConvexTuning(vectors, solver="osqp", box=Box(-0.1, 0.2), **options)
+    found = made.solve(0.02)
+    assert found.solver == "osqp" and found.gap < 1e-6
+
+
+def test_an_inaccurate_solve_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(program._TIGHT, "SCS", {"max_iters": 8, "eps_abs": 1e-9})
+    vectors, options = normal(N, K, sum(SIZES), seed=7), data("cross-entropy")
+    made = ConvexTuning(vectors, groups=SIZES, penalty=GroupLasso(), solver="scs", **options)
+    rough = made.solve(0.06)
+    exact = tuning("lasso", "cross-entropy").solve(0.06)
+    assert rough.status is ConvexStatus.INACCURATE
+    assert rough.bound <= exact.objective <= rough.objective
+    assert rough.gap > 1e-5
+
+
+# -- paths, largest weights, selection ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("penalty", ["lasso", "nuclear"])
+@pytest.mark.parametrize("loss", ["cross-entropy", "squared-error"])
+def test_largest_weight_is_sharp(penalty: str, loss: str) -> None:
+    made = tuning(penalty, loss)
+    top = made.largest_weight
+    zero, little = made.solve(top), made.solve(0.995 * top)
+    assert zero.active == () and all(not c.any() for c in zero.controls)
+    assert zero.status is ConvexStatus.OPTIMAL and zero.solver == "none"
+    assert little.active and little.objective < zero.objective - 2 * little.gap
+
+
+@pytest.mark.parametrize(("penalty", "loss"), KINDS)
+def test_path_is_monotone_and_equals_single_solves(penalty: str, loss: str) -> None:
+    made = tuning(penalty, loss)
+    selects = made.penalty.selects
+    weights = made.grid(4, 0.05) if selects else [2.0, 0.5, 0.1]
+    path = made.path(weights)
+    assert [s.weight for s in path] == weights
+    falls = np.diff([s.loss for s in path]) * (-1 if penalty == "ball" else 1)
+    assert (falls <= 1e-9).all() and falls.min() < -1e-3
+    if penalty != "ball":
+        sizes = [(s.objective - s.loss) / s.weight for s in path]
+        assert (np.diff(sizes) >= -1e-6).all()
+    alone = made.solve(weights[1])
+    assert alone.objective == pytest.approx(path[1].objective, abs=2e-7)
+
+
+@pytest.mark.parametrize(("penalty", "loss"), KINDS)
+def test_programs_are_parametrised(penalty: str, loss: str) -> None:
+    made = tuning(penalty, loss)
+    problem = made.program(WEIGHTS[penalty]).problem
+    assert problem.is_dcp(dpp=True)
+    assert len(problem.parameters()) == 3  # weight, offset and labels
+    compiled = problem.get_problem_data("CLARABEL")[1]
+    made.solve(0.7 * WEIGHTS[penalty])
+    assert problem.get_problem_data("CLARABEL")[1] is compiled
+
+
+def test_other_labels_reuse_the_program() -> None:
+    made, other = tuning("lasso", "cross-entropy"), data("cross-entropy", seed=50)
+    made.solve(0.02)
+    again = made.with_labels(other["labels"], offset=other["offset"])
+    vectors = normal(N, K, sum(SIZES), seed=7)
+    fresh = ConvexTuning(vectors, groups=SIZES, penalty=GroupLasso(), **other)
+    assert again._programs is made._programs
+    assert again.solve(0.02).objective == pytest.approx(fresh.solve(0.02).objective, abs=1e-8)
+    assert abs(again.solve(0.02).objective - made.solve(0.02).objective) > 0.01
+
+
+def test_safe_zeros_are_zeros_of_the_exact_solution() -> None:
+    """Also a rough certificate may only rule out what an accurate one does not use."""
+    G = normal(30, 1, 40, seed=11)
+    y = G[..., :4].sum(-1) + 0.1 * normal(30, 1, seed=12)
+    made = ConvexTuning(G, y, groups=[2] * 20, loss="squared-error", penalty=GroupLasso())
+    weight = 0.3 * made.largest_weight
+    exact = made.solve(weight)
+    assert exact.active[:2] == ("0", "1") and len(exact.active) < 12
+    assert exact.ranks == exact.rank_bounds
+    loose = ConvexTuning(
+        G, y, groups=[2] * 20, loss="squared-error", penalty=GroupLasso(), tolerance=0.05
+    ).solve(weight)
+    assert all(e <= b for e, b in zip(exact.ranks, loose.rank_bounds, strict=True))
+    for control, rank in zip(exact.controls, exact.ranks, strict=True):
+        assert bool(control.any()) == bool(rank)
+
+
+# -- exact reductions --------------------------------------------------------------------------
+
+
+def test_rotation_changes_nothing() -> None:
+    """Many more controls than rows: held against a program that knows no reduction."""
+    sizes, options = (50, 70), data("cross-entropy")
+    G = normal(N, K, sum(sizes), seed=13)
+    for penalty, weight in ((GroupLasso(), 0.05), (Ridge(), 0.1), (NormBall(), 0.5)):
+        found = ConvexTuning(G, groups=sizes, penalty=penalty, **options).solve(weight)
+        u = cp.Variable(sum(sizes))
+        z = options["offset"].numpy() + cp.reshape(
+            G.reshape(N * K, -1).numpy() @ u, (N, K), order="C"
+        )
+        onehot = np.eye(K)[options["labels"].numpy()]
+        loss = (cp.sum(cp.log_sum_exp(z, axis=1)) - cp.sum(cp.multiply(onehot, z))) / N
+        parts = (u[:50], u[50:])
+        terms = {
+            GroupLasso: sum(
+                weight * s**0.5 * cp.norm(p) for s, p in zip(sizes, parts, strict=True)
+            ),
+            Ridge: 0.5 * weight * cp.sum_squares(u),
+            NormBall: 0.0,
+        }
+        limits = [cp.norm(u) <= weight] if isinstance(penalty, NormBall) else []
+        plain = cp.Problem(cp.Minimize(loss + terms[type(penalty)]), limits)
+        plain.solve(solver="CLARABEL")
+        assert found.objective == pytest.approx(float(plain.value), abs=1e-7)
+        np.testing.assert_allclose(torch.cat(found.controls).numpy(), u.value, atol=2e-4)
+
+
+def outer_products(num_tokens: int, p: int, q: int, seed: int) -> OuterProducts:
+    left = normal(N, K, num_tokens, p, seed=seed).numpy()
+    left[:, :, -1] = 0.0  # padding
+    return OuterProducts(left, normal(N, num_tokens, q, seed=seed + 1).numpy())
+
+
+def test_outer_products_are_the_dense_features() -> None:
+    factored = outer_products(4, 5, 6, seed=20)
+    array = np.einsum("nktp,ntq->nkpq", factored.left, factored.right)
+    dense = DenseFeatures(array)
+    W, a = normal(5, 6, seed=22).numpy(), normal(N, K, seed=23).numpy()
+    left, right = (np.linalg.qr(normal(m, 3, seed=24).numpy())[0] for m in (5, 6))
+    for one, two in (
+        (factored.apply(W), dense.apply(W)),
+        (factored.adjoint(a), dense.adjoint(a)),
+        (factored.kernel(), dense.kernel()),
+        (factored.restrict(left, right).array, dense.restrict(left, right).array),
+        (factored.centred().kernel(), dense.centred().kernel()),
+    ):
+        np.testing.assert_allclose(one, two, rtol=1e-10, atol=1e-10)
+    assert factored.frobenius() == pytest.approx(dense.frobenius(), rel=1e-12)
+    assert float((dense.apply(W) * a).sum()) == pytest.approx(float((W * dense.adjoint(a)).sum()))
+
+
+def test_kernel_in_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from theory.convex import features
+
+    factored = outer_products(4, 5, 6, seed=20)
+    whole = factored.kernel()
+    monkeypatch.setattr(features, "_STRETCH_NUMBERS", 1)
+    np.testing.assert_allclose(factored.kernel(), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("penalty", [GroupLasso(), Ridge()])
+def test_factored_and_dense_features_give_the_same(penalty: Penalty) -> None:
+    """By the kernel where features are factored, by rotation where they are dense."""
+    one, two = outer_products(4, 9, 8, seed=30), outer_products(3, 7, 9, seed=40)
+    dense = [DenseFeatures(np.einsum("nktp,ntq->nkpq", f.left, f.right)) for f in (one, two)]
+    options = data("cross-entropy")
+    weight = 0.02
+    a = ConvexTuning([one, two], penalty=penalty, **options).solve(weight)
+    b = ConvexTuning(dense, penalty=penalty, **options).solve(weight)
+    assert a.objective == pytest.approx(b.objective, abs=1e-9)
+    for x, y in zip(a.controls, b.controls, strict=True):
+        assert x.norm() > 0.01
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_two_sided_projection_and_growing_bases_are_exact() -> None:
+    """12 examples of one token: rank 12 of 40 x 30; bases that grow against the whole program."""
+    left, right = normal(N, 1, 1, 40, seed=50), normal(N, 1, 30, seed=51)
+    features, y = OuterProducts(left, right), normal(N, 1, seed=52)  # pyright: ignore
+    options = {"loss": "squared-error", "tolerance": 1e-8}
+    weight = 0.4 * ConvexTuning([features], y, penalty=NuclearNorm(), **options).largest_weight
+    whole = ConvexTuning([features], y, penalty=NuclearNorm(), **options).solve(weight)
+    grown = ConvexTuning(
+        [features], y, penalty=NuclearNorm(direct=0, directions=2), **options
+    ).solve(weight)
+    assert whole.rounds == 1 and grown.rounds > 1
+    assert whole.objective == pytest.approx(grown.objective, abs=2e-8)
+    assert whole.ranks == grown.ranks and 1 <= whole.ranks[0] < 12
+    W, X = cp.Variable((40, 30)), np.einsum("np,nq->npq", left[:, 0, 0], right[:, 0])
+    z = X.reshape(N, -1) @ cp.vec(W, order="C")
+    plain = cp.Problem(
+        cp.Minimize(0.5 * cp.sum_squares(z - y[:, 0].numpy()) / N + weight * cp.normNuc(W))
+    )
+    plain.solve(solver="SCS", eps=1e-6)
+    assert whole.objective == pytest.approx(float(plain.value), abs=1e-4)
+
+
+# -- from a control problem --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "squared-error"])
+def test_linear_dynamics_are_their_own_linearisation(loss: str) -> None:
+    """Ridge of weight lambda solves the control problem with that weight decay."""
+    dynamics = LinearDynamics(
+        A=[0.6 * normal(4, 3, seed=60), 0.6 * normal(3, 4, seed=61)],
+        B=[normal(4, 2, seed=62), normal(3, 3, seed=63)],
+    )
+    labels = torch.tensor([0, 2, 1, -100, 2])
+    cost = (
+        CrossEntropyCost(labels, weight_decay=0.2)
+        if loss == "cross-entropy"
+        else SquaredErrorCost(normal(5, 3, seed=64), weight_decay=0.2)
+    )
+    problem = ControlProblem(dynamics, cost, normal(5, 3, seed=65))
+    start = problem.zero_controls()
+    exact = solve(problem, Shooting(), start, max_steps=500, tol=1e-10)
+    found = linearised_tuning(problem, start).solve(0.2)
+    assert found.objective == pytest.approx(exact.objective, abs=1e-9)
+    for x, y in zip(found.controls, exact.controls, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_jacobians_of_the_logits_are_autograd_s() -> None:
+    dynamics = ResidualNetwork.random(3, width=4, hidden=6, control_size=2, seed=1)
+    problem = ControlProblem(dynamics, CrossEntropyCost(classes(5, 4)), normal(5, 4, seed=2))
+    u = tuple(0.1 * normal(2, seed=s) for s in (3, 4, 5))
+    found = logit_jacobians(problem, u, chunk=7)
+    wanted = torch.func.jacrev(lambda *u: problem.rollout(u)[-1], argnums=(0, 1, 2))(*u)
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
+
+
+# -- mistakes ----------------------------------------------------------------------------------
+
+GOOD = {"features": normal(4, 3, 6, seed=70), "labels": torch.tensor([0, 1, 2, 0])}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.tensor([0, 1, 3, 0])}, "labels are in"),
+        ({"labels": torch.tensor([0, 1, 2])}, "4 class numbers"),
+        ({"labels": torch.tensor([0.0, 1.0, 2.0, 0.0])}, "squared-error"),
+        ({"labels": torch.zeros(4, 2), "loss": "squared-error"}, "real targets"),
+        ({"loss": "hinge"}, "unknown loss"),
+        ({"groups": (2, 3)}, "5 controls in all"),
+        ({"features": normal(4, 6, seed=70)}, "examples, logits"),
+        ({"features": GOOD["features"] * torch.inf}, "finite"),
+        ({"features": []}, "at least one group"),
+        ({"features": [GOOD["features"], normal(3, 3, 2, seed=1)]}, "3 examples"),
+        ({"features": [GOOD["features"]], "groups": (6,)}, "single tensor"),
+        ({"offset": torch.zeros(3, 4)}, "offset"),
+        ({"penalty": GroupLasso((1.0, 1.0))}, "1 positive numbers"),
+        ({"penalty": NuclearNorm()}, "needs matrices"),
+        ({"penalty": GroupLasso(), "box": Box(0.0, 1.0)}, "goes with Ridge"),
+        ({"memory_limit": 100}, "OuterProducts"),
+        ({"solver": "mosek"}, "unknown solver"),
+        ({"tolerance": 0.0}, "tolerance"),
+    ],
+)
+def test_mistakes_are_named(change: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ConvexTuning(**(GOOD | change)).solve(1.0)  # pyright: ignore
+
+
+def test_mistakes_in_use_are_named() -> None:
+    made = ConvexTuning(**GOOD)  # pyright: ignore
+    with pytest.raises(InputError, match="the weight is -1"):
+        made.solve(-1.0)
+    with pytest.raises(InputError, match="GroupLasso and NuclearNorm have"):
+        _ = made.largest_weight
+    with pytest.raises(InputError, match="the dual has shape"):
+        made.bound(torch.zeros(3), 1.0)
+    with pytest.raises(InputError, match="left factors"):
+        OuterProducts(np.zeros((4, 3, 2, 5)), np.zeros((4, 3, 6)))
+    network = ResidualNetwork.random(2, width=3, hidden=3, control_size=2)
+    problem = ControlProblem(network, CrossEntropyCost(classes(4, 3)), normal(4, 3, seed=1))
+    with pytest.raises(InputError, match="shared ones"):
+        linearised_tuning(problem, problem.zero_controls(per_example=True))

@@ -1,0 +1,259 @@
+"""Linear maps from the control of one group to the logits of all examples, dense or factored.
+
+A group has a control ``u`` of shape ``(m,)`` or ``(p, q)``. Its features are
+``G_ik = d z_ik / d u`` for example ``i`` and logit ``k``, of the shape of ``u``, so that the group
+changes the logits by ``<G_ik, u>``. The maps here are
+
+    apply(u)     (N, K)   <G_ik, u>
+    adjoint(a)   shape    sum_ik a_ik G_ik
+    kernel()     (R, R)   <G_ik, G_jl>,  R = N K
+
+For the weight of a linear map, ``y = W x`` at the tokens ``t`` of an example, the features are sums
+of outer products, ``G_ik = sum_t d_ikt x_it'`` with ``d_ikt = d z_ik / d y_it``. `OuterProducts`
+keeps the factors: ``N T (K p + q)`` numbers instead of ``N K p q``.
+
+Exact reductions. The loss sees ``u`` through ``G u`` alone.
+
+* *Rotation.* Write ``G = B Q'`` with orthonormal columns ``Q``, ``rank G`` of them. For any ``u``
+  the projection ``Q Q'u`` has the same logits and no larger Euclidean norm, so a problem whose
+  regulariser is a nondecreasing function of ``||u||_2`` has a minimiser ``u = Q b``, and
+  ``||u|| = ||b||``: solve in ``b`` with the features ``B``. For several such norms (group lasso)
+  this holds group by group; for their sum of squares it holds for all groups jointly. It is wrong
+  for a box, which the rotation does not map to a box.
+* *Two-sided projection.* If the columns of all ``G_ik`` lie in the range of ``U`` and their rows in
+  that of ``V`` (orthonormal columns), then ``<G_ik, W> = <G_ik, U U'W V V'>``, and a projection
+  raises no singular value: ``||U U'W V V'||_* <= ||W||_*``. So some minimiser is ``W = U A V'``,
+  and ``||W||_* = ||A||_*``.
+
+Cross-entropy does not see a constant added to the logits of an example; `centred` removes it from
+the features, which lowers their rank from ``N K`` to at most ``N (K - 1)``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from theory.errors import InputError
+
+__all__ = ["DenseFeatures", "Features", "OuterProducts", "orthonormal", "rotation"]
+
+
+class Features(ABC):
+    """The linear map of one group."""
+
+    num_examples: int
+    num_logits: int
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def apply(self, u: np.ndarray) -> np.ndarray:
+        """``<G_ik, u>``, ``(N, K)``."""
+
+    @abstractmethod
+    def adjoint(self, a: np.ndarray) -> np.ndarray:
+        """``sum_ik a_ik G_ik``, of the control's shape."""
+
+    @abstractmethod
+    def kernel(self) -> np.ndarray:
+        """``<G_ik, G_jl>``, ``(N K, N K)``."""
+
+    @abstractmethod
+    def restrict(self, left: np.ndarray, right: np.ndarray) -> DenseFeatures:
+        """The features ``U'G_ik V`` of ``A`` in ``W = U A V'``."""
+
+    @abstractmethod
+    def sides(self) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors that span the columns and the rows of all ``G_ik``: ``(p, .)`` and ``(q, .)``."""
+
+    @abstractmethod
+    def centred(self) -> Features:
+        """``G_ik - mean_k G_ik``."""
+
+    @abstractmethod
+    def frobenius(self) -> float:
+        """``(sum_ik ||G_ik||^2)^(1/2)``, a bound on the operator norm of `apply`."""
+
+    @abstractmethod
+    def numbers(self) -> int:
+        """How many numbers the features hold."""
+
+    @property
+    def size(self) -> int:
+        """The number of entries of the control."""
+        return int(np.prod(self.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class DenseFeatures(Features):
+    """Features as one array.
+
+    Attributes:
+        array: ``(N, K, m)`` or ``(N, K, p, q)``.
+    """
+
+    array: np.ndarray
+
+    def __post_init__(self) -> None:
+        """Keep the sizes."""
+        if self.array.ndim not in (3, 4):
+            raise InputError(
+                f"features have shape {self.array.shape}; expected (examples, logits, m) for a "
+                "vector or (examples, logits, p, q) for a matrix of controls"
+            )
+        object.__setattr__(self, "num_examples", self.array.shape[0])
+        object.__setattr__(self, "num_logits", self.array.shape[1])
+        object.__setattr__(self, "shape", self.array.shape[2:])
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """``(N K, m)``."""
+        return self.array.reshape(self.num_examples * self.num_logits, self.size)
+
+    def apply(self, u: np.ndarray) -> np.ndarray:
+        """``<G_ik, u>``."""
+        return (self.matrix @ u.reshape(-1)).reshape(self.num_examples, self.num_logits)
+
+    def adjoint(self, a: np.ndarray) -> np.ndarray:
+        """``sum_ik a_ik G_ik``."""
+        return (self.matrix.T @ a.reshape(-1)).reshape(self.shape)
+
+    def kernel(self) -> np.ndarray:
+        """``G G'``."""
+        return self.matrix @ self.matrix.T
+
+    def restrict(self, left: np.ndarray, right: np.ndarray) -> DenseFeatures:
+        """``U'G_ik V``."""
+        return DenseFeatures(left.T @ self.array @ right)
+
+    def sides(self) -> tuple[np.ndarray, np.ndarray]:
+        """The unfoldings."""
+        p, q = self.shape
+        stacked = self.array.reshape(-1, p, q)
+        return stacked.transpose(1, 0, 2).reshape(p, -1), stacked.transpose(2, 0, 1).reshape(q, -1)
+
+    def centred(self) -> DenseFeatures:
+        """``G_ik - mean_k G_ik``."""
+        return DenseFeatures(self.array - self.array.mean(1, keepdims=True))
+
+    def frobenius(self) -> float:
+        """``||G||_F``."""
+        return float(np.linalg.norm(self.array))
+
+    def numbers(self) -> int:
+        """``N K m``."""
+        return self.array.size
+
+
+@dataclass(frozen=True, eq=False)
+class OuterProducts(Features):
+    """``G_ik = sum_t left_ikt right_it'``: the features of the weight of a linear map.
+
+    Attributes:
+        left: ``(N, K, T, p)``, derivatives of the logits in the map's outputs; zero on padding.
+        right: ``(N, T, q)``, the map's inputs.
+
+    Raises:
+        InputError: if the two do not belong to the same examples and tokens.
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+
+    def __post_init__(self) -> None:
+        """Check the shapes; take tensors as arrays."""
+        for name in ("left", "right"):
+            object.__setattr__(self, name, as_array(getattr(self, name)))
+        fits = (
+            self.left.ndim == 4
+            and self.right.ndim == 3
+            and self.left.shape[::2] == self.right.shape[:2]
+        )
+        if not fits:
+            raise InputError(
+                f"left factors have shape {self.left.shape} and right factors {self.right.shape}; "
+                "expected (examples, logits, tokens, p) and (examples, tokens, q)"
+            )
+        object.__setattr__(self, "num_examples", self.left.shape[0])
+        object.__setattr__(self, "num_logits", self.left.shape[1])
+        object.__setattr__(self, "shape", (self.left.shape[3], self.right.shape[2]))
+
+    def apply(self, u: np.ndarray) -> np.ndarray:
+        """``sum_t left_ikt' U right_it``."""
+        return np.einsum("nktp,ntp->nk", self.left, self.right @ u.T, optimize=True)
+
+    def adjoint(self, a: np.ndarray) -> np.ndarray:
+        """``sum_it (sum_k a_ik left_ikt) right_it'``."""
+        p, q = self.shape
+        weighted = np.einsum("nk,nktp->ntp", a, self.left, optimize=True)
+        return weighted.reshape(-1, p).T @ self.right.reshape(-1, q)
+
+    def kernel(self) -> np.ndarray:
+        """``G G'``, summed over stretches of rows of ``G_ik`` so that no ``G`` is formed whole."""
+        (p, q), rows = self.shape, self.num_examples * self.num_logits
+        stretch = max(1, int(_STRETCH_NUMBERS / (rows * q)))
+        total = np.zeros((rows, rows))
+        for start in range(0, p, stretch):
+            left = np.swapaxes(self.left[..., start : start + stretch], 2, 3)
+            part = (left @ self.right[:, None]).reshape(rows, -1)
+            total += part @ part.T
+        return total
+
+    def restrict(self, left: np.ndarray, right: np.ndarray) -> DenseFeatures:
+        """``U'G_ik V``, from the projected factors."""
+        projected = np.swapaxes(self.left @ left, 2, 3)
+        return DenseFeatures(projected @ (self.right @ right)[:, None])
+
+    def sides(self) -> tuple[np.ndarray, np.ndarray]:
+        """All factors that are not zero."""
+        p, q = self.shape
+        used = np.abs(self.left).max((1, 3)) > 0
+        left = np.swapaxes(self.left, 1, 2)[used]
+        return left.reshape(-1, p).T, self.right[used].reshape(-1, q).T
+
+    def centred(self) -> OuterProducts:
+        """``left_ikt - mean_k left_ikt``."""
+        return OuterProducts(self.left - self.left.mean(1, keepdims=True), self.right)
+
+    def frobenius(self) -> float:
+        """``||G_ik||^2 = sum_ts <left_ikt, left_iks> <right_it, right_is>``."""
+        tokens = self.right @ self.right.swapaxes(1, 2)
+        outputs = self.left @ self.left.swapaxes(2, 3)
+        return float(np.sqrt((outputs * tokens[:, None]).sum()))
+
+    def numbers(self) -> int:
+        """``N T (K p + q)``."""
+        return self.left.size + self.right.size
+
+
+_STRETCH_NUMBERS = 2**24
+
+
+def as_array(tensor: Tensor | np.ndarray) -> np.ndarray:
+    """Double precision on the processor."""
+    if isinstance(tensor, Tensor):
+        tensor = tensor.detach().cpu().double().numpy()
+    return np.ascontiguousarray(tensor, dtype=np.float64)
+
+
+def rotation(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``B`` and ``Q`` with ``G = B Q'`` and orthonormal columns of ``Q``, ``rank G`` of them.
+
+    Args:
+        matrix: ``G``, ``(R, m)``.
+    """
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    kept = values > max(matrix.shape) * np.finfo(float).eps * values.max(initial=0.0)
+    return left[:, kept] * values[kept], right[kept].T
+
+
+def orthonormal(vectors: np.ndarray) -> np.ndarray:
+    """An orthonormal basis ``(p, rank)`` of the span of columns ``(p, count)``."""
+    p, count = vectors.shape
+    if count > p:  # V = R'Q', and Q' has full row rank
+        vectors = np.asarray(np.linalg.qr(vectors.T, mode="r")).T
+    basis, values, _ = np.linalg.svd(vectors, full_matrices=False)
+    return basis[:, values > max(p, count) * np.finfo(float).eps * values.max(initial=0.0)]

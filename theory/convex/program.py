@@ -1,0 +1,137 @@
+"""The cvxpy program of a working set, compiled once for all weights, labels and offsets."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from theory.convex.losses import Loss
+from theory.convex.penalties import Penalty
+from theory.errors import unknown
+
+__all__ = ["Program", "Restricted", "run_solvers", "solver_order"]
+
+_TIGHT: dict[str, dict[str, Any]] = {
+    "CLARABEL": {
+        "tol_gap_abs": 1e-10,
+        "tol_gap_rel": 1e-10,
+        "tol_feas": 1e-10,
+        "max_iter": 200,
+    },
+    "OSQP": {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 200_000, "polishing": True},
+    "SCS": {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iters": 50_000},
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Restricted:
+    """The features of one block on the working set.
+
+    Attributes:
+        matrix: ``(N K, size)``.
+        shape: of the variable.
+        bases: ``(U, V)`` of ``W = U A V'``, or None where the variable is the block.
+    """
+
+    matrix: np.ndarray
+    shape: tuple[int, ...]
+    bases: tuple[np.ndarray, np.ndarray] | None
+
+
+class Program:
+    """``min N L(z) + N R(u)`` subject to ``z = offset + sum_g B_g u_g``.
+
+    The logits are variables of their own, so that the weight, the offset and the labels enter
+    as parameters in the disciplined sense: a path compiles once.
+
+    Source: Agrawal, Amos, Barratt, Boyd, Diamond & Kolter, NeurIPS 2019, section 4.1 (DPP).
+
+    Attributes:
+        problem: the cvxpy problem.
+        restricted: the blocks of the working set.
+        used: the solver that gave the last solution.
+    """
+
+    def __init__(
+        self,
+        restricted: Mapping[int, Restricted],
+        shape: tuple[int, ...],
+        loss: Loss,
+        penalty: Penalty,
+        *,
+        solver: str,
+        quadratic: bool,
+    ) -> None:
+        import cvxpy as cp
+
+        num_examples, num_logits = shape
+        self.restricted = dict(restricted)
+        self.used = "none"
+        self._solvers = solver_order(solver, quadratic)
+        self._weight = cp.Parameter(nonneg=True)
+        self._offset = cp.Parameter(num_examples * num_logits)
+        self._targets = cp.Parameter((num_examples, num_logits))
+        z = cp.Variable((num_examples, num_logits))
+        self._variables = {g: cp.Variable(r.shape) for g, r in self.restricted.items()}
+        logits = self._offset
+        for g, u in self._variables.items():
+            logits = logits + self.restricted[g].matrix @ cp.vec(u, order="C")
+        cost, constraints = penalty.expression(self._variables, self._weight, num_examples)
+        self.problem = cp.Problem(
+            cp.Minimize(loss.expression(z, self._targets) + cost),
+            [cp.vec(z, order="C") == logits, *constraints],
+        )
+
+    def solve(
+        self, weight: float, offset: np.ndarray, targets: np.ndarray
+    ) -> dict[int, np.ndarray] | None:
+        """The blocks' controls, or None where every solver failed."""
+        self._weight.value = weight
+        self._offset.value = offset.reshape(-1)
+        self._targets.value = targets
+        self.used = run_solvers(self.problem, self._solvers) or "none"
+        if self.used == "none":
+            return None
+        return {g: np.asarray(u.value) for g, u in self._variables.items()}
+
+    def multipliers(self) -> np.ndarray | None:
+        """The solver's estimate of ``a``: minus its multipliers of the logits' equation."""
+        value = self.problem.constraints[0].dual_value
+        return None if value is None else -np.asarray(value).reshape(self._targets.shape)
+
+
+def run_solvers(problem: Any, solvers: tuple[str, ...]) -> str | None:
+    """Solve by the first solver that returns finite values; its name, or None.
+
+    The accuracy that a solver claims does not matter here: the caller computes a certificate.
+    """
+    import cvxpy as cp
+
+    for name in solvers:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "may be inaccurate": the certificate decides
+            try:
+                problem.solve(solver=name, **_TIGHT[name])
+            except cp.SolverError:
+                continue
+        values = [v.value for v in problem.variables()]
+        if all(v is not None and np.isfinite(v).all() for v in values):
+            return name.lower()
+    return None
+
+
+def solver_order(solver: str, quadratic: bool) -> tuple[str, ...]:
+    """Which solvers to try: an interior-point method first, for its accuracy.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    if solver == "auto":
+        return ("CLARABEL", "OSQP" if quadratic else "SCS")
+    if solver.upper() not in _TIGHT:
+        raise unknown("solver", solver, ["auto", *(name.lower() for name in _TIGHT)])
+    return (solver.upper(),)
