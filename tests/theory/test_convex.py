@@ -22,6 +22,7 @@ from theory.convex import (
     logit_jacobians,
     program,
 )
+from theory.convex.features import contrasts
 from theory.convex.penalties import Penalty
 from theory.costs import CrossEntropyCost, SquaredErrorCost
 from theory.errors import InputError
@@ -385,16 +386,23 @@ def test_outer_products_are_the_dense_features() -> None:
     dense = DenseFeatures(array)
     W, a = normal(5, 6, seed=22).numpy(), normal(N, K, seed=23).numpy()
     left, right = (np.linalg.qr(normal(m, 3, seed=24).numpy())[0] for m in (5, 6))
+    C = contrasts(K)
     for one, two in (
         (factored.apply(W), dense.apply(W)),
         (factored.adjoint(a), dense.adjoint(a)),
         (factored.kernel(), dense.kernel()),
         (factored.restrict(left, right).array, dense.restrict(left, right).array),
-        (factored.centred().kernel(), dense.centred().kernel()),
+        (factored.contrasted(C).kernel(), dense.contrasted(C).kernel()),
     ):
         np.testing.assert_allclose(one, two, rtol=1e-10, atol=1e-10)
     assert factored.frobenius() == pytest.approx(dense.frobenius(), rel=1e-12)
     assert float((dense.apply(W) * a).sum()) == pytest.approx(float((W * dense.adjoint(a)).sum()))
+
+
+def test_contrasts_keep_all_but_the_mean() -> None:
+    C, z = contrasts(K), normal(N, K, seed=25).numpy()
+    np.testing.assert_allclose(C.T @ C, np.eye(K - 1), atol=1e-14)
+    np.testing.assert_allclose(z @ C @ C.T, z - z.mean(1, keepdims=True), atol=1e-14)
 
 
 def test_kernel_in_stretches(monkeypatch: pytest.MonkeyPatch) -> None:

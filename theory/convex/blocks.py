@@ -32,17 +32,15 @@ class Block:
     operator_norm: float
 
 
-def blocks(
-    features: Sequence[Features], penalty: Penalty, rank: int, memory_limit: int
-) -> list[Block]:
+def blocks(features: Sequence[Features], penalty: Penalty, memory_limit: int) -> list[Block]:
     """One block of all groups for a joint penalty, else one for each.
 
     Args:
         features: of the groups.
         penalty: decides which reduction is exact.
-        rank: what the rank of the features is at most.
         memory_limit: the largest size of dense features in bytes.
     """
+    rank = features[0].num_examples * features[0].num_logits
     if penalty.joint:
         rotates = not isinstance(penalty, BoxedRidge)
         everything = tuple(range(len(features)))

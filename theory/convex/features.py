@@ -25,8 +25,9 @@ Exact reductions. The loss sees ``u`` through ``G u`` alone.
   raises no singular value: ``||U U'W V V'||_* <= ||W||_*``. So some minimiser is ``W = U A V'``,
   and ``||W||_* = ||A||_*``.
 
-Cross-entropy does not see a constant added to the logits of an example; `centred` removes it from
-the features, which lowers their rank from ``N K`` to at most ``N (K - 1)``.
+Cross-entropy does not see a constant added to the logits of an example. With orthonormal contrasts
+``C``, ``(K, K - 1)`` and ``C'1 = 0``, the centred logits are ``C C'z``, so ``N (K - 1)`` rows
+``C'G_i`` say all that the loss can see (`contrasts`, `Features.contrasted`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from torch import Tensor
 
 from theory.errors import InputError
 
-__all__ = ["DenseFeatures", "Features", "OuterProducts", "orthonormal", "rotation"]
+__all__ = ["DenseFeatures", "Features", "OuterProducts", "contrasts", "orthonormal", "rotation"]
 
 
 class Features(ABC):
@@ -70,8 +71,8 @@ class Features(ABC):
         """Vectors that span the columns and the rows of all ``G_ik``: ``(p, .)`` and ``(q, .)``."""
 
     @abstractmethod
-    def centred(self) -> Features:
-        """``G_ik - mean_k G_ik``."""
+    def contrasted(self, contrasts: np.ndarray) -> Features:
+        """``sum_k C_kj G_ik`` for contrasts ``C``, ``(K, J)``: the features of ``J`` logits."""
 
     @abstractmethod
     def frobenius(self) -> float:
@@ -135,9 +136,9 @@ class DenseFeatures(Features):
         stacked = self.array.reshape(-1, p, q)
         return stacked.transpose(1, 0, 2).reshape(p, -1), stacked.transpose(2, 0, 1).reshape(q, -1)
 
-    def centred(self) -> DenseFeatures:
-        """``G_ik - mean_k G_ik``."""
-        return DenseFeatures(self.array - self.array.mean(1, keepdims=True))
+    def contrasted(self, contrasts: np.ndarray) -> DenseFeatures:
+        """``sum_k C_kj G_ik``."""
+        return DenseFeatures(np.einsum("kj,nk...->nj...", contrasts, self.array, optimize=True))
 
     def frobenius(self) -> float:
         """``||G||_F``."""
@@ -214,9 +215,10 @@ class OuterProducts(Features):
         left = np.swapaxes(self.left, 1, 2)[used]
         return left.reshape(-1, p).T, self.right[used].reshape(-1, q).T
 
-    def centred(self) -> OuterProducts:
-        """``left_ikt - mean_k left_ikt``."""
-        return OuterProducts(self.left - self.left.mean(1, keepdims=True), self.right)
+    def contrasted(self, contrasts: np.ndarray) -> OuterProducts:
+        """Left factors ``sum_k C_kj left_ikt``."""
+        left = np.einsum("kj,nktp->njtp", contrasts, self.left, optimize=True)
+        return OuterProducts(left, self.right)
 
     def frobenius(self) -> float:
         """``||G_ik||^2 = sum_ts <left_ikt, left_iks> <right_it, right_is>``."""
@@ -237,6 +239,12 @@ def as_array(tensor: Tensor | np.ndarray) -> np.ndarray:
     if isinstance(tensor, Tensor):
         tensor = tensor.detach().cpu().double().numpy()
     return np.ascontiguousarray(tensor, dtype=np.float64)
+
+
+def contrasts(num_logits: int) -> np.ndarray:
+    """``C``, ``(K, K - 1)``: orthonormal columns that are orthogonal to the ones."""
+    centring = np.eye(num_logits) - 1.0 / num_logits
+    return np.linalg.svd(centring)[0][:, : num_logits - 1]
 
 
 def rotation(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 
 from theory.convex.blocks import as_matrix, blocks, check_memory, named_groups
-from theory.convex.features import Features, as_array
+from theory.convex.features import Features, as_array, contrasts
 from theory.convex.losses import named
 from theory.convex.penalties import BoxedRidge, Penalty, Ridge, Working
 from theory.convex.program import Program, Restricted
@@ -131,9 +131,11 @@ class ConvexTuning:
         self.penalty = (penalty or Ridge()).fitted(self.shapes)
         if box is not None:
             self.penalty = self._boxed(box)
-        seen = [f.centred() for f in found] if self.loss.shift_invariant else found
-        rank = sizes[0] * (sizes[1] - self.loss.shift_invariant)
-        self._blocks = blocks(seen, self.penalty, rank, memory_limit)
+        # The loss sees z = offset + C y of the logits y that the blocks give.
+        self._contrasts = contrasts(sizes[1]) if self.loss.shift_invariant else np.eye(sizes[1])
+        if self.loss.shift_invariant:
+            found = [f.contrasted(self._contrasts) for f in found]
+        self._blocks = blocks(found, self.penalty, memory_limit)
         quadratic = self.loss.quadratic and isinstance(self.penalty, Ridge)
         self._solver = (solver, quadratic)
         self._programs: dict[tuple, Program] = {}
@@ -231,7 +233,8 @@ class ConvexTuning:
         They come from the gradient at ``u`` and from the solver's multipliers, which satisfy the
         constraints on ``v`` more closely where the solver is of limited accuracy.
         """
-        z = self._offset + sum(b.features.apply(c) for b, c in zip(self._blocks, u, strict=True))
+        y = sum(b.features.apply(c) for b, c in zip(self._blocks, u, strict=True))
+        z = self._offset + y @ self._contrasts.T
         loss = self.loss.value(z, self._targets)
         objective = loss + self.penalty.value(u, weight)
         gradient = self.loss.gradient(z, self._targets)
@@ -311,7 +314,8 @@ class ConvexTuning:
 
     def _pulled(self, a: np.ndarray) -> list[np.ndarray]:
         """``v = -1/N sum_i G_i'a_i``, block by block."""
-        return [-block.features.adjoint(a) / len(a) for block in self._blocks]
+        contrasted = -(a @ self._contrasts) / len(a)
+        return [block.features.adjoint(contrasted) for block in self._blocks]
 
     def _program(self, working: Working) -> Program:
         whole = all(bases is None for bases in working.values())
@@ -319,8 +323,7 @@ class ConvexTuning:
         if key is not None and key in self._programs:
             return self._programs[key]
         restricted = {
-            g: _restricted(self._blocks[g].features, working[g], self.penalty)
-            for g in sorted(working)
+            g: self._restricted(self._blocks[g].features, working[g]) for g in sorted(working)
         }
         name, quadratic = self._solver
         program = Program(
@@ -330,6 +333,16 @@ class ConvexTuning:
         if key is not None:
             self._programs[key] = program
         return program
+
+    def _restricted(
+        self, features: Features, bases: tuple[np.ndarray, np.ndarray] | None
+    ) -> Restricted:
+        if bases is not None:
+            features = features.restrict(*bases)
+        shape = features.shape if self.penalty.spectral else (features.size,)
+        rows = as_matrix(features).reshape(features.num_examples, features.num_logits, -1)
+        matrix = (self._contrasts @ rows).reshape(self._offset.size, -1)
+        return Restricted(matrix, shape, bases)
 
     def _expanded(self, program: Program, found: dict[int, np.ndarray]) -> list[np.ndarray]:
         u = [np.zeros(block.features.shape) for block in self._blocks]
@@ -381,15 +394,6 @@ class _Point:
     @property
     def gap(self) -> float:
         return self.objective - self.bound
-
-
-def _restricted(
-    features: Features, bases: tuple[np.ndarray, np.ndarray] | None, penalty: Penalty
-) -> Restricted:
-    if bases is not None:
-        features = features.restrict(*bases)
-    shape = features.shape if penalty.spectral else (features.size,)
-    return Restricted(as_matrix(features), shape, bases)
 
 
 def _offset(offset: Tensor | None, shape: tuple[int, int]) -> np.ndarray:
