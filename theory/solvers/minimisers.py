@@ -69,16 +69,19 @@ class Stage:
     def hessian_product(self, r: Tensor) -> Tensor:
         """The Hessian at the present control, times a direction."""
         count(3 * self.work)
-        gradient = torch.func.grad(self.objective)
         with differentiable_attention():
-            return torch.func.jvp(gradient, (self.control.detach(),), (r,))[1].detach()
+            # Reverse over reverse: the Hessian is symmetric, and torch decomposes forward mode into
+            # slow Python.
+            pull = torch.func.vjp(torch.func.grad(self.objective), self.control.detach())[1]
+            return pull(r)[0].detach()
 
     def hessian(self) -> Tensor:
         """The Hessian at the present control, ``(m, m)`` with ``m`` its number of entries."""
         u = self.control.detach()
         count(3 * self.work * u.numel())
         with differentiable_attention():
-            R = torch.func.hessian(self.objective)(u).detach().reshape(u.numel(), u.numel())
+            R = torch.func.jacrev(torch.func.grad(self.objective))(u).detach()
+        R = R.reshape(u.numel(), u.numel())
         return (R + R.mT) / 2
 
 
@@ -124,7 +127,7 @@ class ExactArgmin(Minimiser):
     ``R`` is the Hessian. If one product ``R r`` with a Gaussian ``r`` is a multiple of ``r``, then
     ``R`` is a multiple of the identity (with probability one) and no matrix is formed: so it is for
     a weight decay on dynamics that are affine in the control. Otherwise ``R`` is formed. That the
-    function is quadratic is not trusted: at the minimiser and at a point in a random direction its
+    function is quadratic is not trusted: at the minimiser, displaced in a random direction, its
     gradient must be that of the quadratic model.
 
     Where ``R`` is singular and the gradient lies in its range, the nearest of the minimisers is
@@ -158,18 +161,13 @@ class ExactArgmin(Minimiser):
             return u
         R = self._hessian(stage)
         probe = _random_like(u) * max(1.0, float(u.norm()))
-        _check_quadratic(stage, R, probe, "away from the present control")
-        if stage.bounds is None:
-            v = u + _newton_step(stage, R, g).view_as(u)
-        elif R.ndim == 1:
-            v = _clipped(stage, R, g).view_as(u)
-        else:
-            raise InputError(
-                f"{stage.name}_{stage.step} has a Hessian in u_{stage.step} that is not diagonal, "
-                "so that clipping is not its minimiser in the box; take InnerLBFGS or GradientStep"
-            )
-        _check_quadratic(stage, R, v - u, "at the minimiser of its quadratic model")
-        return v
+        try:
+            d = (_newton_step if stage.bounds is None else _clipped_step)(stage, R, g).view_as(u)
+        except NoMinimum:
+            _check_quadratic(stage, R, probe)
+            raise
+        _check_quadratic(stage, R, d + probe)
+        return stage.project(u + d)
 
     def _hessian(self, stage: Stage) -> Tensor:
         """``R`` as a matrix, or its diagonal ``(m,)`` where it is diagonal."""
@@ -199,7 +197,8 @@ class InnerLBFGS(Minimiser):
 
     Attributes:
         steps: the largest number of iterations.
-        reduction: stop when the gradient's largest entry has shrunk by this factor.
+        reduction: stop when the largest entry of the gradient, projected where there are bounds,
+            has shrunk by this factor.
 
     Raises:
         InputError: if the steps or the reduction are not positive.
@@ -246,7 +245,7 @@ class InnerLBFGS(Minimiser):
                 "maxiter": self.steps,
                 "maxfun": 4 * self.steps,
                 "ftol": 0.0,
-                "gtol": self.reduction * float(stage.gradient.abs().max()),
+                "gtol": self.reduction * float((stage.project(u - stage.gradient) - u).abs().max()),
             },
         )
         return stage.project(best)
@@ -263,7 +262,7 @@ def _random_like(u: Tensor) -> Tensor:
     return (r / r.norm()).to(u.device, u.dtype)
 
 
-def _check_quadratic(stage: Stage, R: Tensor, d: Tensor, where: str) -> None:
+def _check_quadratic(stage: Stage, R: Tensor, d: Tensor) -> None:
     """Compare the gradient at ``u + d`` with that of the quadratic model, ``g + R d``."""
 
     def times(v: Tensor) -> Tensor:
@@ -276,7 +275,7 @@ def _check_quadratic(stage: Stage, R: Tensor, d: Tensor, where: str) -> None:
     size = sum(float(part.norm()) for part in (stage.gradient, change, times(u)))
     if not error <= math.sqrt(torch.finfo(d.dtype).eps) * size:
         raise InputError(
-            f"{stage.name}_{stage.step} is not quadratic in u_{stage.step}: {where} its gradient "
+            f"{stage.name}_{stage.step} is not quadratic in u_{stage.step}: its gradient elsewhere "
             f"differs by {error:.2g} from the quadratic model's, beside gradients of size "
             f"{size:.2g}; ExactArgmin needs dynamics that are affine in the control and a "
             "quadratic running cost; take InnerLBFGS or GradientStep"
@@ -307,18 +306,23 @@ def _newton_step(stage: Stage, R: Tensor, g: Tensor) -> Tensor:
     return d if basis is None else basis @ d
 
 
-def _clipped(stage: Stage, R: Tensor, g: Tensor) -> Tensor:
-    """The minimiser in the box, entry by entry."""
+def _clipped_step(stage: Stage, R: Tensor, g: Tensor) -> Tensor:
+    """The step to the minimiser in the box, entry by entry."""
+    if R.ndim == 2:
+        raise InputError(
+            f"{stage.name}_{stage.step} has a Hessian in u_{stage.step} that is not diagonal, so "
+            "that clipping is not its minimiser in the box; take InnerLBFGS or GradientStep"
+        )
     assert stage.bounds is not None
     u = stage.control.detach().flatten()
-    low, high = (bound.flatten() for bound in stage.bounds)
+    low, high = (bound.flatten() - u for bound in stage.bounds)
     flat = _flat_curvatures(R)
     convex = (R > 0) & ~flat
-    inside = (u - g / torch.where(convex, R, 1.0)).clamp(low, high)
-    # Without positive curvature one of the two ends is best; the value relative to u is exact.
+    inside = (-g / torch.where(convex, R, 1.0)).clamp(low, high)
+    # Without positive curvature one of the two ends is best.
     ends = torch.stack([low, high])
     curvature = torch.where(flat, 0.0, R)
-    values = g * (ends - u) + 0.5 * curvature * (ends - u).square()
+    values = g * ends + torch.where(flat, 0.0, 0.5 * curvature * ends.square())
     still = flat & (g == 0)
     unbounded = ~convex & ~still & ~(torch.isfinite(values) | (values > 0)).all(0)
     if bool(unbounded.any()):
@@ -328,7 +332,7 @@ def _clipped(stage: Stage, R: Tensor, g: Tensor) -> Tensor:
             f"curvature {float(curvature[entry]):.3g} and no bound on the side to which it falls"
         )
     best = torch.where(values[0] <= values[1], low, high)
-    return torch.where(convex, inside, torch.where(still, u, best))
+    return torch.where(convex, inside, torch.where(still, 0.0, best))
 
 
 def _flat_curvatures(curvatures: Tensor) -> Tensor:
