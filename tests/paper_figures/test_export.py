@@ -89,7 +89,11 @@ def test_captions_take_their_numbers_from_the_table(name: str, records: list[Rec
     if name == "performance":
         expected = f"{100 * table['accuracy'].iloc[:3].mean():.1f} %"
     else:
-        expected = {"pontryagin": "at most 3.2e-15", "subspace": "up to d = 20,000"}[name]
+        expected = {
+            "pontryagin": "at most 3.2e-15",
+            "reachability": "MiniLM: least at the mlp up of layer 5",
+            "subspace": "up to d = 20,000",
+        }[name]
     assert expected in figure.caption(table)
 
 
