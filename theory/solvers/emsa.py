@@ -83,8 +83,7 @@ def step_change(
         v: the other control of that step; the result is differentiable in it, twice.
     """
     with differentiable_attention():
-        old = _hamiltonian(problem, now, t, u[t].detach())
-        return _change(problem, now, t, v, old)
+        return _change(problem, now, t, u[t], v)
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class ExtendedMSA(Solver):
     ) -> Ending | None:
         """Sweep forward, backward, minimise; until `report` says stop."""
         rho = float(memory["rho"]) if "rho" in memory else self.rho
-        u, now = u0, problem.evaluate(u0)
+        u, now = u0, _evaluate(problem, u0)
         while not report(u, now, {"rho": torch.tensor(rho, dtype=torch.float64)}):
             for trial in range(_TRIALS):
                 try:
@@ -140,7 +139,7 @@ class ExtendedMSA(Solver):
                         Status.LINE_SEARCH_FAILED,
                         f"with rho = {rho:.3g} no inner step lowers the augmented Hamiltonian",
                     )
-                new = problem.evaluate(v)
+                new = _evaluate(problem, v)
                 if not self.adaptive or _accepted((u, now), (v, new), predicted):
                     break
                 rho *= _GROWTH
@@ -160,10 +159,9 @@ class ExtendedMSA(Solver):
         controls, total = [], 0.0
         with differentiable_attention():
             for t, u_t in enumerate(u):
-                old = _hamiltonian(problem, now, t, u_t)
 
-                def augmented(v: Tensor, t: int = t, old: _Hamiltonian = old) -> Tensor:
-                    change = _change(problem, now, t, v, old)
+                def augmented(v: Tensor, t: int = t, u_t: Tensor = u_t) -> Tensor:
+                    change = _change(problem, now, t, u_t, v)
                     return change.hamiltonian + rho / 2 * change.squares
 
                 stage = Stage(
@@ -177,46 +175,34 @@ class ExtendedMSA(Solver):
                 )
                 v_t = self.minimiser.minimise(stage)
                 controls.append(v_t)
-                count(2 * stage.work)  # at the present control and at the new one
+                count(stage.work)
                 total += float(augmented(v_t))
         return tuple(controls), total
 
 
-@dataclass(frozen=True, eq=False)
-class _Hamiltonian:
-    """``H_t`` at one control in its parts."""
-
-    running: Tensor
-    state: Tensor
-    gradient: Tensor | None
-
-
-def _hamiltonian(problem: ControlProblem, now: Evaluation, t: int, v: Tensor) -> _Hamiltonian:
-    """``l_t``, ``f_t`` and ``grad_x H_t`` at ``(x_t, v, p_{t+1})``."""
-    x, p = now.states[t].detach(), now.costates[t + 1]
+def _change(problem: ControlProblem, now: Evaluation, t: int, u: Tensor, v: Tensor) -> StepChange:
+    x, p, x_next = now.states[t].detach(), now.costates[t + 1], now.states[t + 1].detach()
+    examples = problem.x0.shape[0] if problem.x0.ndim > 1 else 1
 
     def parts(x: Tensor) -> tuple[Tensor, Tensor]:
         return problem.cost.running(t, x, v), problem.dynamics.step(t, x, v)
 
-    if not x.is_floating_point():
-        return _Hamiltonian(*parts(x), None)
-    (running, state), pull = torch.func.vjp(parts, x)[:2]
-    (gradient,) = pull((torch.ones_like(running), p))
-    return _Hamiltonian(running, state, gradient)
-
-
-def _change(
-    problem: ControlProblem, now: Evaluation, t: int, v: Tensor, old: _Hamiltonian
-) -> StepChange:
-    new = _hamiltonian(problem, now, t, v)
-    moved = new.state - old.state
+    if x.is_floating_point():
+        (running, state), pull = torch.func.vjp(parts, x)[:2]
+        (gradient,) = pull((torch.ones_like(running), p))
+        costate = (gradient - now.costates[t]).square().sum() * examples
+    else:
+        running, state = parts(x)
+        costate = torch.zeros_like(running)
     # The difference of the states first: of two large inner products little would be left.
-    hamiltonian = new.running - old.running + (now.costates[t + 1] * moved).sum()
-    examples = problem.x0.shape[0] if problem.x0.ndim > 1 else 1
-    costate = torch.zeros_like(hamiltonian)
-    if new.gradient is not None and old.gradient is not None:
-        costate = (new.gradient - old.gradient).square().sum() * examples
-    return StepChange(hamiltonian, moved.square().sum() / examples, costate)
+    hamiltonian = running - problem.cost.running(t, x, u.detach()) + (p * (state - x_next)).sum()
+    return StepChange(hamiltonian, (state - x_next).square().sum() / examples, costate)
+
+
+def _evaluate(problem: ControlProblem, u: Controls) -> Evaluation:
+    """With the attention of `_change`, so that the changes at ``u`` itself are exactly zero."""
+    with differentiable_attention():
+        return problem.evaluate(u)
 
 
 def _accepted(
