@@ -16,7 +16,8 @@ those that minimise the sum over all steps.
 A subspace acts on the last axis, hence on each token alone: what stands on padding cannot matter.
 
 Source: Chen, Li & Zhang, *Towards robust neural networks via close-loop control*, ICLR 2021;
-*Self-healing robust neural networks via closed-loop control*, JMLR 23(319), 2022.
+*Self-healing robust neural networks via closed-loop control*, JMLR 23(319), 2022; the PID law:
+Chen, Wang, Yang, Li & Zhang, *PID control-based self-healing*, TMLR 2024.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_gradients_flow_through_the_law(build: Build) -> None:
 
 
 def test_generates_with_a_cache_as_without(build: Build) -> None:
-    model = build("gpt2", "causal-lm")
+    model: Any = build("gpt2", "causal-lm")
     batch = zoo.batch_of(model, pad=0)
     with attach_feedback(model, ProjectionCorrection(subspaces(8), 0.5)):
         texts = [
