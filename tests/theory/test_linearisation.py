@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -32,12 +34,12 @@ cases = pytest.mark.parametrize("case", CASES + EXTRA, ids=lambda case: case.nam
 keeps = pytest.mark.parametrize("keep", [False, True])
 
 
-def random_like(tensors: Controls | list[Tensor], seed: int) -> tuple[Tensor, ...]:
+def random_like(tensors: Sequence[Tensor], seed: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(x.shape, generator=generator, dtype=F64) for x in tensors)
 
 
-def inner(a: Controls | list[Tensor], b: Controls | list[Tensor]) -> float:
+def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return float(sum((x * y).sum() for x, y in zip(a, b, strict=True)))
 
 
@@ -149,7 +151,7 @@ def test_products_may_be_batched(make, keep: bool) -> None:
     for i, row in enumerate(rows):
         assert torch.allclose(flat(tuple(g[i] for g in many)), flat(lin.pull(row)[1]), rtol=1e-13)
     columns = tuple(torch.randn(4, *control.shape, dtype=F64) for control in u)
-    pushed = torch.func.vmap(lambda *du: lin.push(du)[-1])(*columns)
+    pushed = torch.func.vmap(lambda du: lin.push(du)[-1])(columns)
     for i in range(4):
         single = lin.push(tuple(c[i] for c in columns))[-1]
         torch.testing.assert_close(pushed[i], single, rtol=1e-13, atol=1e-15)

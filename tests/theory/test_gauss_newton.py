@@ -1,0 +1,425 @@
+"""Products with the curvature, truncated conjugate gradients, Gauss-Newton and Newton-CG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.theory.dense import flat, hessian, unflatten
+from tests.theory.problems import (
+    CASES,
+    Case,
+    embedding_problem,
+    forgetful_problem,
+    low_rank,
+    normal,
+    residual_network,
+)
+from theory.costs import CrossEntropyCost, QuadraticCost, SquaredErrorCost
+from theory.curvature import Curvature, GaussNewtonCurvature, HessianCurvature
+from theory.errors import InputError
+from theory.linearisation import Linearisation
+from theory.problem import ControlProblem, Controls, Cost, Dynamics
+from theory.solvers import Iterate, Solver, Status, solve
+from theory.solvers.gauss_newton import GaussNewton, NewtonCG, damped_step
+from theory.solvers.truncated_cg import End, minimise_model
+from theory.systems import LinearDynamics, LowRankDynamics, ResidualNetwork
+
+F64 = torch.float64
+PROBLEMS = (*CASES, Case("embedding", embedding_problem), Case("forgetful", forgetful_problem))
+cases = pytest.mark.parametrize("case", PROBLEMS, ids=lambda case: case.name)
+kinds = pytest.mark.parametrize("kind", [GaussNewtonCurvature, HessianCurvature])
+solvers = pytest.mark.parametrize("make", [GaussNewton, NewtonCG])
+
+
+def dense_gauss_newton(problem: ControlProblem, at: Controls) -> Tensor:
+    """``J'CJ`` with the Jacobian of (states, controls) and the Hessian of the cost in them."""
+    states = problem.rollout(at)[1:]
+    sizes = [x.numel() for x in states]
+
+    def outputs(z: Tensor) -> Tensor:
+        found = problem.rollout(unflatten(z, at))[1:]
+        return torch.cat([*(x.reshape(-1) for x in found), z])
+
+    def cost(y: Tensor) -> Tensor:
+        *parts, z = y.split([*sizes, len(y) - sum(sizes)])
+        found = [x.reshape(like.shape) for x, like in zip(parts, states, strict=True)]
+        return problem.total_cost([problem.x0, *found], unflatten(z, at))
+
+    z = flat(at)
+    J, C = torch.func.jacrev(outputs)(z), torch.func.hessian(cost)(outputs(z))
+    return J.mT @ C @ J
+
+
+def dense(kind: type[Curvature], problem: ControlProblem, at: Controls) -> Tensor:
+    return dense_gauss_newton(problem, at) if kind is GaussNewtonCurvature else hessian(problem, at)
+
+
+def matrix(curvature: Curvature) -> Tensor:
+    return torch.stack([curvature.product(e) for e in torch.eye(len(curvature.gradient))], dim=1)
+
+
+@pytest.fixture(autouse=True)
+def _default_float64(float64: None) -> None:
+    """Everything here is in float64."""
+
+
+@cases
+@kinds
+@pytest.mark.parametrize("keep", [False, True])
+def test_products_equal_the_dense_curvature(case: Case, kind: type[Curvature], keep: bool) -> None:
+    problem = case.make()
+    u = case.start(problem, 0.6)
+    expected = dense(kind, problem, u)
+    curvature = kind(problem, u, keep=keep)
+    found = matrix(curvature)
+    assert (found - expected).norm() <= 1e-12 * expected.norm()
+    assert (found - found.mT).norm() <= 1e-13 * expected.norm()
+    torch.testing.assert_close(curvature.gradient, flat(problem.gradient(u)))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.linear_quadratic], ids=lambda c: c.name)
+def test_gauss_newton_is_exact_for_linear_dynamics(case: Case) -> None:
+    problem = case.make()
+    u = case.start(problem, 0.6)
+    exact, approximate = (
+        matrix(kind(problem, u)) for kind in (HessianCurvature, GaussNewtonCurvature)
+    )
+    torch.testing.assert_close(exact, approximate, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [residual_network, low_rank, embedding_problem])
+def test_hessian_equals_central_differences_of_the_gradient(
+    make: Callable[[], ControlProblem],
+) -> None:
+    problem, step = make(), 1e-5
+    u = tuple(normal(*c.shape, seed=3) for c in problem.zero_controls())
+    v = tuple(normal(*c.shape, seed=4) for c in u)
+    ahead, back = (
+        flat(problem.gradient(tuple(a + s * b for a, b in zip(u, v, strict=True))))
+        for s in (step, -step)
+    )
+    found = HessianCurvature(problem, u).product(flat(v))
+    assert (found - (ahead - back) / (2 * step)).norm() <= 1e-8 * found.norm()
+
+
+def without_decay() -> ControlProblem:
+    problem = low_rank()
+    return ControlProblem(problem.dynamics, SquaredErrorCost(normal(5, 3, seed=8)), problem.x0)
+
+
+def test_gauss_newton_is_semidefinite_where_the_hessian_is_not() -> None:
+    bare = without_decay()
+    u = tuple(0.3 * normal(m, seed=m) for m in bare.dynamics.control_sizes)
+    least = {
+        kind: float(torch.linalg.eigvalsh(matrix(kind(bare, u)))[0])
+        for kind in (GaussNewtonCurvature, HessianCurvature)
+    }
+    assert least[GaussNewtonCurvature] >= -1e-13 and least[HessianCurvature] < -0.01
+
+
+# Conjugate gradients
+
+
+def spd(size: int) -> Tensor:
+    root = normal(size, size, seed=1)
+    return root @ root.mT / size + 0.1 * torch.eye(size)
+
+
+def test_conjugate_gradients_solve_a_definite_system_in_as_many_products_as_unknowns() -> None:
+    H, g = spd(12), normal(12, seed=2)
+    found = minimise_model(lambda z: H @ z, g, rtol=1e-12, max_products=40)
+    exact = -torch.linalg.solve(H, g)
+    assert found.end is End.TOLERANCE and found.products <= 14
+    assert (found.step - exact).norm() <= 1e-10 * exact.norm()
+    assert found.decrease == pytest.approx(float(-0.5 * g @ exact), rel=1e-12)
+    early = minimise_model(lambda z: H @ z, g, rtol=1e-12, max_products=3)
+    assert early.end is End.PRODUCTS and early.products == 3
+    assert early.residual == pytest.approx(float((g + H @ early.step).norm() / g.norm()))
+    assert 0 < early.decrease < found.decrease
+
+
+def test_a_ball_is_kept_and_met() -> None:
+    H, g = spd(12), normal(12, seed=2)
+    free = minimise_model(lambda z: H @ z, g, rtol=1e-10, max_products=40)
+    for share in (0.01, 0.5, 0.9):
+        radius = share * float(free.step.norm())
+        found = minimise_model(lambda z: H @ z, g, rtol=1e-10, max_products=40, radius=radius)
+        assert found.end is End.BOUNDARY
+        assert float(found.step.norm()) == pytest.approx(radius, rel=1e-12)
+        # No worse than the best point along the gradient, Cauchy's.
+        tau = min(radius / float(g.norm()), float(g @ g) / float(g @ H @ g))
+        cauchy = -tau * g
+        assert found.decrease >= -float(g @ cauchy + 0.5 * cauchy @ H @ cauchy) - 1e-12
+
+
+def test_negative_curvature_is_followed_to_the_boundary() -> None:
+    H = torch.diag(torch.tensor([2.0, -1.0, 0.5]))
+    g = torch.tensor([1.0, 1e-3, 0.3])
+    found = minimise_model(lambda z: H @ z, g, rtol=1e-10, max_products=9, radius=50.0)
+    assert found.end is End.NEGATIVE_CURVATURE
+    assert float(found.step.norm()) == pytest.approx(50.0)
+    assert found.curvature < -1000 and found.decrease > 500
+    unlimited = minimise_model(lambda z: H @ z, g, rtol=1e-10, max_products=9)
+    assert unlimited.end is End.NEGATIVE_CURVATURE and math.isfinite(unlimited.decrease)
+
+
+def test_singular_curvature_is_named() -> None:
+    H = torch.diag(torch.tensor([1.0, 0.0]))
+    consistent = minimise_model(
+        lambda z: H @ z, torch.tensor([2.0, 0.0]), rtol=1e-12, max_products=9
+    )
+    assert consistent.end is End.TOLERANCE and consistent.step.tolist() == [-2.0, 0.0]
+    hopeless = minimise_model(lambda z: H @ z, torch.tensor([0.0, 1.0]), rtol=1e-12, max_products=9)
+    assert hopeless.end is End.SINGULAR and not hopeless.step.any()
+    bounded = minimise_model(
+        lambda z: H @ z, torch.tensor([0.0, 1.0]), rtol=1e-12, max_products=9, radius=3.0
+    )
+    assert bounded.end is End.SINGULAR and bounded.step.tolist() == [0.0, -3.0]
+
+
+def test_nothing_is_done_for_a_zero_gradient() -> None:
+    found = minimise_model(lambda z: z, torch.zeros(3), rtol=0.5, max_products=9)
+    assert found.products == 0 and not found.step.any() and found.residual == 0.0
+
+
+# Steps
+
+
+@cases
+def test_the_damped_step_equals_the_dense_one(case: Case) -> None:
+    problem, damping = case.make(), 0.3
+    u = case.start(problem, 0.6)
+    curvature = GaussNewtonCurvature(problem, u)
+    found = damped_step(curvature, damping, rtol=1e-13).step
+    G = dense_gauss_newton(problem, u)
+    expected = -torch.linalg.solve(G + damping * torch.eye(len(G)), flat(problem.gradient(u)))
+    assert (found - expected).norm() <= 1e-9 * expected.norm()
+    with pytest.raises(InputError, match="damping"):
+        damped_step(curvature, -1.0)
+
+
+def test_the_newton_step_near_an_optimum_equals_the_dense_one() -> None:
+    problem = residual_network()
+    near = solve(problem, NewtonCG(), problem.zero_controls(), max_steps=20, tol=1e-2).controls
+    iterates: list[Iterate] = []
+    solver = NewtonCG(radius=1e3, forcing=1e-12)
+    solve(problem, solver, near, max_steps=1, tol=0.0, callback=iterates.append)
+    step = flat(iterates[1].controls) - flat(near)
+    expected = -torch.linalg.solve(hessian(problem, near), flat(problem.gradient(near)))
+    assert (step - expected).norm() <= 1e-7 * expected.norm()  # rtol is floored at eps^(1/2)
+
+
+def test_one_undamped_step_solves_a_linear_quadratic_problem() -> None:
+    for case in CASES:
+        if case.linear_quadratic:
+            problem = case.make()
+            u = case.start(problem, 1.0)
+            step = damped_step(GaussNewtonCurvature(problem, u), 0.0, rtol=1e-14).step
+            there = unflatten(flat(u) + step, u)
+            assert problem.residual(there).norm <= 1e-11 * problem.residual(u).norm
+
+
+# LoRA's gauge freedom
+
+
+def gauge_direction(dynamics: LowRankDynamics, u: Controls) -> Tensor:
+    """The tangent of ``(A S, S^-1 B)`` at ``S = I`` along ``X``: ``(A X, -X B)``."""
+    parts = []
+    for t, control in enumerate(u):
+        down, up = dynamics.factors(t, control)
+        X = normal(dynamics.rank, dynamics.rank, seed=t)
+        parts += [(down @ X).reshape(-1), (-X @ up).reshape(-1)]
+    return torch.cat(parts)
+
+
+def test_the_gauge_freedom_of_lora_is_singular_curvature() -> None:
+    bare = without_decay()
+    dynamics = bare.dynamics
+    assert isinstance(dynamics, LowRankDynamics)
+    u = tuple(normal(m, seed=m) for m in dynamics.control_sizes)
+    along = gauge_direction(dynamics, u)
+    curvature = GaussNewtonCurvature(bare, u)
+    assert curvature.product(along).norm() <= 1e-12 * along.norm()
+    assert abs(float(curvature.gradient @ along)) <= 1e-12 * float(along.norm())
+    eigenvalues = torch.linalg.eigvalsh(matrix(curvature))
+    assert int((eigenvalues < 1e-10).sum()) >= dynamics.rank**2 * dynamics.horizon
+    # A model with a slope along the gauge has no minimum; damping gives it one.
+    curvature.gradient = along
+    assert damped_step(curvature, 0.0).end is End.SINGULAR
+    assert damped_step(curvature, 0.1).end is End.TOLERANCE
+
+
+@solvers
+def test_lora_without_decay_is_solved_through_the_gauge(make: Callable[[], Solver]) -> None:
+    """A target that some factors reach: zero loss, a whole manifold of optima."""
+    dynamics = LowRankDynamics([0.5 * normal(3, 4, seed=6), 0.5 * normal(4, 3, seed=7)], rank=2)
+    x0 = normal(5, 3, seed=9)
+    hidden = tuple(0.5 * normal(m, seed=20 + m) for m in dynamics.control_sizes)
+    start = tuple(0.5 * normal(m, seed=40 + m) for m in dynamics.control_sizes)
+    there = ControlProblem(dynamics, SquaredErrorCost(x0), x0).rollout(hidden)[-1]
+    problem = ControlProblem(dynamics, SquaredErrorCost(there), x0)
+    solution = solve(problem, make(), start, max_steps=60, tol=1e-8)
+    assert solution.status is Status.CONVERGED, solution.message
+    assert solution.objective <= 1e-10
+    least = torch.linalg.eigvalsh(matrix(GaussNewtonCurvature(problem, solution.controls)))[0]
+    assert abs(float(least)) <= 1e-12
+
+
+# Solves
+
+
+def reachable(width: int, batch: int | None) -> ControlProblem:
+    """Twelve layers; the target is what unknown controls give, plus noise."""
+    dynamics = ResidualNetwork.random(12, width=width, hidden=width, control_size=width)
+    shape = (width,) if batch is None else (batch, width)
+    x0 = normal(*shape, seed=1)
+    hidden = tuple(0.5 * normal(width, seed=100 + t) for t in range(12))
+    there = ControlProblem(dynamics, SquaredErrorCost(x0), x0).rollout(hidden)[-1]
+    target = there + 0.1 * normal(*shape, seed=2)
+    return ControlProblem(dynamics, SquaredErrorCost(target, weight_decay=1e-2), x0)
+
+
+LARGE = [(64, None), (64, 8), (128, None), (128, 8), (256, 8)]
+
+
+@pytest.mark.parametrize(
+    ("width", "batch"),
+    [(16, None), (16, 8), (256, None), *(pytest.param(*w, marks=pytest.mark.slow) for w in LARGE)],
+)
+def test_newton_reaches_1e_8_on_twelve_layers_within_30_iterations(
+    width: int, batch: int | None
+) -> None:
+    problem = reachable(width, batch)
+    solution = solve(problem, NewtonCG(), problem.zero_controls(), max_steps=30, tol=1e-8)
+    assert solution.status is Status.CONVERGED, solution.message
+    residuals = solution.history["residual"]
+    assert residuals[-1] < 1e-2 * residuals[-2]  # superlinear at the end
+
+
+@pytest.mark.parametrize("width", [16, pytest.param(256, marks=pytest.mark.slow)])
+def test_gauss_newton_reaches_1e_8_where_the_loss_nearly_vanishes(width: int) -> None:
+    far = reachable(width, None)
+    start = far.zero_controls()
+    target = far.rollout(start)[-1] + 0.1 * normal(width, seed=2)
+    problem = ControlProblem(far.dynamics, SquaredErrorCost(target, weight_decay=1e-2), far.x0)
+    solution = solve(problem, GaussNewton(), start, max_steps=30, tol=1e-8)
+    assert solution.status is Status.CONVERGED, solution.message
+
+
+def test_gauss_newton_goes_on_where_values_of_j_no_longer_tell() -> None:
+    """The last steps lower ``J`` by less than its rounding; the gradients still decide."""
+    problem = residual_network()
+    solution = solve(problem, NewtonCG(), problem.zero_controls(), max_steps=30, tol=1e-12)
+    assert solution.status is Status.CONVERGED, solution.message
+    history = solution.history["objective"]
+    assert abs(history[-1] - history[-2]) <= 1e-14 * abs(history[-1])
+
+
+class Gate(Dynamics):
+    """``x (1 + u)`` on states of 10^5 entries with two controls, one for each half."""
+
+    horizon = 3
+    control_sizes = (2, 2, 2)
+
+    def step(self, t: int, x: Tensor, u: Tensor) -> Tensor:
+        return x * (1 + u).repeat_interleave(x.shape[-1] // 2)
+
+
+@solvers
+def test_states_of_100_000_entries_and_no_jacobian(
+    make: Callable[[], Solver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: object, **_more: object) -> None:
+        raise AssertionError("a state Jacobian was formed")
+
+    monkeypatch.setattr(Linearisation, "jacobians", refuse)
+    x0 = normal(2, 50_000, seed=1) / 200
+    problem = ControlProblem(Gate(), SquaredErrorCost(2 * x0, weight_decay=1e-2), x0)
+    solution = solve(problem, make(), problem.zero_controls(), max_steps=30, tol=1e-8)
+    assert solution.status is Status.CONVERGED, solution.message
+
+
+@solvers
+def test_a_problem_without_a_minimum_is_called_unbounded(make: Callable[[], Solver]) -> None:
+    """``J = x_L``, linear in the controls."""
+    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    cost = QuadraticCost(Q=[zero] * 3, R=[zero] * 3, Qf=zero, qf=torch.ones(1))
+    problem = ControlProblem(LinearDynamics.constant(3, one, one), cost, torch.ones(1))
+    solution = solve(problem, make(), problem.zero_controls(), max_steps=200, tol=1e-8)
+    assert solution.status is Status.UNBOUNDED
+    assert "running cost" in solution.message
+
+
+class Cliff(Cost):
+    """``u`` down to a wall behind which ``J`` is not a number; no gradient warns of it."""
+
+    def terminal(self, x: Tensor) -> Tensor:
+        wall = torch.where(x.detach() < -1.0, torch.nan, 0.0)
+        return (x + wall).sum()
+
+
+@solvers
+def test_a_step_into_nothing_is_shortened_until_the_method_gives_up(
+    make: Callable[[], Solver],
+) -> None:
+    one = torch.ones(1, 1)
+    problem = ControlProblem(LinearDynamics.constant(1, one, one), Cliff(), torch.zeros(1))
+    solution = solve(problem, make(), problem.zero_controls(), max_steps=400, tol=1e-8)
+    assert solution.status is Status.LINE_SEARCH_FAILED, solution.message
+    assert "gave no decrease" in solution.message and "raise tol" in solution.message
+    assert float(solution.controls[0]) == pytest.approx(-1.0, abs=1e-6)
+
+
+@solvers
+def test_an_interrupted_solve_continues_with_the_same_iterates(
+    make: Callable[[], Solver], tmp_path: Path
+) -> None:
+    problem, checkpoint = reachable(16, 4), tmp_path / "solve.safetensors"
+    start = problem.zero_controls()
+
+    def interrupt(iterate: Iterate) -> None:
+        if iterate.iteration == 4:
+            raise KeyboardInterrupt
+
+    whole = solve(problem, make(), start, max_steps=8, tol=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        solve(
+            problem,
+            make(),
+            start,
+            max_steps=8,
+            tol=0.0,
+            callback=interrupt,
+            checkpoint=checkpoint,
+        )
+    resumed = solve(problem, make(), start, max_steps=8, tol=0.0, checkpoint=checkpoint)
+    assert resumed.history == whole.history
+    assert torch.equal(flat(resumed.controls), flat(whole.controls))
+
+
+def test_cross_entropy_with_tokens_as_state() -> None:
+    problem = embedding_problem()
+    assert isinstance(problem.cost, CrossEntropyCost)
+    start = problem.zero_controls(dtype=F64)
+    for solver in (GaussNewton(), NewtonCG()):
+        solution = solve(problem, solver, start, max_steps=60, tol=1e-8)
+        assert solution.status is Status.CONVERGED, solution.message
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+def test_bad_settings_are_refused(value: float) -> None:
+    for make in (GaussNewton, NewtonCG):
+        with pytest.raises(InputError, match="forcing"):
+            make(forcing=value)
+    with pytest.raises(InputError, match="forcing = 1.0 must be below 1"):
+        NewtonCG(forcing=1.0)
+    with pytest.raises(InputError, match="damping"):
+        GaussNewton(damping=value)
+    with pytest.raises(InputError, match="radius"):
+        NewtonCG(radius=value)

@@ -1,0 +1,126 @@
+"""Conjugate gradients on a quadratic model, ended early.
+
+Minimise ``m(s) = g's + 1/2 s'Hs`` over ``s``, inside of a ball where a radius is given, by products
+with ``H`` alone. Three ends beside the tolerance: the ball's boundary, a direction of negative
+curvature (followed to the boundary), and the largest number of products. Every iterate of
+conjugate gradients from zero lowers ``m`` and lengthens ``s``, so each end gives a descent step.
+
+Source: Steihaug, *The conjugate gradient method and trust regions in large scale optimization*,
+SIAM J. Numer. Anal. 20(3), 1983; Nocedal & Wright, *Numerical Optimization*, 2nd ed., 2006,
+algorithm 7.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+__all__ = ["End", "ModelStep", "minimise_model"]
+
+
+class End(StrEnum):
+    """Why conjugate gradients stopped."""
+
+    TOLERANCE = "tolerance"
+    BOUNDARY = "boundary"
+    NEGATIVE_CURVATURE = "negative_curvature"
+    SINGULAR = "singular"
+    PRODUCTS = "products"
+
+
+@dataclass(frozen=True, eq=False)
+class ModelStep:
+    """A step that lowers the quadratic model.
+
+    Attributes:
+        step: ``s``.
+        curvature: ``s'Hs``.
+        slope: ``g's``.
+        residual: ``||g + Hs|| / ||g||``.
+        products: the number of products with ``H``.
+        end: why it is this step.
+    """
+
+    step: Tensor
+    curvature: float
+    slope: float
+    residual: float
+    products: int
+    end: End
+
+    @property
+    def decrease(self) -> float:
+        """``m(0) - m(s)``."""
+        return -self.slope - 0.5 * self.curvature
+
+
+def minimise_model(
+    product: Callable[[Tensor], Tensor],
+    gradient: Tensor,
+    *,
+    rtol: float,
+    max_products: int,
+    radius: float = math.inf,
+) -> ModelStep:
+    """Minimise ``g's + 1/2 s'Hs``, ``||s|| <= radius``, approximately.
+
+    A direction ``d`` whose curvature is not above rounding, ``d'Hd <= n eps ||d|| ||Hd||``, has no
+    minimum along it: with a radius it is followed to the boundary; without one the step so far is
+    returned, with the end `SINGULAR` or `NEGATIVE_CURVATURE`.
+
+    Args:
+        product: multiplies by the symmetric ``H``.
+        gradient: ``g``, flat.
+        rtol: stop where ``||g + Hs|| <= rtol ||g||``.
+        max_products: stop after so many products.
+        radius: of the ball.
+    """
+    s, hs, r = torch.zeros_like(gradient), torch.zeros_like(gradient), gradient.clone()
+    scale = float(gradient.norm())
+    d, rr = -r, float(r @ r)
+    products, end = 0, End.TOLERANCE
+    eps = torch.finfo(gradient.dtype).eps
+    while math.sqrt(rr) > rtol * scale:
+        if products == max_products:
+            end = End.PRODUCTS
+            break
+        hd = product(d)
+        products += 1
+        bend = float(d @ hd)
+        flat = eps * float(d.norm()) * float(hd.norm())
+        if not bend > flat:
+            end = End.NEGATIVE_CURVATURE if bend < -flat else End.SINGULAR
+            if math.isfinite(radius) and math.isfinite(bend):
+                tau = _to_boundary(s, d, radius)
+                s, hs, r = s + tau * d, hs + tau * hd, r + tau * hd
+            break
+        alpha = rr / bend
+        ahead = s + alpha * d
+        if float(ahead.norm()) >= radius:
+            tau = _to_boundary(s, d, radius)
+            s, hs, r, end = s + tau * d, hs + tau * hd, r + tau * hd, End.BOUNDARY
+            break
+        s, hs, r = ahead, hs + alpha * hd, r + alpha * hd
+        rr, before = float(r @ r), rr
+        d = -r + (rr / before) * d
+    return ModelStep(
+        step=s,
+        curvature=float(s @ hs),
+        slope=float(gradient @ s),
+        residual=float(r.norm()) / scale if scale else 0.0,
+        products=products,
+        end=end,
+    )
+
+
+def _to_boundary(s: Tensor, d: Tensor, radius: float) -> float:
+    """The positive ``tau`` with ``||s + tau d|| = radius``."""
+    a, b, c = float(d @ d), float(s @ d), float(s @ s) - radius**2
+    root = math.sqrt(max(b * b - a * c, 0.0))
+    # Of the two forms of the root, the one without cancellation.
+    return (root - b) / a if b <= 0 else -c / (b + root)
