@@ -282,7 +282,7 @@ def _draw_map(figure: Figure, ax: Axes, table: pd.DataFrame, title: str) -> None
 
 def _draw_depth(ax: Axes, table: pd.DataFrame) -> None:
     whole = table[(table["layer"] != ALL) & (table["site"] == ALL)].astype({"layer": int})
-    marks = {"energy_one": ("one margin", "white"), "energy_all": ("all", None)}
+    marks = {"energy_one": ("one", "white"), "energy_all": ("all", None)}
     looks = zip(whole["model"].unique(), ("#0072B2", "#D55E00"), ("o", "^"), strict=False)
     for model, color, marker in looks:
         part = whole[whole["model"] == model]
