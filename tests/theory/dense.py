@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cvxpy
 import numpy as np
 import torch
 from torch import Tensor
@@ -132,3 +133,28 @@ def kkt(problem: ControlProblem, per_example: bool) -> tuple[Controls, list[Tens
         torch.from_numpy(z[place["p", t]]).reshape(*batch, width) for t, width in enumerate(widths)
     ]
     return u, p
+
+
+def box_optimum(problem: ControlProblem, like: Controls) -> Controls:
+    """The minimum of a strictly convex quadratic ``J`` in the problem's box, by an interior point.
+
+    The bounds that hold it are then known, and one linear system gives the minimum on that face.
+    """
+    assert problem.box is not None
+    zeros = tuple(torch.zeros_like(u) for u in like)
+    H, g = hessian(problem, zeros), flat(problem.gradient(zeros))
+    bounds = [problem.box.bounds(t, u) for t, u in enumerate(like)]
+    low, high = flat(tuple(b[0] for b in bounds)), flat(tuple(b[1] for b in bounds))
+    z = cvxpy.Variable(len(g))
+    quadratic = 0.5 * cvxpy.quad_form(z, cvxpy.psd_wrap(H.numpy())) + g.numpy() @ z
+    above, below = z >= low.numpy(), z <= high.numpy()
+    program = cvxpy.Problem(cvxpy.Minimize(quadratic), [above, below])
+    program.solve(solver=cvxpy.CLARABEL)
+    x = torch.from_numpy(z.value)
+    duals = [torch.from_numpy(limit.dual_value) for limit in (above, below)]
+    at_low, at_high = (dual > 1e-5 for dual in duals)
+    x = torch.where(at_low, low, torch.where(at_high, high, x))
+    free = ~(at_low | at_high)
+    right = -(g + H @ torch.where(free, 0.0, x))[free]
+    x[free] = torch.linalg.solve(H[free][:, free], right)
+    return unflatten(x, like)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from theory.costs import CrossEntropyCost, QuadraticCost, SquaredErrorCost
-from theory.problem import ControlProblem, Controls, Cost, Dynamics
+from theory.problem import Box, ControlProblem, Controls, Cost, Dynamics
 from theory.systems import LinearDynamics, LowRankDynamics, ResidualNetwork
 
 F64 = torch.float64
@@ -202,3 +202,49 @@ class TerminalOnly(Cost):
 
 def forgetful_problem() -> ControlProblem:
     return ControlProblem(Forgetful(), TerminalOnly(), x0=normal(2, seed=110))
+
+
+class Pendulum(Dynamics):
+    """``theta'' = u - sin(theta)`` by the symplectic Euler method; the state is (angle, speed)."""
+
+    def __init__(self, horizon: int, dt: float) -> None:
+        self.horizon, self.dt = horizon, dt
+        self.control_sizes = (1,) * horizon
+
+    def step(self, t: int, x: Tensor, u: Tensor) -> Tensor:
+        angle, speed = x[..., :1], x[..., 1:]
+        speed = speed + self.dt * (u - torch.sin(angle))
+        return torch.cat([angle + self.dt * speed, speed], -1)
+
+
+def pendulum() -> ControlProblem:
+    """Swing up from rest, hanging, to rest, upright; the controls are cheap but not free."""
+    horizon = 25
+    upright = torch.tensor([torch.pi, 0.0], dtype=F64)
+    weight = 10.0 * torch.eye(2, dtype=F64)
+    cost = QuadraticCost(
+        Q=[torch.zeros(2, 2, dtype=F64)] * horizon,
+        R=[0.1 * torch.ones(1, 1, dtype=F64)] * horizon,
+        Qf=weight,
+        qf=-weight @ upright,
+    )
+    return ControlProblem(Pendulum(horizon, 0.16), cost, torch.zeros(2, dtype=F64))
+
+
+def deep_residual_network(
+    width: int, control_size: int | None = None, horizon: int = 12, seed: int = 0
+) -> ControlProblem:
+    """One example, normal start and target, weight decay 1e-2: far from convex.
+
+    The target lies near the edge of what the bounded layers reach, so that they saturate and the
+    residual stays large.
+    """
+    size = width if control_size is None else control_size
+    dynamics = ResidualNetwork.random(horizon, width, width, size, seed=seed)
+    x0, target = normal(2, width, seed=1000 + seed)
+    return ControlProblem(dynamics, SquaredErrorCost(target, weight_decay=1e-2), x0)
+
+
+def boxed(problem: ControlProblem, low: float, high: float) -> ControlProblem:
+    """The same problem with bounds on the controls."""
+    return ControlProblem(problem.dynamics, problem.cost, problem.x0, Box(low, high))

@@ -22,6 +22,9 @@ from theory.costs import SquaredErrorCost
 from theory.errors import InputError
 from theory.problem import ControlProblem, Controls
 from theory.solvers import MSA, Iterate, Shooting, Solution, Solver, Status, solve
+from theory.solvers.emsa import ExtendedMSA
+from theory.solvers.gauss_newton import GaussNewton, NewtonCG
+from theory.solvers.ilqr import DDP, ILQR
 
 F64 = torch.float64
 
@@ -41,9 +44,17 @@ def msa(problem: ControlProblem, at: Controls) -> Solver:
     return MSA(1.0 / float(torch.linalg.eigvalsh(hessian(problem, at))[-1]))
 
 
+# Extended MSA is slow where J is badly conditioned; tests/theory/test_msa.py has more of it.
+EXTENDED = ("scalar", "varying-batch", "varying-per-example", "classifier")
+
 SOLVERS = (
     Entry("msa", msa),
+    Entry("emsa", lambda problem, at: ExtendedMSA(), lambda case: case.name in EXTENDED),
     Entry("shooting", lambda problem, at: Shooting()),
+    Entry("ilqr", lambda problem, at: ILQR(), tol=1e-8, max_steps=200),
+    Entry("ddp", lambda problem, at: DDP(), tol=1e-9, max_steps=30),
+    Entry("gauss-newton", lambda problem, at: GaussNewton(), tol=1e-8, max_steps=200),
+    Entry("newton-cg", lambda problem, at: NewtonCG(), tol=1e-8, max_steps=30),
 )
 
 PAIRS = [

@@ -1,0 +1,269 @@
+"""Iterative LQR and differential dynamic programming, regularised, with a line search and boxes.
+
+Each iteration models ``J`` to second order along the present trajectory
+(`theory.solvers.quadratic_model`), minimises the model by a Riccati sweep, and rolls the law
+
+    u_t <- proj(u_t + a k_t + K_t (x_t - old x_t))
+
+out through the *nonlinear* dynamics. `ILQR` neglects second derivatives of the dynamics; near an
+optimum ``u*`` its error is multiplied by ``I - G^-1 H``, with ``H`` the Hessian of ``J`` and ``G``
+that of the model, so it converges linearly, and fast only where residuals or the curvature of the
+dynamics are small. `DDP` keeps them and converges quadratically.
+
+Regularisation. A path leads from Newton's model to a short gradient step: a slight damping, for an
+optimum that is not isolated; then the Hessian of every stage is moved in parts towards its absolute
+value, which bends directions of negative curvature upward and leaves the others alone; then
+``Q_uu`` is damped as by Levenberg and Marquardt, ``mu`` growing. Newton's step is taken where the
+model holds along it. Else an iteration starts one place below the last one and walks on as long as
+``J`` after the rollout falls: derivatives cost more than sweeps, so that the sweeps choose. Damping
+alone would have to exceed the most negative curvature in every direction; bending need not.
+
+Line search. ``a = 1, 1/2, 1/4, 1/8`` until ``J(new) <= J + c a J'``, with ``J'`` the exact
+derivative along the law (Armijo). Where the expected change is below the rounding of ``J`` its
+values say nothing: a step is accepted there if ``J`` does not rise above that rounding and the
+residual falls. So the residual reaches the rounding level of the *gradient*. Where the model has
+no positive curvature along the law it bounds no step; steps ten times as long are tried then as
+long as ``J`` falls, which leaves saddle points quickly and exposes a ``J`` without minimum.
+
+Controls per example are independent problems with one sweep, one place on the path and one step
+size for all, since a cost gives only the sum over the examples.
+
+Source: Li & Todorov, ICINCO 2004 (iLQR); Jacobson & Mayne, 1970 (DDP); Tassa, Mansard & Todorov,
+ICRA 2014 (boxes); Dauphin et al., NeurIPS 2014 (absolute values of curvature).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from theory.linearisation import differentiable_attention
+from theory.problem import ControlProblem, Controls, Evaluation
+from theory.solvers.base import Ending, Memory, Report, Solver, Status
+from theory.solvers.quadratic_model import (
+    IndefiniteError,
+    Policy,
+    QuadraticModel,
+    num_groups,
+    sweep,
+)
+
+__all__ = ["DDP", "ILQR"]
+
+_ARMIJO = 1e-4
+_SIZES = (1.0, 0.5, 0.25, 0.125)
+
+_PATH = (
+    *((0.0, mu) for mu in (0.0, 1e-6, 1e-4, 1e-2)),
+    *((s, 0.0) for s in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)),
+    *((1.0, 4e-2 * 4.0**i) for i in range(26)),
+)
+"""Convexity and damping, from Newton's own model on."""
+
+_NEWTON = range(4)
+"""Places that are always tried first, and taken where the model foretells the change of ``J``."""
+
+
+@dataclass(frozen=True)
+class _SecondOrder(Solver):
+    """What both methods share."""
+
+    takes_box: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def second_order(self) -> bool:
+        """Whether second derivatives of the dynamics are kept."""
+
+    def run(
+        self, problem: ControlProblem, u0: Controls, report: Report, memory: Memory
+    ) -> Ending | None:
+        """Improve until `report` says stop or no regularisation helps."""
+        u, now = u0, problem.evaluate(u0)
+        level = int(memory["level"]) if memory else 0
+        stop = report(u, now, {"level": torch.tensor(level)})
+        while math.isfinite(float(now.objective)):
+            model = QuadraticModel.of(problem, u, now, second_order=self.second_order)
+            search = _Search(problem, u, now, model)
+            if stop:
+                return Ending(gains=search.gains(level))
+            best = search.best(level)
+            if best is None:
+                return Ending(
+                    Status.LINE_SEARCH_FAILED,
+                    "no step lowers J or the residual, however regularised",
+                    search.gains(level),
+                )
+            u, now = best.controls, problem.evaluate(best.controls)
+            level = search.next(best.level, -1)
+            stop = report(u, now, {"level": torch.tensor(level)})
+        return None
+
+
+@dataclass(frozen=True)
+class ILQR(_SecondOrder):
+    """Iterative LQR: dynamics to first, costs to second order.
+
+    Solves problems whose states, or whose batch of states where controls are shared, have up to a
+    few thousand entries; it raises `InputError` beyond (then `GaussNewton`), and where examples
+    with controls of their own interact.
+    """
+
+    @property
+    def second_order(self) -> bool:
+        """No."""
+        return False
+
+
+@dataclass(frozen=True)
+class DDP(_SecondOrder):
+    """Differential dynamic programming: dynamics and costs to second order.
+
+    Second derivatives of the dynamics are contracted with the costate, so that the unregularised
+    step is Newton's on ``J``. Limits are those of `ILQR`.
+    """
+
+    @property
+    def second_order(self) -> bool:
+        """Yes."""
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """Controls that a regularised step leads to.
+
+    Attributes:
+        level: the place in `_PATH`.
+        controls: the new controls.
+        value: ``J`` there.
+        trusted: whether the model foretold at least half of the change, or the change is rounding.
+    """
+
+    level: int
+    controls: Controls
+    value: float
+    trusted: bool
+
+
+@dataclass(eq=False)
+class _Search:
+    """The choice of a step from one model."""
+
+    problem: ControlProblem
+    u: Controls
+    now: Evaluation
+    model: QuadraticModel
+
+    def __post_init__(self) -> None:
+        self.bounds: list[tuple[Tensor, Tensor]] | None = None
+        if self.problem.box is not None:
+            groups = num_groups(self.u)
+            self.bounds = []
+            for t, u in enumerate(self.u):
+                low, high = self.problem.box.bounds(t, u)
+                self.bounds.append(((low - u).view(groups, -1), (high - u).view(groups, -1)))
+
+    def best(self, level: int) -> _Trial | None:
+        """Newton's trial if the model holds there, else that of least ``J`` near ``level``."""
+        for newton in _NEWTON:
+            found = self.trial(newton)
+            if found is not None and found.trusted:
+                return found
+        start, best = level, None
+        while best is None and level < len(_PATH):
+            best = self.trial(level)
+            level = self.next(level, +1)
+        if best is None:
+            return None
+        for direction in (+1, -1) if best.level == start else (+1,):
+            while (level := self.next(best.level, direction)) != best.level:
+                other = self.trial(level)
+                if other is None or not other.value < best.value:
+                    break
+                best = other
+        return best
+
+    def next(self, level: int, direction: int) -> int:
+        """The neighbouring place on the path, or ``level`` where the path ends."""
+        place = level + direction
+        while 0 < place < len(_PATH) and _PATH[place][1] == 0 and self.model.is_convex:
+            place += direction  # there is nothing to bend
+        return place if place >= 0 else level
+
+    def trial(self, level: int) -> _Trial | None:
+        """The longest acceptable step with this regularisation, or None."""
+        if level >= len(_PATH):
+            return None
+        convexity, damping = _PATH[level]
+        try:
+            policy = sweep(self.model, convexity=convexity, damping=damping, bounds=self.bounds)
+        except IndefiniteError:
+            return None
+        slope, curvature = policy.slope, policy.curvature
+        if not (slope < 0 and math.isfinite(curvature)):
+            return None
+        old, eps = float(self.now.objective), torch.finfo(self.now.objective.dtype).eps
+        for size in _SIZES:
+            controls, value, magnitude = self.rollout(policy, size)
+            noise = 8 * eps * magnitude
+            if -size * slope <= noise:
+                fine = value <= old + noise and self.residual(controls) < self.residual(self.u)
+                return _Trial(level, controls, value, trusted=True) if fine else None
+            if value <= old + _ARMIJO * size * slope:
+                if curvature <= 0 and size == 1.0:
+                    controls, value = self.extend(policy, controls, value)
+                expected = size * slope + 0.5 * size**2 * curvature
+                return _Trial(level, controls, value, trusted=value - old <= 0.5 * expected < 0)
+        return None
+
+    def extend(self, policy: Policy, controls: Controls, value: float) -> tuple[Controls, float]:
+        """Ten times as far, as long as ``J`` falls."""
+        for i in range(1, 17):
+            further, new, _ = self.rollout(policy, 10.0**i)
+            if not -math.inf < new < value:
+                break
+            controls, value = further, new
+        return controls, value
+
+    def rollout(self, policy: Policy, size: float) -> tuple[Controls, float, float]:
+        """Controls under the law, ``J``, and the sum of the magnitudes of its terms."""
+        problem, x, controls = self.problem, self.problem.x0, []
+        value = magnitude = 0.0
+        with torch.no_grad(), differentiable_attention():
+            for t, u_t in enumerate(self.u):
+                change = size * policy.k[t]
+                if t:
+                    moved = (x - self.now.states[t]).reshape(len(change), -1, 1)
+                    change = change + (policy.K[t] @ moved).squeeze(-1)
+                new = u_t + change.reshape(u_t.shape)
+                if problem.box is not None:
+                    new = new.clamp(*problem.box.bounds(t, u_t))
+                running = float(problem.cost.running(t, x, new))
+                x = problem.dynamics.step(t, x, new)
+                controls.append(new)
+                value, magnitude = value + running, magnitude + abs(running)
+            terminal = float(problem.cost.terminal(x))
+        return tuple(controls), value + terminal, magnitude + abs(terminal)
+
+    def residual(self, u: Controls) -> float:
+        gradient = self.now.gradient if u is self.u else self.problem.gradient(u)
+        return self.problem.residual_of(u, gradient).norm
+
+    def gains(self, level: int) -> tuple[Tensor, ...] | None:
+        """Feedback gains, with as little regularisation as possible."""
+        for place in sorted({0, 1, level, len(_PATH) // 2}):
+            convexity, damping = _PATH[place]
+            try:
+                found = sweep(
+                    self.model, convexity=convexity, damping=damping, bounds=self.bounds
+                ).K
+            except IndefiniteError:
+                continue
+            return tuple(K if self.u[t].ndim == 2 else K[0] for t, K in enumerate(found))
+        return None
