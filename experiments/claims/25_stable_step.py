@@ -1,0 +1,219 @@
+"""Claim 25: the largest stable step of a delta is 2/λ_max of its Gauss-Newton matrix at the start.
+
+Squared error on the logits, targets ±1, whose Gauss-Newton matrix is the whole Hessian of the
+linearised model. The head is fitted beforehand, by ridge regression on other training rows, and
+fixed: λ_max of delta and head together would be the head's, whatever the delta.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from theory.claims import Claim, Evidence, Threshold
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from theory.problem import ControlProblem, Controls
+
+RUNS = (("lora", 0), ("lora", 1), ("houlsby", 0), ("houlsby", 1), ("bitfit", 0))
+EXAMPLES, TOKENS = 6, 12
+HEAD_ROWS, HEAD_RIDGE = 256, 1e-2
+STEPS = 40  # of gradient descent: at 1.1 times 2/λ_max a quadratic mode grows by 1.2^40 = 1500
+BRACKET, RESOLUTION, WIDEST = 2.0, 0.25, 8.0  # of log2(step / prediction)
+
+
+@cache
+def _fitted_head() -> Tensor:
+    """Weight and bias, flat, of the ridge regression of ±1 targets on the head's frozen input."""
+    import torch
+
+    from experiments.problems import fixed_problem
+
+    fixed = fixed_problem((), num_examples=EXAMPLES + HEAD_ROWS, max_length=TOKENS)
+    (head,) = fixed.controlled.host.sites.head_paths()
+    inputs: list[Tensor] = []
+    module = fixed.controlled.model.get_submodule(head)
+    handle = module.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        fixed.dynamics.logits()
+    handle.remove()
+    features = inputs[-1][EXAMPLES:]
+    targets = _targets(fixed.problem)[EXAMPLES:]
+    center = features.mean(0)
+    z = features - center
+    gram = z.mT @ z / len(z) + HEAD_RIDGE * torch.eye(z.shape[1], dtype=z.dtype)
+    weight = torch.linalg.solve(gram, z.mT @ (targets - targets.mean(0)) / len(z)).mT
+    return torch.cat([weight.reshape(-1), targets.mean(0) - weight @ center])
+
+
+def _targets(problem: ControlProblem) -> Tensor:
+    import torch
+    from torch.nn.functional import one_hot
+
+    from theory.costs import CrossEntropyCost
+
+    assert isinstance(problem.cost, CrossEntropyCost)
+    return 2.0 * one_hot(problem.cost.labels).to(torch.float64) - 1.0
+
+
+@cache
+def _start(name: str, seed: int) -> tuple[ControlProblem, Controls, Tensor]:
+    """The problem in squared error, the delta's initial controls, and a mask without the head."""
+    import torch
+
+    from deltas import parse
+    from experiments.problems import fixed_problem
+    from theory.costs import SquaredErrorCost
+    from theory.problem import ControlProblem
+
+    fixed = fixed_problem((parse(name),), num_examples=EXAMPLES, max_length=TOKENS, seed=seed)
+    cost = SquaredErrorCost(_targets(fixed.problem))
+    problem = ControlProblem(fixed.dynamics, cost, fixed.problem.x0)
+    controls, head = list(fixed.dynamics.controls()), _fitted_head()
+    names = fixed.dynamics.control_names(len(controls) - 1)
+    (path,) = fixed.controlled.host.sites.head_paths()
+    sizes = [fixed.controlled.trainable()[n].numel() for n in names]
+    in_head = [fixed.controlled.host.state_path[n].startswith(path) for n in names]
+    free = torch.cat(
+        [torch.full((s,), float(not h)) for s, h in zip(sizes, in_head, strict=True)]
+    ).to(torch.float64)
+    if int((free == 0).sum()) != len(head):
+        raise AssertionError(f"the head has {len(head)} entries, the last step {names} {sizes}")
+    controls[-1] = controls[-1].masked_scatter(free == 0, head)
+    others = [torch.ones_like(u) for u in controls[:-1]]
+    return problem, tuple(controls), torch.cat([*others, free])
+
+
+def _largest_eigenvalue(product: Any, size: int) -> float:
+    import numpy as np
+    import torch
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    def matvec(v: Any) -> Any:
+        return product(torch.as_tensor(np.array(v).reshape(-1))).numpy()
+
+    operator = LinearOperator((size, size), matvec=matvec, dtype=np.float64)  # type: ignore[call-arg]
+    start = np.random.default_rng(0).standard_normal(size)
+    options: dict[str, Any] = {"tol": 1e-6, "v0": start, "return_eigenvectors": False}
+    return float(eigsh(operator, k=1, which="LA", **options)[0])
+
+
+def _mean_eigenvalue(name: str, seed: int) -> float:
+    """The mean of the eigenvalues of G that are not zero: of the (outputs x outputs) ZZ'/n."""
+    import torch
+
+    from theory.curvature import flatten
+    from theory.linearisation import Linearisation
+
+    problem, u, mask = _start(name, seed)
+    lin = Linearisation.of(problem, u, keep=True)
+    outputs = lin.states[-1]
+    rows = []
+    for i in range(outputs.numel()):
+        q = torch.zeros_like(outputs).reshape(-1)
+        q[i] = 1.0
+        rows.append(mask * flatten(lin.pull(q.reshape(outputs.shape))[1]))
+    jacobian = torch.stack(rows)
+    return float((jacobian @ jacobian.mT).trace() / len(outputs) / outputs.numel())
+
+
+def _predict() -> dict[str, Any]:
+    """λ_max by Lanczos, through products with the Gauss-Newton matrix; the step 2/λ_max."""
+    from theory.curvature import GaussNewtonCurvature, HessianCurvature
+
+    found: dict[str, Any] = {}
+    for name, seed in RUNS:
+        problem, u, mask = _start(name, seed)
+        gauss_newton = GaussNewtonCurvature(problem, u)
+        hessian = HessianCurvature(problem, u)
+        top = _largest_eigenvalue(lambda v, c=gauss_newton, m=mask: m * c.product(m * v), len(mask))
+        found[f"{name}/{seed}"] = {
+            "lambda_max": top,
+            "step": 2 / top,
+            "lambda_max_of_the_hessian": _largest_eigenvalue(
+                lambda v, c=hessian, m=mask: m * c.product(m * v), len(mask)
+            ),
+            "mean_nonzero_eigenvalue": _mean_eigenvalue(name, seed),
+            "loss": float(gauss_newton.evaluation.objective),
+        }
+    return found
+
+
+def _diverges(name: str, seed: int, step: float) -> bool:
+    """Whether the loss ever exceeds its initial value, in a fixed number of full-batch steps."""
+    from theory.curvature import flatten, unflatten
+
+    problem, u, mask = _start(name, seed)
+    now = problem.evaluate(u)
+    initial = float(now.objective)
+    z = flatten(u)
+    for _ in range(STEPS):
+        z = z - step * mask * flatten(now.gradient)
+        now = problem.evaluate(unflatten(z, u))
+        value = float(now.objective)
+        if not math.isfinite(value) or value > initial:
+            return True
+    return False
+
+
+@cache
+def _threshold(name: str, seed: int, prediction: float) -> tuple[float, list[tuple[float, bool]]]:
+    """log2(largest stable step / prediction) by bisection, and what each trial gave."""
+    trials: list[tuple[float, bool]] = []
+
+    def trial(exponent: float) -> bool:
+        trials.append((exponent, _diverges(name, seed, prediction * 2.0**exponent)))
+        return trials[-1][1]
+
+    low, high = -BRACKET, BRACKET
+    while low > -WIDEST and trial(low):
+        low, high = low - BRACKET, low
+    while low == -BRACKET and high < WIDEST and not trial(high):
+        low, high = high, high + BRACKET
+    while high - low > RESOLUTION:
+        middle = (low + high) / 2
+        low, high = (low, middle) if trial(middle) else (middle, high)
+    return (low + high) / 2, trials
+
+
+def _evidence(prediction: Mapping[str, Any], assumed: str) -> Evidence:
+    details: dict[str, Any] = {}
+    for name, seed in RUNS:
+        predicted = prediction[f"{name}/{seed}"]
+        against_top, trials = _threshold(name, seed, predicted["step"])
+        shift = math.log2(predicted[assumed] / predicted["lambda_max"])
+        details[f"{name}/{seed}"] = {
+            "log2_ratio": against_top + shift,
+            "ratio": 2.0 ** (against_top + shift),
+            "largest_stable_step": predicted["step"] * 2.0**against_top,
+            "trials_log2_step_over_prediction": [list(t) for t in trials],
+        }
+    ratios = [found["log2_ratio"] for found in details.values()]
+    return Evidence(
+        value=max(abs(r) for r in ratios),
+        details=details,
+        spread=(min(map(abs, ratios)), max(map(abs, ratios))),
+        note=f"MiniLM-L6 in float64, {EXAMPLES} snippets of movie, {STEPS} full-batch steps; "
+        f"2/{assumed}; the worst of the deltas and seeds",
+    )
+
+
+CLAIM = Claim(
+    id=25,
+    name="stable-step",
+    title="A delta's largest stable step is 2/λ_max",
+    statement=(
+        "full-batch gradient descent on a delta alone, squared error, keeps the loss below its "
+        "initial value up to the step 2/λ_max of the delta's Gauss-Newton matrix at the start"
+    ),
+    source="this project, from the quadratic model; LeCun, Simard, Pearlmutter, NeurIPS 1992",
+    notebook="25_stable_step",
+    threshold=Threshold("<=", 1.0, "largest |log2(measured step / predicted step)|"),
+    predict=_predict,
+    measure=lambda prediction: _evidence(prediction, "lambda_max"),
+    negative_control=lambda prediction: _evidence(prediction, "mean_nonzero_eigenvalue"),
+)
