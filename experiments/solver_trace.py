@@ -1,0 +1,252 @@
+"""Solvers of one fine-tuning side by side, by work and by time.
+
+A delta is trained on fixed examples, in float64 and without dropout, so that
+
+    J(u) = mean cross-entropy + λ/2 Σ_t ‖u_t‖²
+
+is one deterministic optimal-control problem. Every solver starts at the same controls and may spend
+the same work, counted in gradients: one gradient is a sweep forward and a sweep backward through
+all stages, a Gauss-Newton product another two sweeps, a product with the Hessian three
+(`theory.work`). Time is the processor's, on one thread, so that other programs do not count.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from experiments import models, tasks
+from experiments.experiment import Digests, Experiment, Outcome, Workspace
+from theory.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from theory.problem import ControlProblem, Controls, Evaluation, Residual
+    from theory.solvers import Iterate
+    from theory.work import Meter
+
+SOLVERS = ("gauss-newton", "newton-cg", "lbfgs", "msa", "adamw")
+RATES: Mapping[str, tuple[float, ...]] = {
+    "msa": (0.1, 0.3, 1.0, 3.0),
+    "adamw": (1e-3, 3e-3, 1e-2, 3e-2),
+}
+
+
+@dataclass(frozen=True)
+class SolverTrace(Experiment):
+    """Solve one fine-tuning and record objective, residual, work and time of every iterate.
+
+    The step size of MSA and the rate of AdamW are chosen first, by the lowest J after a fifth of
+    the budget at each candidate; that search is recorded and not charged.
+
+    Attributes:
+        solver: "gauss-newton", "newton-cg", "lbfgs" (shooting), "msa" (a gradient step on H) or
+            "adamw" (no decoupled decay, rate falling linearly to zero over the budget).
+        delta: the delta, as a dictionary with its name; the task's head is trained with it.
+        model: the model.
+        task: a classification task; its first training examples are the fixed set.
+        num_examples: how many examples.
+        max_length: tokens of an example at most.
+        gradients: the budget.
+        weight_decay: λ.
+        tolerance: on the total residual (Σ_t ‖∇_u H_t‖²)^½.
+        seed: seed of the head's and the controls' initial values.
+    """
+
+    solver: str = "newton-cg"
+    delta: Mapping[str, Any] = field(default_factory=lambda: {"name": "lora"})
+    model: str = "minilm-l6"
+    task: str = "movie"
+    num_examples: int = 4
+    max_length: int = 12
+    gradients: int = 600
+    weight_decay: float = 1e-2
+    tolerance: float = 1e-8
+    seed: int = 0
+
+    kind: ClassVar[str] = "solver-trace"
+
+    def __post_init__(self) -> None:
+        """Check the solver and the sizes."""
+        if self.solver not in SOLVERS:
+            raise unknown("solver", self.solver, SOLVERS)
+        if self.num_examples < 1 or self.gradients < 5:
+            raise InputError(
+                f"num_examples is {self.num_examples} and gradients is {self.gradients}; expected "
+                "at least 1 example and 5 gradients"
+            )
+
+    def to_config(self) -> dict[str, Any]:
+        """The fields, with the delta's defaults filled in."""
+        from deltas.registry import from_dict
+
+        return {**asdict(self), "delta": from_dict(self.delta).to_dict()}
+
+    def digests(self) -> Digests:
+        """Digests of model and task."""
+        return Digests(models.digest(self.model), tasks.digest(self.task))
+
+    @property
+    def label(self) -> str:
+        """Solver and seed."""
+        return f"solver {self.solver} seed {self.seed}"
+
+    @property
+    def steps(self) -> int:
+        """The budget, by the name that all experiments share."""
+        return self.gradients
+
+    def execute(self, workspace: Workspace) -> Outcome:
+        """Choose a rate where the solver has one, then solve."""
+        import pandas as pd
+        import torch
+
+        from deltas.registry import from_dict
+        from experiments.problems import fixed_problem
+
+        fixed = fixed_problem(
+            (from_dict(self.delta),),
+            model=self.model,
+            task=self.task,
+            num_examples=self.num_examples,
+            max_length=self.max_length,
+            weight_decay=self.weight_decay,
+            seed=self.seed,
+        )
+        problem, start = fixed.problem, fixed.dynamics.controls()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            search = [
+                {"rate": rate, "objective": self._trace(problem, start, rate, 5).objective}
+                for rate in RATES.get(self.solver, ())
+            ]
+            # A rate that diverged has no finite objective and is never chosen.
+            rate = min(search, key=lambda trial: trial["objective"])["rate"] if search else None
+            trace = self._trace(problem, start, rate, 1, progress=workspace.progress)
+        finally:
+            torch.set_num_threads(threads)
+        last = trace.rows[-1]
+        result = {
+            "status": trace.status,
+            "rate": rate,
+            "search": search,
+            "num_controls": sum(problem.dynamics.control_sizes),
+            "objective": last["objective"],
+            "residual": last["residual"],
+            "iterations": last["iteration"],
+            "gradients": last["gradients"],
+            "seconds": last["seconds"],
+        }
+        message = f"residual {last['residual']:.2e} after {last['gradients']:.0f} gradients"
+        return Outcome("completed", result, pd.DataFrame(trace.rows), None, message)
+
+    def _trace(
+        self,
+        problem: ControlProblem,
+        start: Controls,
+        rate: float | None,
+        share: int,
+        progress: bool = False,
+    ) -> _Trace:
+        """Solve with a part of the budget."""
+        from theory.work import metered
+
+        with metered() as meter:
+            trace = _Trace(meter, problem.dynamics.horizon, self.gradients / share)
+            try:
+                if self.solver == "adamw":
+                    assert rate is not None
+                    trace.status = self._adamw(problem, start, rate, trace)
+                else:
+                    trace.status = self._solve(problem, start, rate, trace, progress)
+            except _Spent:
+                pass
+        return trace
+
+    def _solve(
+        self,
+        problem: ControlProblem,
+        start: Controls,
+        rate: float | None,
+        trace: _Trace,
+        progress: bool,
+    ) -> str:
+        from theory.solvers import MSA, Shooting, solve
+        from theory.solvers.gauss_newton import GaussNewton, NewtonCG
+
+        made = {"gauss-newton": GaussNewton, "newton-cg": NewtonCG, "lbfgs": Shooting}
+        solver = MSA(rate) if rate is not None else made[self.solver]()
+
+        def note(iterate: Iterate) -> None:
+            trace.note(iterate.iteration, iterate.evaluation, iterate.residual)
+
+        solution = solve(
+            problem,
+            solver,
+            start,
+            max_steps=10**9,
+            tol=self.tolerance,
+            callback=note,
+            progress=progress,
+        )
+        return str(solution.status)
+
+    def _adamw(self, problem: ControlProblem, start: Controls, rate: float, trace: _Trace) -> str:
+        import torch
+
+        controls = tuple(torch.nn.Parameter(u.clone()) for u in start)
+        optimiser = torch.optim.AdamW(controls, lr=rate, weight_decay=0.0)
+        steps = int(trace.budget)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=steps)
+        for iteration in range(steps + 1):
+            u = tuple(control.detach() for control in controls)
+            now = problem.evaluate(u)
+            residual = problem.residual_of(u, now.gradient)
+            trace.note(iteration, now, residual)
+            if residual.norm <= self.tolerance:
+                return "converged"
+            if not math.isfinite(residual.norm):
+                return "diverged"
+            for control, gradient in zip(controls, now.gradient, strict=True):
+                control.grad = gradient
+            optimiser.step()
+            schedule.step()
+        return "budget"
+
+
+class _Spent(Exception):
+    """Ends a solve whose budget is spent."""
+
+
+class _Trace:
+    """The rows of a curve, and whether the budget lasts."""
+
+    def __init__(self, meter: Meter, horizon: int, budget: float) -> None:
+        self.meter, self.horizon, self.budget = meter, horizon, budget
+        self.rows: list[dict[str, float]] = []
+        self.status = "budget"
+        self._began = time.process_time()
+
+    @property
+    def objective(self) -> float:
+        """J at the end, infinite where it is not finite."""
+        value = self.rows[-1]["objective"]
+        return value if math.isfinite(value) else math.inf
+
+    def note(self, iteration: int, now: Evaluation, residual: Residual) -> None:
+        """Add an iterate; raise `_Spent` once the budget is used up."""
+        gradients = self.meter.steps / self.horizon / 2
+        self.rows.append(
+            {
+                "iteration": iteration,
+                "objective": float(now.objective),
+                "residual": residual.norm,
+                "gradients": gradients,
+                "seconds": time.process_time() - self._began,
+            }
+        )
+        if gradients >= self.budget:
+            raise _Spent
