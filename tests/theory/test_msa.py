@@ -365,8 +365,8 @@ def test_step_changes_are_what_their_names_say(make) -> None:
     now = problem.evaluate(u)
     examples = len(problem.x0)
     for t, (a, b) in enumerate(zip(u, v, strict=True)):
-        change = step_change(problem, now, u, t, b)
         x, p = now.states[t], now.costates[t + 1]
+        change = step_change(problem, t, x, p, a, b)
 
         def gradient(control: Tensor, t: int = t, x: Tensor = x, p: Tensor = p) -> Tensor:
             leaf = x.clone().requires_grad_()

@@ -71,19 +71,21 @@ class StepChange:
 
 
 def step_change(
-    problem: ControlProblem, now: Evaluation, u: Controls, t: int, v: Tensor
+    problem: ControlProblem, t: int, x: Tensor, p_next: Tensor, u: Tensor, v: Tensor
 ) -> StepChange:
-    """Put ``v`` in the place of ``u_t``, along the trajectory of ``u``.
+    """Put ``v`` in the place of ``u`` at one step.
 
     Args:
         problem: the problem.
-        now: `ControlProblem.evaluate` of ``u``.
-        u: the present controls.
         t: the step.
-        v: the other control of that step; the result is differentiable in it, twice.
+        x: the state ``x_t``.
+        p_next: the costate ``p_{t+1}``, as `ControlProblem` gives it.
+        u: the present control.
+        v: the other one; the result is differentiable in it, twice.
     """
     with differentiable_attention():
-        return _change(problem, now, t, u[t], v)
+        old, new = (_parts(problem, t, x, p_next, control) for control in (u, v))
+        return _difference(problem, old, new, p_next)
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,14 @@ class ExtendedMSA(Solver):
         controls, total = [], 0.0
         with differentiable_attention():
             for t, u_t in enumerate(u):
+                x, p_next = now.states[t], now.costates[t + 1]
+                running = problem.cost.running(t, x, u_t)
+                old = _Parts(running, now.states[t + 1], now.costates[t])
 
-                def augmented(v: Tensor, t: int = t, u_t: Tensor = u_t) -> Tensor:
-                    change = _change(problem, now, t, u_t, v)
+                def augmented(
+                    v: Tensor, t: int = t, x: Tensor = x, p: Tensor = p_next, old: _Parts = old
+                ) -> Tensor:
+                    change = _difference(problem, old, _parts(problem, t, x, p, v), p)
                     return change.hamiltonian + rho / 2 * change.squares
 
                 stage = Stage(
@@ -180,27 +187,42 @@ class ExtendedMSA(Solver):
         return tuple(controls), total
 
 
-def _change(problem: ControlProblem, now: Evaluation, t: int, u: Tensor, v: Tensor) -> StepChange:
-    x, p, x_next = now.states[t].detach(), now.costates[t + 1], now.states[t + 1].detach()
-    examples = problem.x0.shape[0] if problem.x0.ndim > 1 else 1
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """``l_t``, ``f_t`` and ``grad_x H_t`` at one control."""
 
-    def parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    running: Tensor
+    state: Tensor
+    costate: Tensor
+
+
+def _parts(problem: ControlProblem, t: int, x: Tensor, p_next: Tensor, v: Tensor) -> _Parts:
+    x = x.detach()
+
+    def step(x: Tensor) -> tuple[Tensor, Tensor]:
         return problem.cost.running(t, x, v), problem.dynamics.step(t, x, v)
 
-    if x.is_floating_point():
-        (running, state), pull = torch.func.vjp(parts, x)[:2]
-        (gradient,) = pull((torch.ones_like(running), p))
-        costate = (gradient - now.costates[t]).square().sum() * examples
-    else:
-        running, state = parts(x)
-        costate = torch.zeros_like(running)
+    if not x.is_floating_point():
+        running, state = step(x)
+        return _Parts(running, state, torch.zeros_like(x, dtype=state.dtype))
+    (running, state), pull = torch.func.vjp(step, x)[:2]
+    (costate,) = pull((torch.ones_like(running), p_next))
+    return _Parts(running, state, costate)
+
+
+def _difference(problem: ControlProblem, old: _Parts, new: _Parts, p_next: Tensor) -> StepChange:
+    examples = problem.x0.shape[0] if problem.x0.ndim > 1 else 1
+    moved = new.state - old.state.detach()
     # The difference of the states first: of two large inner products little would be left.
-    hamiltonian = running - problem.cost.running(t, x, u.detach()) + (p * (state - x_next)).sum()
-    return StepChange(hamiltonian, (state - x_next).square().sum() / examples, costate)
+    return StepChange(
+        hamiltonian=new.running - old.running.detach() + (p_next * moved).sum(),
+        state=moved.square().sum() / examples,
+        costate=(new.costate - old.costate.detach()).square().sum() * examples,
+    )
 
 
 def _evaluate(problem: ControlProblem, u: Controls) -> Evaluation:
-    """With the attention of `_change`, so that the changes at ``u`` itself are exactly zero."""
+    """With the attention of `_parts`, so that the changes at ``u`` itself are exactly zero."""
     with differentiable_attention():
         return problem.evaluate(u)
 
