@@ -1,0 +1,61 @@
+"""Factored features of weights against forward-mode derivatives of the model."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call, jvp
+
+from deltas.sites import SiteMap
+from deltas.weight_features import weight_features
+from tests.deltas.zoo import batch_of, build
+from theory.errors import InputError
+from theory.linearisation import differentiable_attention
+
+SITES = ("attention.query", "attention.key", "attention.value", "attention.output")
+SITES += ("mlp.up", "mlp.down")
+
+
+@pytest.mark.parametrize("chunk", [2, 64])
+def test_features_are_derivatives_of_the_logits(chunk: int) -> None:
+    """All maps at once, with padding, three classes, and batches of one and two examples."""
+    model = build("bert", attention="sdpa", num_labels=3)
+    batch = batch_of(model)
+    paths = [site.path for site in SiteMap(model).resolve(SITES)]
+    logits, features = weight_features(model, paths, batch, chunk=chunk)
+    directions = {path: torch.randn(f.shape, dtype=torch.float64) for path, f in features.items()}
+    weights = {f"{path}.weight": model.get_parameter(f"{path}.weight").detach() for path in paths}
+    along = {f"{path}.weight": directions[path] for path in paths}
+
+    def outputs(weights: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, weights, (), dict(batch)).logits
+
+    with differentiable_attention(), torch.no_grad():
+        z, exact = jvp(outputs, (weights,), (along,))
+    found = sum(torch.from_numpy(f.apply(directions[p].numpy())) for p, f in features.items())
+    assert len(paths) == 12 and torch.is_tensor(found)
+    torch.testing.assert_close(logits, z, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
+    for f in features.values():
+        assert f.left.shape[1] == 3
+        assert not f.left[0, :, -2:].any()  # the first text has two tokens of padding
+        assert f.left[1].any()
+
+
+def test_nothing_is_left_behind() -> None:
+    model = build("bert")
+    batch = batch_of(model)
+    before = model(**batch).logits
+    weight_features(model, ["bert.encoder.layer.0.output.dense"], batch)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert torch.equal(model(**batch).logits, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_mistakes_are_named() -> None:
+    model = build("bert")
+    with pytest.raises(InputError, match="LayerNorm; the features"):
+        weight_features(model, ["bert.embeddings.LayerNorm"], batch_of(model))
+    with pytest.raises(InputError, match="no module"):
+        weight_features(model, ["bert.nowhere"], batch_of(model))
+    with pytest.raises(InputError, match="examples, tokens, width"):
+        weight_features(model, ["classifier"], batch_of(model))
