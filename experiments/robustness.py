@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deltas import DeltaModel
-    from deltas.feedback import Calibration
+    from deltas.calibration import Calibration
     from theory.closed_loop import StateFeedback
 
 BATCH_SIZE = 32
@@ -84,7 +84,8 @@ class Correction:
         """The law on calibrated subspaces, or around their means on random ones of the rank."""
         import torch
 
-        from theory.closed_loop import AffineSubspace, PIDCorrection, ProjectionCorrection
+        from theory.affine_subspace import AffineSubspace
+        from theory.closed_loop import PIDCorrection, ProjectionCorrection
 
         subspaces = calibration.subspaces(self.rank)
         if random is not None:
@@ -175,7 +176,7 @@ class Robustness(Experiment):
 
     def execute(self, workspace: Workspace) -> Outcome:
         """Train, calibrate, choose on validation, measure on test."""
-        from deltas.feedback import calibrate
+        from deltas.calibration import calibrate
         from experiments.attacks import EmbeddingAttack, corrupted
 
         classifier, texts = self._classifier(workspace)

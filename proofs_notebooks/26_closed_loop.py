@@ -121,9 +121,9 @@ assert sp.simplify(value - alpha / (1 + alpha * a.dot(a) / r) * m**2 / 2) == 0
 # %%
 import torch
 
+from theory.affine_subspace import AffineSubspace
 from theory.closed_loop import (
     AdditiveControl,
-    AffineSubspace,
     PIDGains,
     ProjectionCorrection,
 )

@@ -21,9 +21,9 @@ Riccati recursion by the formula of Sherman, Morrison and Woodbury; ``M_t - W^{-
 controllability Gramian of the remaining layers over ``r``. No matrix is larger than ``k x k``.
 ``W = inf`` asks for the target exactly, at minimum energy. The trajectory's own control ``v_t``
 enters ``d_t``, so that steering may be repeated around a steered trajectory (Gauss-Newton). Far
-from the target that may cycle; a damping ``h`` in [0, 1) adds ``r h/(2(1-h)) sum_t ||u_t - v_t||^2``
-to ``J``, which leaves the fixed points where they are. In the formulas ``r`` becomes ``r/(1-h)``,
-the last term of ``d_t`` gets the factor ``1-h``, and ``h v_t`` is added to the law.
+from the target that may cycle; a damping ``h`` in [0, 1) adds ``1/2 r h/(1-h) ||u_t - v_t||^2``
+for each step to ``J``, which leaves the fixed points where they are. In the formulas ``r`` becomes
+``r/(1-h)``, the last term of ``d_t`` gets the factor ``1-h``, and ``h v_t`` is added to the law.
 
 Source: Bryson & Ho, *Applied Optimal Control*, 1975, sections 5.2 to 5.4; the rank statement as in
 Liu, Chen & Theodorou, ICLR 2021, proposition 4.

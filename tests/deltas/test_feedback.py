@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltas import LoRA, PromptTuning, attach
+from deltas.calibration import Calibration, calibrate
 from deltas.dynamics import TransformerDynamics
-from deltas.feedback import Calibration, attach_feedback, attended, calibrate, run
+from deltas.feedback import attach_feedback, attended, run
 from deltas.host import first_tensor
 from tests.deltas import zoo
-from theory.closed_loop import AffineSubspace, PIDCorrection, ProjectionCorrection
+from theory.affine_subspace import AffineSubspace
+from theory.closed_loop import PIDCorrection, ProjectionCorrection
 from theory.errors import InputError
 from theory.feedback import AffineFeedback
 

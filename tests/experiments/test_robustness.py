@@ -17,7 +17,8 @@ from experiments.robustness import Correction, Robustness, candidates, recovered
 from experiments.runs import RunStore
 from experiments.sweeps import run as run_experiment
 from tests.deltas import zoo
-from theory.closed_loop import AffineSubspace, ProjectionCorrection
+from theory.affine_subspace import AffineSubspace
+from theory.closed_loop import ProjectionCorrection
 from theory.errors import InputError
 
 

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from tests.theory.dense import kkt
 from tests.theory.problems import normal, residual_network
+from theory.affine_subspace import AffineSubspace, Moments
 from theory.closed_loop import (
     AdditiveControl,
-    AffineSubspace,
-    Moments,
     PIDCorrection,
     PIDGains,
     ProjectionCorrection,
