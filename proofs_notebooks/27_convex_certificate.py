@@ -176,8 +176,8 @@ print(f"rank {W.ranks[0]} in 3 x 5 and embedded in 30 x 20")
 # ## What breaks it
 #
 # A point outside the domain bounds nothing: scaling $a$ *up* violates
-# $\|v_g\|_\circ \le \lambda w_g$, and $D$ is $-\infty$, not merely small. And with a box the rotation
-# of E is wrong: the box of the reduced coordinates is another set.
+# $\|v_g\|_\circ \le \lambda w_g$, and $D$ is $-\infty$, not merely small. And with a box the
+# rotation of E is wrong: the box of the reduced coordinates is another set.
 
 # %%
 assert tuning.bound(1.01 * solution.dual, weight) == -np.inf
