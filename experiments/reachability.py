@@ -205,10 +205,9 @@ def _describe(
     from theory.output_map import linear_quadratic_gain
 
     gradient, hessian = derivatives
-    gramian = found.outputs.gramian(part).double()
+    gramian = found.outputs.gramian(part)
     gain = linear_quadratic_gain(gramian, gradient, hessian, weight_decay)
-    target = signs.to(found.outputs.blocks[0])
-    least = found.outputs.minimum_energy(target, part)
+    least = found.outputs.minimum_energy(signs, part)
     row = {
         "num_controls": sum(int(found.outputs.access[t][e].numel()) for t, e in part.items()),
         "trace": float(gramian.trace()),
@@ -217,6 +216,6 @@ def _describe(
         "predicted_loss_drop": gain.loss_drop,
         "energy_one": float((0.5 / gramian.diagonal()).mean()),
         "energy_all": least.energy,
-        "unreachable": float(least.unreachable.norm() / target.norm()),
+        "unreachable": float(least.unreachable.norm() / signs.norm()),
     }
     return row, torch.linalg.eigvalsh(gramian).flip(0).clamp_min(0).tolist()

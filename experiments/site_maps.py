@@ -92,9 +92,15 @@ def margin_map(data: MarginData, sites: Sequence[str], rank: int, seed: int) -> 
             K = data.functional(states[-1], batch["attention_mask"])
             maps.append(reach.output_map(K[None]))
             margins.append(data.margins(states[-1], batch["attention_mask"]))
-        return MarginMap(OutputMap.stack(maps), torch.cat(margins).double(), parts)
+        return MarginMap(_double(OutputMap.stack(maps)), torch.cat(margins).double(), parts)
     finally:
         controlled.detach()
+
+
+def _double(outputs: OutputMap) -> OutputMap:
+    """The rows of a float32 model in float64: what is computed from them loses nothing more."""
+    blocks, access = (tuple(x.double() for x in xs) for xs in (outputs.blocks, outputs.access))
+    return OutputMap(blocks, access, outputs.control_shapes)
 
 
 @dataclass(frozen=True)

@@ -230,14 +230,10 @@ full = full @ full.T
 factor = s**2 * rank / (3 * d)
 
 
-def lora_gramian():
-    A = (2 * torch.rand(d, rank, generator=generator, dtype=F64) - 1) / d**0.5
-    rows = s * torch.einsum("itd,dr,ito->iro", x, A, q).flatten(1)
-    return rows @ rows.T
-
-
+A = (2 * torch.rand(16000, d, rank, generator=generator, dtype=F64) - 1) / d**0.5
+rows = s * torch.einsum("itd,ndr,ito->niro", x, A, q).flatten(2)
+draws = rows @ rows.mT
 errors = []
-draws = torch.stack([lora_gramian() for _ in range(16000)])
 for n in (160, 1600, 16000):
     means = draws.reshape(-1, n, examples, examples).mean(1)
     errors.append(float((means - factor * full).norm(dim=(1, 2)).square().mean().sqrt()))

@@ -5,6 +5,7 @@ The examples are few and short, because what is tested does not depend on their 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -170,6 +171,49 @@ def test_parts_add_up(minilm_l6: str, tmp_path) -> None:
     curve = outcome.curve
     of_whole = curve[curve["layer"].isna() & curve["site"].isna()]
     assert of_whole["eigenvalue"].sum() == pytest.approx(whole, rel=1e-10)
+
+
+def test_a_language_model_has_the_margin_of_two_words_at_the_last_token(data: MarginData) -> None:
+    logits = torch.randn(2, 4, 7, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    words = replace(data, words=(3, 5))
+    expected = torch.stack([logits[0, 3, 5] - logits[0, 3, 3], logits[1, 1, 5] - logits[1, 1, 3]])
+    assert torch.equal(words.margins(logits, mask), expected)
+    prompted = replace(data, words=(3, 5), prompt=[7, 8]).batch(["one film", "a longer film it is"])
+    assert prompted["input_ids"][1, -2:].tolist() == [7, 8]
+    last = int(prompted["attention_mask"][0].sum())
+    assert prompted["input_ids"][0, last - 2 : last].tolist() == [7, 8]
+
+
+@pytest.mark.slow
+def test_rows_of_a_language_model_are_derivatives_too() -> None:
+    """SmolLM2 in float32: finite differences along one direction of one site, to 1 %."""
+    try:
+        words = margin_data(
+            "smollm2-135m", "movie", kind="causal-lm", num_examples=2, max_length=8,
+            dtype="float32",
+        )  # fmt: skip
+    except InputError as error:
+        pytest.skip(f"smollm2-135m cannot be had here: {error}")
+    site, layer = "mlp.up", 20
+    found = margin_map(words, (site,), 4, seed=0)
+    t, entries = found.parts[layer, site]
+    controlled = attach_everywhere(words, (site,), 4, seed=0)
+    try:
+        path = controlled.host.sites.resolve((site,), (layer,))[0].path
+        A, B = (controlled.trainable()[f"lora.{path}.{x}"] for x in "AB")
+        rows = found.outputs.blocks[t][:, entries]
+        direction = (rows.sum(0)[A.numel() :]).view_as(B)
+        direction = direction / direction.norm()
+        du = torch.cat([torch.zeros(A.numel()), direction.flatten()]).double()
+        ends, h = [], 0.05
+        for sign in (1, -1):
+            B.data = sign * h * direction.float()
+            ends.append(plain_margins(words, controlled))
+        slope = (ends[0] - ends[1]).double() / (2 * h)
+        assert (slope - rows @ du).norm() <= 0.01 * (rows @ du).norm()
+    finally:
+        controlled.detach()
 
 
 def test_wrong_data_is_refused(minilm_l6: str) -> None:

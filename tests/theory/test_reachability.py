@@ -141,6 +141,9 @@ def test_unreachable_targets_are_named() -> None:
     exact = reach.output_map().minimum_energy(y)
     assert torch.allclose(exact.unreachable, torch.tensor([0.0, 5.0], dtype=F64), atol=1e-13)
     assert exact.energy == pytest.approx(0.5 * 36 / 12, rel=1e-13)
+    for nothing in ({}, {1: slice(0, 0)}):
+        idle = reach.output_map().minimum_energy(y, nothing)
+        assert idle.energy == 0.0 and torch.equal(idle.unreachable, y)
     damped = reach.minimum_energy(y, damping=1e-9)
     assert torch.allclose(damped.unreachable, exact.unreachable, atol=1e-7)
 
