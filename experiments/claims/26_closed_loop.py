@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,13 @@ def _interval(results: list[dict[str, Any]], corrected: str) -> tuple[float, flo
     return float(low), float(high)
 
 
-def _evidence(corrected: str, recovered: str, clean: str, note: str) -> Evidence:
+def _evidence(kind: str, recovered: str, note: str) -> Evidence:
+    """The mean recovered share of a kind of correction; 0 where it costs too much clean accuracy.
+
+    Accuracy that is bought with clean accuracy does not count as restored.
+    """
     results = _results()
+    corrected, clean = f"attacked_{kind}", f"clean_{kind}"
     accuracies = [r["accuracy"] for r in results]
     lost = [a["clean"] - a["attacked"] for a in accuracies]
     clean_loss = _mean([a["clean"] - a[clean] for a in accuracies])
@@ -65,43 +71,37 @@ def _evidence(corrected: str, recovered: str, clean: str, note: str) -> Evidence
         "recovered_by_seed": [r[recovered] for r in results],
         "clean_loss": clean_loss,
         "lost_by_seed": lost,
-        "choice": [r["choice"] for r in results],
+        "choice": [r["choice" if kind == "corrected" else "choice_random"] for r in results],
         **{name: _mean([a[name] for a in accuracies]) for name in accuracies[0]},
     }
+    affordable = clean_loss <= MOST_CLEAN_LOSS
+    if not affordable:
+        note += f"; it costs {100 * clean_loss:.1f} points of clean accuracy, so nothing counts"
     return Evidence(
-        value=_mean(details["recovered_by_seed"]),
+        value=_mean(details["recovered_by_seed"]) if affordable else 0.0,
         details=details,
         assumption_met=min(lost) >= LEAST_LOST,
         note=note,
-        spread=_interval(results, corrected),
+        spread=_interval(results, corrected) if affordable else None,
     )
 
 
 def _measure(prediction: Mapping[str, Any]) -> Evidence:
     """The correction chosen on validation examples, on test examples, three trainings."""
     evidence = _evidence(
-        "attacked_corrected",
+        "corrected",
         "recovered",
-        "clean_corrected",
         "MiniLM-L6 with LoRA on movie; the adversary does not know the correction",
     )
+    more = ("recovered_adaptive", "recovered_same_random", "recovered_typos", "outside")
     results = _results()
-    for name in ("recovered_adaptive", "recovered_typos", "outside", "relative_time"):
-        evidence.details[name] = [r[name] for r in results]  # type: ignore[index]
-    if evidence.details["clean_loss"] > prediction["clean_loss_at_most"]:
-        # Accuracy that is bought with clean accuracy does not count as restored.
-        return Evidence(0.0, evidence.details, evidence.assumption_met, evidence.note)
-    return evidence
+    extra = {name: [r[name] for r in results] for name in (*more, "relative_time")}
+    return replace(evidence, details={**evidence.details, **extra})
 
 
 def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
-    """Random subspaces of the same rank around the same means, with the same gain."""
-    return _evidence(
-        "attacked_random",
-        "recovered_random",
-        "clean_random",
-        "random subspaces of the same rank",
-    )
+    """Random subspaces around the same means; rank and gain chosen by the same procedure."""
+    return _evidence("random", "recovered_random", "random subspaces, chosen in the same way")
 
 
 CLAIM = Claim(
