@@ -1,0 +1,125 @@
+"""Claim 21: with a tracking cost the middle layers of a deep network are a turnpike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from theory.claims import Claim, Evidence, Threshold
+
+DEPTH = 60
+OUTER = 10
+SEEDS = range(5)
+TRACKING = 1.0
+
+
+def _problem(seed: int, tracking: float):
+    """One layer repeated, ``J = 1/2 ||x_L - y||² + Σ tracking/2 ||x_t - d||² + 1/2 ||u_t||²``."""
+    import torch
+
+    from theory.costs import QuadraticCost
+    from theory.problem import ControlProblem
+    from theory.systems import ResidualNetwork
+
+    width, hidden = 4, 8
+    layer = ResidualNetwork.random(1, width, hidden, width, seed=seed)
+    dynamics = ResidualNetwork(
+        W1=[layer.W1[0]] * DEPTH, W2=[0.5 * layer.W2[0]] * DEPTH, B=[layer.B[0]] * DEPTH
+    )
+    generator = torch.Generator().manual_seed(500 + seed)
+    x0, wanted, target = torch.randn(3, width, generator=generator, dtype=torch.float64)
+    eye = torch.eye(width, dtype=torch.float64)
+    cost = QuadraticCost(
+        Q=[tracking * eye] * DEPTH,
+        R=[eye] * DEPTH,
+        q=[-tracking * wanted] * DEPTH,
+        Qf=eye,
+        qf=-target,
+    )
+    return ControlProblem(dynamics, cost, x0)
+
+
+def _steady(seed: int):
+    import torch
+
+    from theory.turnpike import SteadyState
+
+    problem = _problem(seed, TRACKING)
+    return SteadyState.of(problem, torch.zeros_like(problem.x0))
+
+
+def _predict() -> dict[str, Any]:
+    """Rates from the steady problem and its Riccati equation; no long problem is solved."""
+    return {"rates": [_steady(seed).rate for seed in SEEDS]}
+
+
+def _fitted(seed: int, tracking: float) -> dict[str, float]:
+    """The rate at which the optimal controls approach those of the steady problem."""
+    import torch
+
+    from theory.solvers.base import Status, solve
+    from theory.solvers.ilqr import DDP
+    from theory.turnpike import two_sided_rate
+
+    problem = _problem(seed, tracking)
+    solution = solve(problem, DDP(), problem.zero_controls(), max_steps=100, tol=1e-11)
+    steady = _steady(seed).u if tracking else torch.zeros(4, dtype=torch.float64)
+    distances = torch.stack([torch.linalg.vector_norm(u - steady) for u in solution.controls])
+    return {
+        "rate": two_sided_rate(distances[OUTER:-OUTER]),
+        "middle_over_ends": float(distances[DEPTH // 2] / distances[[0, -1]].max()),
+        "converged": float(solution.status is Status.CONVERGED),
+    }
+
+
+def _ratios(prediction: Mapping[str, Any], tracking: float) -> tuple[list[float], dict[str, Any]]:
+    fits = [_fitted(seed, tracking) for seed in SEEDS]
+    ratios = [f["rate"] / rate for f, rate in zip(fits, prediction["rates"], strict=True)]
+    return ratios, {"ratios": ratios, "fits": fits}
+
+
+def _distance_from_one(ratio: float) -> float:
+    return max(ratio, 1 / ratio) if ratio > 0 else float("inf")
+
+
+def _measure(prediction: Mapping[str, Any]) -> Evidence:
+    """Fit the optimal controls of the 60-layer network; worst of the seeds."""
+    ratios, details = _ratios(prediction, TRACKING)
+    return Evidence(
+        value=max(ratios, key=_distance_from_one),
+        details=details,
+        assumption_met=all(fit["converged"] for fit in details["fits"]),
+        note="60 equal residual layers, layers 10 to 49, DDP to 1e-11, worst of 5 seeds",
+        spread=(min(ratios), max(ratios)),
+    )
+
+
+def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
+    """The same networks without the tracking cost; the steady optimum then has u = 0."""
+    ratios, details = _ratios(prediction, 0.0)
+    return Evidence(
+        value=min(ratios, key=_distance_from_one),
+        details=details,
+        note="without tracking, rates over those predicted with it; best of 5 seeds",
+        spread=(min(ratios), max(ratios)),
+    )
+
+
+CLAIM = Claim(
+    id=21,
+    name="turnpike",
+    title="Tracking makes the middle layers a turnpike",
+    statement=(
+        "with a tracking cost in every layer of a depth-invariant network, ‖u_t - ū‖ decays as "
+        "C(e^{-μt} + e^{-μ(L-t)}), with μ from the Riccati equation of the steady problem"
+    ),
+    source=(
+        "Esteve, Geshkovski, Pighin, Zuazua, arXiv 2008.02491, 2020; "
+        "Trélat & Zuazua, J. Differential Equations 258(1), 2015"
+    ),
+    notebook="21_turnpike",
+    threshold=Threshold("within", (0.8, 1.25), "fitted rate over predicted rate, worst of 5 seeds"),
+    predict=_predict,
+    measure=_measure,
+    negative_control=_negative_control,
+)
