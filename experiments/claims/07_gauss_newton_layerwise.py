@@ -51,10 +51,10 @@ def _small_bert() -> Any:
     from deltas import HeadTuning, LoRA, attach
     from deltas.dynamics import control_problem
 
-    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 12, "vocab_size": 40, "max_position_embeddings": 16}
     sizes |= {"num_labels": 3}
-    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    off: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     torch.manual_seed(7)
     model = hf.BertForSequenceClassification(hf.BertConfig(**sizes, **off))
     with torch.no_grad():
