@@ -498,6 +498,8 @@ GOOD = {"features": normal(4, 3, 6, seed=70), "labels": torch.tensor([0, 1, 2, 0
         ({"labels": torch.tensor([0, 1, 2])}, "4 class numbers"),
         ({"labels": torch.tensor([0.0, 1.0, 2.0, 0.0])}, "squared-error"),
         ({"labels": torch.zeros(4, 2), "loss": "squared-error"}, "real targets"),
+        ({"labels": torch.full((4, 3), torch.nan), "loss": "squared-error"}, "finite real"),
+        ({"features": normal(4, 3, 0, seed=70)}, "no controls"),
         ({"loss": "hinge"}, "unknown loss"),
         ({"groups": (2, 3)}, "5 controls in all"),
         ({"features": normal(4, 6, seed=70)}, "examples, logits"),

@@ -141,6 +141,8 @@ def named_groups(
 
 
 def _checked(features: list[Features]) -> list[Features]:
+    if not any(f.size for f in features):
+        raise InputError("the features have no controls; expected at least one column")
     for f in features:
         if f.num_examples < 1 or not math.isfinite(f.frobenius()):
             raise InputError(

@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from scipy.special import log_softmax, softmax, xlogy
 from torch import Tensor
 
@@ -139,10 +140,11 @@ class SquaredError(Loss):
     def targets(self, labels: Tensor, shape: tuple[int, int]) -> np.ndarray:
         """The labels themselves; ``(N,)`` is accepted for one logit."""
         wanted = [shape] + ([shape[:1]] if shape[1] == 1 else [])
-        if not labels.is_floating_point() or tuple(labels.shape) not in wanted:
+        finite = bool(torch.isfinite(labels).all())
+        if not (labels.is_floating_point() and finite and tuple(labels.shape) in wanted):
             raise InputError(
                 f"the labels are {labels.dtype} of shape {tuple(labels.shape)}; the squared error "
-                f"expects real targets of the logits' shape {shape}"
+                f"expects finite real targets of the logits' shape {shape}"
             )
         return labels.detach().cpu().double().numpy().reshape(shape)
 

@@ -1,0 +1,22 @@
+"""Layers, sites and ranks that the convex program of linearised tuning picks."""
+
+from __future__ import annotations
+
+from experiments.selection import Selection
+
+
+def experiments(preset: str) -> list[Selection]:
+    """One run a seed; the seed draws the training rows."""
+    if preset == "quick":
+        return [
+            Selection(
+                num_examples=32,
+                num_heldout=64,
+                num_test=100,
+                num_weights=5,
+                smallest=0.3,
+                draws=1,
+                steps=10,
+            )
+        ]
+    return [Selection(seed=seed) for seed in range(3)]
