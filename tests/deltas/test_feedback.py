@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from deltas import LoRA, PromptTuning, attach
 from deltas.calibration import Calibration, calibrate
@@ -288,3 +288,29 @@ def test_a_prompt_counts_as_text(build: Build) -> None:
     state = torch.zeros(3, zoo.TOKENS + 2, 1)
     assert attended(batch, state)[0].tolist() == [True] * 7 + [False] * 2
     assert attended({}, state).all()
+
+
+def test_acts_on_both_stacks_of_an_encoder_decoder() -> None:
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=zoo.d, num_layers=2, num_heads=4, d_ff=zoo.m, d_kv=8, vocab_size=zoo.V
+    )  # fmt: skip
+    config.decoder_start_token_id = 0
+    model: Any = T5ForConditionalGeneration(config).double().eval()
+    batch = zoo.batch_of(model) | {"decoder_input_ids": torch.tensor([[0, 5]] * 3)}
+    plain = zoo.out(model, batch)
+    changed = []
+    for acting in (slice(0, 3), slice(3, 6)):
+        laws: list[AffineSubspace | None] = [None] * 6
+        laws[acting] = subspaces(8, 3)
+        with attach_feedback(model, ProjectionCorrection(laws, 0.5)) as attached:
+            assert [p.startswith("input:") for p in attached.paths] == [True, False, False] * 2
+            changed.append(zoo.relative([zoo.out(model, batch)], [plain]))
+            model.generate(**zoo.batch_of(model), max_new_tokens=3)
+    assert min(changed) > 1e-3
+    assert torch.equal(zoo.out(model, batch), plain)
+    with (
+        attach_feedback(model, PIDCorrection(subspaces(8, 6))),
+        pytest.raises(InputError, match="takes states of one shape"),
+    ):
+        zoo.out(model, batch)
