@@ -55,7 +55,10 @@ Method = Literal["euler", "midpoint"]
 
 @runtime_checkable
 class DepthInterpolation(Protocol):
-    """A system that can interpolate its weights between two layers."""
+    """A system that can interpolate its weights between two layers, as `ResidualNetwork` can.
+
+    A `Segment` of one hides that, and has its fields interpolated.
+    """
 
     def step_between(self, t: int, weight: float, x: Tensor, u: Tensor) -> Tensor:
         """The step with ``(1 - weight)`` times the weights of ``t`` and ``weight`` those of t+1."""
@@ -167,7 +170,9 @@ class ContinuousDepth:
         with torch.enable_grad():
             x = states[-1].detach().requires_grad_()
             terminal = cost.terminal(x)
-            (p,) = torch.autograd.grad(terminal, x, allow_unused=True, materialize_grads=True)
+            p = torch.zeros_like(x)
+            if terminal.requires_grad:
+                (p,) = torch.autograd.grad(terminal, x, allow_unused=True, materialize_grads=True)
         costates = [p]
         for t in reversed(range(self.horizon)):
             a, b = u[t].detach(), u[self._next(t)].detach()

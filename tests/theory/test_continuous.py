@@ -298,7 +298,30 @@ def test_a_refined_system_is_solved_like_any_other() -> None:
         torch.testing.assert_close(flat(found.controls), exact, rtol=1e-8, atol=1e-8)
 
 
-def test_a_step_without_control_and_one_that_ignores_its_state() -> None:
+class Lagrange(Cost):
+    """``l = 1/2 ||x||^2``, and a terminal cost that is a constant."""
+
+    def running(self, t: int, x: Tensor, u: Tensor) -> Tensor:
+        return 0.5 * x.square().sum()
+
+    def terminal(self, x: Tensor) -> Tensor:
+        return x.new_ones(())
+
+
+def test_layers_without_control_and_a_constant_terminal_cost() -> None:
+    """``x' = -x``: ``J = 1 + (1 - e^{-2L}) |x_0|^2/4``, ``p(0) = (1 - e^{-2L}) x_0/2``."""
+    dynamics = LinearDynamics(A=torch.zeros(2, 3, 3, dtype=F64), B=torch.zeros(2, 3, 0, dtype=F64))
+    x0 = normal(3, seed=1)
+    u = (torch.zeros(0, dtype=F64),) * 2
+    found = ContinuousDepth(dynamics).evaluate(Lagrange(), x0, u)
+    decay = 1 - math.exp(-4)
+    assert float(found.objective) == pytest.approx(1 + decay * float(x0.square().sum()) / 4)
+    torch.testing.assert_close(found.costates[0], decay * x0 / 2, rtol=1e-9, atol=1e-9)
+    assert float(found.costates[-1].abs().max()) == 0.0
+    assert [g.shape for g in found.gradient] == [(0,), (0,)]
+
+
+def test_a_step_that_ignores_its_control_and_one_that_ignores_its_state() -> None:
     dynamics = Segment(Forgetful(), 0, 3)
     u = tuple(normal(2, seed=t) for t in range(3))
     x0 = 0.3 * normal(2, seed=4)
