@@ -327,7 +327,7 @@ claim = Claim(
     name="emsa-descent",
     title="Extended MSA descends above a penalty",
     statement="above rho* of statement C no step raises J, below it one does",
-    source="Li, Chen, Tai & E, JMLR 18(165), 2018, Section 3.2",
+    source="Li, Chen, Tai & E, JMLR 18(165), 2018, Section 3",
     notebook="proofs_notebooks/03_emsa_descent.py",
     threshold=Threshold("<=", 0, "number of ascents"),
     predict=lambda: {"ascents": 0},

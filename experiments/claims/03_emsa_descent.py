@@ -153,7 +153,7 @@ CLAIM = Claim(
         "minimising H_t + ρ/2 |f_t - x_{t+1}|² + ρ/2 |∇_x H_t - p_t|² in u_t, all layers at once, "
         "decreases J for every ρ above a constant ρ*, fitted on other problems of the family"
     ),
-    source="Li, Chen, Tai, E, JMLR 18(165), 2018, Section 3.2 and Lemma 2",
+    source="Li, Chen, Tai, E, JMLR 18(165), 2018, Section 3, Lemma 2 and Algorithm 2",
     notebook="03_emsa_descent",
     threshold=Threshold("<=", 0, "number of steps above ρ* that raise J, held-out problems"),
     predict=_predict,

@@ -23,7 +23,7 @@ over the examples of squared Euclidean norms, of the states and of the *example'
 depend on the batch size. A state ``(n,)`` is one example.
 
 Source: Li, Chen, Tai & E, *Maximum principle based algorithms for deep learning*, JMLR 18(165),
-2018, section 3.2, algorithm 2, there with the signs of a maximisation.
+2018, lemma 2 and algorithm 2, there with the signs of a maximisation.
 """
 
 from __future__ import annotations
