@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.theory.dense import flat, kkt
 from tests.theory.problems import normal, residual_network, varying
+from theory.costs import QuadraticCost
 from theory.errors import InputError
 from theory.feedback import AffineFeedback, closed_loop
+from theory.lq import LQPolicy, riccati
+from theory.problem import ControlProblem
+from theory.solvers import MSA, solve
+from theory.solvers.riccati import Riccati
+from theory.systems import LinearDynamics
 
 F64 = torch.float64
 
@@ -61,6 +68,68 @@ def test_steps_without_control_have_empty_ones() -> None:
     gains = tuple(normal(len(v), x.shape[-1], seed=7) for v, x in zip(u, states, strict=False))
     loop = closed_loop(problem.dynamics, AffineFeedback(gains, u, states), problem.x0)
     assert [tuple(v.shape) for v in loop.controls] == [(6, 2), (6, 0), (6, 3), (6, 1)]
+
+
+def tail(problem: ControlProblem, start: int, x0: torch.Tensor) -> ControlProblem:
+    """The rest of a linear-quadratic problem, from a state on."""
+    f, cost = problem.dynamics, problem.cost
+    assert isinstance(f, LinearDynamics) and isinstance(cost, QuadraticCost) and f.c is not None
+    terms = {name: getattr(cost, name)[start:] for name in ("Q", "R", "N", "q", "r")}
+    dynamics = LinearDynamics(f.A[start:], f.B[start:], f.c[start:])
+    return ControlProblem(dynamics, QuadraticCost(**terms, Qf=cost.Qf, qf=cost.qf), x0)
+
+
+def optimal(problem: ControlProblem) -> LQPolicy:
+    f, cost = problem.dynamics, problem.cost
+    assert isinstance(f, LinearDynamics) and isinstance(cost, QuadraticCost)
+    terms = {name: getattr(cost, name) for name in ("Q", "R", "N", "q", "r", "Qf", "qf")}
+    return riccati(A=f.A, B=f.B, c=f.c, **terms)
+
+
+@pytest.mark.parametrize("batch", [None, 5])
+def test_the_law_of_a_solution_is_the_riccati_feedback(batch: int | None) -> None:
+    """From the solution's gains, and from the recursion; also where disturbances push."""
+    problem = varying(batch)
+    policy = optimal(problem)
+    start = problem.zero_controls(per_example=batch is not None)
+    solution = solve(problem, Riccati(), start, max_steps=3, tol=1e-9)
+    law = AffineFeedback.of(solution)
+    pushes = [normal(*x.shape, seed=200 + t) for t, x in enumerate(solution.states[1:])]
+    for disturbance in (None, pushes, [None, pushes[1], None, pushes[3]]):
+        expected = closed_loop(problem.dynamics, policy, problem.x0, disturbance)
+        found = closed_loop(problem.dynamics, law, problem.x0, disturbance)
+        assert (flat(found.controls) - flat(expected.controls)).norm() <= 1e-9
+    undisturbed = closed_loop(problem.dynamics, law, problem.x0).controls
+    torch.testing.assert_close(flat(undisturbed), flat(solution.controls), rtol=0, atol=1e-12)
+
+
+def test_the_law_stays_optimal_after_a_disturbance() -> None:
+    """The principle of optimality, against a dense solve of what remains."""
+    problem = varying(None)
+    disturbance = [normal(n, seed=210 + n) if t == 1 else None for t, n in enumerate((4, 4, 2, 3))]
+    states, controls = closed_loop(problem.dynamics, optimal(problem), problem.x0, disturbance)
+    expected, _ = kkt(tail(problem, 2, states[2]), per_example=False)
+    torch.testing.assert_close(flat(controls[2:]), flat(expected), rtol=0, atol=1e-12)
+    planned, _ = kkt(problem, per_example=False)
+    assert (flat(controls[2:]) - flat(planned[2:])).norm() > 0.1
+
+
+def test_one_control_for_a_batch_answers_to_all_of_it() -> None:
+    problem = varying(5)
+    solution = solve(problem, Riccati(), problem.zero_controls(), max_steps=3, tol=1e-9)
+    law = AffineFeedback.of(solution)
+    disturbance = [normal(5, n, seed=220 + n) if t == 1 else None for t, n in enumerate((4,) * 4)]
+    states, controls = closed_loop(problem.dynamics, law, problem.x0, disturbance)
+    assert [u.shape for u in controls] == [u.shape for u in solution.controls]
+    expected, _ = kkt(tail(problem, 2, states[2]), per_example=False)
+    torch.testing.assert_close(flat(controls[2:]), flat(expected), rtol=0, atol=1e-11)
+
+
+def test_a_solution_without_gains_gives_no_law() -> None:
+    problem = varying(None)
+    solution = solve(problem, MSA(1e-3), problem.zero_controls(), max_steps=1, tol=0.0)
+    with pytest.raises(InputError, match="no feedback gains"):
+        AffineFeedback.of(solution)
 
 
 def test_bad_laws_and_disturbances_are_refused() -> None:

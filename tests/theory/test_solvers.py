@@ -25,19 +25,24 @@ from theory.solvers import MSA, Iterate, Shooting, Solution, Solver, Status, sol
 from theory.solvers.emsa import ExtendedMSA
 from theory.solvers.gauss_newton import GaussNewton, NewtonCG
 from theory.solvers.ilqr import DDP, ILQR
+from theory.solvers.riccati import Riccati
 
 F64 = torch.float64
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A solver for the suite: how to make it for a problem, and which cases it is for."""
+    """A solver for the suite: how to make it for a problem, and which cases it is for.
+
+    `general` says that it takes any dynamics and cost.
+    """
 
     name: str
     make: Callable[[ControlProblem, Controls], Solver]
     solves: Callable[[Case], bool] = lambda case: True
     tol: float = 1e-7
     max_steps: int = 20_000
+    general: bool = True
 
 
 def msa(problem: ControlProblem, at: Controls) -> Solver:
@@ -55,7 +60,16 @@ SOLVERS = (
     Entry("ddp", lambda problem, at: DDP(), tol=1e-9, max_steps=30),
     Entry("gauss-newton", lambda problem, at: GaussNewton(), tol=1e-8, max_steps=200),
     Entry("newton-cg", lambda problem, at: NewtonCG(), tol=1e-8, max_steps=30),
+    Entry(
+        "riccati",
+        lambda problem, at: Riccati(),
+        lambda case: case.linear_quadratic,
+        tol=1e-9,
+        max_steps=2,
+        general=False,
+    ),
 )
+GENERAL = [entry for entry in SOLVERS if entry.general]
 
 PAIRS = [
     pytest.param(entry, case, id=f"{entry.name}-{case.name}")
@@ -179,7 +193,7 @@ def _block(Q: object, N: object, R: object) -> object:
     ).numpy()
 
 
-@pytest.mark.parametrize("entry", SOLVERS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", GENERAL, ids=lambda entry: entry.name)
 def test_status_is_honest_when_the_steps_run_out(entry: Entry) -> None:
     problem = residual_network()
     start = problem.zero_controls()
@@ -207,7 +221,7 @@ def test_a_solved_start_converges_without_a_step(entry: Entry) -> None:
     assert solution.status is Status.CONVERGED and solution.iterations == 0
 
 
-@pytest.mark.parametrize("entry", SOLVERS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", GENERAL, ids=lambda entry: entry.name)
 def test_nan_is_divergence(entry: Entry) -> None:
     network = residual_network()
     target = torch.full((7, 4), float("nan"), dtype=F64)
@@ -218,7 +232,7 @@ def test_nan_is_divergence(entry: Entry) -> None:
     assert "initial controls" in solution.message
 
 
-@pytest.mark.parametrize("entry", SOLVERS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", GENERAL, ids=lambda entry: entry.name)
 def test_controls_keep_their_dtype_and_the_start_is_left_alone(entry: Entry) -> None:
     network = residual_network()
     dynamics = type(network.dynamics).random(5, 4, 6, 3, seed=1, dtype=torch.float32)
@@ -231,7 +245,7 @@ def test_controls_keep_their_dtype_and_the_start_is_left_alone(entry: Entry) -> 
     assert not any(u.any() for u in start)
 
 
-@pytest.mark.parametrize("entry", SOLVERS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", GENERAL, ids=lambda entry: entry.name)
 def test_callback_sees_every_iterate_and_can_end_the_solve(entry: Entry) -> None:
     problem = residual_network()
     start, seen = problem.zero_controls(), []

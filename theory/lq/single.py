@@ -1,0 +1,129 @@
+"""The quick form of the Riccati recursion for one problem on the CPU, by BLAS and LAPACK.
+
+The routines that know a triangle (``trmm``, ``syrk``, ``potrf``) do half the work of general
+products, and a call costs less than one of torch; `theory.lq.recursion` is the batched form. What
+numpy sees in rows LAPACK sees in columns: ``X.T`` is the matrix as it reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.linalg import get_blas_funcs, get_lapack_funcs
+from torch import Tensor
+
+from theory.lq.terms import QuadraticTerms, QuickSteps, Steps, each
+
+__all__ = ["simulate", "sweep"]
+
+MEDIUM, LARGE = 64, 256
+
+
+def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
+    """The steps from ``stop - 1`` down to the last one at which the factorisation succeeds.
+
+    Args:
+        terms: one problem.
+        stop: the step after the first one to do.
+        root: ``S`` of that step, ``(1, n, n)``.
+    """
+    A, B, Q, R = (_arrays(part) for part in (terms.A, terms.B, terms.Q, terms.R))
+    N = None if terms.N is None else _arrays(terms.N)
+    S = np.ascontiguousarray(root[0].numpy().T)
+    trmm, syrk = get_blas_funcs(("trmm", "syrk"), dtype=S.dtype)
+    (potrf,) = get_lapack_funcs(("potrf",), dtype=S.dtype)
+
+    def room(shapes: list[tuple[int, int]], together: bool) -> np.ndarray | list[np.ndarray]:
+        if together:
+            return np.empty((stop, *shapes[0]), S.dtype)
+        return [np.empty(shape, S.dtype) for shape in shapes]
+
+    sizes = terms.sizes[:stop]
+    uniform = terms.uniform
+    # Large roots have memory of their own: what is returned to the system costs time to get back.
+    roots = room([(n, n) for _, _, n in sizes], uniform and terms.Qf.shape[-1] < MEDIUM)
+    lower = room([(m, m) for _, m, _ in sizes], uniform)
+    W = room([(m, n) for _, m, n in sizes], uniform)
+    rooms, first = {}, 0
+    for t in reversed(range(stop)):
+        size = after, m, n = sizes[t]
+        if size not in rooms:
+            G, H = np.empty((after, m + n), S.dtype), np.zeros((m + n, m + n), S.dtype)
+            rooms[size] = G, G.T, G[:, :m], G[:, m:], H, H.T, H[:m, :m], H[:m, m:], H[m:, m:]
+        G, G_T, G_u, G_x, H, H_T, H_uu, H_ux, H_xx = rooms[size]
+        G_u[...], G_x[...] = B[t], A[t]
+        np.add(R[t], R[t].T, out=H_uu)
+        np.add(Q[t], _transposed(Q[t]), out=H_xx)
+        H_ux[...] = 0.0 if N is None else 2 * N[t].T
+        H *= 0.5
+        # G' <- [B A]' S,  H <- [R N'; N Q] + G'G,  H = L L', each in place.
+        trmm(1.0, S.T, G_T, side=1, lower=1, overwrite_b=1)
+        syrk(1.0, G_T, beta=1.0, c=H_T, lower=1, overwrite_c=1)
+        if potrf(H_T, lower=1, clean=1, overwrite_a=1)[1]:
+            first = t + 1
+            break
+        roots[t][...], lower[t][...], W[t][...] = H_xx, H_uu, H_ux
+        S = roots[t]
+    return QuickSteps(
+        first=first,
+        lower=each(lambda C: C.mT, _tensors(lower, first)),
+        W=_tensors(W, first),
+        roots=each(lambda S: S.mT, _tensors(roots, first)),
+    )
+
+
+def simulate(
+    A: Steps,
+    B: Steps,
+    K: Steps,
+    c: Sequence[Tensor] | None,
+    k: Sequence[Tensor] | None,
+    x0: Tensor,
+) -> tuple[Steps, Steps]:
+    """``u_t = K_t x_t + k_t``, ``x_{t+1} = A_t x_t + B_t u_t + c_t`` from ``x0``, ``(1, n, 1)``."""
+    A_, B_, K_ = _arrays(A), _arrays(B), _arrays(K)
+    offsets, feedforward = (None if v is None else [z[0, :, 0].numpy() for z in v] for v in (c, k))
+    x = x0[0, :, 0].numpy()
+    if isinstance(A, Tensor) and isinstance(K, Tensor):
+        states = np.empty((len(A_) + 1, len(x)), x.dtype)
+        controls = np.empty((len(A_), K.shape[-2]), x.dtype)
+    else:
+        states = [np.empty(n, x.dtype) for n in (len(x), *(len(step) for step in A_))]
+        controls = [np.empty(len(gain), x.dtype) for gain in K_]
+    states[0][...] = x
+    for t in range(len(A_)):
+        x, u, x_next = states[t], controls[t], states[t + 1]
+        np.dot(K_[t], x, out=u)
+        if feedforward is not None:
+            u += feedforward[t]
+        np.dot(A_[t], x, out=x_next)
+        x_next += np.dot(B_[t], u)
+        if offsets is not None:
+            x_next += offsets[t]
+
+    def shaped(found: np.ndarray | list[np.ndarray]) -> Steps:
+        if isinstance(found, np.ndarray):
+            return torch.from_numpy(found)[:, None, :, None]
+        return [torch.from_numpy(vector)[None, :, None] for vector in found]
+
+    return shaped(states), shaped(controls)
+
+
+def _tensors(arrays: np.ndarray | list[np.ndarray], first: int) -> Steps:
+    if isinstance(arrays, np.ndarray):
+        return torch.from_numpy(arrays[first:]).unsqueeze(1)
+    return [torch.from_numpy(array).unsqueeze(0) for array in arrays[first:]]
+
+
+def _arrays(terms: Steps) -> np.ndarray | list[np.ndarray]:
+    """The matrices of the one problem as numpy sees them."""
+    if isinstance(terms, Tensor):
+        return terms[:, 0].numpy()
+    return [term[0].numpy() for term in terms]
+
+
+def _transposed(Q: np.ndarray) -> np.ndarray:
+    """``Q'``; of a large matrix a copy by torch, which goes block by block."""
+    return torch.from_numpy(Q).t().contiguous().numpy() if len(Q) >= LARGE else Q.T

@@ -1,0 +1,295 @@
+"""The terms of a linear-quadratic problem, checked and brought into one layout.
+
+Where all steps have equal sizes the matrices of all steps are one tensor ``(L, batch, ., .)``, so
+that whatever need not wait for the step after it is one batched operation. Otherwise they are a
+list of ``(batch, ., .)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from theory.errors import InputError
+
+__all__ = [
+    "Layout",
+    "QuadraticTerms",
+    "QuickSteps",
+    "Steps",
+    "Terms",
+    "broadcast",
+    "check_vectors",
+    "each",
+    "gather",
+    "inverse_root",
+    "symmetric",
+    "unbind",
+]
+
+Terms: TypeAlias = Sequence[Tensor] | Tensor
+Steps: TypeAlias = Tensor | list[Tensor]
+
+
+def each(function: Callable[..., Tensor], *terms: Steps) -> Steps:
+    """``function`` of all steps at once, or of each in turn; it may look at the last axes only."""
+    if all(isinstance(term, Tensor) for term in terms):
+        return function(*terms)
+    return [function(*step) for step in zip(*terms, strict=True)]
+
+
+def gather(steps: list[Tensor]) -> Steps:
+    """One tensor where all steps have equal sizes."""
+    return torch.stack(steps) if len({step.shape for step in steps}) == 1 else steps
+
+
+def broadcast(shapes: Iterable[torch.Size]) -> torch.Size:
+    """`torch.broadcast_shapes`, at once where all are equal."""
+    distinct = set(shapes)
+    return distinct.pop() if len(distinct) == 1 else torch.broadcast_shapes(*distinct)
+
+
+def inverse_root(lower: Tensor) -> Tensor:
+    """``T = C^{-T}`` with ``(C C')^{-1} = T T'``."""
+    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower.mT, eye.expand_as(lower), upper=True)
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """``(M + M')/2``."""
+    return 0.5 * (matrix + matrix.mT)
+
+
+def unbind(terms: Steps) -> Sequence[Tensor]:
+    """The terms as a sequence over the steps."""
+    return terms.unbind(0) if isinstance(terms, Tensor) else terms
+
+
+@dataclass(frozen=True, eq=False)
+class QuadraticTerms:
+    """``A, B, Q, R, N`` of each step and ``Qf``, with their batch axes flattened into one.
+
+    Attributes:
+        lead: the batch axes.
+        uniform: whether all steps have equal sizes.
+        sizes: ``(n_{t+1}, m_t, n_t)`` for each step.
+    """
+
+    lead: torch.Size
+    uniform: bool
+    sizes: list[tuple[int, int, int]]
+    A: Steps
+    B: Steps
+    Q: Steps
+    R: Steps
+    N: Steps | None
+    Qf: Tensor
+
+    @classmethod
+    def of(
+        cls, A: Terms, B: Terms, Q: Terms, R: Terms, Qf: Tensor, N: Terms | None
+    ) -> QuadraticTerms:
+        """Check the terms against each other, broadcast and flatten their batch axes.
+
+        Raises:
+            InputError: naming the term and the step that do not fit.
+        """
+        given = {"A": A, "B": B, "Q": Q, "R": R} | ({} if N is None else {"N": N})
+        lengths = {name: len(terms) for name, terms in given.items()}
+        if len(set(lengths.values())) != 1:
+            raise InputError(f"the terms are for different numbers of steps: {lengths}")
+        stacked = _stack_all(given)
+        uniform = all(isinstance(terms, Tensor) for terms in stacked.values())
+        checked = range(1 if uniform else len(A))
+        sizes = [_check_step(t, {name: term[t] for name, term in stacked.items()}) for t in checked]
+        for t in range(1, len(sizes)):
+            if sizes[t][2] != sizes[t - 1][0]:
+                raise InputError(
+                    f"A[{t}] takes {sizes[t][2]} entries but A[{t - 1}] gives {sizes[t - 1][0]}"
+                )
+        n = sizes[-1][0] if sizes else Qf.shape[-1]
+        if Qf.shape[-2:] != (n, n):
+            raise InputError(f"Qf has shape {tuple(Qf.shape)}; expected {(n, n)}")
+        _check_dtypes(stacked, Qf)
+        shapes = {"Qf": Qf.shape[:-2]}
+        for name, terms in stacked.items():
+            for t in checked:
+                shapes[f"{name}[{t}]"] = terms[t].shape[:-2]
+        try:
+            lead = broadcast(shapes.values())
+        except RuntimeError as error:
+            raise InputError(f"the batch axes do not broadcast: {shapes}") from error
+        if uniform:
+            sizes = sizes * len(A)
+        flat = {name: _flatten_all(terms, lead) for name, terms in stacked.items()}
+        return cls(
+            lead=lead,
+            uniform=uniform,
+            sizes=sizes,
+            A=flat["A"],
+            B=flat["B"],
+            Q=flat["Q"],
+            R=flat["R"],
+            N=flat.get("N"),
+            Qf=flatten(Qf[None], lead, 2)[0],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class QuickSteps:
+    """What the quick form of the recursion finds, for the steps from ``first`` on.
+
+    Attributes:
+        first: the last step, backward, that it did.
+        lower: ``C_t`` with ``H_uu = C_t C_t'``.
+        W: ``C_t^{-1} H_ux``.
+        roots: ``S_t`` with ``P_t = S_t S_t'``.
+    """
+
+    first: int
+    lower: Steps
+    W: Steps
+    roots: Steps
+
+    def since(self, first: int) -> QuickSteps:
+        """The steps from a later one on."""
+        skip = first - self.first
+        return QuickSteps(first, self.lower[skip:], self.W[skip:], self.roots[skip:])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How vectors with batch axes ``full`` lie beside matrices with batch axes ``lead``.
+
+    One problem for many vectors: they are the columns ``(1, n, number)`` of a matrix. Otherwise
+    they are ``(number, n, 1)`` and the matrices are repeated where they have to be.
+
+    Attributes:
+        lead: the batch axes of the matrices.
+        full: those of the vectors, to which ``lead`` broadcasts.
+    """
+
+    lead: torch.Size
+    full: torch.Size
+
+    @property
+    def columns(self) -> bool:
+        """Whether the vectors are columns."""
+        return self.lead.numel() == 1
+
+    def matrices(self, terms: Steps) -> Sequence[Tensor]:
+        """The matrices ``(batch, ., .)`` of each step."""
+        if self.columns or self.full == self.lead:
+            return unbind(terms)
+        return [flatten(term.unflatten(0, self.lead)[None], self.full, 2)[0] for term in terms]
+
+    def arrange(self, vectors: Terms) -> Sequence[Tensor]:
+        """``(..., n)`` of each step to ``(1, n, number)`` or ``(number, n, 1)``."""
+        stacked = stack(vectors)
+        if stacked is None:
+            return [self.arrange(vector[None])[0] for vector in vectors]
+        flat = flatten(stacked, self.full, 1)
+        return (flat[:, None].mT if self.columns else flat[..., None]).unbind(0)
+
+    def rearrange(self, arranged: Sequence[Tensor], other: Layout) -> Sequence[Tensor]:
+        """Vectors of this layout in another one."""
+        if self == other:
+            return arranged
+        return other.arrange([self.restore(vector) for vector in arranged])
+
+    def restore(self, arranged: Tensor) -> Tensor:
+        """``(..., 1, n, number)`` or ``(..., number, n, 1)`` to ``(..., full, n)``."""
+        flat = arranged.squeeze(-3).mT if self.columns else arranged.squeeze(-1)
+        return flat.reshape(*arranged.shape[:-3], *self.full, arranged.shape[-2])
+
+    def restore_all(self, arranged: Sequence[Tensor] | Tensor) -> tuple[Tensor, ...]:
+        """`restore` for each step."""
+        if isinstance(arranged, Tensor):
+            return self.restore(arranged).unbind(0)
+        if len({vector.shape for vector in arranged}) == 1:
+            return self.restore(torch.stack(list(arranged))).unbind(0)
+        return tuple(self.restore(vector) for vector in arranged)
+
+
+def flatten(terms: Tensor, lead: torch.Size, axes: int) -> Tensor:
+    """``(L, ..., the last axes)`` with the axes between broadcast to ``lead`` and made one."""
+    last = terms.shape[terms.ndim - axes :]
+    ones = (1,) * (len(lead) - (terms.ndim - 1 - axes))
+    spread = terms.detach().reshape(terms.shape[0], *ones, *terms.shape[1:])
+    return spread.expand(terms.shape[0], *lead, *last).reshape(terms.shape[0], lead.numel(), *last)
+
+
+def _flatten_all(terms: Steps, lead: torch.Size) -> Steps:
+    if isinstance(terms, Tensor):
+        return flatten(terms, lead, 2)
+    return [flatten(term[None], lead, 2)[0] for term in terms]
+
+
+def _stack_all(given: dict[str, Terms]) -> dict[str, Steps]:
+    """Each term as one tensor; all as lists where sizes change."""
+    stacked: dict[str, Steps] = {}
+    for name, terms in given.items():
+        whole = stack(terms)
+        square = whole is not None and whole.ndim >= 3 and whole.shape[-1] == whole.shape[-2]
+        if whole is None or (name == "A" and not square):
+            return {name: list(terms) for name, terms in given.items()}
+        stacked[name] = whole
+    return stacked
+
+
+def stack(terms: Terms) -> Tensor | None:
+    """All steps as one tensor, without a copy where they are the same; None if sizes differ."""
+    if isinstance(terms, Tensor):
+        return terms if len(terms) else None
+    if len({term.shape for term in terms}) != 1:
+        return None
+    first = terms[0]
+    if all(term is first for term in terms):
+        return first.expand(len(terms), *first.shape)
+    return torch.stack(list(terms))
+
+
+def _check_step(t: int, terms: dict[str, Tensor]) -> tuple[int, int, int]:
+    for name, term in terms.items():
+        if term.ndim < 2:
+            raise InputError(f"{name}[{t}] has shape {tuple(term.shape)}; expected a matrix")
+    after, n = terms["A"].shape[-2:]
+    m = terms["B"].shape[-1]
+    expected = {"B": (after, m), "Q": (n, n), "R": (m, m), "N": (n, m)}
+    for name, shape in expected.items():
+        if name in terms and terms[name].shape[-2:] != shape:
+            raise InputError(
+                f"{name}[{t}] has shape {tuple(terms[name].shape)}; expected {shape} beside "
+                f"A[{t}], {tuple(terms['A'].shape)}, and B[{t}], {tuple(terms['B'].shape)}"
+            )
+    return after, m, n
+
+
+def _check_dtypes(stacked: dict[str, Steps], Qf: Tensor) -> None:
+    found = {name: term.dtype for name, terms in stacked.items() for term in terms[:1]}
+    found["Qf"] = Qf.dtype
+    if len(set(found.values())) != 1 or not Qf.is_floating_point():
+        raise InputError(f"the terms have dtypes {found}; expected one real float for all")
+
+
+def check_vectors(name: str, vectors: Terms, sizes: Sequence[int], like: Tensor) -> torch.Size:
+    """Check the number, sizes and dtype of vectors, one a step; returns their batch axes.
+
+    Raises:
+        InputError: naming the vector that does not fit.
+    """
+    if len(vectors) != len(sizes):
+        raise InputError(f"{name} has {len(vectors)} entries; expected {len(sizes)}, one per step")
+    if isinstance(vectors, Tensor) and len(set(sizes)) == 1:
+        vectors, sizes = vectors[:1], sizes[:1]
+    for t, (vector, size) in enumerate(zip(vectors, sizes, strict=True)):
+        if vector.shape[-1:] != (size,) or vector.dtype != like.dtype:
+            raise InputError(
+                f"{name}[{t}] has shape {tuple(vector.shape)} and dtype {vector.dtype}; expected "
+                f"(..., {size}) and {like.dtype}"
+            )
+    return broadcast(vector.shape[:-1] for vector in vectors)
