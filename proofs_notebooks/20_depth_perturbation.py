@@ -217,9 +217,9 @@ else:
     for name, found in outcome.evidence.details.items():
         change = max(found["relative_change_of_the_last_state"])
         slacks = ", ".join("-" if s is None else f"{s:.3g}" for s in found["median_slack_by_depth"])
-        typical = max(outcome.control.details[name]["ratio"])
+        gains = max(outcome.control.details[name]["ratio"])
         print(f"{name}: last state changes by {change:.1%} at most; largest ratio "
-              f"{max(found['ratio']):.2g}, to the typical gains {typical:.2g}; median slack "
+              f"{max(found['ratio']):.2g}, to the typical gains {gains:.2g}; median slack "
               f"{slacks}")  # fmt: skip
         if "change_by_halving" in found:
             print(
