@@ -113,7 +113,8 @@ def render_table() -> str:
             "claim": f"[{row['claim']}](proofs_notebooks/{claim.notebook}.py)",
             "verdict": f"**{row['verdict']}**",
         }
-        lines.append("| " + " | ".join(str(value) for value in row.values()) + " |")
+        cells = (str(value).replace("|", r"\|") for value in row.values())
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

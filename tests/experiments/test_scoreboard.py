@@ -24,7 +24,7 @@ def claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Claim:
         statement="2 + 2 = 4",
         source="arithmetic",
         notebook="90_two_and_two",
-        threshold=Threshold("<=", 0.5, "distance to four"),
+        threshold=Threshold("<=", 0.5, "distance |sum - 4|"),
         predict=lambda: {"sum": 4.0},
         measure=lambda prediction: Evidence(abs(2 + 2 - prediction["sum"])),
         negative_control=lambda prediction: Evidence(abs(2 + 3 - prediction["sum"])),
@@ -54,6 +54,7 @@ def test_judge_keep_and_render(claim: Claim, tmp_path: Path) -> None:
     text = readme.read_text()
     assert "stale" not in text and text.startswith("before\n") and text.endswith("after\n")
     assert re.search(r"\| 90 \| \[Two and two\]", text)
+    assert r"distance \|sum - 4\|" in text
 
 
 def test_a_changed_threshold_makes_the_result_stale(claim: Claim) -> None:
