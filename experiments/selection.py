@@ -55,7 +55,7 @@ class Selection(Experiment):
         max_length: tokens of a row at most.
         num_weights: points of a path.
         smallest: the last λ of a path over its first.
-        num_sites: how many maps LoRA is trained on.
+        num_sites: how many maps LoRA is trained on: those of the path's first point with so many.
         draws: how many sets of unused maps are drawn to compare with.
         rank: of LoRA.
         steps: AdamW steps of LoRA.
@@ -127,14 +127,11 @@ class Selection(Experiment):
             rows, chosen, features = _group_path(self, frozen, real, sites)
             bar.update()
             bar.set_description("nuclear norm")
-            norms = {name: rows[chosen][f"norm.{name}"] for name in sites}
             first = max(sites, key=lambda name: rows[1][f"norm.{name}"])
             ranked, chosen_rank = _rank_path(self, frozen, real, sites[first], features[first])
             bar.update()
             bar.set_description("real tuning")
-            order = sorted(sites, key=lambda name: -norms[name])
-            selected = [name for name in order[: self.num_sites] if norms[name] > 0]
-            unused = [name for name in sites if rows[chosen][f"bound.{name}"] == 0]
+            budget, selected, unused = _picked(self, rows, list(sites))
             sets = _sets(self, sites, selected, unused)
             bar.update()
             trained = [_tuned(self, real, sites, kind, names) for kind, names in sets]
@@ -145,6 +142,7 @@ class Selection(Experiment):
             "chosen": chosen,
             "chosen_rank": chosen_rank,
             "rank_site": first,
+            "budget": budget,
             "selected": selected,
             "num_unused": len(unused),
             "head_weight": frozen.head_weight,
@@ -289,6 +287,21 @@ def _heldout_row(
         "heldout_loss_real": real_loss,
         "heldout_accuracy_real": real_accuracy,
     }
+
+
+def _picked(
+    run: Selection, rows: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> tuple[int, list[str], list[str]]:
+    """Where the path first has `num_sites` maps, the largest of them, and those proved unused.
+
+    A path that never has so many is taken at its end.
+    """
+    enough = [i for i, row in enumerate(rows) if row["num_active"] >= run.num_sites]
+    index = enough[0] if enough else len(rows) - 1
+    row = rows[index]
+    order = sorted(names, key=lambda name: -row[f"norm.{name}"])
+    selected = [name for name in order[: run.num_sites] if row[f"norm.{name}"] > 0]
+    return index, selected, [name for name in names if row[f"bound.{name}"] == 0]
 
 
 def _sets(

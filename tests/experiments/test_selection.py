@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from experiments.experiment import Workspace
 from experiments.frozen_classifier import FrozenClassifier, loss_and_accuracy
-from experiments.selection import Selection, _sets
+from experiments.selection import Selection, _picked, _sets
 from theory.errors import InputError
 
 
@@ -42,6 +41,21 @@ def test_unused_sets_have_the_shapes_of_the_picked_ones() -> None:
     assert _sets(Selection(), sites, selected, unused[:1]) == [("selected", selected)]
 
 
+def test_the_picked_maps_are_those_of_the_first_point_with_enough() -> None:
+    def row(norms: list[float], bounds: list[int]) -> dict[str, Any]:
+        found = {f"norm.{n}": v for n, v in zip("abcd", norms, strict=True)}
+        found |= {f"bound.{n}": b for n, b in zip("abcd", bounds, strict=True)}
+        return found | {"num_active": sum(v > 0 for v in norms)}
+
+    rows = [
+        row([0.0, 0.0, 0.0, 0.0], [0, 0, 1, 0]),
+        row([0.1, 0.0, 0.3, 0.2], [1, 0, 1, 1]),
+        row([0.5, 0.4, 0.3, 0.2], [1, 1, 1, 1]),
+    ]
+    assert _picked(Selection(num_sites=2), rows, list("abcd")) == (1, ["c", "d"], ["b"])
+    assert _picked(Selection(num_sites=9), rows[:2], list("abcd")) == (1, ["c", "d", "a"], ["b"])
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(InputError, match="num_weights is 1"):
         Selection(num_weights=1)
@@ -64,9 +78,7 @@ def test_a_small_run(minilm_l6: str, tmp_path: Path) -> None:
         steps=2,
         batch_size=4,
     )
-    begun = time.perf_counter()
     outcome = run.execute(Workspace(tmp_path, progress=False))
-    assert time.perf_counter() - begun < 300
     curve, result = outcome.curve, outcome.result
     assert len(curve) == 6 and set(curve["status"]) == {"optimal"}
     assert (curve["gap"] <= result["tolerance"]).all() and result["head_gap"] < 1e-7
@@ -87,7 +99,7 @@ def test_the_frozen_classifier_is_left_as_it_was(minilm_l6: str) -> None:
     assert frozen.head_gap < 1e-7
     before = frozen.logits(frozen.train)
     path = "bert.encoder.layer.5.output.dense"
-    change = torch.full((384, 1536), 1e-3, dtype=torch.float64)
+    change = 1e-2 * torch.randn(384, 1536, dtype=torch.float64)
     with frozen.changed({path: change}):
         assert not torch.allclose(frozen.logits(frozen.train), before)
     assert torch.equal(frozen.logits(frozen.train), before)

@@ -92,6 +92,7 @@ def test_captions_take_their_numbers_from_the_table(name: str, records: list[Rec
         expected = {
             "pontryagin": "at most 3.2e-15",
             "reachability": "MiniLM: least at the mlp up of layer 5",
+            "selection": "the derivatives of the model by 4e-14",
             "subspace": "up to d = 20,000",
         }[name]
     assert expected in figure.caption(table)
