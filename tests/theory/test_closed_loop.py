@@ -17,8 +17,10 @@ from theory.closed_loop import (
 )
 from theory.costs import QuadraticCost
 from theory.errors import InputError
-from theory.feedback import closed_loop
+from theory.feedback import AffineFeedback, closed_loop
 from theory.problem import ControlProblem
+from theory.solvers.base import solve
+from theory.solvers.riccati import Riccati
 from theory.systems import LinearDynamics
 
 F64 = torch.float64
@@ -93,6 +95,21 @@ def test_the_same_gains_stay_optimal_from_a_disturbed_state() -> None:
         problem = ControlProblem(LinearDynamics(A, A, c), rest, loop.states[start])
         exact = kkt(problem, per_example=True)[0][0]
         assert float((loop.controls[start] - exact).norm() / exact.norm()) <= 1e-9
+
+
+def test_the_law_is_that_of_the_riccati_solver() -> None:
+    plain, subspaces = carried_subspaces(0.9)
+    cost, x0 = tracking(plain, subspaces, 0.5), plain.x0 + normal(4, WIDTH, seed=80)
+    problem = ControlProblem(plain.dynamics, cost, x0)
+    start = problem.zero_controls(per_example=True)
+    reference = AffineFeedback.of(solve(problem, Riccati(), start, max_steps=3, tol=1e-9))
+    gains = PIDGains.optimal(HORIZON, 0.5, transverse=0.9)
+    law = ProjectionCorrection(subspaces, gains.proportional)
+    w: list[Tensor | None] = [0.3 * normal(WIDTH, seed=90 + t) for t in range(HORIZON)]
+    loop = closed_loop(plain.dynamics, law, x0, w)
+    for t, u in enumerate(loop.controls):
+        expected = reference.control(t, loop.states[t])
+        assert float((u - expected).norm() / expected.norm()) <= 1e-9
 
 
 def augmented(sigma: float, c: float, ci: float, cd: float, e0: Tensor) -> ControlProblem:

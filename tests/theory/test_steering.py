@@ -13,8 +13,10 @@ from tests.theory.problems import normal, residual_network
 from theory.closed_loop import AdditiveControl
 from theory.costs import QuadraticCost
 from theory.errors import InputError
-from theory.feedback import closed_loop
+from theory.feedback import AffineFeedback, closed_loop
 from theory.problem import ControlProblem
+from theory.solvers.base import solve
+from theory.solvers.riccati import Riccati
 from theory.steering import OutputSteering, steer_output
 from theory.systems import LinearDynamics
 
@@ -82,6 +84,21 @@ def test_the_law_is_the_riccati_feedback(k: int) -> None:
         assert float((moved - offset @ K.mT).norm() / moved.norm()) <= 1e-9
     # In a linear system the prediction of the outputs is exact, too.
     torch.testing.assert_close(loop.states[-1] @ G.mT, law.predicted, rtol=1e-9, atol=1e-9)
+
+
+def test_the_law_is_that_of_the_riccati_solver() -> None:
+    problem, G, target = linear(), normal(2, 5, seed=7), normal(2, seed=8)
+    dense = steering_problem(problem, G, target, 2.0 * torch.eye(2, dtype=F64), 0.3)
+    start = dense.zero_controls(per_example=True)
+    solution = solve(dense, Riccati(), start, max_steps=3, tol=1e-9)
+    reference = AffineFeedback.of(solution)
+    added = AdditiveControl(problem, problem.zero_controls())
+    law = steer_output(added, problem.x0, lambda x: x @ G.mT, target, weight=2.0, control_cost=0.3)
+    w = [normal(BATCH, len(A), seed=70 + t) for t, A in enumerate(problem.dynamics.A)]  # type: ignore[attr-defined]
+    loop = closed_loop(added, law, problem.x0, w)
+    for t, u in enumerate(loop.controls):
+        expected = reference.control(t, loop.states[t])
+        assert float((u - expected).norm() / expected.norm()) <= 1e-9
 
 
 def test_rank_one_is_the_scalar_recursion() -> None:
