@@ -30,20 +30,88 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from theory.affine_subspace import AffineSubspace
     from theory.claims import Claim, Evidence, Outcome, Threshold, Verdict, judge
+    from theory.closed_loop import PIDCorrection, PIDGains, ProjectionCorrection
+    from theory.continuous import ContinuousDepth
+    from theory.convex import ConvexTuning, GroupLasso, NormBall, NuclearNorm, Ridge, solve_convex
     from theory.costs import CrossEntropyCost, QuadraticCost, SquaredErrorCost
+    from theory.curvature import GaussNewtonCurvature, HessianCurvature
     from theory.errors import InputError, unknown
+    from theory.feedback import AffineFeedback, FeedbackLaw, closed_loop
     from theory.linearisation import Linearisation
+    from theory.lq import LQPolicy, riccati
     from theory.problem import Box, ControlProblem, Controls, Cost, Dynamics, Evaluation, Residual
     from theory.projections import DenseProjection, FastfoodProjection, Projection
-    from theory.solvers import MSA, Iterate, Shooting, Solution, Solver, Status, solve
-    from theory.systems import LinearDynamics, LowRankDynamics, ResidualNetwork
+    from theory.reachability import Reachability
+    from theory.solvers import (
+        DDP,
+        ILQR,
+        MSA,
+        ExactArgmin,
+        ExtendedMSA,
+        GaussNewton,
+        GradientStep,
+        InnerLBFGS,
+        Iterate,
+        NewtonCG,
+        Riccati,
+        Shooting,
+        Solution,
+        Solver,
+        Status,
+        solve,
+    )
+    from theory.steering import OutputSteering, steer_output
+    from theory.systems import LinearDynamics, LowRankDynamics, ResidualNetwork, Segment
 
 _HOME = {
-    "theory.claims": ("Claim", "Evidence", "Outcome", "Threshold", "Verdict", "judge"),
-    "theory.costs": ("CrossEntropyCost", "QuadraticCost", "SquaredErrorCost"),
-    "theory.errors": ("InputError", "unknown"),
+    "theory.affine_subspace": ("AffineSubspace",),
+    "theory.claims": (
+        "Claim",
+        "Evidence",
+        "Outcome",
+        "Threshold",
+        "Verdict",
+        "judge",
+    ),
+    "theory.closed_loop": (
+        "PIDCorrection",
+        "PIDGains",
+        "ProjectionCorrection",
+    ),
+    "theory.continuous": ("ContinuousDepth",),
+    "theory.convex": (
+        "ConvexTuning",
+        "GroupLasso",
+        "NormBall",
+        "NuclearNorm",
+        "Ridge",
+        "solve_convex",
+    ),
+    "theory.costs": (
+        "CrossEntropyCost",
+        "QuadraticCost",
+        "SquaredErrorCost",
+    ),
+    "theory.curvature": (
+        "GaussNewtonCurvature",
+        "HessianCurvature",
+    ),
+    "theory.errors": (
+        "InputError",
+        "unknown",
+    ),
+    "theory.feedback": (
+        "AffineFeedback",
+        "FeedbackLaw",
+        "closed_loop",
+    ),
     "theory.linearisation": ("Linearisation",),
+    "theory.lq": (
+        "LQPolicy",
+        "riccati",
+    ),
     "theory.problem": (
         "Box",
         "ControlProblem",
@@ -53,35 +121,93 @@ _HOME = {
         "Evaluation",
         "Residual",
     ),
-    "theory.projections": ("DenseProjection", "FastfoodProjection", "Projection"),
-    "theory.solvers": ("MSA", "Iterate", "Shooting", "Solution", "Solver", "Status", "solve"),
-    "theory.systems": ("LinearDynamics", "LowRankDynamics", "ResidualNetwork"),
+    "theory.projections": (
+        "DenseProjection",
+        "FastfoodProjection",
+        "Projection",
+    ),
+    "theory.reachability": ("Reachability",),
+    "theory.solvers": (
+        "DDP",
+        "ILQR",
+        "MSA",
+        "ExactArgmin",
+        "ExtendedMSA",
+        "GaussNewton",
+        "GradientStep",
+        "InnerLBFGS",
+        "Iterate",
+        "NewtonCG",
+        "Riccati",
+        "Shooting",
+        "Solution",
+        "Solver",
+        "Status",
+        "solve",
+    ),
+    "theory.steering": (
+        "OutputSteering",
+        "steer_output",
+    ),
+    "theory.systems": (
+        "LinearDynamics",
+        "LowRankDynamics",
+        "ResidualNetwork",
+        "Segment",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "MSA",
+    "AffineFeedback",
+    "AffineSubspace",
     "Box",
     "Claim",
+    "ContinuousDepth",
     "ControlProblem",
     "Controls",
+    "ConvexTuning",
     "Cost",
     "CrossEntropyCost",
+    "DDP",
     "DenseProjection",
     "Dynamics",
     "Evaluation",
     "Evidence",
+    "ExactArgmin",
+    "ExtendedMSA",
     "FastfoodProjection",
+    "FeedbackLaw",
+    "GaussNewton",
+    "GaussNewtonCurvature",
+    "GradientStep",
+    "GroupLasso",
+    "HessianCurvature",
+    "ILQR",
+    "InnerLBFGS",
     "InputError",
     "Iterate",
+    "LQPolicy",
     "LinearDynamics",
     "Linearisation",
     "LowRankDynamics",
+    "MSA",
+    "NewtonCG",
+    "NormBall",
+    "NuclearNorm",
     "Outcome",
+    "OutputSteering",
+    "PIDCorrection",
+    "PIDGains",
     "Projection",
+    "ProjectionCorrection",
     "QuadraticCost",
+    "Reachability",
     "Residual",
     "ResidualNetwork",
+    "Riccati",
+    "Ridge",
+    "Segment",
     "Shooting",
     "Solution",
     "Solver",
@@ -89,8 +215,12 @@ __all__ = [
     "Status",
     "Threshold",
     "Verdict",
+    "closed_loop",
     "judge",
+    "riccati",
     "solve",
+    "solve_convex",
+    "steer_output",
     "unknown",
 ]
 

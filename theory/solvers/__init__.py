@@ -1,18 +1,45 @@
 """Solvers of control problems: one method, one file.
 
 A solver improves the controls and reports each iterate; `solve` measures, records and decides.
+
+===============  =====================================================  ==========================
+solver           for                                                    convergence
+===============  =====================================================  ==========================
+`Riccati`        linear dynamics, quadratic cost                        exact, in one sweep
+`ILQR`           states of up to a few thousand entries, boxes          linear, fast near LQ
+`DDP`            the same                                               quadratic
+`GaussNewton`    any size, shared controls; products only               superlinear near LQ
+`NewtonCG`       any size; products with the exact Hessian              superlinear
+`Shooting`       any size, boxes; L-BFGS, the baseline                  superlinear in practice
+`MSA`            any; gradient, exact or inner minimisation of ``H``    linear, may diverge
+`ExtendedMSA`    any; augmented Hamiltonian, automatic penalty          every step descends
+===============  =====================================================  ==========================
 """
 
 from theory.solvers.base import Ending, Iterate, Memory, Report, Solution, Solver, Status, solve
+from theory.solvers.emsa import ExtendedMSA
+from theory.solvers.gauss_newton import GaussNewton, NewtonCG
+from theory.solvers.ilqr import DDP, ILQR
+from theory.solvers.minimisers import ExactArgmin, GradientStep, InnerLBFGS
 from theory.solvers.msa import MSA
+from theory.solvers.riccati import Riccati
 from theory.solvers.shooting import Shooting
 
 __all__ = [
+    "DDP",
+    "ILQR",
     "MSA",
     "Ending",
+    "ExactArgmin",
+    "ExtendedMSA",
+    "GaussNewton",
+    "GradientStep",
+    "InnerLBFGS",
     "Iterate",
     "Memory",
+    "NewtonCG",
     "Report",
+    "Riccati",
     "Shooting",
     "Solution",
     "Solver",
