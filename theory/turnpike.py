@@ -29,7 +29,7 @@ from scipy import linalg, optimize
 from torch import Tensor
 
 from theory.errors import InputError
-from theory.problem import ControlProblem
+from theory.problem import ControlProblem, Controls
 
 __all__ = ["SteadyState", "two_sided_rate"]
 
@@ -43,6 +43,7 @@ class SteadyState:
         u: the control, ``(m,)``.
         p: the costate, ``(n,)``.
         residual: the norm of the stationarity conditions.
+        gain: ``K`` of the stationary law ``u - K (x_t - x)``, ``(m, n)``.
         closed_loop: ``F``, ``(n, n)``.
         rate: ``-log`` of the spectral radius of ``F``: the predicted decay per step.
     """
@@ -51,6 +52,7 @@ class SteadyState:
     u: Tensor
     p: Tensor
     residual: float
+    gain: Tensor
     closed_loop: Tensor
     rate: float
 
@@ -105,7 +107,18 @@ class SteadyState:
         K = torch.linalg.solve(R + B.mT @ P @ B, B.mT @ P @ A + S.mT)
         closed_loop = A - B @ K
         radius = float(torch.linalg.eigvals(closed_loop).abs().max())
-        return cls(x, u, p, residual, closed_loop, -math.log(radius))
+        return cls(x, u, p, residual, K, closed_loop, -math.log(radius))
+
+    def law(self, problem: ControlProblem) -> Controls:
+        """The controls that the stationary law gives from ``x0`` on.
+
+        Where layers are unstable, constant controls lead far away; these stay near.
+        """
+        x, controls = problem.x0, []
+        for t in range(problem.dynamics.horizon):
+            controls.append(self.u - self.gain @ (x - self.x))
+            x = problem.dynamics.step(t, x, controls[-1])
+        return tuple(controls)
 
 
 def two_sided_rate(values: Tensor) -> float:

@@ -10,25 +10,34 @@ from theory.claims import Claim, Evidence, Threshold
 DEPTH = 60
 OUTER = 10
 SEEDS = range(5)
-TRACKING = 1.0
+WIDTH = 4
+TRACKING = 4.0
+TOLERANCE = 1e-9
 
 
 def _problem(seed: int, tracking: float):
-    """One layer repeated, ``J = 1/2 ||x_L - y||² + Σ tracking/2 ||x_t - d||² + 1/2 ||u_t||²``."""
+    """``J = 1/2 ||x_L - y||² + Σ tracking/2 ||x_t - d||² + 1/2 ||u_t||²``, one layer repeated.
+
+    The layer is ``x + 0.1 tanh(K x + D u)``, with ``D`` diagonal in [0.5, 1.5] and ``K``
+    antisymmetric (Haber & Ruthotto, Inverse Problems 34, 2018): it neither damps nor amplifies, so
+    that a decay is not the network's own.
+    """
     import torch
 
     from theory.costs import QuadraticCost
     from theory.problem import ControlProblem
     from theory.systems import ResidualNetwork
 
-    width, hidden = 4, 8
-    layer = ResidualNetwork.random(1, width, hidden, width, seed=seed)
-    dynamics = ResidualNetwork(
-        W1=[layer.W1[0]] * DEPTH, W2=[0.5 * layer.W2[0]] * DEPTH, B=[layer.B[0]] * DEPTH
-    )
     generator = torch.Generator().manual_seed(500 + seed)
-    x0, wanted, target = torch.randn(3, width, generator=generator, dtype=torch.float64)
-    eye = torch.eye(width, dtype=torch.float64)
+    weight = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
+    x0, wanted, target = torch.randn(3, WIDTH, generator=generator, dtype=torch.float64)
+    strength = torch.rand(WIDTH, generator=generator, dtype=torch.float64)
+    eye = torch.eye(WIDTH, dtype=torch.float64)
+    dynamics = ResidualNetwork(
+        W1=[(weight - weight.mT) / (2 * WIDTH) ** 0.5] * DEPTH,
+        W2=[0.1 * eye] * DEPTH,
+        B=[torch.diag(0.5 + strength)] * DEPTH,
+    )
     cost = QuadraticCost(
         Q=[tracking * eye] * DEPTH,
         R=[eye] * DEPTH,
@@ -57,18 +66,20 @@ def _fitted(seed: int, tracking: float) -> dict[str, float]:
     """The rate at which the optimal controls approach those of the steady problem."""
     import torch
 
-    from theory.solvers.base import Status, solve
+    from theory.solvers.base import solve
     from theory.solvers.ilqr import DDP
     from theory.turnpike import two_sided_rate
 
     problem = _problem(seed, tracking)
-    solution = solve(problem, DDP(), problem.zero_controls(), max_steps=100, tol=1e-11)
-    steady = _steady(seed).u if tracking else torch.zeros(4, dtype=torch.float64)
-    distances = torch.stack([torch.linalg.vector_norm(u - steady) for u in solution.controls])
+    solution = solve(problem, DDP(), problem.zero_controls(), max_steps=60, tol=TOLERANCE)
+    steady = _steady(seed).u
+    at = steady if tracking else torch.zeros_like(steady)
+    distances = torch.stack([torch.linalg.vector_norm(u - at) for u in solution.controls])
     return {
         "rate": two_sided_rate(distances[OUTER:-OUTER]),
         "middle_over_ends": float(distances[DEPTH // 2] / distances[[0, -1]].max()),
-        "converged": float(solution.status is Status.CONVERGED),
+        "residual": solution.residual.norm,
+        "objective": solution.objective,
     }
 
 
@@ -88,8 +99,8 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
     return Evidence(
         value=max(ratios, key=_distance_from_one),
         details=details,
-        assumption_met=all(fit["converged"] for fit in details["fits"]),
-        note="60 equal residual layers, layers 10 to 49, DDP to 1e-11, worst of 5 seeds",
+        assumption_met=all(fit["residual"] <= TOLERANCE for fit in details["fits"]),
+        note="60 equal antisymmetric layers, layers 10 to 49, DDP to 1e-9, worst of 5 seeds",
         spread=(min(ratios), max(ratios)),
     )
 
