@@ -91,12 +91,14 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
     evidence = _evidence(
         "corrected",
         "recovered",
-        "MiniLM-L6 with LoRA on movie; the adversary does not know the correction",
+        "MiniLM-L6 with LoRA on movie, an adversary who does not know the correction",
     )
     more = ("recovered_adaptive", "recovered_same_random", "recovered_typos", "outside")
     results = _results()
     extra = {name: [r[name] for r in results] for name in (*more, "relative_time")}
-    return replace(evidence, details={**evidence.details, **extra})
+    known = _mean(extra["recovered_adaptive"])
+    note = f"{evidence.note}; against one who does, {known:.2f} is restored"
+    return replace(evidence, details={**evidence.details, **extra}, note=note)
 
 
 def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
