@@ -13,6 +13,7 @@ SEEDS = range(5)
 WIDTH = 4
 TRACKING = 4.0
 TOLERANCE = 1e-9
+NEAR = 0.5
 
 
 def _problem(seed: int, tracking: float):
@@ -62,31 +63,49 @@ def _predict() -> dict[str, Any]:
     return {"rates": [_steady(seed).rate for seed in SEEDS]}
 
 
-def _fitted(seed: int, tracking: float) -> dict[str, float]:
+def _fitted(seed: int, tracking: float) -> dict[str, Any]:
     """The rate at which the optimal controls approach those of the steady problem."""
     import torch
 
     from theory.solvers.base import solve
     from theory.solvers.ilqr import DDP
+    from theory.systems import ResidualNetwork
     from theory.turnpike import two_sided_rate
 
     problem = _problem(seed, tracking)
     solution = solve(problem, DDP(), problem.zero_controls(), max_steps=60, tol=TOLERANCE)
-    steady = _steady(seed).u
-    at = steady if tracking else torch.zeros_like(steady)
+    steady = _steady(seed)
+    at = steady.u if tracking else torch.zeros_like(steady.u)
     distances = torch.stack([torch.linalg.vector_norm(u - at) for u in solution.controls])
+    # Where an argument of tanh is off by more than 1/2, the layer is far from its linearisation.
+    layers = problem.dynamics
+    assert isinstance(layers, ResidualNetwork)
+    W1, B = layers.W1[0], layers.B[0]
+    off = torch.stack(
+        [
+            torch.linalg.vector_norm(W1 @ (x - steady.x) + B @ (u - steady.u))
+            for x, u in zip(solution.states[:-1], solution.controls, strict=True)
+        ]
+    )
+    near = torch.nonzero(off <= NEAR).flatten()
+    enough = len(near) >= 8
     return {
         "rate": two_sided_rate(distances[OUTER:-OUTER]),
-        "middle_over_ends": float(distances[DEPTH // 2] / distances[[0, -1]].max()),
+        "largest_offset": float(off[OUTER:-OUTER].max()),
+        "near_layers": [int(near[0]), int(near[-1])] if enough else [],
+        "near_rate": two_sided_rate(distances[near[0] : near[-1] + 1]) if enough else None,
         "residual": solution.residual.norm,
-        "objective": solution.objective,
     }
 
 
 def _ratios(prediction: Mapping[str, Any], tracking: float) -> tuple[list[float], dict[str, Any]]:
     fits = [_fitted(seed, tracking) for seed in SEEDS]
-    ratios = [f["rate"] / rate for f, rate in zip(fits, prediction["rates"], strict=True)]
-    return ratios, {"ratios": ratios, "fits": fits}
+    rates = prediction["rates"]
+    ratios = [fit["rate"] / rate for fit, rate in zip(fits, rates, strict=True)]
+    near = [
+        fit["near_rate"] and fit["near_rate"] / rate for fit, rate in zip(fits, rates, strict=True)
+    ]
+    return ratios, {"ratios": ratios, "ratios of unsaturated layers": near, "fits": fits}
 
 
 def _distance_from_one(ratio: float) -> float:
@@ -100,7 +119,11 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
         value=max(ratios, key=_distance_from_one),
         details=details,
         assumption_met=all(fit["residual"] <= TOLERANCE for fit in details["fits"]),
-        note="60 equal antisymmetric layers, layers 10 to 49, DDP to 1e-9, worst of 5 seeds",
+        note=(
+            "60 equal antisymmetric layers, layers 10 to 49, DDP to 1e-9, worst of 5 seeds; the "
+            "rate is local, and saturated layers approach the turnpike at their own, bounded speed: see "
+            "the ratios of the unsaturated layers, which do not enter the verdict"
+        ),
         spread=(min(ratios), max(ratios)),
     )
 
