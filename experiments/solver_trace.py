@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 SOLVERS = ("gauss-newton", "newton-cg", "lbfgs", "msa", "adamw")
 RATES: Mapping[str, tuple[float, ...]] = {
-    "msa": (0.1, 0.3, 1.0, 3.0),
-    "adamw": (1e-3, 3e-3, 1e-2, 3e-2),
+    "msa": (3.0, 1.0, 0.3, 0.1),
+    "adamw": (3e-2, 1e-2, 3e-3, 1e-3),
 }
 
 
@@ -38,8 +38,10 @@ RATES: Mapping[str, tuple[float, ...]] = {
 class SolverTrace(Experiment):
     """Solve one fine-tuning and record objective, residual, work and time of every iterate.
 
-    The step size of MSA and the rate of AdamW are chosen first, by the lowest J after a fifth of
-    the budget at each candidate; that search is recorded and not charged.
+    MSA's step size and AdamW's rate are the largest of `RATES` that last: candidates are tried from
+    the largest down, and one is given up when J rises to twice its lowest so far. (A shorter search
+    would mislead: curvature grows along the way, and rates that were best for a hundred steps have
+    become unstable later.) The failed candidates are recorded and not charged.
 
     Attributes:
         solver: "gauss-newton", "newton-cg", "lbfgs" (shooting), "msa" (a gradient step on H) or
@@ -116,18 +118,21 @@ class SolverTrace(Experiment):
             seed=self.seed,
         )
         problem, start = fixed.problem, fixed.dynamics.controls()
+        trace, rate = None, None
+        search: list[dict[str, Any]] = []
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            search = [
-                {"rate": rate, "objective": self._trace(problem, start, rate, 5).objective}
-                for rate in RATES.get(self.solver, ())
-            ]
-            # A rate that diverged has no finite objective and is never chosen.
-            rate = min(search, key=lambda trial: trial["objective"])["rate"] if search else None
-            trace = self._trace(problem, start, rate, 1, progress=workspace.progress)
+            for rate in RATES.get(self.solver, (None,)):
+                trace = self._trace(problem, start, rate, workspace.progress)
+                if rate is not None:
+                    reached = {k: trace.rows[-1][k] for k in ("objective", "gradients")}
+                    search.append({"rate": rate, "status": trace.status, **reached})
+                if trace.status != "unstable":
+                    break
         finally:
             torch.set_num_threads(threads)
+        assert trace is not None
         last = trace.rows[-1]
         result = {
             "status": trace.status,
@@ -148,22 +153,22 @@ class SolverTrace(Experiment):
         problem: ControlProblem,
         start: Controls,
         rate: float | None,
-        share: int,
-        progress: bool = False,
+        progress: bool,
     ) -> _Trace:
-        """Solve with a part of the budget."""
+        """Solve until the budget is spent, or until a rate has shown to be unstable."""
         from theory.work import metered
 
         with metered() as meter:
-            trace = _Trace(meter, problem.dynamics.horizon, self.gradients / share)
+            watched = rate is not None
+            trace = _Trace(meter, problem.dynamics.horizon, self.gradients, watched)
             try:
                 if self.solver == "adamw":
                     assert rate is not None
                     trace.status = self._adamw(problem, start, rate, trace)
                 else:
                     trace.status = self._solve(problem, start, rate, trace, progress)
-            except _Spent:
-                pass
+            except _Ended as ended:
+                trace.status = str(ended)
         return trace
 
     def _solve(
@@ -217,36 +222,35 @@ class SolverTrace(Experiment):
         return "budget"
 
 
-class _Spent(Exception):
-    """Ends a solve whose budget is spent."""
+class _Ended(Exception):
+    """Ends a solve whose budget is spent, or which has become unstable."""
 
 
 class _Trace:
-    """The rows of a curve, and whether the budget lasts."""
+    """The rows of a curve; ends the solve when it must not go on."""
 
-    def __init__(self, meter: Meter, horizon: int, budget: float) -> None:
+    def __init__(self, meter: Meter, horizon: int, budget: int, watched: bool) -> None:
         self.meter, self.horizon, self.budget = meter, horizon, budget
+        self.watched = watched
         self.rows: list[dict[str, float]] = []
         self.status = "budget"
+        self._lowest = math.inf
         self._began = time.process_time()
 
-    @property
-    def objective(self) -> float:
-        """J at the end, infinite where it is not finite."""
-        value = self.rows[-1]["objective"]
-        return value if math.isfinite(value) else math.inf
-
     def note(self, iteration: int, now: Evaluation, residual: Residual) -> None:
-        """Add an iterate; raise `_Spent` once the budget is used up."""
-        gradients = self.meter.steps / self.horizon / 2
+        """Add an iterate; raise `_Ended` once the budget is used up or J has risen too far."""
+        gradients, objective = self.meter.steps / self.horizon / 2, float(now.objective)
         self.rows.append(
             {
                 "iteration": iteration,
-                "objective": float(now.objective),
+                "objective": objective,
                 "residual": residual.norm,
                 "gradients": gradients,
                 "seconds": time.process_time() - self._began,
             }
         )
+        self._lowest = min(self._lowest, objective)
+        if self.watched and not objective < 2 * self._lowest:
+            raise _Ended("unstable")
         if gradients >= self.budget:
-            raise _Spent
+            raise _Ended("budget")

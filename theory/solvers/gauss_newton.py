@@ -18,7 +18,8 @@ Where the predicted decrease is below ``eps^(2/3) |J|`` the actual one is theref
 gradients at both ends, ``-(g + g_new)'d / 2``, exact to third order in ``d``.
 
 Sources: Nocedal & Wright, *Numerical Optimization*, 2nd ed., 2006, sections 7.1 and 10.3; Eisenstat
-& Walker, SIAM J. Sci. Comput. 17(1), 1996, equation (2.6); Martens, ICML 2010 (Hessian-free).
+& Walker, SIAM J. Sci. Comput. 17(1), 1996, equation (2.6); Nocedal & Yuan, *Combining trust region
+and line search techniques*, 1998; Martens, ICML 2010 (Hessian-free).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ __all__ = ["GaussNewton", "NewtonCG", "damped_step"]
 
 ACCEPT = 1e-4  # least ratio of actual to predicted decrease
 GOLDEN = (1 + math.sqrt(5)) / 2  # Eisenstat and Walker's exponent
-TRIES = 60  # rejected steps in one iteration before the method gives up
+TRIES = 60  # parts of one step that are tried before the method gives up
 
 
 def damped_step(
@@ -105,31 +106,25 @@ class GaussNewton(Solver):
     def run(
         self, problem: ControlProblem, u0: Controls, report: Report, memory: Memory
     ) -> Ending | None:
-        """Step until `report` says stop or no damping gives a decrease."""
+        """Step until `report` says stop or no part of a step lowers ``J``."""
         u, now = u0, problem.evaluate(u0)
         kappa, forcing = _recall(memory, "damping", self.damping), _Forcing.of(self.forcing, memory)
         while not report(u, now, {"damping": _scalar(kappa), **forcing.memory()}):
             curvature = GaussNewtonCurvature(problem, u, now, keep=self.keep)
-            rtol, norm = forcing.next(curvature.gradient), float(curvature.gradient.norm())
-            accepted, growth = None, 4.0
-            for _ in range(TRIES):
-                found = damped_step(
-                    curvature, kappa * norm, rtol=rtol, max_products=self.max_products
-                )
-                # The ratio judges the model without the damping, which is not part of J.
-                model_decrease = found.decrease + 0.5 * kappa * norm * float(
-                    found.step @ found.step
-                )
-                trial = _try(problem, u, now, found.step, model_decrease)
-                if trial.evaluation is not None:
-                    accepted = trial
-                    break
-                kappa, growth = kappa * growth, 2 * growth
-            if accepted is None or accepted.evaluation is None:
-                return _stuck("a stronger damping", found)
-            u, now = accepted.controls, accepted.evaluation
-            kappa *= 0.1 if accepted.ratio > 0.9 else 1 / 3 if accepted.ratio > 0.75 else 1.0
-            kappa *= 4.0 if accepted.ratio < 0.25 else 1.0
+            rtol = forcing.next(curvature.gradient)
+            damping = kappa * float(curvature.gradient.norm())
+            found = damped_step(curvature, damping, rtol=rtol, max_products=self.max_products)
+            # The ratio judges the model without the damping, which is not part of J.
+            bend = found.curvature - damping * float(found.step @ found.step)
+            moved = _search(problem, u, now, found, bend)
+            if moved is None:
+                return _stuck(found)
+            u, now = moved.controls, moved.evaluation
+            kappa *= 1 / moved.share
+            if moved.ratio < 0.25:
+                kappa *= 4.0
+            elif moved.share == 1.0 and moved.ratio > 0.75:
+                kappa *= 0.1 if moved.ratio > 0.9 else 1 / 3
         return None
 
 
@@ -165,72 +160,106 @@ class NewtonCG(Solver):
     def run(
         self, problem: ControlProblem, u0: Controls, report: Report, memory: Memory
     ) -> Ending | None:
-        """Step until `report` says stop or no radius gives a decrease."""
+        """Step until `report` says stop or no part of a step lowers ``J``."""
         u, now = u0, problem.evaluate(u0)
         radius, forcing = _recall(memory, "radius", self.radius), _Forcing.of(self.forcing, memory)
         while not report(u, now, {"radius": _scalar(radius), **forcing.memory()}):
             curvature = HessianCurvature(problem, u, now, keep=self.keep)
-            rtol = forcing.next(curvature.gradient)
-            accepted = None
-            for _ in range(TRIES):
-                found = minimise_model(
-                    curvature.product,
-                    curvature.gradient,
-                    rtol=rtol,
-                    max_products=self.max_products,
-                    radius=radius,
-                )
-                trial = _try(problem, u, now, found.step, found.decrease)
-                if trial.evaluation is not None:
-                    accepted = trial
-                    break
-                radius = 0.25 * float(found.step.norm())
-            if accepted is None or accepted.evaluation is None:
-                return _stuck("a smaller radius", found)
-            u, now = accepted.controls, accepted.evaluation
-            length = float(found.step.norm())
-            if accepted.ratio < 0.25:
+            found = minimise_model(
+                curvature.product,
+                curvature.gradient,
+                rtol=forcing.next(curvature.gradient),
+                max_products=self.max_products,
+                radius=radius,
+            )
+            moved = _search(problem, u, now, found, found.curvature)
+            if moved is None:
+                return _stuck(found)
+            u, now = moved.controls, moved.evaluation
+            length = moved.share * float(found.step.norm())
+            if moved.ratio < 0.25:
                 radius = 0.25 * length
-            elif accepted.ratio > 0.75 and length > 0.99 * radius:
+            elif moved.share < 1.0:
+                radius = length
+            elif moved.ratio > 0.75 and length > 0.99 * radius:
                 radius *= 2.0
         return None
 
 
 @dataclass(frozen=True, eq=False)
-class _Trial:
-    """A step that was tried; without an evaluation it is rejected."""
+class _Move:
+    """An accepted part of a step.
+
+    Attributes:
+        controls: where it led.
+        evaluation: what the problem gives there.
+        share: the part of the step that was taken.
+        ratio: actual over predicted decrease.
+    """
 
     controls: Controls
-    evaluation: Evaluation | None
+    evaluation: Evaluation
+    share: float
     ratio: float
 
 
-def _try(
-    problem: ControlProblem, u: Controls, now: Evaluation, step: Tensor, predicted: float
-) -> _Trial:
-    """Evaluate at ``u + step`` if the decrease there is a fair part of the predicted one."""
-    ahead = tuple(a + d for a, d in zip(u, unflatten(step, u), strict=True))
-    moved = any(not torch.equal(a, b) for a, b in zip(u, ahead, strict=True))
-    if not predicted > 0 or not moved or not bool(torch.isfinite(step).all()):
-        return _Trial(ahead, None, -math.inf)
+def _search(
+    problem: ControlProblem, u: Controls, now: Evaluation, found: ModelStep, bend: float
+) -> _Move | None:
+    """Shorten the step until ``J`` falls by a fair part of what the model predicts.
+
+    A shorter part of the same step costs one rollout, a new solve many products; so the solve is
+    repeated only from the next iterate (Nocedal & Yuan 1998).
+
+    Args:
+        problem: the problem.
+        u: the controls.
+        now: what the problem gives there.
+        found: the step, a descent direction.
+        bend: ``d'Md`` of the model to be judged.
+    """
+    if not found.slope < 0 or not bool(torch.isfinite(found.step).all()):
+        return None
+    share = 1.0
+    for _ in range(TRIES):
+        step = share * found.step
+        ahead = tuple(a + d for a, d in zip(u, unflatten(step, u), strict=True))
+        if all(torch.equal(a, b) for a, b in zip(u, ahead, strict=True)):
+            return None  # too short to change the controls
+        predicted = -share * found.slope - 0.5 * share**2 * bend
+        evaluation, ratio = _evaluate(problem, now, ahead, step, predicted)
+        if evaluation is not None:
+            return _Move(ahead, evaluation, share, ratio)
+        # The minimum of the parabola through both values and the slope at zero, safeguarded.
+        drop = ratio * predicted
+        fall = -share * found.slope
+        best = 0.5 * fall / (fall - drop) if math.isfinite(drop) and fall > drop else 0.1
+        share *= min(max(best, 0.1), 0.5)
+    return None
+
+
+def _evaluate(
+    problem: ControlProblem, now: Evaluation, ahead: Controls, step: Tensor, predicted: float
+) -> tuple[Evaluation | None, float]:
+    """Actual over predicted decrease, and the evaluation where it is acceptable."""
     with torch.no_grad():
         states = problem.rollout(ahead)
         objective = problem.total_cost(states, ahead)
     before, after = float(now.objective), float(objective)
-    if not math.isfinite(after):
-        return _Trial(ahead, None, -math.inf)
+    if not math.isfinite(after) or not predicted > 0:
+        return None, -math.inf
     eps = torch.finfo(step.dtype).eps
     resolved = predicted > eps ** (2 / 3) * max(abs(before), abs(after))
     ratio = (before - after) / predicted
     if resolved and ratio < ACCEPT:
-        return _Trial(ahead, None, ratio)
+        return None, ratio
     costates, gradient = problem.adjoint(states, ahead)
     if not resolved:
         slopes = (flatten(now.gradient) + flatten(gradient)) @ step
         ratio = -0.5 * float(slopes) / predicted
         if not ratio >= ACCEPT:
-            return _Trial(ahead, None, ratio)
-    return _Trial(ahead, Evaluation(states, costates, objective, gradient), ratio)
+            return None, ratio
+    return Evaluation(states, costates, objective, gradient), ratio
 
 
 @dataclass
@@ -262,8 +291,8 @@ class _Forcing:
         return self.rtol
 
 
-def _stuck(tried: str, found: ModelStep) -> Ending:
-    reason = f"{tried} gave no decrease of J in {TRIES} tries"
+def _stuck(found: ModelStep) -> Ending:
+    reason = "no part of the step lowers J"
     if found.end in (End.SINGULAR, End.NEGATIVE_CURVATURE):
         reason += f" (conjugate gradients ended with {found.end.value.replace('_', ' ')})"
     return Ending(Status.LINE_SEARCH_FAILED, reason)
