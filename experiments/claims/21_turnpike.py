@@ -121,8 +121,8 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
         assumption_met=all(fit["residual"] <= TOLERANCE for fit in details["fits"]),
         note=(
             "60 equal antisymmetric layers, layers 10 to 49, DDP to 1e-9, worst of 5 seeds; the "
-            "rate is local, and saturated layers approach the turnpike at their own, bounded speed: see "
-            "the ratios of the unsaturated layers, which do not enter the verdict"
+            "rate is local, and saturated layers approach the turnpike at their own, bounded speed "
+            "(the ratios of the unsaturated layers do not enter the verdict)"
         ),
         spread=(min(ratios), max(ratios)),
     )
