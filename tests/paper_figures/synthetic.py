@@ -274,7 +274,7 @@ def solvers(seeds: int = 3) -> Grid:
                     "seconds": 0.2 + time * iteration,
                 }
             )
-            rates = [0.1, 0.3, 1.0] if solver in ("msa", "adamw") else []
+            rates = [1.0, 0.3, 0.1] if solver in ("msa", "adamw") else []
             config = {
                 "solver": solver,
                 "model": "minilm-l6",
@@ -287,8 +287,11 @@ def solvers(seeds: int = 3) -> Grid:
             last = curve.iloc[-1]
             result = {
                 "status": "converged" if last["residual"] < 1e-6 else "budget",
-                "rate": rates[seed % 2] if rates else None,
-                "search": [{"rate": rate, "objective": 0.1 * rate} for rate in rates],
+                "rate": rates[1 + seed % 2] if rates else None,
+                "search": [
+                    {"rate": rate, "status": "budget" if index == 1 + seed % 2 else "unstable"}
+                    for index, rate in enumerate(rates[: 2 + seed % 2])
+                ],
                 "num_controls": 74_498,
                 **{key: float(last[key]) for key in ("objective", "residual", "seconds")},
                 "gradients": float(last["gradients"]),

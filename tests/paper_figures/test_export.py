@@ -93,6 +93,7 @@ def test_captions_take_their_numbers_from_the_table(name: str, records: list[Rec
             "pontryagin": "at most 3.2e-15",
             "reachability": "MiniLM: least at the mlp up of layer 5",
             "selection": "the derivatives of the model by 4e-14",
+            "solvers": "AdamW 0.1 and 0.3 (0.3 and 1 given up)",
             "subspace": "up to d = 20,000",
         }[name]
     assert expected in figure.caption(table)
