@@ -96,17 +96,20 @@ class SteadyState:
         x, u, p = torch.from_numpy(found.x).split([n, m, n])
         A, B = torch.func.jacrev(problem.dynamics.step, argnums=(1, 2))(0, x, u)
         (Q, S), (_, R) = torch.func.hessian(hamiltonian, argnums=(0, 1))(x, u, p)
+        unstable = (
+            "the problem linearised at the steady optimum has no stabilising law; add a running "
+            "cost of the state that sees every mode, and let the controls reach the unstable ones"
+        )
         try:
             P = linalg.solve_discrete_are(A.numpy(), B.numpy(), Q.numpy(), R.numpy(), s=S.numpy())
         except (np.linalg.LinAlgError, ValueError) as error:
-            raise InputError(
-                f"the problem linearised at the steady optimum has no stabilising law ({error}); "
-                "add a running cost of the state that sees every mode"
-            ) from error
+            raise InputError(f"{unstable} ({error})") from error
         P = torch.from_numpy(P)
         K = torch.linalg.solve(R + B.mT @ P @ B, B.mT @ P @ A + S.mT)
         closed_loop = A - B @ K
         radius = float(torch.linalg.eigvals(closed_loop).abs().max())
+        if not radius < 1 - 1e-9:
+            raise InputError(f"{unstable} (spectral radius {radius:.9f})")
         return cls(x, u, p, residual, K, closed_loop, -math.log(radius))
 
     def law(self, problem: ControlProblem) -> Controls:

@@ -112,6 +112,21 @@ class ILQR(_SecondOrder):
     Solves problems whose states, or whose batch of states where controls are shared, have up to a
     few thousand entries; it raises `InputError` beyond (then `GaussNewton`), and where examples
     with controls of their own interact.
+
+    The gains are ``(m_t, n_t)`` of the flattened states; where a batch shares the controls ``n_t``
+    counts the entries of all its states, and for controls per example they are ``(batch, m_t,
+    n_t)``.
+
+    Example:
+        A linear-quadratic problem takes one iteration. ``J = 1/2 u^2 + 1/2 (1 + u)^2``:
+
+        >>> from theory import ControlProblem, LinearDynamics, QuadraticCost, solve
+        >>> one = torch.ones(1, 1, dtype=torch.float64)
+        >>> cost = QuadraticCost.constant(1, Q=0 * one, R=one, Qf=one)
+        >>> problem = ControlProblem(LinearDynamics.constant(1, one, one), cost, x0=one[0])
+        >>> solution = solve(problem, ILQR(), problem.zero_controls(), max_steps=9, tol=1e-12)
+        >>> solution.iterations, round(solution.controls[0].item(), 12)
+        (1, -0.5)
     """
 
     @property
