@@ -448,3 +448,18 @@ def test_no_control_at_all() -> None:
         normal(2, seed=1),
     )
     assert run(problem, DDP()).status is Status.CONVERGED
+
+
+class Kinked(TerminalOnly):
+    """``Phi = sum |x|^(3/2)``, whose second derivative is infinite at zero."""
+
+    def terminal(self, x: Tensor) -> Tensor:
+        return x.abs().pow(1.5).sum() + (x - 1).square().sum()
+
+
+def test_an_infinite_curvature_is_named() -> None:
+    eye = torch.eye(2, dtype=F64)
+    problem = ControlProblem(LinearDynamics.constant(1, eye, eye), Kinked(), 0 * eye[0])
+    solution = run(problem, DDP())
+    assert solution.status is Status.LINE_SEARCH_FAILED
+    assert "second derivatives are not" in solution.message

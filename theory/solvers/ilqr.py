@@ -89,6 +89,11 @@ class _SecondOrder(Solver):
         stop = report(u, now, {"level": torch.tensor(level)})
         while math.isfinite(float(now.objective)):
             model = QuadraticModel.of(problem, u, now, second_order=self.second_order)
+            if not model.is_finite:
+                return Ending(
+                    Status.LINE_SEARCH_FAILED,
+                    "J is finite, but its first or second derivatives are not",
+                )
             search = _Search(problem, u, now, model)
             if stop:
                 return Ending(gains=search.gains(level))

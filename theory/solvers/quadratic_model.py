@@ -126,6 +126,12 @@ class QuadraticModel:
         return [_negative_part(matrix) for matrix in (*self.W, self.terminal)]
 
     @property
+    def is_finite(self) -> bool:
+        """Whether every derivative is a finite number."""
+        parts = (*self.A, *self.B, *self.W, self.terminal, *self.gradient)
+        return all(bool(torch.isfinite(part).all()) for part in parts)
+
+    @property
     def is_convex(self) -> bool:
         """Whether every ``W_t`` and ``Phi_xx`` is positive semidefinite."""
         return not any(bool(part.any()) for part in self.concave)
