@@ -32,5 +32,13 @@ Bryson & Ho, *Applied Optimal Control*, 1975, sections 2.2 and 5.2.
 
 from theory.lq.policy import LQFactor, LQPolicy, UnboundedError
 from theory.lq.recursion import factorise, riccati
+from theory.lq.scan import factorise_by_scan
 
-__all__ = ["LQFactor", "LQPolicy", "UnboundedError", "factorise", "riccati"]
+__all__ = [
+    "LQFactor",
+    "LQPolicy",
+    "UnboundedError",
+    "factorise",
+    "factorise_by_scan",
+    "riccati",
+]

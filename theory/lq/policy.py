@@ -85,7 +85,7 @@ class LQFactor:
     def hessians(self) -> Sequence[Tensor]:
         """``P_0..P_L``, each ``(batch, n_t, n_t)``; formed when first asked for."""
         known, quick = dict(self._hessians), self._quick
-        if quick is not None:
+        if quick is not None and len(known) <= len(self.sizes):
             for t, P in enumerate(unbind(each(lambda S: S @ S.mT, quick.roots)), quick.first):
                 known.setdefault(t, P)
         return [known[t] for t in range(len(known))]

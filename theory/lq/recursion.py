@@ -30,6 +30,7 @@ from theory.lq.terms import (
     QuickSteps,
     Terms,
     each,
+    gain,
     gather,
     inverse_root,
     symmetric,
@@ -153,7 +154,7 @@ class _Sweep:
         A, B, Q, R = (unbind(part) for part in (terms.A, terms.B, terms.Q, terms.R))
         N = None if terms.N is None else unbind(terms.N)
         rooms = {size: self._workspace(*size) for size in set(terms.sizes)}
-        S, factors, codes = root, [], []
+        S, factors, codes, norms = root, [], [], []
         for t in reversed(range(stop)):
             F, F_u, F_x, G, G_T, H, H_uu, H_xu, H_xx = rooms[terms.sizes[t]]
             F_u.copy_(B[t])
@@ -165,12 +166,16 @@ class _Sweep:
             L, code = torch.linalg.cholesky_ex(H.baddbmm_(G_T, G, beta=0.5))
             m = terms.sizes[t][1]
             S = L[:, m:, m:].contiguous()
-            factors.append((L[:, :m, :m], L[:, m:, :m].mT, S))
+            lower = L[:, :m, :m]
+            factors.append((lower, gain(lower, L[:, m:, :m].mT), S))
             codes.append(code)
+            norms.append(torch.linalg.vector_norm(S, dim=(-2, -1)))
         failed = (torch.stack(codes) != 0).any(-1).nonzero()
         first = stop - int(failed[0, 0]) if len(failed) else 0
-        lower, W, roots = (list(part) for part in zip(*factors[::-1], strict=True))
-        return QuickSteps(0, lower, W, roots).since(first)
+        factors = factors[: stop - first][::-1]
+        lower, gains, roots = ([factor[i] for factor in factors] for i in range(3))
+        traces = torch.stack(norms[: stop - first][::-1]).square() if first < stop else root[:0, 0]
+        return QuickSteps(first, lower, gains, roots, traces)
 
     def _workspace(self, after: int, m: int, n: int) -> tuple[Tensor, ...]:
         """Memory for ``F = [B A]``, ``G`` and ``H``, and views of their blocks."""
@@ -185,11 +190,13 @@ class _Sweep:
         first = quick.first
         if first == stop:
             return quick
-        roots = [*unbind(quick.roots)[1:], root]
         # The trace of P bounds its norm.
-        sizes = torch.stack([torch.linalg.vector_norm(S, dim=(-2, -1)) for S in roots]).square()
-        lower, R, B = quick.lower, self.terms.R[first:stop], self.terms.B[first:stop]
-        good = each(_exceeds, gather(list(each(_diagonal, lower))), R, B, sizes)
+        last = torch.linalg.vector_norm(root, dim=(-2, -1)).square()
+        sizes = torch.cat([quick.traces[1:], last[None]])
+        R, B = self.terms.R[first:stop], self.terms.B[first:stop]
+        pivots = each(_diagonal, quick.lower)
+        pivots = pivots if isinstance(pivots, Tensor) else gather(pivots)
+        good = each(_exceeds, pivots, R, B, sizes)
         good = good if isinstance(good, Tensor) else torch.stack(good)
         good[0] &= torch.isfinite(quick.roots[0]).all()  # no later step would notice
         wrong = (~good).any(-1).nonzero()
@@ -245,7 +252,7 @@ class _Sweep:
     def _factor(self) -> LQFactor:
         terms, quick, gains = self.terms, self.quick, self.gains
         if quick is not None:
-            K = each(_solved, quick.lower, quick.W)
+            K = quick.gains
             gains = gains | dict(enumerate(unbind(K), quick.first)) if gains else K
         if isinstance(gains, dict):
             gains = gather([gains[t] for t in range(len(terms.sizes))])
@@ -271,8 +278,7 @@ def _root(P: Tensor) -> Tensor | None:
 
 def _noise(R: Tensor, B: Tensor, size: Tensor) -> Tensor:
     """A bound on the rounding error of the diagonal of ``H_uu``, and so of its pivots."""
-    columns = torch.linalg.vector_norm(B, dim=-2).square()
-    scale = _diagonal(R).abs() + size[..., None] * columns
+    scale = _diagonal(R).abs() + size[..., None] * B.square().sum(-2)
     return (4 + R.shape[-1]) * torch.finfo(R.dtype).eps * scale
 
 
@@ -283,8 +289,3 @@ def _exceeds(pivots: Tensor, R: Tensor, B: Tensor, size: Tensor) -> Tensor:
 
 def _diagonal(matrix: Tensor) -> Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1)
-
-
-def _solved(lower: Tensor, W: Tensor) -> Tensor:
-    """``K = -C^{-T} W``."""
-    return torch.linalg.solve_triangular(lower.mT, W, upper=True).neg_()

@@ -14,7 +14,7 @@ import torch
 from scipy.linalg import get_blas_funcs, get_lapack_funcs
 from torch import Tensor
 
-from theory.lq.terms import QuadraticTerms, QuickSteps, Steps, each
+from theory.lq.terms import QuadraticTerms, QuickSteps, Steps, each, gain
 
 __all__ = ["simulate", "sweep"]
 
@@ -32,7 +32,7 @@ def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
     A, B, Q, R = (_arrays(part) for part in (terms.A, terms.B, terms.Q, terms.R))
     N = None if terms.N is None else _arrays(terms.N)
     S = np.ascontiguousarray(root[0].numpy().T)
-    trmm, syrk = get_blas_funcs(("trmm", "syrk"), dtype=S.dtype)
+    trmm, trsm, syrk = get_blas_funcs(("trmm", "trsm", "syrk"), dtype=S.dtype)
     (potrf,) = get_lapack_funcs(("potrf",), dtype=S.dtype)
 
     def room(shapes: list[tuple[int, int]], together: bool) -> np.ndarray | list[np.ndarray]:
@@ -42,35 +42,43 @@ def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
 
     sizes = terms.sizes[:stop]
     uniform = terms.uniform
-    # Large roots have memory of their own: what is returned to the system costs time to get back.
-    roots = room([(n, n) for _, _, n in sizes], uniform and terms.Qf.shape[-1] < MEDIUM)
+    small = uniform and terms.Qf.shape[-1] < MEDIUM
+    # Larger roots have memory of their own: what went back to the system costs time to get again.
+    roots = room([(n, n) for _, _, n in sizes], small)
     lower = room([(m, m) for _, m, _ in sizes], uniform)
-    W = room([(m, n) for _, m, n in sizes], uniform)
+    gains = room([(m, n) for _, m, n in sizes], uniform)
+    traces = np.empty((stop, 1), S.dtype)
     rooms, first = {}, 0
     for t in reversed(range(stop)):
         size = after, m, n = sizes[t]
         if size not in rooms:
             G, H = np.empty((after, m + n), S.dtype), np.zeros((m + n, m + n), S.dtype)
-            rooms[size] = G, G.T, G[:, :m], G[:, m:], H, H.T, H[:m, :m], H[:m, m:], H[m:, m:]
-        G, G_T, G_u, G_x, H, H_T, H_uu, H_ux, H_xx = rooms[size]
+            rooms[size] = G, G.T, G[:, :m], G[:, m:], H.T, H[:m, :m], H[:m, m:], H[m:, m:]
+        G, G_T, G_u, G_x, H_T, H_uu, H_ux, H_xx = rooms[size]
         G_u[...], G_x[...] = B[t], A[t]
         np.add(R[t], R[t].T, out=H_uu)
         np.add(Q[t], _transposed(Q[t]), out=H_xx)
         H_ux[...] = 0.0 if N is None else 2 * N[t].T
-        H *= 0.5
-        # G' <- [B A]' S,  H <- [R N'; N Q] + G'G,  H = L L', each in place.
+        # G' <- [B A]' S,  H <- H/2 + G'G,  H = L L', each in place.
         trmm(1.0, S.T, G_T, side=1, lower=1, overwrite_b=1)
-        syrk(1.0, G_T, beta=1.0, c=H_T, lower=1, overwrite_c=1)
+        syrk(1.0, G_T, beta=0.5, c=H_T, lower=1, overwrite_c=1)
         if potrf(H_T, lower=1, clean=1, overwrite_a=1)[1]:
             first = t + 1
             break
-        roots[t][...], lower[t][...], W[t][...] = H_xx, H_uu, H_ux
+        roots[t][...], lower[t][...], gains[t][...] = H_xx, H_uu, H_ux
+        if m and not small:
+            trsm(-1.0, lower[t].T, gains[t].T, side=1, lower=1, overwrite_b=1)
         S = roots[t]
+        traces[t] = np.vdot(S, S)
+    C = each(lambda C: C.mT, _tensors(lower, first))
+    K = _tensors(gains, first)
     return QuickSteps(
         first=first,
-        lower=each(lambda C: C.mT, _tensors(lower, first)),
-        W=_tensors(W, first),
+        lower=C,
+        # Many small systems at once are quicker by torch.
+        gains=each(gain, C, K) if small else K,
         roots=each(lambda S: S.mT, _tensors(roots, first)),
+        traces=torch.from_numpy(traces[first:]),
     )
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "broadcast",
     "check_vectors",
     "each",
+    "gain",
     "gather",
     "inverse_root",
     "symmetric",
@@ -57,6 +58,11 @@ def inverse_root(lower: Tensor) -> Tensor:
     """``T = C^{-T}`` with ``(C C')^{-1} = T T'``."""
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     return torch.linalg.solve_triangular(lower.mT, eye.expand_as(lower), upper=True)
+
+
+def gain(lower: Tensor, W: Tensor) -> Tensor:
+    """``K = -C^{-T} W = -H_uu^{-1} H_ux``."""
+    return torch.linalg.solve_triangular(lower.mT, W, upper=True).neg_()
 
 
 def symmetric(matrix: Tensor) -> Tensor:
@@ -146,19 +152,23 @@ class QuickSteps:
     Attributes:
         first: the last step, backward, that it did.
         lower: ``C_t`` with ``H_uu = C_t C_t'``.
-        W: ``C_t^{-1} H_ux``.
-        roots: ``S_t`` with ``P_t = S_t S_t'``.
+        gains: ``K_t``.
+        roots: ``S_t`` with ``P_t = S_t S_t'``; empty where all ``P_t`` are known.
+        traces: ``trace P_t``, ``(steps, batch)``.
     """
 
     first: int
     lower: Steps
-    W: Steps
+    gains: Steps
     roots: Steps
+    traces: Tensor
 
     def since(self, first: int) -> QuickSteps:
         """The steps from a later one on."""
         skip = first - self.first
-        return QuickSteps(first, self.lower[skip:], self.W[skip:], self.roots[skip:])
+        return QuickSteps(
+            first, self.lower[skip:], self.gains[skip:], self.roots[skip:], self.traces[skip:]
+        )
 
 
 @dataclass(frozen=True)
