@@ -1,0 +1,71 @@
+"""Solvers on Transformers: tiny ones of random weights, and MiniLM's real blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from deltas import DeltaModel, HeadTuning, LoRA, attach
+from deltas.dynamics import TransformerDynamics, control_problem
+from tests.deltas.zoo import batch_of, move
+from theory.problem import ControlProblem, Controls
+from theory.solvers import DDP, ILQR, GaussNewton, NewtonCG, Shooting, Solver, Status, solve
+
+Build = Callable[..., PreTrainedModel]
+
+
+def end_to_end_residual(controlled: DeltaModel, problem: ControlProblem, u: Controls) -> float:
+    """The norm of the gradient by autograd through the model's own forward pass."""
+    dynamics = problem.dynamics
+    assert isinstance(dynamics, TransformerDynamics)
+    dynamics.load_controls(u)
+    loss = problem.cost.terminal(dynamics.logits())
+    for t, control in enumerate(dynamics.live_controls()):
+        loss = loss + problem.cost.running(t, dynamics.x0, control)
+    found = torch.autograd.grad(loss, list(controlled.trainable().values()))
+    return float(torch.cat([g.reshape(-1) for g in found]).norm())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize(
+    ("solver", "converges"),
+    [
+        (NewtonCG(), True),
+        (GaussNewton(), False),
+        (DDP(), True),
+        pytest.param(ILQR(), False, marks=pytest.mark.slow),
+    ],
+    ids=["newton-cg", "gauss-newton", "ddp", "ilqr"],
+)
+def test_lora_on_a_tiny_transformer(
+    build: Build, family: str, solver: Solver, converges: bool
+) -> None:
+    """From where L-BFGS is near an optimum; the methods without second derivatives only descend."""
+    model = build(family)
+    controlled = move(attach(model, LoRA(rank=1), HeadTuning()))
+    batch = batch_of(model) | {"labels": torch.tensor([0, 1, 1])}
+    problem = control_problem(controlled, batch, weight_decay=0.02)
+    near = solve(problem, Shooting(), problem.dynamics.controls(), max_steps=999, tol=1e-4)
+    solution = solve(problem, solver, near.controls, max_steps=12, tol=1e-9)
+    residual = end_to_end_residual(controlled, problem, solution.controls)
+    controlled.detach()
+    assert near.status is Status.CONVERGED, near.message
+    assert (solution.status is Status.CONVERGED) or not converges, solution.message
+    assert residual == pytest.approx(solution.residual.norm, rel=1e-6, abs=1e-12)
+    assert solution.objective <= near.objective
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", [GaussNewton(), NewtonCG()], ids=lambda s: type(s).__name__)
+def test_lora_on_real_blocks(minilm_l6: str, solver: Solver) -> None:
+    from experiments.problems import fixed_problem
+
+    fixed = fixed_problem((LoRA(rank=4),), num_examples=4, max_length=12, weight_decay=1e-2)
+    start = fixed.dynamics.controls()
+    solution = solve(fixed.problem, solver, start, max_steps=60, tol=1e-6)
+    assert solution.status is Status.CONVERGED, solution.message
+    reference = torch.cat(fixed.end_to_end_gradient(solution.controls)).norm()
+    assert float(reference) == pytest.approx(solution.residual.norm, rel=1e-3, abs=1e-10)
