@@ -112,19 +112,19 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     """Spectra and energy maps of each model; energy by depth; predicted against measured gain."""
-    models = list(_real(table)["model"].unique())
-    figure = Figure(figsize=(PAGE_WIDTH, 7.4), layout="constrained")
-    axes = figure.subplots(3, 2)
-    for index, model in enumerate(models[:2]):
+    models = list(_real(table)["model"].unique())[:2]
+    rows = len(models) + 1
+    figure = Figure(figsize=(PAGE_WIDTH, 2.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2)
+    # Two models side by side, spectra above maps; one model in one row.
+    panels = axes[:-1].T if len(models) == 2 else axes[:-1]
+    for (upper, lower), model in zip(panels, models, strict=True):
         title = MODELS.get(model) or str(model)
-        _draw_spectra(figure, axes[0, index], _of(curves, model), title)
-        _draw_map(figure, axes[1, index], _of(table, model), title)
-    for index in range(len(models), 2):
-        axes[0, index].set_visible(False)
-        axes[1, index].set_visible(False)
-    _draw_depth(axes[2, 0], _real(table))
-    _draw_gains(axes[2, 1], table)
-    letter(ax for ax in axes.flat if ax.get_visible())
+        _draw_spectra(figure, upper, _of(curves, model), title)
+        _draw_map(figure, lower, _of(table, model), title)
+    _draw_depth(axes[-1, 0], _real(table))
+    _draw_gains(axes[-1, 1], table)
+    letter(axes.flat)
     return figure
 
 
@@ -135,9 +135,9 @@ def caption(table: pd.DataFrame) -> str:
     sentences = [
         f"{TITLE}. The outputs are the two-class margins of {examples}; the control is LoRA "
         f"at B = 0, shared by the examples; {seeds} "
-        f"{'seed draws' if seeds == 1 else 'seeds draw'} A and the examples. Top: eigenvalues of "
+        f"{'seed draws' if seeds == 1 else 'seeds draw'} A and the examples. Lines: eigenvalues of "
         "each layer's Gramian W (median over seeds; shaded: range, where there are few layers). "
-        "Middle: least energy ½‖u‖² that moves the margin of one example by 1, by one site of one "
+        "Maps: least energy ½‖u‖² that moves the margin of one example by 1, by one site of one "
         "layer (mean over examples and seeds). "
         "Bottom left: the same for all sites of a layer, and for all margins at once, each "
         "towards its label (mean; whiskers: range over seeds)."
@@ -149,8 +149,8 @@ def caption(table: pd.DataFrame) -> str:
         cheap, dear = rows.iloc[0], rows.iloc[-1]
         sentences.append(
             f"{MODELS.get(str(model), str(model))}: least at the {_site(cheap['site'])[0]} of "
-            f"layer {cheap['layer']} ({cheap['energy_one']:.2g}), most at the "
-            f"{_site(dear['site'])[0]} of layer {dear['layer']} ({dear['energy_one']:.2g})."
+            f"layer {cheap['layer']} ({cheap['energy_one']:.3g}), most at the "
+            f"{_site(dear['site'])[0]} of layer {dear['layer']} ({dear['energy_one']:.3g})."
         )
     pairs = _pairs(table, "pre-trained")
     if len(pairs) > 2:
@@ -349,4 +349,4 @@ def _draw_gains(ax: Axes, table: pd.DataFrame) -> None:
         handles.append(
             Line2D([], [], linestyle="", marker="x", color="#B0B0B0", label="random weights")
         )
-    ax.legend(handles=handles, loc="best", handletextpad=0.2)
+    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.2)
