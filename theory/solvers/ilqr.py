@@ -23,7 +23,8 @@ derivative along the law (Armijo). Where the expected change is below the roundi
 values say nothing: a step is accepted there if ``J`` does not rise above that rounding and the
 residual falls. So the residual reaches the rounding level of the *gradient*. Where the model has
 no positive curvature along the law it bounds no step; steps ten times as long are tried then as
-long as ``J`` falls, which leaves saddle points quickly and exposes a ``J`` without minimum.
+long as ``J`` falls, which leaves saddle points quickly and exposes a ``J`` without minimum. A bent
+or damped model is too stiff, and there doubled steps are tried.
 
 Controls per example are independent problems with one sweep, one place on the path and one step
 size for all, since a cost gives only the sum over the examples.
@@ -236,16 +237,19 @@ class _Search:
                 fine = value <= old + noise and self.residual(controls) < self.residual(self.u)
                 return _Trial(level, controls, value, trusted=True) if fine else None
             if value <= old + _ARMIJO * size * slope:
-                if curvature <= 0 and size == 1.0:
-                    controls, value = self.extend(policy, controls, value)
+                if size == 1.0 and (curvature <= 0 or level not in _NEWTON):
+                    factor = 10.0 if curvature <= 0 else 2.0
+                    controls, value = self.extend(policy, controls, value, factor)
                 expected = size * slope + 0.5 * size**2 * curvature
                 return _Trial(level, controls, value, trusted=value - old <= 0.5 * expected < 0)
         return None
 
-    def extend(self, policy: Policy, controls: Controls, value: float) -> tuple[Controls, float]:
-        """Ten times as far, as long as ``J`` falls."""
+    def extend(
+        self, policy: Policy, controls: Controls, value: float, factor: float
+    ) -> tuple[Controls, float]:
+        """Steps that grow by the factor, as long as ``J`` falls."""
         for i in range(1, 17):
-            further, new, _ = self.rollout(policy, 10.0**i)
+            further, new, _ = self.rollout(policy, factor**i)
             if not -math.inf < new < value:
                 break
             controls, value = further, new
