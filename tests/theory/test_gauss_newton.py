@@ -346,13 +346,16 @@ def test_states_of_100_000_entries_and_no_jacobian(
 
 
 @solvers
-def test_a_problem_without_a_minimum_is_called_unbounded(make: Callable[[], Solver]) -> None:
-    """``J = x_L``, linear in the controls."""
+@pytest.mark.parametrize("curvature", [0.0, -1.0])
+def test_a_problem_without_a_minimum_is_called_unbounded(
+    make: Callable[[], Solver], curvature: float
+) -> None:
+    """``J = x_L + curvature/2 sum u^2``: linear, or concave, in the controls."""
     one, zero = torch.ones(1, 1), torch.zeros(1, 1)
-    cost = QuadraticCost(Q=[zero] * 3, R=[zero] * 3, Qf=zero, qf=torch.ones(1))
+    cost = QuadraticCost(Q=[zero] * 3, R=[curvature * one] * 3, Qf=zero, qf=torch.ones(1))
     problem = ControlProblem(LinearDynamics.constant(3, one, one), cost, torch.ones(1))
     solution = solve(problem, make(), problem.zero_controls(), max_steps=200, tol=1e-8)
-    assert solution.status is Status.UNBOUNDED
+    assert solution.status is Status.UNBOUNDED, solution.message
     assert "running cost" in solution.message
 
 
@@ -380,25 +383,25 @@ def test_a_step_into_nothing_is_shortened_until_the_method_gives_up(
 def test_an_interrupted_solve_continues_with_the_same_iterates(
     make: Callable[[], Solver], tmp_path: Path
 ) -> None:
-    problem, checkpoint = reachable(16, 4), tmp_path / "solve.safetensors"
-    start = problem.zero_controls()
+    problem, checkpoint = low_rank(), tmp_path / "solve.safetensors"
+    start = tuple(0.5 * normal(m, seed=m) for m in problem.dynamics.control_sizes)
 
     def interrupt(iterate: Iterate) -> None:
-        if iterate.iteration == 4:
+        if iterate.iteration == 2:
             raise KeyboardInterrupt
 
-    whole = solve(problem, make(), start, max_steps=8, tol=0.0)
+    whole = solve(problem, make(), start, max_steps=5, tol=0.0)
     with pytest.raises(KeyboardInterrupt):
         solve(
             problem,
             make(),
             start,
-            max_steps=8,
+            max_steps=5,
             tol=0.0,
             callback=interrupt,
             checkpoint=checkpoint,
         )
-    resumed = solve(problem, make(), start, max_steps=8, tol=0.0, checkpoint=checkpoint)
+    resumed = solve(problem, make(), start, max_steps=5, tol=0.0, checkpoint=checkpoint)
     assert resumed.history == whole.history
     assert torch.equal(flat(resumed.controls), flat(whole.controls))
 

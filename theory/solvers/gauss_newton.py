@@ -111,9 +111,15 @@ class GaussNewton(Solver):
         kappa, forcing = _recall(memory, "damping", self.damping), _Forcing.of(self.forcing, memory)
         while not report(u, now, {"damping": _scalar(kappa), **forcing.memory()}):
             curvature = GaussNewtonCurvature(problem, u, now, keep=self.keep)
-            rtol = forcing.next(curvature.gradient)
-            damping = kappa * float(curvature.gradient.norm())
-            found = damped_step(curvature, damping, rtol=rtol, max_products=self.max_products)
+            rtol, norm = forcing.next(curvature.gradient), float(curvature.gradient.norm())
+            growth = 10.0
+            while True:
+                damping = kappa * norm
+                found = damped_step(curvature, damping, rtol=rtol, max_products=self.max_products)
+                if bool(found.step.any()) or not math.isfinite(damping):
+                    break
+                # G has no positive curvature along the gradient: costs that are not convex.
+                kappa, growth = kappa * growth, 10.0 * growth
             # The ratio judges the model without the damping, which is not part of J.
             bend = found.curvature - damping * float(found.step @ found.step)
             moved = _search(problem, u, now, found, bend)
