@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments.records import Record
 from paper_figures.base import PAGE_WIDTH, check_replicates, groups
@@ -109,7 +110,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
                 "gradients": f"{runs['gradients'].median():.0f}",
                 "seconds": f"{runs['seconds'].median():.0f}",
                 "J above lowest": f"{runs['gap'].median():.1e}",
-                "residual": f"{runs['residual'].median():.1e} ({low:.0e} to {high:.0e})",
+                "residual": f"{runs['residual'].median():.1e} ({low:.1e} to {high:.1e})",
                 "chosen rate": ", ".join(f"{rate:g}" for rate in rates) or "none",
                 "status": joined(sorted(runs["status"].unique())),
             }
@@ -166,9 +167,11 @@ def caption(table: pd.DataFrame) -> str:
     for (solver,), runs in groups(table, ["solver"]):
         converged = int((runs["status"] == "converged").sum())
         ends = f", converged from {converged} of {len(runs)} seeds" if converged else ""
+        gap = runs["gap"].median()
+        above = f"J {gap:.0e} above the lowest" if gap > 0 else "the lowest J"
+        medians = " (medians)" * (len(runs) > 1)
         sentences.append(
-            f"{_name(solver)}: residual {runs['residual'].median():.0e} and J "
-            f"{runs['gap'].median():.0e} above the lowest (medians) after "
+            f"{_name(solver)}: residual {runs['residual'].median():.0e} and {above}{medians} after "
             f"{runs['iterations'].median():.0f} iterations{ends}."
         )
     return " ".join(sentences)
@@ -192,6 +195,14 @@ def _ordered(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     ).reset_index(drop=True)
 
 
+def _evenly(cost: np.ndarray, count: int = 8) -> list[int]:
+    """Indices at which a logarithmic axis is met at about equal distances."""
+    if not len(cost):
+        return []
+    wanted = np.geomspace(cost[0], cost[-1], count)
+    return sorted({int(np.abs(np.log(cost / value)).argmin()) for value in wanted})
+
+
 def _draw_lines(ax: Axes, curves: pd.DataFrame, cost: str, quantity: str) -> None:
     first_seed = curves["seed"].min()
     for (solver, seed), line in groups(curves, KEYS):
@@ -205,11 +216,11 @@ def _draw_lines(ax: Axes, curves: pd.DataFrame, cost: str, quantity: str) -> Non
             linewidth=1.5 if first else 0.6,
             alpha=1.0 if first else 0.55,
             marker=MARKERS.get(solver, "x"),
-            markevery=max(1, len(shown) // 8),
+            markevery=_evenly(shown[cost].to_numpy()),
             markersize=3.5 if first else 0,
             label=_name(solver) if first else None,
         )
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(numticks=8))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_minor_locator(NullLocator())
