@@ -210,7 +210,8 @@ def solve(
     problem.check_controls(u0)
     if problem.box is not None and not solver.takes_box:
         raise InputError(
-            f"{type(solver).__name__} cannot keep the controls in a box; take MSA, Shooting, ILQR or DDP"
+            f"{type(solver).__name__} cannot keep the controls in a box; take MSA, Shooting, ILQR "
+            "or DDP"
         )
     u = tuple(control.detach().clone() for control in u0)
     if problem.box is not None:
