@@ -16,6 +16,6 @@ def experiments(preset: str) -> list[SolverTrace]:
             gradients=40 if quick else 600,
             seed=seed,
         )
-        for seed in range(1 if quick else 3)
+        for seed in range(1 if quick else 2)
         for solver in SOLVERS
     ]
