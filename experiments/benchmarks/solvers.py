@@ -210,6 +210,10 @@ class Benchmark:
     def run(self) -> dict[str, Any]:
         """Measure, print and return the numbers."""
         torch.set_num_threads(self.threads)
+        # glibc keeps freed memory for the next caller once it has seen a large block come and go,
+        # as it has in any process that has worked for a while. Before, every solve would pay the
+        # system for its memory.
+        torch.empty(30 * 2**20, dtype=torch.uint8).fill_(0)
         with threadpoolctl.threadpool_limits(self.threads), torch.no_grad():
             result = {
                 "threads": self.threads,

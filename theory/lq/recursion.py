@@ -138,7 +138,7 @@ class _Sweep:
             self._general(step)
             root = _root(self.hessians[step])
         if step and root is not None:
-            self.quick = self._trusted(step, root, self._quick(step, root))
+            self.quick = self._trusted(step, self._quick(step, root))
             step = self.quick.first
             if step and step not in self.hessians:
                 self.hessians[step] = self.quick.roots[0] @ self.quick.roots[0].mT
@@ -155,8 +155,10 @@ class _Sweep:
         N = None if terms.N is None else unbind(terms.N)
         rooms = {size: self._workspace(*size) for size in set(terms.sizes)}
         S, factors, codes, norms = root, [], [], []
+        norm = torch.linalg.matrix_norm
         for t in reversed(range(stop)):
             F, F_u, F_x, G, G_T, H, H_uu, H_xu, H_xx = rooms[terms.sizes[t]]
+            norms.append(norm(S) * norm(B[t]))
             F_u.copy_(B[t])
             F_x.copy_(A[t])
             torch.bmm(S.mT, F, out=G)
@@ -169,13 +171,12 @@ class _Sweep:
             lower = L[:, :m, :m]
             factors.append((lower, gain(lower, L[:, m:, :m].mT), S))
             codes.append(code)
-            norms.append(torch.linalg.vector_norm(S, dim=(-2, -1)))
         failed = (torch.stack(codes) != 0).any(-1).nonzero()
         first = stop - int(failed[0, 0]) if len(failed) else 0
         factors = factors[: stop - first][::-1]
         lower, gains, roots = ([factor[i] for factor in factors] for i in range(3))
-        traces = torch.stack(norms[: stop - first][::-1]).square() if first < stop else root[:0, 0]
-        return QuickSteps(first, lower, gains, roots, traces)
+        bounds = torch.stack(norms).flip(0)[first:].square()
+        return QuickSteps(first, lower, gains, roots, bounds)
 
     def _workspace(self, after: int, m: int, n: int) -> tuple[Tensor, ...]:
         """Memory for ``F = [B A]``, ``G`` and ``H``, and views of their blocks."""
@@ -185,18 +186,15 @@ class _Sweep:
         blocks = H[:, :m, :m], H[:, m:, :m], H[:, m:, m:]
         return F, F[..., :m], F[..., m:], G, G.mT, H, *blocks
 
-    def _trusted(self, stop: int, root: Tensor, quick: QuickSteps) -> QuickSteps:
+    def _trusted(self, stop: int, quick: QuickSteps) -> QuickSteps:
         """The steps since the pivots of ``H_uu`` last drowned in their rounding error."""
         first = quick.first
         if first == stop:
             return quick
-        # The trace of P bounds its norm.
-        last = torch.linalg.vector_norm(root, dim=(-2, -1)).square()
-        sizes = torch.cat([quick.traces[1:], last[None]])
         R, B = self.terms.R[first:stop], self.terms.B[first:stop]
         pivots = each(_diagonal, quick.lower)
         pivots = pivots if isinstance(pivots, Tensor) else gather(pivots)
-        good = each(_exceeds, pivots, R, B, sizes)
+        good = each(_exceeds, pivots, R, B, quick.bounds)
         good = good if isinstance(good, Tensor) else torch.stack(good)
         good[0] &= torch.isfinite(quick.roots[0]).all()  # no later step would notice
         wrong = (~good).any(-1).nonzero()
@@ -211,11 +209,11 @@ class _Sweep:
         if terms.N is not None:
             H_ux = H_ux + terms.N[t].mT
         lower, code = torch.linalg.cholesky_ex(H_uu)
-        size = torch.linalg.matrix_norm(P)
-        if bool(((code == 0) & _exceeds(_diagonal(lower), R, B, size)).all()):
+        bound = torch.linalg.matrix_norm(P) * torch.linalg.matrix_norm(B).square()
+        if bool(((code == 0) & _exceeds(_diagonal(lower), R, B, bound)).all()):
             root = inverse_root(lower)
         else:
-            root = self._spectral_root(t, H_uu, H_ux, _noise(R, B, size).amax(-1, keepdim=True))
+            root = self._spectral_root(t, H_uu, H_ux, _noise(R, bound[:, None] * _shares(B)))
         W = root.mT @ H_ux
         self.inverse[t], self.gains[t] = root, (root @ W).neg_()
         self.hessians[t] = symmetric(terms.Q[t] + A.mT @ PA - W.mT @ W)
@@ -231,6 +229,7 @@ class _Sweep:
                 "without any, an unstable A made the cost to go overflow: shorten the horizon"
             )
         values, vectors = torch.linalg.eigh(symmetric(H_uu))
+        noise = noise.amax(-1, keepdim=True)
         if bool((values < -noise).any()):
             where = int((values < -noise).any(-1).nonzero()[0, 0])
             raise UnboundedError(
@@ -276,15 +275,30 @@ def _root(P: Tensor) -> Tensor | None:
     return None if bool((code != 0).any()) else root
 
 
-def _noise(R: Tensor, B: Tensor, size: Tensor) -> Tensor:
-    """A bound on the rounding error of the diagonal of ``H_uu``, and so of its pivots."""
-    scale = _diagonal(R).abs() + size[..., None] * B.square().sum(-2)
-    return (4 + R.shape[-1]) * torch.finfo(R.dtype).eps * scale
+def _noise(R: Tensor, curvature: Tensor) -> Tensor:
+    """A bound on the rounding error of the diagonal of ``H_uu``, and so of its pivots.
+
+    ``curvature`` bounds ``|B'PB|``, as a number or for each column of ``B``.
+    """
+    return (4 + R.shape[-1]) * torch.finfo(R.dtype).eps * (_diagonal(R).abs() + curvature)
 
 
-def _exceeds(pivots: Tensor, R: Tensor, B: Tensor, size: Tensor) -> Tensor:
-    """Whether all squared ``pivots`` exceed the rounding error; False for NaN."""
-    return (pivots.square() > _noise(R, B, size)).all(-1)
+def _shares(B: Tensor) -> Tensor:
+    """The share of each column in ``||B||^2``."""
+    columns = B.square().sum(-2)
+    return columns / columns.sum(-1, keepdim=True).clamp_min(torch.finfo(B.dtype).tiny)
+
+
+def _exceeds(pivots: Tensor, R: Tensor, B: Tensor, bound: Tensor) -> Tensor:
+    """Whether all squared ``pivots`` exceed the rounding error; False for NaN.
+
+    ``bound`` is one of ``|B'PB|``, which the columns share.
+    """
+    squares = pivots.square()
+    rough = (squares > _noise(R, bound[..., None])).all(-1)
+    if bool(rough.all()):
+        return rough
+    return (squares > _noise(R, bound[..., None] * _shares(B))).all(-1)
 
 
 def _diagonal(matrix: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ and two such values, first 1, then 2, combine to the value over both stretches b
 One step has ``A_t, C = B R^{-1} B', J = Q_t`` (with the cross term taken out: ``A - B R^{-1} N'``
 and ``Q - N R^{-1} N'``), the end ``0, 0, Qf``; the ``J`` from ``t`` to the end is ``P_t``. As the
 combination is associative, all ``P_t`` come from ``2 log_2 L`` batched operations instead of ``L``
-in sequence, for about twice the arithmetic: faster where the states are small and the horizon is
-long, `experiments.benchmarks.solvers` says from where on.
+in sequence, for several times the arithmetic: faster where the states are small and the horizon is
+long. The benchmark of solvers measures from where on.
 
 Source: Sarkka & Garcia-Fernandez, *Temporal parallelization of dynamic programming and linear
-quadratic control*, IEEE Trans. Automatic Control 68(2), 2023, lemma 10 and section IV.
+quadratic control*, IEEE Trans. Automatic Control 68(2), 2023, on linear quadratic tracking.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def factorise_by_scan(
         conflicts=(),
         _hessians=dict(enumerate(again.unbind(0))),
         _inverse={},
-        _quick=QuickSteps(0, lower, gains, [], again[:-1].diagonal(dim1=-2, dim2=-1).sum(-1)),
+        _quick=QuickSteps(0, lower, gains, [], scale[1:]),
     )
 
 

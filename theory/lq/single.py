@@ -21,6 +21,7 @@ __all__ = ["simulate", "sweep"]
 MEDIUM, LARGE = 64, 256
 
 
+@np.errstate(over="ignore", invalid="ignore")  # the pivots tell
 def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
     """The steps from ``stop - 1`` down to the last one at which the factorisation succeeds.
 
@@ -47,7 +48,7 @@ def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
     roots = room([(n, n) for _, _, n in sizes], small)
     lower = room([(m, m) for _, m, _ in sizes], uniform)
     gains = room([(m, n) for _, m, n in sizes], uniform)
-    traces = np.empty((stop, 1), S.dtype)
+    bounds = np.empty((stop, 1), S.dtype)
     rooms, first = {}, 0
     for t in reversed(range(stop)):
         size = after, m, n = sizes[t]
@@ -59,6 +60,7 @@ def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
         np.add(R[t], R[t].T, out=H_uu)
         np.add(Q[t], _transposed(Q[t]), out=H_xx)
         H_ux[...] = 0.0 if N is None else 2 * N[t].T
+        bounds[t] = np.vdot(S, S) * np.vdot(B[t], B[t])
         # G' <- [B A]' S,  H <- H/2 + G'G,  H = L L', each in place.
         trmm(1.0, S.T, G_T, side=1, lower=1, overwrite_b=1)
         syrk(1.0, G_T, beta=0.5, c=H_T, lower=1, overwrite_c=1)
@@ -69,7 +71,6 @@ def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
         if m and not small:
             trsm(-1.0, lower[t].T, gains[t].T, side=1, lower=1, overwrite_b=1)
         S = roots[t]
-        traces[t] = np.vdot(S, S)
     C = each(lambda C: C.mT, _tensors(lower, first))
     K = _tensors(gains, first)
     return QuickSteps(
@@ -78,7 +79,7 @@ def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
         # Many small systems at once are quicker by torch.
         gains=each(gain, C, K) if small else K,
         roots=each(lambda S: S.mT, _tensors(roots, first)),
-        traces=torch.from_numpy(traces[first:]),
+        bounds=torch.from_numpy(bounds[first:]),
     )
 
 

@@ -154,20 +154,20 @@ class QuickSteps:
         lower: ``C_t`` with ``H_uu = C_t C_t'``.
         gains: ``K_t``.
         roots: ``S_t`` with ``P_t = S_t S_t'``; empty where all ``P_t`` are known.
-        traces: ``trace P_t``, ``(steps, batch)``.
+        bounds: ``trace(P_{t+1}) ||B_t||^2``, which bounds ``|B'PB|``; ``(steps, batch)``.
     """
 
     first: int
     lower: Steps
     gains: Steps
     roots: Steps
-    traces: Tensor
+    bounds: Tensor
 
     def since(self, first: int) -> QuickSteps:
         """The steps from a later one on."""
         skip = first - self.first
         return QuickSteps(
-            first, self.lower[skip:], self.gains[skip:], self.roots[skip:], self.traces[skip:]
+            first, self.lower[skip:], self.gains[skip:], self.roots[skip:], self.bounds[skip:]
         )
 
 
@@ -282,8 +282,8 @@ def _check_step(t: int, terms: dict[str, Tensor]) -> tuple[int, int, int]:
 def _check_dtypes(stacked: dict[str, Steps], Qf: Tensor) -> None:
     found = {name: term.dtype for name, terms in stacked.items() for term in terms[:1]}
     found["Qf"] = Qf.dtype
-    if len(set(found.values())) != 1 or not Qf.is_floating_point():
-        raise InputError(f"the terms have dtypes {found}; expected one real float for all")
+    if len(set(found.values())) != 1 or Qf.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"the terms have dtypes {found}; expected float32 or float64 for all")
 
 
 def check_vectors(name: str, vectors: Terms, sizes: Sequence[int], like: Tensor) -> torch.Size:
