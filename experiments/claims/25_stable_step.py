@@ -102,6 +102,16 @@ def _largest_eigenvalue(product: Any, size: int) -> float:
     return float(eigsh(operator, k=1, which="LA", **options)[0])
 
 
+def _lambda_max(
+    problem: ControlProblem, u: Controls, mask: Tensor, *, exact: bool = False
+) -> float:
+    """λ_max of the Gauss-Newton matrix, or of the Hessian, in the controls of the mask."""
+    from theory.curvature import GaussNewtonCurvature, HessianCurvature
+
+    curvature = (HessianCurvature if exact else GaussNewtonCurvature)(problem, u)
+    return _largest_eigenvalue(lambda v: mask * curvature.product(mask * v), len(mask))
+
+
 def _mean_eigenvalue(name: str, seed: int) -> float:
     """The mean of the eigenvalues of G that are not zero: of the (outputs x outputs) ZZ'/n."""
     import torch
@@ -123,28 +133,25 @@ def _mean_eigenvalue(name: str, seed: int) -> float:
 
 def _predict() -> dict[str, Any]:
     """λ_max by Lanczos, through products with the Gauss-Newton matrix; the step 2/λ_max."""
-    from theory.curvature import GaussNewtonCurvature, HessianCurvature
-
     found: dict[str, Any] = {}
     for name, seed in RUNS:
         problem, u, mask = _start(name, seed)
-        gauss_newton = GaussNewtonCurvature(problem, u)
-        hessian = HessianCurvature(problem, u)
-        top = _largest_eigenvalue(lambda v, c=gauss_newton, m=mask: m * c.product(m * v), len(mask))
+        top = _lambda_max(problem, u, mask)
         found[f"{name}/{seed}"] = {
             "lambda_max": top,
             "step": 2 / top,
-            "lambda_max_of_the_hessian": _largest_eigenvalue(
-                lambda v, c=hessian, m=mask: m * c.product(m * v), len(mask)
-            ),
+            "lambda_max_of_the_hessian": _lambda_max(problem, u, mask, exact=True),
             "mean_nonzero_eigenvalue": _mean_eigenvalue(name, seed),
-            "loss": float(gauss_newton.evaluation.objective),
+            "loss": float(problem.objective(u)),
         }
     return found
 
 
-def _diverges(name: str, seed: int, step: float) -> bool:
-    """Whether the loss ever exceeds its initial value, in a fixed number of full-batch steps."""
+def _descended(name: str, seed: int, step: float) -> Controls | None:
+    """The controls after a fixed number of full-batch steps.
+
+    None if the loss exceeds its initial value at one of them, or is not finite.
+    """
     from theory.curvature import flatten, unflatten
 
     problem, u, mask = _start(name, seed)
@@ -156,18 +163,26 @@ def _diverges(name: str, seed: int, step: float) -> bool:
         now = problem.evaluate(unflatten(z, u))
         value = float(now.objective)
         if not math.isfinite(value) or value > initial:
-            return True
-    return False
+            return None
+    return unflatten(z, u)
 
 
 @cache
-def _threshold(name: str, seed: int, prediction: float) -> tuple[float, list[tuple[float, bool]]]:
-    """log2(largest stable step / prediction) by bisection, and what each trial gave."""
+def _threshold(name: str, seed: int, prediction: float) -> dict[str, Any]:
+    """log2(largest stable step / prediction) by bisection, and what stands behind it.
+
+    The largest eigenvalue after the largest stable run says where the curvature went; it is not
+    judged.
+    """
     trials: list[tuple[float, bool]] = []
+    stable: Controls = _start(name, seed)[1]
 
     def trial(exponent: float) -> bool:
-        trials.append((exponent, _diverges(name, seed, prediction * 2.0**exponent)))
-        return trials[-1][1]
+        nonlocal stable
+        found = _descended(name, seed, prediction * 2.0**exponent)
+        stable = stable if found is None else found
+        trials.append((exponent, found is None))
+        return found is None
 
     low, high = -BRACKET, BRACKET
     while low > -WIDEST and trial(low):
@@ -177,20 +192,32 @@ def _threshold(name: str, seed: int, prediction: float) -> tuple[float, list[tup
     while high - low > RESOLUTION:
         middle = (low + high) / 2
         low, high = (low, middle) if trial(middle) else (middle, high)
-    return (low + high) / 2, trials
+    problem, _, mask = _start(name, seed)
+    return {
+        "log2_ratio": (low + high) / 2,
+        "trials": trials,
+        "loss_after": float(problem.objective(stable)),
+        "lambda_max_after": _lambda_max(problem, stable, mask),
+    }
 
 
 def _evidence(prediction: Mapping[str, Any], assumed: str) -> Evidence:
     details: dict[str, Any] = {}
     for name, seed in RUNS:
         predicted = prediction[f"{name}/{seed}"]
-        against_top, trials = _threshold(name, seed, predicted["step"])
+        found = _threshold(name, seed, predicted["step"])
+        against_top = found["log2_ratio"]
         shift = math.log2(predicted[assumed] / predicted["lambda_max"])
         details[f"{name}/{seed}"] = {
             "log2_ratio": against_top + shift,
             "ratio": 2.0 ** (against_top + shift),
             "largest_stable_step": predicted["step"] * 2.0**against_top,
-            "trials_log2_step_over_prediction": [list(t) for t in trials],
+            "largest_stable_step_times_lambda_max_after_it": (
+                predicted["step"] * 2.0**against_top * found["lambda_max_after"]
+            ),
+            "loss_after": found["loss_after"],
+            "lambda_max_after": found["lambda_max_after"],
+            "trials_log2_step_over_prediction": [list(t) for t in found["trials"]],
         }
     ratios = [found["log2_ratio"] for found in details.values()]
     return Evidence(
