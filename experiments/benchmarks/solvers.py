@@ -19,10 +19,12 @@ gains only, is compared with the recursion over horizons.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -181,11 +183,11 @@ class Benchmark:
     """Time the Riccati recursion beside other implementations of it.
 
     Attributes:
-        sizes: problems as n,m,horizon.
+        sizes: problems, each as its states, controls and horizon.
         seconds: how long the turns of one comparison last, about.
         batch: problems of the batch.
-        batch_size: a problem of the batch as n,m,horizon.
-        scan_sizes: states and controls of the scan's problems as n,m.
+        batch_size: states, controls and horizon of the batch's problems.
+        scan_sizes: states and controls of the scan's problems.
         scan_horizons: horizons of the scan's problems.
         threads: threads of torch and of BLAS.
         clock: processor seconds or the clock's.
@@ -226,7 +228,7 @@ class Benchmark:
                     for horizon in self.scan_horizons
                 ],
                 "hardware": provenance.hardware(),
-                "packages": provenance.package_versions(),
+                "packages": provenance.package_versions() | _versions("scipy", "crocoddyl", "mpc"),
             }
         if self.out is not None:
             self.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -286,11 +288,11 @@ class Benchmark:
     def _scan(self, n: int, m: int, horizon: int) -> dict[str, Any]:
         problem = Problem.random(n, m, horizon)
         solves: dict[str, Solve] = {
-            "scan": lambda: np.asarray(factorise_by_scan(*problem.quadratic).gains[0]),
             "recursion": lambda: np.asarray(factorise(*problem.quadratic).gains[0]),
+            "scan": lambda: np.asarray(factorise_by_scan(*problem.quadratic).gains[0]),
         }
-        found, expected = solves["scan"](), solves["recursion"]()
-        differences = {"scan": float(abs(found - expected).max()), "recursion": 0.0}
+        expected, found = solves["recursion"](), solves["scan"]()
+        differences = {"scan": float(abs(found - expected).max() / abs(expected).max())}
         print(f"gains only, n = {n}, m = {m}, horizon {horizon}")
         return {"n": n, "m": m, "horizon": horizon, "gain_difference": differences} | self._turns(
             solves, differences, self.seconds / 4
@@ -325,10 +327,18 @@ class Benchmark:
         return {"turns": turn - 2, "seconds": spread, f"time_over_{first}": ratios}
 
 
+def _versions(*names: str) -> dict[str, str]:
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def _quartiles(values: np.ndarray) -> dict[str, float]:
     low, median, high = np.percentile(values, [25, 50, 75])
     return {"median": float(median), "q25": float(low), "q75": float(high)}
 
 
 if __name__ == "__main__":
-    tyro.cli(Benchmark).run()
+    tyro.cli(Benchmark, description=__doc__).run()

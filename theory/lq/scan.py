@@ -120,7 +120,10 @@ def _suffixes(elements: _Elements) -> _Elements:
     of_pairs = _suffixes(_combine(first, second))
     result = tuple(torch.empty_like(x) for x in elements)
     between = _combine(tuple(x[:-1] for x in second), tuple(x[1:] for x in of_pairs))
-    start = _combine(tuple(x[:odd] for x in elements), tuple(x[:odd] for x in of_pairs))
-    for whole, head, pair, gap, x in zip(result, start, of_pairs, between, elements, strict=True):
-        whole[:odd], whole[odd::2], whole[odd + 1 : -1 : 2], whole[-1] = head, pair, gap, x[-1]
+    for whole, pair, gap, x in zip(result, of_pairs, between, elements, strict=True):
+        whole[odd::2], whole[odd + 1 : -1 : 2], whole[-1] = pair, gap, x[-1]
+    if odd:
+        start = _combine(tuple(x[:1] for x in elements), tuple(x[:1] for x in of_pairs))
+        for whole, head in zip(result, start, strict=True):
+            whole[:1] = head
     return result
