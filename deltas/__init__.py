@@ -7,8 +7,9 @@
 A delta is a configuration (a frozen dataclass); ``attach`` builds its controllers at the sites that
 it targets. ``deltas.dynamics`` shows the same object to theory as a discrete dynamical system.
 
-Feedback laws, which look at each example's states at inference, are another type: ``attach_feedback``
-of ``deltas.feedback``, ``calibrate`` of ``deltas.calibration``, ``steer`` of ``deltas.steering``.
+Feedback laws, which look at each example's states at inference, are another type:
+``attach_feedback`` of ``deltas.feedback``, ``calibrate`` of ``deltas.calibration``,
+``steer`` of ``deltas.steering``.
 """
 
 from deltas.base import Delta
