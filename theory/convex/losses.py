@@ -65,8 +65,12 @@ class Loss(ABC):
         return a
 
     @abstractmethod
-    def expression(self, z: Any, y: Any) -> Any:
-        """``N L(z)`` up to a constant, for a cvxpy variable ``z`` and a parameter ``y``."""
+    def expression(self, z: Any) -> Any:
+        """``N L(z) + <y, z>`` up to a constant, for a cvxpy expression ``z``.
+
+        Both losses are ``-<y, z>`` plus a function without ``y``, so that targets can be a
+        parameter of a linear term.
+        """
 
 
 class CrossEntropy(Loss):
@@ -123,11 +127,11 @@ class CrossEntropy(Loss):
         p = np.maximum(a + y, 0.0)
         return p / p.sum(1, keepdims=True) - y
 
-    def expression(self, z: Any, y: Any) -> Any:
-        """``sum_i log sum exp z_i - <y, z>``."""
+    def expression(self, z: Any) -> Any:
+        """``sum_i log sum exp z_i``."""
         import cvxpy as cp
 
-        return cp.sum(cp.log_sum_exp(z, axis=1)) - cp.sum(cp.multiply(y, z))
+        return cp.sum(cp.log_sum_exp(z, axis=1))
 
 
 class SquaredError(Loss):
@@ -160,11 +164,11 @@ class SquaredError(Loss):
         """``1/N sum_i 1/2 ||a_i||^2 + <a_i, y_i>``."""
         return float((0.5 * np.square(a) + a * y).sum() / len(a))
 
-    def expression(self, z: Any, y: Any) -> Any:
-        """``1/2 ||z||^2 - <y, z>``: expanded, so that the parameter ``y`` enters linearly."""
+    def expression(self, z: Any) -> Any:
+        """``1/2 ||z||^2``."""
         import cvxpy as cp
 
-        return 0.5 * cp.sum_squares(z) - cp.sum(cp.multiply(y, z))
+        return 0.5 * cp.sum_squares(z)
 
 
 _LOSSES = {loss.name: loss for loss in (CrossEntropy(), SquaredError())}

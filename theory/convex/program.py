@@ -32,7 +32,7 @@ class Restricted:
     """The features of one block on the working set.
 
     Attributes:
-        matrix: ``(N K, size)``.
+        matrix: ``(N J, size)``, the contrasts of the logits in the variable.
         shape: of the variable.
         bases: ``(U, V)`` of ``W = U A V'``, or None where the variable is the block.
     """
@@ -43,10 +43,10 @@ class Restricted:
 
 
 class Program:
-    """``min N L(z) + N R(u)`` subject to ``z = offset + sum_g B_g u_g``.
+    """``min N L(offset + C y) + N R(u)`` subject to ``y = sum_g B_g u_g``.
 
-    The logits are variables of their own, so that the weight, the offset and the labels enter
-    as parameters in the disciplined sense: a path compiles once.
+    The contrasts ``y`` of the logits are variables of their own, so that the weight, the offset and
+    the labels enter as parameters in the disciplined sense: a path compiles once.
 
     Source: Agrawal, Amos, Barratt, Boyd, Diamond & Kolter, NeurIPS 2019, section 4.1 (DPP).
 
@@ -59,7 +59,8 @@ class Program:
     def __init__(
         self,
         restricted: Mapping[int, Restricted],
-        shape: tuple[int, ...],
+        num_examples: int,
+        contrasts: np.ndarray,
         loss: Loss,
         penalty: Penalty,
         *,
@@ -68,22 +69,24 @@ class Program:
     ) -> None:
         import cvxpy as cp
 
-        num_examples, num_logits = shape
+        num_logits, num_contrasts = contrasts.shape
         self.restricted = dict(restricted)
         self.used = "none"
+        self._contrasts = contrasts
         self._solvers = solver_order(solver, quadratic)
         self._weight = cp.Parameter(nonneg=True)
-        self._offset = cp.Parameter(num_examples * num_logits)
-        self._targets = cp.Parameter((num_examples, num_logits))
-        z = cp.Variable((num_examples, num_logits))
+        self._offset = cp.Parameter((num_examples, num_logits))
+        self._targets = cp.Parameter((num_examples, num_contrasts))
+        y = cp.Variable((num_examples, num_contrasts))
         self._variables = {g: cp.Variable(r.shape) for g, r in self.restricted.items()}
-        logits = self._offset
-        for g, u in self._variables.items():
-            logits = logits + self.restricted[g].matrix @ cp.vec(u, order="C")
+        terms = [
+            self.restricted[g].matrix @ cp.vec(u, order="C") for g, u in self._variables.items()
+        ]
         cost, constraints = penalty.expression(self._variables, self._weight, num_examples)
+        logits = self._offset + y @ contrasts.T
+        objective = loss.expression(logits) - cp.sum(cp.multiply(self._targets, y)) + cost
         self.problem = cp.Problem(
-            cp.Minimize(loss.expression(z, self._targets) + cost),
-            [cp.vec(z, order="C") == logits, *constraints],
+            cp.Minimize(objective), [cp.vec(y, order="C") == sum(terms), *constraints]
         )
 
     def solve(
@@ -91,17 +94,19 @@ class Program:
     ) -> dict[int, np.ndarray] | None:
         """The blocks' controls, or None where every solver failed."""
         self._weight.value = weight
-        self._offset.value = offset.reshape(-1)
-        self._targets.value = targets
+        self._offset.value = offset
+        self._targets.value = targets @ self._contrasts
         self.used = run_solvers(self.problem, self._solvers) or "none"
         if self.used == "none":
             return None
         return {g: np.asarray(u.value) for g, u in self._variables.items()}
 
     def multipliers(self) -> np.ndarray | None:
-        """The solver's estimate of ``a``: minus its multipliers of the logits' equation."""
+        """The solver's estimate of ``a``: minus its multipliers of the equation of ``y``."""
         value = self.problem.constraints[0].dual_value
-        return None if value is None else -np.asarray(value).reshape(self._targets.shape)
+        if value is None:
+            return None
+        return -np.asarray(value).reshape(self._targets.shape) @ self._contrasts.T
 
 
 def run_solvers(problem: Any, solvers: tuple[str, ...]) -> str | None:

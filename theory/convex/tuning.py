@@ -18,12 +18,12 @@ is convex. Fenchel's dual of it is ``max_a D(a)`` with
 ``a_i = grad l(z_i + G_i u)``.
 
 *The certificate.* A solver's ``u`` gives ``a = grad l(z + G u)``, which is in the domain of ``l*``;
-its multipliers of the equation ``z = z_i + G_i u`` are another estimate of ``a``, moved by rounding
-into that domain. For both, ``R*(v)`` may still be infinite, because some ``||v_g||_o`` exceeds
-``lambda w_g`` a little. For every ``0 <= s <= 1`` the multiple ``s a`` is in the domain of ``l*``
-too (`theory.convex.losses`), so ``s = min(1, lambda / max_g ||v_g||_o / w_g)`` makes feasible
-points. ``D`` is evaluated at both and ``P(u) - D`` of the better one is reported: whatever the
-solver returns, it is a proof, and never the solver's word.
+its multipliers of the equation that defines the logits are another estimate of ``a``, moved by
+rounding into that domain. For both, ``R*(v)`` may still be infinite, because some ``||v_g||_o``
+exceeds ``lambda w_g`` a little. For every ``0 <= s <= 1`` the multiple ``s a`` is in the domain of
+``l*`` too (`theory.convex.losses`), so ``s = min(1, lambda / max_g ||v_g||_o / w_g)`` makes
+feasible points. ``D`` is evaluated at both and ``P(u) - D`` of the better one is reported: whatever
+the solver returns, it is a proof, and never the solver's word.
 
 *The largest weight.* ``u = 0`` is optimal exactly if ``a = grad l(z)`` has ``R*(v) = 0``, that is
 from ``lambda = max_g ||v_g||_o / w_g`` on.
@@ -327,9 +327,14 @@ class ConvexTuning:
         }
         name, quadratic = self._solver
         program = Program(
-            restricted, self._offset.shape, self.loss, self.penalty, solver=name,
+            restricted,
+            len(self._offset),
+            self._contrasts,
+            self.loss,
+            self.penalty,
+            solver=name,
             quadratic=quadratic,
-        )  # fmt: skip
+        )
         if key is not None:
             self._programs[key] = program
         return program
@@ -340,9 +345,7 @@ class ConvexTuning:
         if bases is not None:
             features = features.restrict(*bases)
         shape = features.shape if self.penalty.spectral else (features.size,)
-        rows = as_matrix(features).reshape(features.num_examples, features.num_logits, -1)
-        matrix = (self._contrasts @ rows).reshape(self._offset.size, -1)
-        return Restricted(matrix, shape, bases)
+        return Restricted(as_matrix(features), shape, bases)
 
     def _expanded(self, program: Program, found: dict[int, np.ndarray]) -> list[np.ndarray]:
         u = [np.zeros(block.features.shape) for block in self._blocks]

@@ -1,8 +1,8 @@
-"""The first-order model of the logits in the weights of linear maps, as factors.
+"""The first-order model of the logits in the weights and biases of linear maps.
 
-For the weight of a linear map ``y = W x + b`` inside a model, with the tokens t of example i,
+For a linear map ``y = W x + b`` inside a model, with the tokens t of example i,
 
-    ∂z_ik/∂W = Σ_t d_ikt x_itᵀ,    d_ikt = ∂z_ik/∂y_it,
+    ∂z_ik/∂W = Σ_t d_ikt x_itᵀ,    ∂z_ik/∂b = Σ_t d_ikt,    d_ikt = ∂z_ik/∂y_it,
 
 so one forward pass and K backward passes over a batch give the features of all sites at once: the
 inputs x and the derivatives d, but no derivative in a weight is ever formed. Examples do not
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from theory.convex import OuterProducts
+from theory.convex import DenseFeatures, OuterProducts
 from theory.errors import InputError
 
 
@@ -47,12 +47,46 @@ def weight_features(
     Raises:
         InputError: a path is no linear map, or its input is not (examples, tokens, width).
     """
+    parts = list(_derivatives(model, paths, batch, chunk))
+    features = {
+        path: OuterProducts(
+            torch.cat([left[path] for _, left, _ in parts]).numpy(),
+            torch.cat([right[path] for _, _, right in parts]).numpy(),
+        )
+        for path in paths
+    }
+    return torch.cat([z for z, _, _ in parts]), features
+
+
+def bias_features(
+    model: PreTrainedModel,
+    paths: Sequence[str],
+    batch: Mapping[str, Tensor],
+    *,
+    chunk: int = 64,
+) -> tuple[Tensor, dict[str, DenseFeatures]]:
+    """The logits of a batch, and their features (N, K, out) in the biases of linear maps.
+
+    Arguments and errors are those of `weight_features`.
+    """
+    parts = [
+        (z, {path: d.sum(2) for path, d in left.items()})
+        for z, left, _ in _derivatives(model, paths, batch, chunk)
+    ]
+    features = {
+        path: DenseFeatures(torch.cat([summed[path] for _, summed in parts]).numpy())
+        for path in paths
+    }
+    return torch.cat([z for z, _ in parts]), features
+
+
+def _derivatives(
+    model: PreTrainedModel, paths: Sequence[str], batch: Mapping[str, Tensor], chunk: int
+) -> Iterator[tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]:
+    """Logits, d (n, K, T, out) and x (n, T, in) of one chunk of examples after the other."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     num_examples = len(next(iter(inputs.values())))
     modules = {path: _linear(model, path) for path in paths}
-    logits: list[Tensor] = []
-    left: dict[str, list[Tensor]] = {path: [] for path in paths}
-    right: dict[str, list[Tensor]] = {path: [] for path in paths}
     for start in range(0, num_examples, chunk):
         part = {name: value[start : start + chunk] for name, value in inputs.items()}
         with _recorded(modules) as (sources, probes), torch.enable_grad():
@@ -61,15 +95,11 @@ def weight_features(
             torch.autograd.grad(z[:, k].sum(), list(probes.values()), retain_graph=True)
             for k in range(z.shape[1])
         ]
-        logits.append(z.detach())
-        for number, path in enumerate(probes):
-            left[path].append(torch.stack([row[number] for row in found], dim=1))
-            right[path].append(sources[path])
-    features = {
-        path: OuterProducts(torch.cat(left[path]).numpy(), torch.cat(right[path]).numpy())
-        for path in paths
-    }
-    return torch.cat(logits), features
+        left = {
+            path: torch.stack([row[number] for row in found], dim=1)
+            for number, path in enumerate(probes)
+        }
+        yield z.detach(), left, sources
 
 
 @contextmanager

@@ -1,13 +1,14 @@
-"""Factored features of weights against forward-mode derivatives of the model."""
+"""Features of weights and biases against forward-mode derivatives of the model."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call, jvp
 
+from deltas.site_features import bias_features, weight_features
 from deltas.sites import SiteMap
-from deltas.weight_features import weight_features
 from tests.deltas.zoo import batch_of, build
+from theory.convex import OuterProducts
 from theory.errors import InputError
 from theory.linearisation import differentiable_attention
 
@@ -16,15 +17,17 @@ SITES += ("mlp.up", "mlp.down")
 
 
 @pytest.mark.parametrize("chunk", [2, 64])
-def test_features_are_derivatives_of_the_logits(chunk: int) -> None:
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_features_are_derivatives_of_the_logits(chunk: int, kind: str) -> None:
     """All maps at once, with padding, three classes, and batches of one and two examples."""
     model = build("bert", attention="sdpa", num_labels=3)
     batch = batch_of(model)
     paths = [site.path for site in SiteMap(model).resolve(SITES)]
-    logits, features = weight_features(model, paths, batch, chunk=chunk)
+    compute = weight_features if kind == "weight" else bias_features
+    logits, features = compute(model, paths, batch, chunk=chunk)
     directions = {path: torch.randn(f.shape, dtype=torch.float64) for path, f in features.items()}
-    weights = {f"{path}.weight": model.get_parameter(f"{path}.weight").detach() for path in paths}
-    along = {f"{path}.weight": directions[path] for path in paths}
+    weights = {f"{path}.{kind}": model.get_parameter(f"{path}.{kind}").detach() for path in paths}
+    along = {f"{path}.{kind}": directions[path] for path in paths}
 
     def outputs(weights: dict[str, Tensor]) -> Tensor:
         return functional_call(model, weights, (), dict(batch)).logits
@@ -35,7 +38,8 @@ def test_features_are_derivatives_of_the_logits(chunk: int) -> None:
     assert len(paths) == 12 and torch.is_tensor(found)
     torch.testing.assert_close(logits, z, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
-    for f in features.values():
+    for f in features.values() if kind == "weight" else ():
+        assert isinstance(f, OuterProducts)
         assert f.left.shape[1] == 3
         assert not f.left[0, :, -2:].any()  # the first text has two tokens of padding
         assert f.left[1].any()
