@@ -349,4 +349,14 @@ def _draw_gains(ax: Axes, table: pd.DataFrame) -> None:
         handles.append(
             Line2D([], [], linestyle="", marker="x", color="#B0B0B0", label="random weights")
         )
-    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.2)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low - 0.45 * (high - low), high)  # room for the legend
+    ax.legend(
+        handles=handles,
+        loc="lower right",
+        ncols=3,
+        handlelength=1.0,
+        handletextpad=0.2,
+        columnspacing=0.7,
+        fontsize=6.5,
+    )
