@@ -266,3 +266,9 @@ assert min(wrong) > distances[2]
 # On real models the negative control of the scoreboard is the Gramian of the same architecture with
 # random weights. It is a severe one: depth, widths and the draw of $A$ are the same, so that
 # whatever ranking the architecture alone fixes passes too.
+#
+# Three things that the prediction leaves out can reorder the sites of a real model. $A$ moves as
+# soon as $B \ne 0$, so that a site may reach more than $W_t$ at the start says. The quadratic model
+# is not bounded by the loss itself, whereas a real loss cannot fall below zero, and all sites that
+# fit the examples gain alike. And $G_t$ is a minimum: a fixed number of iterations comes the less
+# close to it, the more unequal the eigenvalues of $W_t$ are.
