@@ -105,17 +105,16 @@ class FrozenClassifier:
 
     @contextmanager
     def changed(self, changes: Mapping[str, Tensor]) -> Iterator[None]:
-        """Add changes to the weights of modules, by path; the old weights come back."""
+        """Add changes to parameters, by name; the old values come back."""
         parameters = dict(self.model.named_parameters())
-        weights = {path: parameters[f"{path}.weight"] for path in changes}
-        old = {path: weight.data for path, weight in weights.items()}
+        old = {name: parameters[name].data for name in changes}
         try:
-            for path, weight in weights.items():
-                weight.data = old[path] + changes[path].to(old[path].dtype)
+            for name, change in changes.items():
+                parameters[name].data = old[name] + change.to(old[name].dtype)
             yield
         finally:
-            for path, weight in weights.items():
-                weight.data = old[path]
+            for name, value in old.items():
+                parameters[name].data = value
 
     @torch.no_grad()
     def logits(self, batch: Batch, *, chunk: int = 64) -> Tensor:

@@ -1,19 +1,20 @@
 """Which layers, sites and ranks the convex program of linearised tuning picks on a real model.
 
-Around a frozen model with a fitted head, the logits are linearised in the weights of every
-attention and MLP map of every block, z_i(ΔW) = z_i + Σ_g ⟨G_ig, ΔW_g⟩, and two convex programs are
-solved along a path of weights λ:
+Around a frozen model with a fitted head, two convex programs are solved along a path of weights λ:
 
-    min 1/N Σ_i CE(z_i(ΔW); y_i) + λ Σ_g w_g ‖ΔW_g‖_F     picks maps (layers × sites)
-    min 1/N Σ_i CE(z_i(ΔW); y_i) + λ ‖ΔW_g‖_*             picks a rank, for the first map picked
+    min_b 1/N Σ_i CE(z_i + Σ_g G_ig b_g; y_i) + λ Σ_g √m_g ‖b_g‖    picks maps (layers × sites)
+    min_W 1/N Σ_i CE(z_i + ⟨G_i, W⟩; y_i) + λ ‖W‖_*                 picks a rank
 
-Each solution comes with its duality gap. The changes are also put into the real model, and LoRA is
-really trained on the picked maps and on as many maps that the program proves to be unused.
+b_g is the change of the bias of linear map g (BitFit), W the change of the weight of the map that
+the first program picks first. Key biases are left out: they add the same number to all scores of a
+query, which softmax does not see, so they would only flatter the comparison below.
+
+Each solution comes with its duality gap. The changes are also put into the real model, and BitFit
+is really trained on the maps picked first, and on as many that the program proves to be unused.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,12 +29,10 @@ if TYPE_CHECKING:
 
     from deltas.sites import Site
     from experiments.frozen_classifier import FrozenClassifier
-    from theory.convex import ConvexSolution, OuterProducts
+    from theory.convex import ConvexSolution, Features
 
-SITES = ("query", "key", "value", "output", "up", "down")
-_SEMANTIC = {
+SITES = {
     "query": "attention.query",
-    "key": "attention.key",
     "value": "attention.value",
     "output": "attention.output",
     "up": "mlp.up",
@@ -44,7 +43,7 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Selection(Experiment):
-    """Solve the two programs along a path, and train LoRA on what they pick.
+    """Solve the two programs along a path, and train BitFit on what the first one picks.
 
     Attributes:
         model: a BERT.
@@ -55,29 +54,27 @@ class Selection(Experiment):
         max_length: tokens of a row at most.
         num_weights: points of a path.
         smallest: the last λ of a path over its first.
-        num_sites: how many maps LoRA is trained on: those of the path's first point with so many.
+        num_sites: how many maps BitFit is trained on: those of the path's first point with so many.
         draws: how many sets of unused maps are drawn to compare with.
-        rank: of LoRA.
-        steps: AdamW steps of LoRA.
-        batch_size: of LoRA's steps.
+        steps: AdamW steps of BitFit.
+        batch_size: of its steps.
         learning_rate: its peak rate.
-        seed: of the rows, the draws and LoRA.
+        seed: of the rows, the draws and the batches.
     """
 
     model: str = "minilm-l6"
     task: str = "movie"
-    num_examples: int = 160
-    num_heldout: int = 256
+    num_examples: int = 300
+    num_heldout: int = 300
     num_test: int = 500
     max_length: int = 20
     num_weights: int = 12
-    smallest: float = 0.1
+    smallest: float = 0.05
     num_sites: int = 4
     draws: int = 2
-    rank: int = 4
-    steps: int = 60
+    steps: int = 120
     batch_size: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     seed: int = 0
 
     kind: ClassVar[str] = "selection"
@@ -105,10 +102,13 @@ class Selection(Experiment):
 
     def execute(self, workspace: Workspace) -> Outcome:
         """Fit the head, linearise, solve both paths, and compare with real training."""
+        import numpy as np
         import pandas as pd
         from tqdm.auto import tqdm
 
+        from deltas.site_features import bias_features, weight_features
         from experiments.frozen_classifier import FrozenClassifier, loss_and_accuracy
+        from theory.convex import GroupLasso, NuclearNorm
 
         frozen = FrozenClassifier.load(
             self.model,
@@ -121,26 +121,30 @@ class Selection(Experiment):
         )
         real = frozen.single()
         head = loss_and_accuracy(real.logits(real.test), real.test["labels"])
-        with tqdm(total=4, disable=not workspace.progress, unit="part") as bar:
+        sites = _sites(frozen)
+        names = {name: f"{site.path}.bias" for name, site in sites.items()}
+        with tqdm(total=3, disable=not workspace.progress, unit="part") as bar:
             bar.set_description("group lasso")
-            sites = _sites(frozen)
-            rows, chosen, features = _group_path(self, frozen, real, sites)
+            rows, errors = _path(
+                self, frozen, real, bias_features, names, GroupLasso(), "group lasso"
+            )
+            first = max(sites, key=lambda name: rows[1][f"norm.{name}"])
             bar.update()
             bar.set_description("nuclear norm")
-            first = max(sites, key=lambda name: rows[1][f"norm.{name}"])
-            ranked, chosen_rank = _rank_path(self, frozen, real, sites[first], features[first])
+            weight = {first: f"{sites[first].path}.weight"}
+            ranked, more = _path(
+                self, frozen, real, weight_features, weight, NuclearNorm(), "nuclear norm"
+            )
             bar.update()
             bar.set_description("real tuning")
             budget, selected, unused = _picked(self, rows, list(sites))
             sets = _sets(self, sites, selected, unused)
-            bar.update()
-            trained = [_tuned(self, real, sites, kind, names) for kind, names in sets]
+            trained = [_tuned(self, real, sites, kind, chosen) for kind, chosen in sets]
             bar.update()
         result = {
             "names": list(sites),
-            "num_groups": len(sites),
-            "chosen": chosen,
-            "chosen_rank": chosen_rank,
+            "chosen": int(np.argmin([row["heldout_loss"] for row in rows])),
+            "chosen_rank": int(np.argmin([row["heldout_loss"] for row in ranked])),
             "rank_site": first,
             "budget": budget,
             "selected": selected,
@@ -149,7 +153,7 @@ class Selection(Experiment):
             "head_gap": frozen.head_gap,
             "head_test_loss": head[0],
             "head_test_accuracy": head[1],
-            "linearisation_error": _linearisation_error(frozen, sites, features),
+            "linearisation_error": max(errors, more),
             "tolerance": TOLERANCE,
             "trained": trained,
         }
@@ -157,76 +161,60 @@ class Selection(Experiment):
 
 
 def _sites(frozen: FrozenClassifier) -> dict[str, Site]:
-    """The linear maps by the name "layer.site"."""
+    """The linear maps by the name "layer.site", in the order of the layers."""
     from deltas.sites import SiteMap
 
     found = SiteMap(frozen.model)
-    named = {}
-    for short in SITES:
-        for site in found.resolve([_SEMANTIC[short]]):
-            named[f"{site.layer}.{short}"] = site
-    return dict(sorted(named.items(), key=lambda item: (item[1].layer, SITES.index(item[0][2:]))))
+    kinds = {short: found.resolve([semantic]) for short, semantic in SITES.items()}
+    pairs = [(site.layer, short, site) for short, of_kind in kinds.items() for site in of_kind]
+    pairs.sort(key=lambda pair: (pair[0], list(SITES).index(pair[1])))
+    return {f"{layer}.{short}": site for layer, short, site in pairs}
 
 
-def _group_path(
-    run: Selection, frozen: FrozenClassifier, real: FrozenClassifier, sites: Mapping[str, Site]
-) -> tuple[list[dict[str, Any]], int, dict[str, OuterProducts]]:
-    """Rows of the path of the group lasso, the chosen one, and the training features."""
-    import numpy as np
-
-    from deltas.weight_features import weight_features
-    from theory.convex import ConvexTuning, GroupLasso
-
-    paths = [site.path for site in sites.values()]
-    begun = time.perf_counter()
-    offset, found = weight_features(frozen.model, paths, frozen.train)
-    features = {name: found[site.path] for name, site in sites.items()}
-    tuning = ConvexTuning(
-        features, frozen.train["labels"], offset=offset, penalty=GroupLasso(), tolerance=TOLERANCE
-    )
-    prepared = time.perf_counter() - begun
-    solutions = tuning.path(tuning.grid(run.num_weights, run.smallest))
-    changes = [_changes(solution) for solution in solutions]
-    used = sorted({name for change in changes for name in change})
-    heldout = _heldout(frozen, {name: sites[name] for name in used})
-    rows = []
-    for solution, change in zip(solutions, changes, strict=True):
-        row = _row("group lasso", solution, solutions[0].weight)
-        row |= _heldout_row(real, sites, heldout, change)
-        row |= {f"norm.{n}": v for n, v in zip(solution.names, solution.norms, strict=True)}
-        row |= {f"bound.{n}": b for n, b in zip(solution.names, solution.rank_bounds, strict=True)}
-        rows.append(row | {"prepare_seconds": prepared})
-    chosen = int(np.argmin([row["heldout_loss"] for row in rows]))
-    return rows, chosen, features
-
-
-def _rank_path(
+def _path(
     run: Selection,
     frozen: FrozenClassifier,
     real: FrozenClassifier,
-    site: Site,
-    features: OuterProducts,
-) -> tuple[list[dict[str, Any]], int]:
-    """Rows of the path of the nuclear norm of one map, and the chosen one."""
-    import numpy as np
+    compute: Any,
+    parameters: Mapping[str, str],
+    penalty: Any,
+    program: str,
+) -> tuple[list[dict[str, Any]], float]:
+    """One row for each λ of a path, and the error of the features.
 
-    from theory.convex import ConvexTuning, NuclearNorm
+    Args:
+        run: the configuration.
+        frozen: the model in float64, for the features.
+        real: the model in float32, into which the changes are put.
+        compute: `bias_features` or `weight_features`.
+        parameters: the name of each group's parameter.
+        penalty: of the program.
+        program: its name.
+    """
+    from theory.convex import ConvexTuning
 
-    offset = frozen.logits(frozen.train)
+    def features(batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Features]]:
+        paths = {name: p.rpartition(".")[0] for name, p in parameters.items()}
+        z, found = compute(frozen.model, list(paths.values()), batch)
+        return z, {name: found[path] for name, path in paths.items()}
+
+    offset, training = features(frozen.train)
+    error = _linearisation_error(frozen, parameters, training)
     tuning = ConvexTuning(
-        {"map": features},
-        frozen.train["labels"],
-        offset=offset,
-        penalty=NuclearNorm(),
-        tolerance=TOLERANCE,
+        training, frozen.train["labels"], offset=offset, penalty=penalty, tolerance=TOLERANCE
     )
     solutions = tuning.path(tuning.grid(run.num_weights, run.smallest))
-    heldout = _heldout(frozen, {"map": site})
+    z, heldout = features(frozen.heldout)
     rows = []
     for solution in solutions:
-        row = _row("nuclear norm", solution, solutions[0].weight)
-        rows.append(row | _heldout_row(real, {"map": site}, heldout, _changes(solution)))
-    return rows, int(np.argmin([row["heldout_loss"] for row in rows]))
+        pairs = zip(solution.names, solution.controls, strict=True)
+        change = {name: control for name, control in pairs if bool(control.any())}
+        row = _row(program, solution, solutions[0].weight)
+        row |= _heldout_row(real, parameters, z.numpy(), heldout, change)
+        row |= {f"norm.{n}": v for n, v in zip(solution.names, solution.norms, strict=True)}
+        row |= {f"bound.{n}": b for n, b in zip(solution.names, solution.rank_bounds, strict=True)}
+        rows.append(row)
+    return rows, error
 
 
 def _row(program: str, solution: ConvexSolution, first: float) -> dict[str, Any]:
@@ -247,27 +235,11 @@ def _row(program: str, solution: ConvexSolution, first: float) -> dict[str, Any]
     }
 
 
-def _changes(solution: ConvexSolution) -> dict[str, Tensor]:
-    pairs = zip(solution.names, solution.controls, strict=True)
-    return {name: control for name, control in pairs if bool(control.any())}
-
-
-def _heldout(
-    frozen: FrozenClassifier, sites: Mapping[str, Site]
-) -> tuple[np.ndarray, dict[str, OuterProducts]]:
-    from deltas.weight_features import weight_features
-
-    if not sites:
-        return frozen.logits(frozen.heldout).numpy(), {}
-    paths = [site.path for site in sites.values()]
-    offset, found = weight_features(frozen.model, paths, frozen.heldout)
-    return offset.numpy(), {name: found[site.path] for name, site in sites.items()}
-
-
 def _heldout_row(
     real: FrozenClassifier,
-    sites: Mapping[str, Site],
-    heldout: tuple[np.ndarray, dict[str, OuterProducts]],
+    parameters: Mapping[str, str],
+    offset: np.ndarray,
+    features: Mapping[str, Features],
     change: Mapping[str, Tensor],
 ) -> dict[str, float]:
     """Loss and accuracy on held-out rows: of the linear model, and of the real one."""
@@ -275,11 +247,10 @@ def _heldout_row(
 
     from experiments.frozen_classifier import loss_and_accuracy
 
-    offset, features = heldout
     labels = real.heldout["labels"]
-    linear = offset + sum(features[name].apply(W.numpy()) for name, W in change.items())
+    linear = offset + sum(features[name].apply(u.numpy()) for name, u in change.items())
     loss, accuracy = loss_and_accuracy(torch.from_numpy(linear), labels)
-    with real.changed({sites[name].path: W for name, W in change.items()}):
+    with real.changed({parameters[name]: u for name, u in change.items()}):
         real_loss, real_accuracy = loss_and_accuracy(real.logits(real.heldout), labels)
     return {
         "heldout_loss": loss,
@@ -307,7 +278,7 @@ def _picked(
 def _sets(
     run: Selection, sites: Mapping[str, Site], selected: Sequence[str], unused: Sequence[str]
 ) -> list[tuple[str, list[str]]]:
-    """The picked maps, and as many unused ones, of the same shapes where there are any."""
+    """The picked maps, as many unused ones, of the same widths where there are any, and all."""
     import numpy as np
 
     random = np.random.default_rng(run.seed)
@@ -315,12 +286,12 @@ def _sets(
     for _ in range(run.draws if len(unused) >= len(selected) else 0):
         left, drawn = list(unused), []
         for name in selected:
-            size = sites[name].in_features + sites[name].out_features
-            like = [n for n in left if sites[n].in_features + sites[n].out_features == size]
+            width = sites[name].out_features
+            like = [other for other in left if sites[other].out_features == width]
             drawn.append(str(random.choice(like or left)))
             left.remove(drawn[-1])
         sets.append(("unused", drawn))
-    return sets
+    return [*sets, ("all", list(sites))]
 
 
 def _tuned(
@@ -330,22 +301,22 @@ def _tuned(
     kind: str,
     names: Sequence[str],
 ) -> dict[str, Any]:
-    """Train LoRA on these maps, with the head and all else frozen; metrics on the test rows."""
+    """Train BitFit on these maps, with the head and all else frozen; metrics on the test rows."""
     import numpy as np
     import torch
 
-    from deltas import LoRA, attach
+    from deltas import BitFit, attach
     from experiments.frozen_classifier import loss_and_accuracy
     from experiments.schedules import learning_rate
 
-    delta = LoRA(rank=run.rank, sites=tuple(f"^{sites[n].path}$" for n in names))
+    delta = BitFit(sites=tuple(f"^{sites[name].path}$" for name in names))
     controlled = attach(real.model, delta, seed=run.seed)
     controls = list(controlled.trainable().values())
     optimiser = torch.optim.AdamW(controls, lr=run.learning_rate, weight_decay=0.0)
     random = np.random.default_rng(run.seed)
     count, order = len(real.train["labels"]), np.zeros(0, dtype=int)
     for step in range(run.steps):
-        if len(order) < run.batch_size:
+        while len(order) < run.batch_size:
             order = np.concatenate([order, random.permutation(count)])
         rows, order = torch.from_numpy(order[: run.batch_size]), order[run.batch_size :]
         batch = {name: value[rows] for name, value in real.train.items()}
@@ -370,34 +341,30 @@ def _tuned(
 
 
 def _linearisation_error(
-    frozen: FrozenClassifier, sites: Mapping[str, Site], features: Mapping[str, OuterProducts]
+    frozen: FrozenClassifier, parameters: Mapping[str, str], features: Mapping[str, Features]
 ) -> float:
     """Features against forward-mode derivatives of the model, relative, on a few rows.
 
-    The direction is random and of all maps together.
+    The direction is random and of all groups together.
     """
     import torch
     from torch.func import functional_call, jvp
 
     from theory.linearisation import differentiable_attention
 
-    model = frozen.model
     generator = torch.Generator().manual_seed(0)
-    directions = {
-        name: torch.randn(f.shape, generator=generator, dtype=torch.float64)
+    along = {
+        parameters[name]: torch.randn(f.shape, generator=generator, dtype=torch.float64)
         for name, f in features.items()
     }
+    at = {name: frozen.model.get_parameter(name).detach() for name in along}
     count = min(4, len(frozen.train["labels"]))
     inputs = {n: v[:count] for n, v in frozen.train.items() if n != "labels"}
-    parameters = {f"{sites[n].path}.weight" for n in directions}
-    weights = {n: p.detach() for n, p in model.named_parameters() if n in parameters}
-    along = {f"{sites[n].path}.weight": d for n, d in directions.items()}
 
-    def logits(weights: dict[str, Tensor]) -> Tensor:
-        return functional_call(model, weights, (), dict(inputs)).logits
+    def logits(values: dict[str, Tensor]) -> Tensor:
+        return functional_call(frozen.model, values, (), dict(inputs)).logits
 
     with differentiable_attention(), torch.no_grad():
-        exact = jvp(logits, (weights,), ({n: along[n] for n in weights},))[1]
-    found = sum(f.apply(directions[n].numpy())[:count] for n, f in features.items())
-    difference = torch.as_tensor(found) - exact
-    return float(difference.norm() / exact.norm())
+        exact = jvp(logits, (at,), (along,))[1]
+    found = sum(f.apply(along[parameters[n]].numpy())[:count] for n, f in features.items())
+    return float((torch.as_tensor(found) - exact).norm() / exact.norm())

@@ -1,7 +1,7 @@
 """What the convex program of linearised tuning picks, how surely, and whether training agrees.
 
 Six panels: the weight at which each map enters; how many maps, and which rank, are picked along the
-path; losses along it; the duality gap; LoRA really trained on picked and on unused maps.
+path; losses along it; the duality gap; BitFit really trained on picked and on unused maps.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ STUDY = "selection"
 GROUPS, NUCLEAR = "group lasso", "nuclear norm"
 COLORS = {GROUPS: "#0072B2", NUCLEAR: "#D55E00"}
 STYLES = {GROUPS: "-", NUCLEAR: "--"}
-SETS = {"head": "head only", "selected": "picked", "unused": "unused"}
-SET_COLORS = {"head": "#8C8C8C", "selected": "#0072B2", "unused": "#E69F00"}
+SETS = {"head": "head", "selected": "picked", "unused": "unused", "all": "all"}
+SET_COLORS = {"head": "#8C8C8C", "selected": "#0072B2", "unused": "#E69F00", "all": "#009E73"}
 SITE_ORDER = ("query", "key", "value", "output", "up", "down")
 # Where the objective and its bound agree to the last bits, the gap is drawn here.
 FLOOR = 1e-16
@@ -178,14 +178,15 @@ def caption(table: pd.DataFrame) -> str:
     programs = pd.concat([lasso, nuclear])
     sentences = [
         f"{TITLE}: {table['model'].iloc[0]} on {table['task'].iloc[0]}, linearised around the "
-        f"frozen model with a fitted head; {len(counts)} linear maps named layer.site; "
-        f"{runs} draws of the training rows. (a) Largest λ/λmax at which each map is picked (mean "
+        f"frozen model with a fitted head; {runs} draws of the training rows. The group lasso acts "
+        f"on the biases of {len(counts)} linear maps named layer.site, the nuclear norm on the "
+        "weight of the map picked first. (a) Largest λ/λmax at which each map is picked (mean "
         "over draws; a number says in how many draws it is picked at the λ of least held-out "
-        "loss). (b) Maps (solid) and rank (dashed, of the map picked first) along the path. "
+        "loss). (b) Maps (solid) and rank (dashed) along the path. "
         "(c) Losses of the group lasso: the linear model on training rows, and on held-out rows, "
         "and the real model with the same changes. (d) Duality gap; dotted: the tolerance. (e, f) "
-        f"LoRA trained on the maps picked first ({_range(trained['active'])} of them) and on as "
-        f"many, of the same shapes, that the program proves unused there. {picked}.",
+        f"BitFit trained on the maps picked first ({_range(trained['active'])} of them) and on as "
+        f"many, of the same widths, that the program proves unused there, and on all. {picked}.",
         f"{int(programs['optimal'].sum())} of {int(programs['points'].sum())} solutions are "
         f"certified to the tolerance; the largest duality gap is "
         f"{programs['worst_gap'].max():.1e}, and the features differ from the derivatives of the "
@@ -203,6 +204,15 @@ def caption(table: pd.DataFrame) -> str:
             text = f"{label} {spread(accuracy.mean(), accuracy.std())} %"
             parts.append(f"{text} (loss {rows['test_loss'].mean():.3f}, {len(rows)} runs)")
     sentences.append(f"Test accuracy after real training: {joined(parts)}.")
+    unused = table[table["part"] == "unused"]
+    if len(unused):
+        pairs = unused.merge(trained, on="seed", suffixes=("", "_picked"))
+        better = int((pairs["test_accuracy_picked"] > pairs["test_accuracy"]).sum())
+        lower = int((pairs["test_loss_picked"] < pairs["test_loss"]).sum())
+        sentences.append(
+            f"Of {len(pairs)} comparisons on the same training rows, the picked maps have the "
+            f"higher accuracy in {better} and the lower loss in {lower}."
+        )
     return " ".join(sentences)
 
 

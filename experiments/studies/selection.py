@@ -10,13 +10,13 @@ def experiments(preset: str) -> list[Selection]:
     if preset == "quick":
         return [
             Selection(
-                num_examples=32,
-                num_heldout=64,
+                num_examples=48,
+                num_heldout=48,
                 num_test=100,
                 num_weights=5,
-                smallest=0.3,
+                smallest=0.2,
                 draws=1,
-                steps=10,
+                steps=20,
             )
         ]
     return [Selection(seed=seed) for seed in range(3)]

@@ -17,13 +17,12 @@ from theory.errors import InputError
 
 @dataclass(frozen=True)
 class FakeSite:
-    in_features: int
     out_features: int
 
 
 def test_unused_sets_have_the_shapes_of_the_picked_ones() -> None:
     sites: Any = {
-        f"{layer}.{name}": FakeSite(4, 16 if name == "up" else 4)
+        f"{layer}.{name}": FakeSite(16 if name == "up" else 4)
         for layer in range(4)
         for name in ("query", "value", "up")
     }
@@ -31,14 +30,18 @@ def test_unused_sets_have_the_shapes_of_the_picked_ones() -> None:
     unused = [name for name in sites if not name.startswith("3")]
     sets = _sets(Selection(draws=3), sites, selected, unused)
     assert sets[0] == ("selected", selected)
-    assert [kind for kind, _ in sets[1:]] == ["unused"] * 3
-    for _, names in sets[1:]:
+    assert [kind for kind, _ in sets[1:]] == ["unused"] * 3 + ["all"]
+    assert sets[-1][1] == list(sites)
+    for _, names in sets[1:-1]:
         assert len(set(names)) == 2 and set(names) <= set(unused)
         assert [name.endswith("up") for name in names] == [True, False]
     assert len({tuple(names) for _, names in sets}) > 2
     assert sets == _sets(Selection(draws=3), sites, selected, unused)
     # Where fewer are unused than picked there is nothing to compare with.
-    assert _sets(Selection(), sites, selected, unused[:1]) == [("selected", selected)]
+    assert _sets(Selection(), sites, selected, unused[:1]) == [
+        ("selected", selected),
+        ("all", list(sites)),
+    ]
 
 
 def test_the_picked_maps_are_those_of_the_first_point_with_enough() -> None:
@@ -83,7 +86,7 @@ def test_a_small_run(minilm_l6: str, tmp_path: Path) -> None:
     assert len(curve) == 6 and set(curve["status"]) == {"optimal"}
     assert (curve["gap"] <= result["tolerance"]).all() and result["head_gap"] < 1e-7
     assert result["linearisation_error"] < 1e-10
-    assert len(result["names"]) == 36
+    assert len(result["names"]) == 30
     lasso = curve[curve["program"] == "group lasso"]
     assert lasso["num_active"].iloc[0] == 0 and lasso["num_active"].iloc[1] >= 1
     for name in result["names"]:  # what is proved to be unused is zero
@@ -98,9 +101,9 @@ def test_the_frozen_classifier_is_left_as_it_was(minilm_l6: str) -> None:
     frozen = FrozenClassifier.load(minilm_l6, "movie", seed=1, **sizes)
     assert frozen.head_gap < 1e-7
     before = frozen.logits(frozen.train)
-    path = "bert.encoder.layer.5.output.dense"
+    name = "bert.encoder.layer.5.output.dense.weight"
     change = 1e-2 * torch.randn(384, 1536, dtype=torch.float64)
-    with frozen.changed({path: change}):
+    with frozen.changed({name: change}):
         assert not torch.allclose(frozen.logits(frozen.train), before)
     assert torch.equal(frozen.logits(frozen.train), before)
     single = frozen.single()

@@ -226,7 +226,12 @@ def selection(seeds: int = 2) -> Grid:
                 "test_loss": loss + random.normal(0, 0.01),
                 "test_accuracy": 1.3 - loss + random.normal(0, 0.01),
             }
-            for kind, first, loss in (("selected", 0, 0.56), ("unused", 2, 0.6), ("unused", 4, 0.6))
+            for kind, first, loss in (
+                ("selected", 0, 0.56),
+                ("unused", 2, 0.6),
+                ("unused", 4, 0.6),
+                ("all", 0, 0.55),
+            )
         ]
         result = {
             "names": names,
