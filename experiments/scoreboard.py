@@ -92,12 +92,19 @@ def rows() -> list[dict[str, Any]]:
                 "claim": claim.title,
                 "source": claim.source,
                 "condition": str(claim.threshold),
-                "measured": f"{outcome.evidence.value:.2g}" if outcome else "",
-                "negative control": f"{outcome.control.value:.2g}" if outcome else "",
+                "measured": _shown(outcome.evidence.value, claim) if outcome else "",
+                "negative control": _shown(outcome.control.value, claim) if outcome else "",
                 "verdict": outcome.verdict.text if outcome else "not judged",
             }
         )
     return table
+
+
+def _shown(value: float, claim: Claim) -> str:
+    """Two digits, or as many as show on which side of the threshold the value is."""
+    passes = claim.threshold.passes(value)
+    texts = (f"{value:.{digits}g}" for digits in range(2, 18))
+    return next((t for t in texts if claim.threshold.passes(float(t)) == passes), repr(value))
 
 
 def render_table() -> str:

@@ -57,6 +57,12 @@ def test_judge_keep_and_render(claim: Claim, tmp_path: Path) -> None:
     assert r"distance \|sum - 4\|" in text
 
 
+def test_a_value_shows_on_which_side_of_the_threshold_it_is(claim: Claim) -> None:
+    """The bound is 0.5: 0.5001 would look as if it passed."""
+    shown = [scoreboard._shown(value, claim) for value in (0.123, 0.4999, 0.5001, float("nan"))]
+    assert shown == ["0.12", "0.5", "0.5001", "nan"]
+
+
 def test_a_changed_threshold_makes_the_result_stale(claim: Claim) -> None:
     scoreboard.evaluate(claim)
     assert scoreboard.stored(claim) is not None
