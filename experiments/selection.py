@@ -64,8 +64,8 @@ class Selection(Experiment):
 
     model: str = "minilm-l6"
     task: str = "movie"
-    num_examples: int = 300
-    num_heldout: int = 300
+    num_examples: int = 100
+    num_heldout: int = 200
     num_test: int = 500
     max_length: int = 20
     num_weights: int = 12
