@@ -31,6 +31,7 @@ class Delta(ABC):
         num_parameters_formula: the number of parameters as a formula.
         identity_at_start: the model's output is unchanged right after attaching.
         trains_head: it already controls the task head.
+        unmergeable: why the controls cannot become part of the base weights; empty where they can.
     """
 
     name: ClassVar[str]
@@ -40,6 +41,7 @@ class Delta(ABC):
     num_parameters_formula: ClassVar[str]
     identity_at_start: ClassVar[bool] = True
     trains_head: ClassVar[bool] = False
+    unmergeable: ClassVar[str] = ""
 
     @abstractmethod
     def build(self, host: Host) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,6 +55,27 @@ def with_first_tensor(output: Any, value: Tensor) -> Any:
     return (value, *output[1:])
 
 
+# Losses of the model under control, one a batch, each with its graph; anew at each call.
+Losses = Callable[[], Iterable[Tensor]]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How a base parameter takes up a control.
+
+    Attributes:
+        namespace: of the delta.
+        name: of the base parameter.
+        value: its merged value, given its present one; both in float64.
+        whole: the control acts wherever a tied parameter is used, not only under this name.
+    """
+
+    namespace: str
+    name: str
+    value: Callable[[Tensor], Tensor]
+    whole: bool
+
+
 class Host:
     """A model that deltas are being attached to.
 
@@ -70,7 +92,13 @@ class Host:
         self.namespace = ""
         self.state_path: dict[str, str] = {}  # control parameter -> path of the module it acts at
         self.shared: list[str] = []  # control parameters that act on all layers at once
+        self.rate_factors: dict[str, float] = {}  # control parameter -> factor on the learning rate
+        self.preparations: list[Callable[[Losses], None]] = []
+        self.penalties: list[Callable[[], Tensor]] = []
+        self.after_step: list[Callable[[int, int], None]] = []
+        self.merges: list[Merge] = []
         self._undo: list[Callable[[], None]] = []
+        self._originals: dict[str, nn.Parameter] = {}
         self._taken: set[str] = set()  # base parameters that a control stands for
         self._intercepted = False
 
@@ -119,6 +147,15 @@ class Host:
             parameter = self.parameter(name)
             found.setdefault(id(parameter), (name, parameter))
         return dict(found.values())
+
+    def original(self, name: str) -> Tensor:
+        """The base model's own parameter of that name, also where a control stands in for it."""
+        return self._originals.get(name, self._owners()[name])
+
+    def tied(self, name: str) -> list[str]:
+        """Other names of the base parameter ``name``."""
+        owners = self._owners()
+        return [other for other, p in owners.items() if p is owners[name] and other != name]
 
     def _owners(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters(remove_duplicate=False))
@@ -173,8 +210,10 @@ class Host:
             self.state_path[f"{self.namespace}.{name}"] = name.rpartition(".")[0]
             aliases = [n for n in names if owners[n] is original]
             for alias in aliases:
+                self._originals[alias] = original
                 self.set_parameter(alias, control)
             self._undo.append(lambda a=aliases, p=original, c=control: self._put_back(a, p, c))
+            self.on_merge(name, lambda _, c=control: c.detach().double(), whole=True)
         self._taken.update(names)
 
     def _put_back(self, names: list[str], original: nn.Parameter, control: nn.Parameter) -> None:
@@ -196,12 +235,19 @@ class Host:
     def on_output(
         self, module: nn.Module, law: Callable[[tuple, Tensor], Tensor], *, first: bool = False
     ) -> None:
-        """Pass a module's output through ``law(inputs, output)``; ``first``: before others."""
+        """Pass a module's output through ``law(inputs, output)``; ``first``: before others.
 
-        def hook(_module: nn.Module, args: tuple, output: Any) -> Any:
+        ``inputs`` are the positional arguments; a module that is called with keywords alone has
+        its ``hidden_states``, or else the first of them.
+        """
+
+        def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            if not args and kwargs:
+                args = (kwargs.get("hidden_states", next(iter(kwargs.values()))),)
             return with_first_tensor(output, law(args, first_tensor(output)))
 
-        self._undo.append(module.register_forward_hook(hook, prepend=first).remove)
+        handle = module.register_forward_hook(hook, prepend=first, with_kwargs=True)
+        self._undo.append(handle.remove)
 
     def on_call(self, module: nn.Module, law: Callable[[tuple, dict], tuple[tuple, dict]]) -> None:
         """Pass a module's arguments through ``law(args, kwargs)``."""
@@ -221,6 +267,8 @@ class Host:
             InputError: another delta controls one of the parameters already.
         """
         originals = {name: self.parameter(name) for name in names}
+        for name in names:
+            self.on_merge(name, lambda _, n=name: values()[n].detach().double(), whole=True)
         owned = {id(p): name for name, p in originals.items()}
         places = {n: owned[id(p)] for n, p in self._owners().items() if id(p) in owned}
         self._refuse_taken(places)
@@ -265,6 +313,32 @@ class Host:
             self._undo.append(attention.intercept(self.model))
             self._intercepted = True
         self._undo.append(attention.add_prefix(module, prefix))
+
+    # -- what a delta may ask of the training ----------------------------------------------------
+
+    def on_data(self, prepare: Callable[[Losses], None]) -> None:
+        """Call ``prepare(losses)`` before training: for controls that depend on the data."""
+        self.preparations.append(prepare)
+
+    def add_penalty(self, penalty: Callable[[], Tensor]) -> None:
+        """Add a scalar to the training loss."""
+        self.penalties.append(penalty)
+
+    def on_step(self, act: Callable[[int, int], None]) -> None:
+        """Call ``act(step, num_steps)`` after update ``step`` (from 1); gradients still stand."""
+        self.after_step.append(act)
+
+    def scale_rate(self, controller: nn.Module, leaf: str, factor: float) -> None:
+        """Train the parameter ``leaf`` of a controller at ``factor`` times the learning rate."""
+        parameter = controller.get_parameter(leaf)
+        owners = self.controls.named_parameters()
+        self.rate_factors[next(name for name, p in owners if p is parameter)] = factor
+
+    def on_merge(
+        self, name: str, value: Callable[[Tensor], Tensor], *, whole: bool = False
+    ) -> None:
+        """Say how the base parameter ``name`` takes up this delta's controls; see `Merge`."""
+        self.merges.append(Merge(self.namespace, name, value, whole))
 
     def undo(self) -> None:
         """Take everything back, last thing first."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltas.base import Delta
-from deltas.host import Host
+from deltas.host import Host, Losses
 from theory.errors import InputError
 
 _MARK = "deltacontrol_attached"
@@ -94,6 +94,81 @@ class DeltaModel(nn.Module):
         """The controls by name."""
         return dict(self.controls.named_parameters())
 
+    def variables(self) -> dict[str, Tensor]:
+        """What training may change: the controls, and buffers such as masks that it sets."""
+        fixed = {name for name, _ in self.controls.named_buffers() if _is_fixed(name)}
+        state = self.controls.state_dict(keep_vars=True)
+        return {name: value for name, value in state.items() if name not in fixed}
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether `prepare` has something to do."""
+        return bool(self.host.preparations)
+
+    def prepare(self, losses: Losses) -> None:
+        """Let controls that depend on the data (a Fisher mask, say) see it, before training.
+
+        Args:
+            losses: gives the loss of the model, one batch after another, anew at each call.
+        """
+        for prepare in self.host.preparations:
+            prepare(losses)
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether a delta adds something to the training loss."""
+        return bool(self.host.penalties)
+
+    def penalty(self) -> Tensor:
+        """What the deltas add to the training loss, a scalar."""
+        return torch.stack([penalty() for penalty in self.host.penalties]).sum()
+
+    def after_step(self, step: int, num_steps: int) -> None:
+        """To be called after update ``step`` of 1..num_steps, while the gradients still stand."""
+        for act in self.host.after_step:
+            act(step, num_steps)
+
+    @property
+    def rate_factors(self) -> dict[str, float]:
+        """Controls that are trained at a multiple of the learning rate, and that multiple."""
+        return dict(self.host.rate_factors)
+
+    def merge(self) -> PreTrainedModel:
+        """Make the controls part of the base weights, and give back the plain model.
+
+        The sum is formed in float64 and rounded once, so that an entry is off by at most half a
+        unit in the last place of its dtype.
+
+        Raises:
+            InputError: a delta cannot be merged, or would change a tied weight at a place where
+                the control does not act; nothing is changed then.
+        """
+        for attachment in self.attachments:
+            if attachment.delta.unmergeable:
+                raise InputError(
+                    f"{attachment.namespace} cannot be merged: {attachment.delta.unmergeable}. "
+                    "Keep it attached, or detach() it."
+                )
+        host = self.host
+        merged: dict[str, Tensor] = {}
+        for merge in host.merges:
+            if not merge.whole and (tied := host.tied(merge.name)):
+                raise InputError(
+                    f"{merge.namespace} cannot be merged: it acts at {merge.name}, which is tied "
+                    f"to {', '.join(tied)} and would change there too. Untie the model "
+                    "(tie_word_embeddings=False), or choose other sites."
+                )
+            before = merged.get(merge.name)
+            if before is None:
+                before = host.original(merge.name).detach().double()
+            merged[merge.name] = merge.value(before)
+        model = self.detach()
+        with torch.no_grad():
+            for name, value in merged.items():
+                parameter = model.get_parameter(name)
+                parameter.copy_(value)
+        return model
+
     def state(self) -> dict[str, Tensor]:
         """A copy of the controls, on the CPU, to be saved."""
         return {k: v.detach().cpu().clone() for k, v in self.controls.state_dict().items()}
@@ -119,6 +194,8 @@ class DeltaModel(nn.Module):
                     f"{tuple(value.shape)}: the delta was saved with other dimensions."
                 )
         for key, value in self.controls.named_buffers():
+            if key not in own or not _is_fixed(key):
+                continue
             if not torch.equal(state[key].cpu(), value.cpu()):
                 raise InputError(
                     f"{key} is {state[key].tolist()}, but this model has {value.tolist()}: attach "
@@ -141,6 +218,12 @@ class DeltaModel(nn.Module):
         self.model.__dict__.pop(_MARK, None)
         self._host = None
         return self.model
+
+
+def _is_fixed(name: str) -> bool:
+    """Whether a buffer is a constant of the attached delta, such as the seed of a projection."""
+    leaf = name.rpartition(".")[2]
+    return leaf == "seed" or leaf.startswith("fixed_")
 
 
 def attach(model: PreTrainedModel, *deltas: Delta, seed: int = 0) -> DeltaModel:

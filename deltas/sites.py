@@ -16,11 +16,11 @@ nothing is an error that names the nearest candidates.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from theory.errors import InputError
@@ -71,6 +71,15 @@ class Site:
             f"{self.path} is a {type(self.module).__name__}, not a linear map; expected a Linear "
             "or Conv1D. Choose sites such as attention.query, attention.value or mlp.down."
         )
+
+
+def add_change(site: Site, change: Callable[[], Tensor], weight: Tensor) -> Tensor:
+    """The module's weight after ``change()``, (out, in), is added to the map at a site."""
+    rows = slice(*site.part) if site.part else slice(None)
+    moved = weight.clone()
+    oriented = moved.T if isinstance(site.module, Conv1D) else moved
+    oriented[rows] += change()
+    return moved
 
 
 @dataclass(frozen=True)

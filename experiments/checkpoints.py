@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.runs import unwritable, write_tensors
 from theory.errors import InputError
@@ -50,7 +50,7 @@ class Progress:
 def save(
     folder: Path,
     progress: Progress,
-    controls: Mapping[str, nn.Parameter],
+    controls: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     best_controls: Mapping[str, Tensor] | None,
 ) -> None:
@@ -74,7 +74,7 @@ def save(
 
 def load(
     folder: Path,
-    controls: Mapping[str, nn.Parameter],
+    controls: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> tuple[Progress, dict[str, Tensor] | None]:
     """Put the checkpoint of `folder`, if there is one, into `controls` and `optimizer`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,12 +23,13 @@ def accumulate(
     seed: int,
     step: int,
     slices: int = 1,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> float:
     """Accumulate the gradient of the mean loss over the whole batch, and return that loss.
 
     The mean is over examples, or over predicted tokens for a language model, whatever the number
     of processes and slices: slice k of process r takes the examples r·slices + k, with the stride
-    processes·slices.
+    processes·slices. The gradient is that of the loss plus `penalty()`, where there is one.
 
     Raises:
         InputError: There are fewer examples than slices.
@@ -55,7 +56,8 @@ def accumulate(
             outputs = model(**inputs)
             # A slice without a target has no mean loss; it still takes part in the backward pass.
             loss = outputs.loss * weight if weight else outputs.logits.sum() * 0.0
-            accelerator.backward(loss * world)
+            share = penalty() / (world * parts) if penalty else 0.0
+            accelerator.backward((loss + share) * world)
         loss_sum = loss_sum.to(loss.device) + loss.detach()
     return float(accelerator.reduce(loss_sum, reduction="sum"))  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 UNTIMED_STEPS = 5
 FINAL_STEPS = 10
+PREPARATION_BATCHES = 8
 
 
 class Batches(Protocol):
@@ -145,6 +146,8 @@ def train(
     loop = _Loop(delta_model, data, settings, _accelerator(device, precision))
     if checkpoint_dir is not None:
         loop.resume(checkpoint_dir)
+    if delta_model.needs_data and not loop.run.step:
+        loop.prepare()
     run, earlier = loop.run, loop.run.seconds
     began = saved = time.perf_counter()
     memory = resources.PeakMemory(device)
@@ -195,8 +198,13 @@ class _Loop:
         self.delta_model, self.data, self.settings = delta_model, data, settings
         self.accelerator = accelerator
         self.controls = delta_model.trainable()
+        self.variables = delta_model.variables()
+        factors = delta_model.rate_factors
+        grouped: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.controls.items():
+            grouped.setdefault(factors.get(name, 1.0), []).append(parameter)
         self.optimizer = torch.optim.AdamW(
-            self.controls.values(),
+            [{"params": group, "factor": factor} for factor, group in grouped.items()],
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             foreach=True,
@@ -207,11 +215,25 @@ class _Loop:
         self.best_controls: dict[str, Tensor] | None = None
 
     def resume(self, folder: Path) -> None:
-        self.run, self.best_controls = checkpoints.load(folder, self.controls, self.optimizer)
+        self.run, self.best_controls = checkpoints.load(folder, self.variables, self.optimizer)
         self.first = self.run.step
 
     def save(self, folder: Path) -> None:
-        checkpoints.save(folder, self.run, self.controls, self.optimizer, self.best_controls)
+        checkpoints.save(folder, self.run, self.variables, self.optimizer, self.best_controls)
+
+    def prepare(self) -> None:
+        """Show the first batches to the deltas that depend on the data."""
+        device = self.accelerator.device
+
+        def losses() -> Iterator[Tensor]:
+            for step in range(PREPARATION_BATCHES):
+                batch = self.data.batch(step)
+                if self.settings.kind == "causal-lm":
+                    batch["use_cache"] = False
+                inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                yield self.delta_model(**inputs).loss
+
+        self.delta_model.prepare(losses)
 
     def update(self) -> str:
         """Do one update and add its row; returns a message if it had to be left out."""
@@ -224,7 +246,7 @@ class _Loop:
             schedule=settings.schedule,
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         batch = self.data.batch(step)
         loss = accumulate(
             self.accelerator,
@@ -234,6 +256,7 @@ class _Loop:
             seed=settings.seed,
             step=step,
             slices=settings.grad_accumulation,
+            penalty=self.delta_model.penalty if self.delta_model.is_penalised else None,
         )
         bound = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
         clipped = self.accelerator.clip_grad_norm_(self.controls.values(), bound)
@@ -242,6 +265,7 @@ class _Loop:
         if finite:
             self.prepared.step()
             self.run.step = step + 1
+            self.delta_model.after_step(step + 1, settings.steps)
         self.optimizer.zero_grad(set_to_none=True)
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
@@ -268,7 +292,9 @@ class _Loop:
         if math.isfinite(value) and (best is None or sign * value > sign * best["value"]):
             run.best, run.stale = {"step": float(run.step), "value": value}, 0
             if settings.patience:
-                self.best_controls = {k: v.detach().cpu().clone() for k, v in self.controls.items()}
+                self.best_controls = {
+                    k: v.detach().cpu().clone() for k, v in self.variables.items()
+                }
             return ""
         run.stale += 1
         if settings.patience is None or run.stale < settings.patience:
@@ -281,7 +307,7 @@ class _Loop:
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         with torch.no_grad():
             for name, value in (self.best_controls or {}).items():
-                self.controls[name].copy_(value)
+                self.variables[name].copy_(value)
 
 
 def _accelerator(device: str, precision: str) -> Accelerator:

@@ -41,6 +41,7 @@ class HoulsbyAdapter(Delta):
     law = "h + phi(h W_d) W_u"
     reference = "Houlsby et al., ICML 2019, Section 2.1"
     num_parameters_formula = "sum over sites of 2 m d + d + m"
+    unmergeable = "its bottleneck is not linear in the state"
 
     def __post_init__(self) -> None:
         """Check the bottleneck and the activation."""

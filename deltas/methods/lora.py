@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn.functional import dropout, linear, pad
 
 from deltas.base import Delta
 from deltas.host import Host
-from deltas.sites import Site
+from deltas.sites import Site, add_change
 from theory.errors import InputError
 
 
@@ -56,6 +57,7 @@ class LoRA(Delta):
             key = site.path if site.part is None else f"{site.path}.{site.part[0]}-{site.part[1]}"
             host.add(site.path, path, like=host.weight(site), key=key)
             host.on_output(site.module, path)
+            host.on_merge(f"{site.path}.weight", partial(add_change, site, path.change))
 
     def num_parameters(self, host: Host) -> int:
         """Σ r (d_in + d_out)."""
@@ -88,6 +90,10 @@ class LowRankPath(nn.Module):
         self.dropout = config.dropout
         start, stop = site.part or (0, site.total_out_features)
         self.margins = (start, site.total_out_features - stop)
+
+    def change(self) -> Tensor:
+        """(α/r)·B A, (out, in), in float64."""
+        return self.scale * self.B.detach().double() @ self.A.detach().double()
 
     def forward(self, inputs: tuple, output: Tensor) -> Tensor:
         """The site's output with the path's contribution added."""

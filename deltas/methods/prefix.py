@@ -33,6 +33,7 @@ class PrefixTuning(Delta):
     law = "(1-lambda(h)) Attn(h) + lambda(h) softmax(h W_q P_k^T) P_v"
     reference = "Li & Liang, ACL 2021, Eq. 3; He et al., ICLR 2022, Eq. 7"
     num_parameters_formula = "2 n d_kv for each layer"
+    unmergeable = "a prefix is no weight of the base model"
     identity_at_start = False
 
     def __post_init__(self) -> None:

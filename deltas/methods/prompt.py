@@ -39,6 +39,7 @@ class PromptTuning(Delta):
     law = "x_0 = [P; E(x)]"
     reference = "Lester, Al-Rfou, Constant, EMNLP 2021, Section 2"
     num_parameters_formula = "n d"
+    unmergeable = "a prompt is no weight of the base model"
     identity_at_start = False
 
     def __post_init__(self) -> None:
