@@ -64,12 +64,12 @@ class Selection(Experiment):
 
     model: str = "minilm-l6"
     task: str = "movie"
-    num_examples: int = 128
+    num_examples: int = 100
     num_heldout: int = 200
     num_test: int = 500
     max_length: int = 20
-    num_weights: int = 14
-    smallest: float = 0.02
+    num_weights: int = 12
+    smallest: float = 0.05
     num_sites: int = 4
     draws: int = 2
     steps: int = 120

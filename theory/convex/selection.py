@@ -47,6 +47,10 @@ class SumOfNorms(Penalty):
     def singular_values(self, u: np.ndarray) -> np.ndarray:
         """The singular values of one block, largest first."""
 
+    def largest(self, v: np.ndarray) -> float:
+        """The largest singular value, ``||v||_o``."""
+        return float(self.singular_values(v).max(initial=0.0))
+
     @abstractmethod
     def default_scale(self, shape: tuple[int, ...]) -> float:
         """``w_g`` of a group of this shape."""
@@ -77,7 +81,7 @@ class SumOfNorms(Penalty):
 
     def gauge(self, v: Blocks) -> float:
         """``max_g ||v_g||_o / w_g``, the dual norm of ``sum_g w_g ||.||``."""
-        tops = [self.singular_values(block).max(initial=0.0) for block in v]
+        tops = [self.largest(block) for block in v]
         return float(max(t / w for t, w in zip(tops, self.weights(), strict=True)))
 
     def conjugate(self, v: Blocks, weight: float) -> float:
@@ -169,6 +173,12 @@ class NuclearNorm(SumOfNorms):
         """Those of the matrix."""
         return np.linalg.svd(u, compute_uv=False)
 
+    def largest(self, v: np.ndarray) -> float:
+        """``||V||_2`` by the Gram matrix, as accurate as by an SVD for the largest, and faster."""
+        if not v.size:
+            return 0.0
+        return float(np.sqrt(max(np.linalg.eigvalsh(_gram(v))[-1], 0.0)))
+
     def default_scale(self, shape: tuple[int, ...]) -> float:
         """1."""
         return 1.0
@@ -189,8 +199,8 @@ class NuclearNorm(SumOfNorms):
         for g, w in enumerate(self.weights()):
             if g in working and working[g] is None:
                 continue
-            left, values, right = np.linalg.svd(v[g], full_matrices=False)
-            over = int((values[: self.directions] > weight * w * (1 + ROUNDING)).sum())
+            left, values, right = _leading(v[g], self.directions)
+            over = int((values > weight * w * (1 + ROUNDING)).sum())
             if not over:
                 continue
             grown = True
@@ -218,6 +228,23 @@ class NuclearNorm(SumOfNorms):
                 block = (left[:, :rank] * values[:rank]) @ right[:rank]
             result.append(block)
         return result
+
+
+def _gram(matrix: np.ndarray) -> np.ndarray:
+    """``M M'`` or ``M'M``, the smaller."""
+    wide = matrix.shape[0] <= matrix.shape[1]
+    return matrix @ matrix.T if wide else matrix.T @ matrix
+
+
+def _leading(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first singular triples ``(U, s, V')``, by the Gram matrix."""
+    squares, vectors = np.linalg.eigh(_gram(matrix))
+    values = np.sqrt(np.maximum(squares[::-1][:count], 0.0))
+    kept = values > 1e-6 * values.max(initial=0.0)  # the Gram matrix knows no smaller ones
+    values, vectors = values[kept], vectors[:, ::-1][:, :count][:, kept]
+    if matrix.shape[0] <= matrix.shape[1]:
+        return vectors, values, (vectors.T @ matrix) / values[:, None]
+    return (matrix @ vectors) / values, values, vectors.T
 
 
 def _extended(basis: np.ndarray, *more: np.ndarray) -> np.ndarray:
