@@ -245,6 +245,17 @@ def deep_residual_network(
     return ControlProblem(dynamics, SquaredErrorCost(target, weight_decay=1e-2), x0)
 
 
+def reachable_residual_network(width: int, batch: int | None = None) -> ControlProblem:
+    """Twelve layers, weight decay 1e-2; the target is what unknown controls give, plus noise."""
+    dynamics = ResidualNetwork.random(12, width=width, hidden=width, control_size=width)
+    shape = (width,) if batch is None else (batch, width)
+    x0 = normal(*shape, seed=1)
+    hidden = tuple(0.5 * normal(width, seed=100 + t) for t in range(12))
+    there = ControlProblem(dynamics, SquaredErrorCost(x0), x0).rollout(hidden)[-1]
+    target = there + 0.1 * normal(*shape, seed=2)
+    return ControlProblem(dynamics, SquaredErrorCost(target, weight_decay=1e-2), x0)
+
+
 def boxed(problem: ControlProblem, low: float, high: float) -> ControlProblem:
     """The same problem with bounds on the controls."""
     return ControlProblem(problem.dynamics, problem.cost, problem.x0, Box(low, high))

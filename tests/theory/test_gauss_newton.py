@@ -18,6 +18,7 @@ from tests.theory.problems import (
     forgetful_problem,
     low_rank,
     normal,
+    reachable_residual_network,
     residual_network,
 )
 from theory.costs import CrossEntropyCost, QuadraticCost, SquaredErrorCost
@@ -28,7 +29,7 @@ from theory.problem import ControlProblem, Controls, Cost, Dynamics
 from theory.solvers import Iterate, Solver, Status, solve
 from theory.solvers.gauss_newton import GaussNewton, NewtonCG, damped_step
 from theory.solvers.truncated_cg import End, minimise_model
-from theory.systems import LinearDynamics, LowRankDynamics, ResidualNetwork
+from theory.systems import LinearDynamics, LowRankDynamics
 
 F64 = torch.float64
 PROBLEMS = (*CASES, Case("embedding", embedding_problem), Case("forgetful", forgetful_problem))
@@ -274,17 +275,6 @@ def test_lora_without_decay_is_solved_through_the_gauge(make: Callable[[], Solve
 # Solves
 
 
-def reachable(width: int, batch: int | None) -> ControlProblem:
-    """Twelve layers; the target is what unknown controls give, plus noise."""
-    dynamics = ResidualNetwork.random(12, width=width, hidden=width, control_size=width)
-    shape = (width,) if batch is None else (batch, width)
-    x0 = normal(*shape, seed=1)
-    hidden = tuple(0.5 * normal(width, seed=100 + t) for t in range(12))
-    there = ControlProblem(dynamics, SquaredErrorCost(x0), x0).rollout(hidden)[-1]
-    target = there + 0.1 * normal(*shape, seed=2)
-    return ControlProblem(dynamics, SquaredErrorCost(target, weight_decay=1e-2), x0)
-
-
 LARGE = [(64, None), (64, 8), (128, None), (128, 8), (256, 8)]
 
 
@@ -295,7 +285,7 @@ LARGE = [(64, None), (64, 8), (128, None), (128, 8), (256, 8)]
 def test_newton_reaches_1e_8_on_twelve_layers_within_30_iterations(
     width: int, batch: int | None
 ) -> None:
-    problem = reachable(width, batch)
+    problem = reachable_residual_network(width, batch)
     solution = solve(problem, NewtonCG(), problem.zero_controls(), max_steps=30, tol=1e-8)
     assert solution.status is Status.CONVERGED, solution.message
     residuals = solution.history["residual"]
@@ -304,7 +294,7 @@ def test_newton_reaches_1e_8_on_twelve_layers_within_30_iterations(
 
 @pytest.mark.parametrize("width", [16, pytest.param(256, marks=pytest.mark.slow)])
 def test_gauss_newton_reaches_1e_8_where_the_loss_nearly_vanishes(width: int) -> None:
-    far = reachable(width, None)
+    far = reachable_residual_network(width, None)
     start = far.zero_controls()
     target = far.rollout(start)[-1] + 0.1 * normal(width, seed=2)
     problem = ControlProblem(far.dynamics, SquaredErrorCost(target, weight_decay=1e-2), far.x0)

@@ -21,6 +21,7 @@ from tests.theory.problems import (
     low_rank,
     normal,
     pendulum,
+    reachable_residual_network,
     residual_classifier,
     residual_network,
     scalar,
@@ -181,6 +182,17 @@ def test_ddp_solves_deep_networks_in_thirty_iterations(width: int, size: int, se
     assert order(solution) > 1.6
     if width == 16:
         assert torch.linalg.eigvalsh(hessian(problem, solution.controls))[0] > 0
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "width", [16, 64, *(pytest.param(w, marks=pytest.mark.slow) for w in (128, 256))]
+)
+def test_both_reach_1e_8_on_twelve_layers_within_30_iterations(solver: Solver, width: int) -> None:
+    """Where the target can nearly be reached; far from there iLQR is slow."""
+    problem = reachable_residual_network(width)
+    solution = run(problem, solver, tol=1e-8)
+    assert solution.status is Status.CONVERGED, solution.message
 
 
 @pytest.mark.parametrize("horizon", [4, 24])
