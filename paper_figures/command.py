@@ -46,6 +46,8 @@ class Figures:
     def run(self) -> None:
         """Draw the chosen figures, one after another, and print each table as it is there.
 
+        A figure that cannot be drawn does not keep the others from it.
+
         Raises:
             InputError: A figure is unknown, records are missing, or a folder cannot be written.
         """
@@ -53,8 +55,17 @@ class Figures:
             raise InputError("--publish is for --preset paper: quick runs are not published")
         chosen = dict.fromkeys(self.only or base.names())
         figures = {name: base.load(name) for name in chosen}
+        failures: dict[str, InputError] = {}
         for name, figure in figures.items():
-            self._draw(name, figure)
+            try:
+                self._draw(name, figure)
+            except InputError as error:
+                failures[name] = error
+        if failures:
+            reasons = "; ".join(f"{name}: {error}" for name, error in failures.items())
+            raise InputError(
+                f"{len(failures)} of {len(figures)} figures could not be drawn: {reasons}"
+            )
 
     def _draw(self, name: str, figure: base.FigureModule) -> None:
         from paper_figures.export import export

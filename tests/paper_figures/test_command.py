@@ -95,3 +95,12 @@ def test_publishing_drops_stale_records(name: str, grid: Grid, tmp_path: Path) -
 def test_quick_runs_are_not_published(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="paper"):
         figures("performance", tmp_path, publish=True).run()
+
+
+def test_a_figure_without_records_does_not_keep_the_others_from_being_drawn(
+    name: str, grid: Grid, tmp_path: Path
+) -> None:
+    write(RunStore(tmp_path / "records" / base.load(name).STUDY), grid)
+    with pytest.raises(InputError, match="1 of 2 figures could not be drawn: performance: "):
+        Figures(preset="paper", only=("performance", name), out=tmp_path / "out").run()
+    assert (tmp_path / "out" / f"{name}.png").exists()
