@@ -27,6 +27,7 @@ from deltas import (
     PrefixTuning,
     PromptTuning,
     Subspace,
+    attach,
 )
 
 V, P, d, e, m, H, L, CLASSES = 100, 40, 32, 16, 48, 4, 2, 2
@@ -183,6 +184,8 @@ METHODS: dict[str, tuple[Delta, Callable[[Family], int]]] = {
 
 # What an architecture has not; each refusal is tested for its message in test_strictness.py.
 REFUSED = {("llama", "bitfit"), ("t5", "bitfit"), ("t5", "head"), ("mpnet", "prefix")}
+# Methods with a random start or random constants: the seed of `attach` matters to them.
+RANDOM = {"lora", "houlsby", "prefix", "prompt", "subspace"}
 PAIRS = [(f, name) for f in FAMILIES for name in METHODS if (f, name) not in REFUSED]
 
 
@@ -239,6 +242,15 @@ def move(controlled: DeltaModel, scale: float = 0.2, seed: int = 3) -> DeltaMode
         for parameter in controlled.trainable().values():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(scale * noise.to(parameter.dtype))
+    return controlled
+
+
+def attached(model: hf.PreTrainedModel, *deltas: Delta, seed: int = 0) -> DeltaModel:
+    """The controlled model, shown two batches where a delta depends on the data."""
+    controlled = attach(model, *deltas, seed=seed)
+    if controlled.needs_data:
+        batches = [batch_of(model, pad) for pad in (0, 2)]
+        controlled.prepare(lambda: (out(controlled, b).square().sum() for b in batches))
     return controlled
 
 
