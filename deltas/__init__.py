@@ -18,9 +18,11 @@ from deltas.methods.full import FullFineTuning
 from deltas.methods.head import HeadTuning
 from deltas.methods.houlsby import HoulsbyAdapter
 from deltas.methods.last_layers import LastLayers
+from deltas.methods.layer_norm import LayerNormTuning
 from deltas.methods.lora import LoRA
 from deltas.methods.prefix import PrefixTuning
 from deltas.methods.prompt import PromptTuning
+from deltas.methods.selected_modules import SelectedModules
 from deltas.methods.subspace import Subspace
 from deltas.model import DeltaModel, attach
 from deltas.registry import available, from_dict, parse
@@ -33,9 +35,11 @@ __all__ = [
     "HeadTuning",
     "HoulsbyAdapter",
     "LastLayers",
+    "LayerNormTuning",
     "LoRA",
     "PrefixTuning",
     "PromptTuning",
+    "SelectedModules",
     "Subspace",
     "attach",
     "available",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from deltas import attention
-from deltas.sites import Site, SiteMap
+from deltas.sites import Site, SiteMap, whole_paths
 from theory.errors import InputError
 
 
@@ -136,6 +137,26 @@ class Host:
         prefixes = tuple(path + "." for path in module_paths)
         return [n for n in self._owners() if n.startswith(prefixes)]
 
+    def backbone_names(
+        self, sites: Iterable[str] | None = None, layers: Iterable[int] | None = None
+    ) -> list[str]:
+        """Names of the backbone's parameters, without the task head, tied names too.
+
+        Args:
+            sites: only those in these modules; None means all.
+            layers: only those in these blocks; None means all.
+
+        Raises:
+            InputError: a target matches nothing, or is a part of a module.
+        """
+        if sites is None and layers is None:
+            names = list(self._owners())
+        else:
+            found = self.find(("block",) if sites is None else sites, layers)
+            names = self.parameter_names(whole_paths(found, self.namespace))
+        head = tuple(path + "." for path in self.sites.head_paths())
+        return [name for name in names if not name.startswith(head)]
+
     def parameter(self, name: str) -> nn.Parameter:
         """The base parameter of that name."""
         return self._owners()[name]
@@ -163,6 +184,16 @@ class Host:
     def normal(self, *shape: int, std: float) -> Tensor:
         """Gaussian initial values, from this host's generator."""
         return torch.randn(*shape, generator=self.generator) * std
+
+    def kaiming(self, rows: int, columns: int) -> Tensor:
+        """Uniform initial values in ±1/√columns, from this host's generator."""
+        return nn.init.kaiming_uniform_(
+            torch.empty(rows, columns), a=math.sqrt(5), generator=self.generator
+        )
+
+    def draw_seed(self) -> int:
+        """A seed for random constants, from this host's generator."""
+        return int(torch.randint(2**31, (), generator=self.generator))
 
     # -- what a delta may do ---------------------------------------------------------------------
 

@@ -151,7 +151,8 @@ class DeltaModel(nn.Module):
                 )
         host = self.host
         merged: dict[str, Tensor] = {}
-        for merge in host.merges:
+        # What stands for a parameter comes before what acts beside it, whatever the order.
+        for merge in sorted(host.merges, key=lambda merge: not merge.whole):
             if not merge.whole and (tied := host.tied(merge.name)):
                 raise InputError(
                     f"{merge.namespace} cannot be merged: it acts at {merge.name}, which is tied "

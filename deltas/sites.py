@@ -62,6 +62,17 @@ class Site:
         """Width of the whole module's output, whatever ``part`` says."""
         return self._shape()[1]
 
+    @property
+    def key(self) -> str:
+        """A name of its own for each site: the path, and the range of a slice behind it."""
+        return self.path if self.part is None else f"{self.path}.{self.part[0]}-{self.part[1]}"
+
+    @property
+    def margins(self) -> tuple[int, int]:
+        """How many output features of the module lie before and behind this site."""
+        start, stop = self.part or (0, self.total_out_features)
+        return start, self.total_out_features - stop
+
     def _shape(self) -> tuple[int, int]:
         if isinstance(self.module, nn.Linear):
             return self.module.in_features, self.module.out_features
@@ -80,6 +91,27 @@ def add_change(site: Site, change: Callable[[], Tensor], weight: Tensor) -> Tens
     oriented = moved.T if isinstance(site.module, Conv1D) else moved
     oriented[rows] += change()
     return moved
+
+
+def whole_paths(sites: Iterable[Site], method: str) -> list[str]:
+    """Paths of the modules at ``sites``, each once, for a method that takes whole modules.
+
+    Slices count where together they are the whole module, as GPT-2's query, key and value are.
+
+    Raises:
+        InputError: only a part of a module's output features is there.
+    """
+    parts: dict[str, list[Site]] = {}
+    for site in sites:
+        parts.setdefault(site.path, []).append(site)
+    for path, members in parts.items():
+        covered = sum(site.out_features for site in members if site.part)
+        if all(site.part for site in members) and covered != members[0].total_out_features:
+            raise InputError(
+                f"{method}: {path} computes several maps at once and holds them in one tensor; "
+                f"take the whole, sites={path!r}."
+            )
+    return list(parts)
 
 
 @dataclass(frozen=True)

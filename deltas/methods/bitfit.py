@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from deltas.base import Delta
 from deltas.host import Host
+from deltas.sites import whole_paths
 from theory.errors import InputError
+
+_PARTS = {
+    "attention": ("attention.query", "attention.key", "attention.value", "attention.output"),
+    "mlp": ("mlp.up", "mlp.down"),
+}
 
 
 @dataclass(frozen=True)
@@ -17,16 +24,25 @@ class BitFit(Delta):
     head's bias belongs to the head.
 
     Attributes:
-        sites: modules whose biases are trained; None means the whole backbone.
+        sites: modules whose biases are trained; None means those of ``part``.
+        part: "all", or the linear maps of "attention" or "mlp" alone.
     """
 
     sites: tuple[str, ...] | None = None
+    part: Literal["all", "attention", "mlp"] = "all"
 
     name = "bitfit"
     category = "specification"
     law = "h + b"
     reference = "Ben Zaken, Goldberg, Ravfogel, ACL 2022, Eq. 1-6"
     num_parameters_formula = "sum of the widths of all biases"
+
+    def __post_init__(self) -> None:
+        """Check that one field chooses the biases."""
+        if self.sites is not None and self.part != "all":
+            raise InputError(
+                f"bitfit: sites={self.sites} and part={self.part!r} both choose biases; give one."
+            )
 
     def build(self, host: Host) -> None:
         """Replace the biases by trainable copies."""
@@ -37,22 +53,15 @@ class BitFit(Delta):
         return sum(p.numel() for p in host.distinct(self._names(host)).values())
 
     def _names(self, host: Host) -> list[str]:
-        if self.sites is None:
-            head = tuple(path + "." for path in host.sites.head_paths())
-            names = [n for n in host.parameter_names(host.sites.modules) if not n.startswith(head)]
+        sites = _PARTS.get(self.part, self.sites)
+        if sites is None:
+            names = host.backbone_names()
         else:
-            sites = host.find(self.sites)
-            for site in sites:
-                if site.part is not None:
-                    raise InputError(
-                        f"bitfit: {host.sites.model_type} keeps several maps in {site.path}, and "
-                        f"their biases in one vector; take the whole, sites={site.path!r}."
-                    )
-            names = host.parameter_names(site.path for site in sites)
+            names = host.parameter_names(whole_paths(host.find(sites), self.name))
         biases = [name for name in names if name.rpartition(".")[2] == "bias"]
         if not biases:
             raise InputError(
-                f"{host.sites.model_type} has no bias at {self.sites or 'any module'}, so BitFit "
-                "has nothing to train; choose another delta, such as lora or houlsby."
+                f"{host.sites.model_type} has no bias at {sites or 'any module'}, so BitFit has "
+                "nothing to train; choose another delta, such as lora or houlsby."
             )
         return biases

@@ -23,9 +23,11 @@ from deltas import (
     HeadTuning,
     HoulsbyAdapter,
     LastLayers,
+    LayerNormTuning,
     LoRA,
     PrefixTuning,
     PromptTuning,
+    SelectedModules,
     Subspace,
     attach,
 )
@@ -42,6 +44,7 @@ class Family:
         config: makes the configuration.
         embedding: parameters before the blocks; a block's own; behind the blocks; of the head.
         biases: bias entries of the backbone.
+        norms: entries of the gains and shifts of its normalisations.
         key_width: width of keys and values.
         embedding_width: width of the token embeddings.
         tolerance: of identities; Llama, OPT and T5 compute norms or softmax in float32 always.
@@ -53,6 +56,7 @@ class Family:
     tail: int
     head: int
     biases: int
+    norms: int
     key_width: int = d
     embedding_width: int = d
     tolerance: float = 1e-12
@@ -82,6 +86,7 @@ FAMILIES: dict[str, Family] = {
         tail=_LINEAR,  # the pooler
         head=CLASSES * (d + 1),
         biases=d + L * _BLOCK_BIASES + d,
+        norms=2 * d + L * 4 * d,
     ),
     "roberta": Family(
         _bert_like(hf.RobertaConfig, type_vocab_size=1),
@@ -90,6 +95,7 @@ FAMILIES: dict[str, Family] = {
         tail=0,
         head=_DENSE_HEAD,
         biases=d + L * _BLOCK_BIASES,
+        norms=2 * d + L * 4 * d,
     ),
     "electra": Family(
         _bert_like(hf.ElectraConfig, embedding_size=e, summary_last_dropout=0.0),
@@ -98,6 +104,7 @@ FAMILIES: dict[str, Family] = {
         tail=0,
         head=_DENSE_HEAD,
         biases=e + d + L * _BLOCK_BIASES,
+        norms=2 * e + L * 4 * d,
         embedding_width=e,
     ),
     "distilbert": Family(
@@ -110,6 +117,7 @@ FAMILIES: dict[str, Family] = {
         tail=0,
         head=_DENSE_HEAD,
         biases=d + L * _BLOCK_BIASES,
+        norms=2 * d + L * 4 * d,
     ),
     "mpnet": Family(
         _bert_like(hf.MPNetConfig),
@@ -118,6 +126,7 @@ FAMILIES: dict[str, Family] = {
         tail=0,
         head=_DENSE_HEAD,
         biases=d + L * _BLOCK_BIASES,
+        norms=2 * d + L * 4 * d,
     ),
     "gpt2": Family(
         lambda: hf.GPT2Config(
@@ -129,6 +138,7 @@ FAMILIES: dict[str, Family] = {
         tail=2 * d,
         head=CLASSES * d,
         biases=L * _BLOCK_BIASES + d,
+        norms=L * 4 * d + 2 * d,
     ),
     "opt": Family(
         lambda: hf.OPTConfig(
@@ -140,6 +150,7 @@ FAMILIES: dict[str, Family] = {
         tail=2 * d,
         head=CLASSES * e,
         biases=L * _BLOCK_BIASES + d,
+        norms=L * 4 * d + 2 * d,
         embedding_width=e,
         tolerance=1e-5,
     ),
@@ -153,6 +164,7 @@ FAMILIES: dict[str, Family] = {
         tail=d,
         head=CLASSES * d,
         biases=0,
+        norms=L * 2 * d + d,
         key_width=d // 2,
         tolerance=1e-5,
     ),
@@ -166,6 +178,7 @@ FAMILIES: dict[str, Family] = {
         tail=d,
         head=0,
         biases=0,
+        norms=L * 2 * d + d,
         tolerance=1e-5,
     ),
 }  # fmt: skip
@@ -179,6 +192,11 @@ METHODS: dict[str, tuple[Delta, Callable[[Family], int]]] = {
     "prefix": (PrefixTuning(length=3, init_std=1.0), lambda f: L * 2 * 3 * f.key_width),
     "prompt": (PromptTuning(length=4), lambda f: 4 * f.embedding_width),
     "last-layers": (LastLayers(num_layers=1), lambda f: f.block),
+    "layer-norm": (LayerNormTuning(), lambda f: f.norms),
+    "selected-modules": (
+        SelectedModules(("mlp.down",)),
+        lambda f: L * (m * d + (d if f.biases else 0)),
+    ),
     "subspace": (Subspace(dimension=11), lambda _: 11),
 }
 

@@ -1,0 +1,46 @@
+"""LayerNorm tuning: only the gains and shifts of the normalisations are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deltas.base import Delta
+from deltas.host import Host
+from theory.errors import InputError
+
+
+@dataclass(frozen=True)
+class LayerNormTuning(Delta):
+    """n(h) ⊙ g + b with g and b trained, n the normalisation; u₀ = (g₀, b₀).
+
+    All normalisations of the backbone, those of queries and keys included. An RMS normalisation
+    has a gain and no shift.
+
+    Attributes:
+        layers: blocks to act in; None means all, and those outside of the blocks.
+    """
+
+    layers: tuple[int, ...] | None = None
+
+    name = "layer-norm"
+    category = "specification"
+    law = "n(h) g + b"
+    reference = "Zhao et al., ICLR 2024, Section 3; Qi et al., arXiv 2211.08682, Section 3"
+    num_parameters_formula = "sum of the widths of all gains and shifts"
+
+    def build(self, host: Host) -> None:
+        """Replace gains and shifts by trainable copies."""
+        host.replace(self._names(host))
+
+    def num_parameters(self, host: Host) -> int:
+        """Number of entries of the gains and shifts."""
+        return sum(p.numel() for p in host.distinct(self._names(host)).values())
+
+    def _names(self, host: Host) -> list[str]:
+        names = host.backbone_names(("norm",), self.layers)
+        if not names:
+            raise InputError(
+                f"{host.sites.model_type} has no normalisation with parameters, so layer-norm has "
+                "nothing to train; choose another delta, such as bitfit or lora."
+            )
+        return names
