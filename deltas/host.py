@@ -69,12 +69,21 @@ class Merge:
         name: of the base parameter.
         value: its merged value, given its present one; both in float64.
         whole: the control acts wherever a tied parameter is used, not only under this name.
+        last: the control acts on the input of the map, before everything beside the parameter.
     """
 
     namespace: str
     name: str
     value: Callable[[Tensor], Tensor]
     whole: bool
+    last: bool = False
+
+
+class Carried:
+    """What one module of a forward pass leaves for a later one; see :meth:`Host.carry`."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
 
 
 class Host:
@@ -102,6 +111,7 @@ class Host:
         self._originals: dict[str, nn.Parameter] = {}
         self._taken: set[str] = set()  # base parameters that a control stands for
         self._intercepted = False
+        self._carried: list[Carried] = []
 
     # -- what the model looks like ---------------------------------------------------------------
 
@@ -112,15 +122,24 @@ class Host:
 
     @property
     def width(self) -> int:
-        """Width of the input embeddings."""
+        """Width of the token embeddings; raises as ``embedding_weight`` does."""
         return self.embedding_weight.shape[1]
 
     @property
     def embedding_weight(self) -> Tensor:
-        """The matrix of input embeddings, (vocabulary, width)."""
-        weight = self.model.get_input_embeddings().weight
-        assert isinstance(weight, Tensor)
-        return weight
+        """The matrix of token embeddings, (vocabulary, width).
+
+        Raises:
+            InputError: the model reads no tokens.
+        """
+        embedding = self.model.get_input_embeddings()
+        if not isinstance(embedding, nn.Embedding):
+            raise InputError(
+                f"{type(self.model).__name__} reads {self.model.main_input_name} through a "
+                f"{type(embedding).__name__}, not tokens through a table of embeddings, so nothing "
+                "can enter in front of its tokens; choose another delta, such as prefix or lora."
+            )
+        return embedding.weight
 
     def weight(self, site: Site) -> Tensor:
         """The weight of the linear map at a site."""
@@ -331,9 +350,44 @@ class Host:
                 put(earlier.__getitem__)
             earlier.clear()
 
+        self._undo.append(lambda: put(original))
+        self._around_passes(enter, leave)
+
+    def carry(self) -> Carried:
+        """A place where one module of a forward pass leaves something for a later one.
+
+        It is emptied when the pass ends. Under gradient checkpointing it stays, because the
+        backward pass runs the blocks again; a pass without gradients in between gives back what it
+        found.
+        """
+        if not self._carried:
+            self._empty_after_passes()
+        self._carried.append(Carried())
+        return self._carried[-1]
+
+    def _empty_after_passes(self) -> None:
+        running: list[nn.Module] = []
+        earlier: list[Any] = []
+
+        def enter(module: nn.Module, _args: tuple) -> None:
+            running.append(module)
+            if len(running) == 1:
+                earlier[:] = [carried.value for carried in self._carried]
+
+        def leave(module: nn.Module, _args: tuple, _output: Any) -> None:
+            if not running or running.pop() is not module or running:
+                return
+            checkpointing = self.model.is_activation_checkpointing
+            if not checkpointing or not torch.is_grad_enabled():
+                for carried, value in zip(self._carried, earlier, strict=False):
+                    carried.value = value if checkpointing else None
+            earlier.clear()
+
+        self._around_passes(enter, leave)
+
+    def _around_passes(self, enter: Callable[..., None], leave: Callable[..., None]) -> None:
         # In generation an encoder runs by itself, outside the model's own forward.
         encoder = self.model.get_encoder() if self.model.config.is_encoder_decoder else None
-        self._undo.append(lambda: put(original))
         for module in filter(None, (self.model, encoder)):
             self._undo.append(module.register_forward_pre_hook(enter).remove)
             self._undo.append(module.register_forward_hook(leave, always_call=True).remove)
@@ -366,10 +420,15 @@ class Host:
         self.rate_factors[next(name for name, p in owners if p is parameter)] = factor
 
     def on_merge(
-        self, name: str, value: Callable[[Tensor], Tensor], *, whole: bool = False
+        self,
+        name: str,
+        value: Callable[[Tensor], Tensor],
+        *,
+        whole: bool = False,
+        last: bool = False,
     ) -> None:
         """Say how the base parameter ``name`` takes up this delta's controls; see `Merge`."""
-        self.merges.append(Merge(self.namespace, name, value, whole))
+        self.merges.append(Merge(self.namespace, name, value, whole, last))
 
     def undo(self) -> None:
         """Take everything back, last thing first."""

@@ -1,16 +1,17 @@
 """Where a delta can act: names with a meaning, resolved per architecture.
 
 A *site* is a module of the frozen model, possibly a slice of its output features (GPT-2 computes
-query, key and value in one matrix). The semantic names are
+query, key and value in one matrix, GPT-NeoX as well and head by head). The semantic names are
 
     attention.query | attention.key | attention.value | attention.output   linear maps
     mlp.up | mlp.down                                                      linear maps
     attention | mlp | block | norm | embedding | head                      modules
 
-``attention`` is the module that computes softmax(QKᵀ)V, and ``mlp`` exists only where one module
-spans both of its matrices. Besides these, a target may be a module's full path, the end of a path
-("c_proj", "self.query") or a regular expression that matches a full path. A target that matches
-nothing is an error that names the nearest candidates.
+``attention`` is the module that computes softmax(QKᵀ)V of a layer's own states (not the
+cross-attention of a decoder), ``mlp.up`` the branch of a gated MLP without the activation, and
+``mlp`` exists only where one module spans both of its matrices. Besides these, a target may be a
+module's full path, the end of a path ("c_proj", "self.query") or a regular expression that matches
+a full path. A target that matches nothing is an error that names the nearest candidates.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from theory.errors import InputError
@@ -40,12 +42,15 @@ class Site:
         module: the module itself.
         layer: index of the block that contains it; None outside the blocks.
         part: range of output features, for matrices that hold several maps side by side.
+        groups: the output features are so many runs of equal length, and ``part`` is a range of
+            each of them (1: of the whole).
     """
 
     path: str
     module: nn.Module
     layer: int | None = None
     part: tuple[int, int] | None = None
+    groups: int = 1
 
     @property
     def in_features(self) -> int:
@@ -55,7 +60,7 @@ class Site:
     @property
     def out_features(self) -> int:
         """Width of the output of the linear map at this site (of ``part``, where there is one)."""
-        return self.part[1] - self.part[0] if self.part else self._shape()[1]
+        return self.groups * (self.part[1] - self.part[0]) if self.part else self._shape()[1]
 
     @property
     def total_out_features(self) -> int:
@@ -69,9 +74,27 @@ class Site:
 
     @property
     def margins(self) -> tuple[int, int]:
-        """How many output features of the module lie before and behind this site."""
-        start, stop = self.part or (0, self.total_out_features)
-        return start, self.total_out_features - stop
+        """How many output features lie before and behind this site in each of the groups."""
+        length = self.total_out_features // self.groups
+        start, stop = self.part or (0, length)
+        return start, length - stop
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(…, out_features) at the site's place in (…, total_out_features), zero beside it."""
+        if not any(self.margins):
+            return values
+        if self.groups == 1:
+            return pad(values, self.margins)
+        return pad(values.unflatten(-1, (self.groups, -1)), self.margins).flatten(-2)
+
+    def take(self, values: Tensor) -> Tensor:
+        """The site's share (…, out_features) of (…, total_out_features)."""
+        if self.part is None:
+            return values
+        start, stop = self.part
+        if self.groups == 1:
+            return values[..., start:stop]
+        return values.unflatten(-1, (self.groups, -1))[..., start:stop].flatten(-2)
 
     def _shape(self) -> tuple[int, int]:
         if isinstance(self.module, nn.Linear):
@@ -86,11 +109,8 @@ class Site:
 
 def add_change(site: Site, change: Callable[[], Tensor], weight: Tensor) -> Tensor:
     """The module's weight after ``change()``, (out, in), is added to the map at a site."""
-    rows = slice(*site.part) if site.part else slice(None)
-    moved = weight.clone()
-    oriented = moved.T if isinstance(site.module, Conv1D) else moved
-    oriented[rows] += change()
-    return moved
+    moved = site.spread(change().T)  # (in, out), as Conv1D keeps its weight
+    return weight + (moved if isinstance(site.module, Conv1D) else moved.T)
 
 
 def whole_paths(sites: Iterable[Site], method: str) -> list[str]:
@@ -119,11 +139,14 @@ class Architecture:
     """Paths of one model family: block lists in the backbone, and sites inside a block.
 
     ``sites`` maps a semantic name to a regular expression relative to the block, with an optional
-    ``[i/n]`` at its end: the i-th of n equal parts of the output features.
+    ``[i/n]`` at its end: the i-th of n equal parts of the output features, or ``[i/n of a head]``:
+    of every head's output features. ``head`` names the task head's modules in models that keep them
+    beside the parts of the backbone, not beside the backbone.
     """
 
     blocks: tuple[str, ...]
     sites: dict[str, str]
+    head: tuple[str, ...] = ()
 
 
 def _bert(q="attention.self.query", k="attention.self.key", v="attention.self.value",
@@ -155,6 +178,29 @@ _LLAMA = Architecture(
         "mlp": "mlp",
     },
 )
+_BART = Architecture(
+    ("encoder.layers", "decoder.layers"),
+    {
+        "attention.query": "self_attn.q_proj",
+        "attention.key": "self_attn.k_proj",
+        "attention.value": "self_attn.v_proj",
+        "attention.output": "self_attn.out_proj",
+        "mlp.up": "fc1",
+        "mlp.down": "fc2",
+        "attention": "self_attn",
+    },
+    head=("projector", "classifier"),  # of WhisperForAudioClassification
+)
+_VIT = {
+    "attention.query": "attention.q_proj",
+    "attention.key": "attention.k_proj",
+    "attention.value": "attention.v_proj",
+    "attention.output": "attention.o_proj",
+    "mlp.up": "mlp.fc1",
+    "mlp.down": "mlp.fc2",
+    "attention": "attention",
+    "mlp": "mlp",
+}
 _ATTN = "attention.attn"
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": _bert(),
@@ -188,18 +234,37 @@ ARCHITECTURES: dict[str, Architecture] = {
             "mlp": "mlp",
         },
     ),
-    "opt": Architecture(
-        ("decoder.layers",),
+    "opt": Architecture(("decoder.layers",), _BART.sites),
+    "bart": _BART,
+    "whisper": _BART,
+    "gpt_neox": Architecture(
+        ("layers",),
         {
-            "attention.query": "self_attn.q_proj",
-            "attention.key": "self_attn.k_proj",
-            "attention.value": "self_attn.v_proj",
-            "attention.output": "self_attn.out_proj",
-            "mlp.up": "fc1",
-            "mlp.down": "fc2",
-            "attention": "self_attn",
+            "attention.query": "attention.query_key_value[0/3 of a head]",
+            "attention.key": "attention.query_key_value[1/3 of a head]",
+            "attention.value": "attention.query_key_value[2/3 of a head]",
+            "attention.output": "attention.dense",
+            "mlp.up": "mlp.dense_h_to_4h",
+            "mlp.down": "mlp.dense_4h_to_h",
+            "attention": "attention",
+            "mlp": "mlp",
         },
     ),
+    "modernbert": Architecture(
+        ("layers",),
+        {
+            "attention.query": "attn.Wqkv[0/3]",
+            "attention.key": "attn.Wqkv[1/3]",
+            "attention.value": "attn.Wqkv[2/3]",
+            "attention.output": "attn.Wo",
+            "mlp.up": "mlp.Wi[1/2]",  # act(Wi[0/2]) ⊙ Wi[1/2]
+            "mlp.down": "mlp.Wo",
+            "attention": "attn",
+            "mlp": "mlp",
+        },
+    ),
+    "vit": Architecture(("layers",), _VIT),
+    "dinov2": Architecture(("encoder.layer",), _VIT),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -235,6 +300,7 @@ class SiteMap:
         self.backbone_path = next(path for path, m in self.modules.items() if m is backbone)
         config = getattr(model, "config", None)
         self.model_type = getattr(config, "model_type", type(model).__name__)
+        self._num_heads = getattr(config, "num_attention_heads", 1)
         self.architecture = ARCHITECTURES.get(self.model_type)
         self.block_paths = self._find_blocks()
         embedding = getattr(model, "get_input_embeddings", lambda: None)()
@@ -267,8 +333,13 @@ class SiteMap:
 
     def head_paths(self) -> list[str]:
         """Top-level modules beside the backbone that hold parameters: the task head."""
-        if not self.backbone_path:  # T5 keeps its stacks and its head side by side
-            return [p for p, m in self.modules.items() if p and m is self._output_embedding]
+        if not self.backbone_path:  # T5 keeps its stacks and its head side by side, Whisper too
+            named = self.architecture.head if self.architecture else ()
+            return [
+                p
+                for p, m in self.modules.items()
+                if p and (m is self._output_embedding or p in named)
+            ]
         root = self.backbone_path.split(".")[0]
         return [
             path
@@ -347,8 +418,9 @@ class SiteMap:
                 f"{self.model_type} has no single module for {target!r}; it has "
                 f"{', '.join(self.architecture.sites)}, block, norm, embedding, head."
             )
-        split = re.fullmatch(r"(.*)\[(\d+)/(\d+)\]", rule)
-        pattern, index, count = split.groups() if split else (rule, "0", "1")
+        split = re.fullmatch(r"(.*)\[(\d+)/(\d+)( of a head)?\]", rule)
+        pattern, index, count, each = split.groups() if split else (rule, "0", "1", None)
+        groups = self._num_heads if each else 1
         compiled = re.compile(pattern)
         sites = []
         for block in self.block_paths:
@@ -356,9 +428,9 @@ class SiteMap:
             for path in (p for p in inside if compiled.fullmatch(p[len(block) + 1 :])):
                 site = self._site(path)
                 if split:
-                    width = site.total_out_features // int(count)
+                    width = site.total_out_features // (int(count) * groups)
                     part = (int(index) * width, (int(index) + 1) * width)
-                    site = Site(path, site.module, site.layer, part)
+                    site = Site(path, site.module, site.layer, part, groups)
                 sites.append(site)
         return sites
 

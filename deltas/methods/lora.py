@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear, pad
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 from deltas.base import Delta
 from deltas.host import Host
-from deltas.sites import Site, add_change
+from deltas.paths import WeightPath, check_dropout, lay, low_rank_sites
+from deltas.sites import Site
 from theory.errors import InputError
 
 
 @dataclass(frozen=True)
 class LoRA(Delta):
-    """W + (α/r)·B A: linear in the state, bilinear in the control (Hu et al., Eq. 3).
+    """W + s·B A: linear in the state, bilinear in the control (Hu et al., Eq. 3).
 
-    A ∈ R^{r×in} is uniform (Kaiming), B ∈ R^{out×r} is zero, so training starts at the base model.
+    A ∈ R^{r×in} starts random and B ∈ R^{out×r} at zero, so training starts at the base model. With
+    ``init="svd"`` both start at the principal part of the weight, W ≈ s·B₀ A₀ (Meng et al., Eq. 2–3),
+    and the path is s·(B A - B₀ A₀): the same function as their W - s·B₀ A₀ + s·B A, with the base
+    weight left as it is and the start exact.
 
     Attributes:
         rank: r.
-        alpha: α; the path is scaled by α/r.
+        alpha: α.
         sites: linear maps that get a path.
         layers: blocks to act in; None means all.
         dropout: probability of dropping an input of the path while training.
+        scaling: s is α/r ("standard") or α/√r ("rslora", Kalajdzievski, Theorem 3.2), which keeps
+            the size of the learned change from shrinking as the rank grows.
+        step_ratio: λ, the learning rate of B over that of A (LoRA+, Hayou et al.).
+        init: A is uniform in ±1/√in ("kaiming"), Gaussian with deviation 1/r ("gaussian"), or both
+            are principal singular vectors of W ("svd").
     """
 
     rank: int = 8
@@ -35,29 +45,41 @@ class LoRA(Delta):
     sites: tuple[str, ...] = ("attention.query", "attention.value")
     layers: tuple[int, ...] | None = None
     dropout: float = 0.0
+    scaling: Literal["standard", "rslora"] = "standard"
+    step_ratio: float = 1.0
+    init: Literal["kaiming", "gaussian", "svd"] = "kaiming"
 
     name = "lora"
     category = "reparametrisation"
-    law = "x (W + (alpha/r) A B)"
-    reference = "Hu et al., ICLR 2022, Eq. 3"
+    law = "x (W + s A B)"
+    reference = (
+        "Hu et al., ICLR 2022, Eq. 3; Kalajdzievski, arXiv 2312.03732, Theorem 3.2 (rsLoRA); "
+        "Hayou et al., ICML 2024, Section 4 (LoRA+); Meng et al., NeurIPS 2024, Eq. 2-3 (PiSSA)"
+    )
     num_parameters_formula = "sum over sites of r (d_in + d_out)"
 
     def __post_init__(self) -> None:
-        """Check rank and dropout."""
+        """Check rank, dropout and ratio."""
         self._positive("rank")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"lora: dropout is {self.dropout}; expected 0 <= dropout < 1.")
+        check_dropout(self.name, self.dropout)
+        if not self.step_ratio > 0:
+            raise InputError(f"lora: step_ratio is {self.step_ratio}; expected a positive number.")
+        if self.init == "svd" and not self.alpha > 0:
+            raise InputError(f"lora: alpha is {self.alpha}; init=svd needs a positive one.")
+
+    @property
+    def scale(self) -> float:
+        """s, the factor on B A."""
+        return self.alpha / (self.rank if self.scaling == "standard" else math.sqrt(self.rank))
 
     def build(self, host: Host) -> None:
         """Add a path at every site."""
         for site in self._checked_sites(host):
-            down = torch.empty(self.rank, site.in_features)
-            nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=host.generator)
-            path = LowRankPath(down, torch.zeros(site.out_features, self.rank), self, site)
-            key = site.path if site.part is None else f"{site.path}.{site.part[0]}-{site.part[1]}"
-            host.add(site.path, path, like=host.weight(site), key=key)
-            host.on_output(site.module, path)
-            host.on_merge(f"{site.path}.weight", partial(add_change, site, path.change))
+            down, up = self._start(host, site)
+            path = LowRankPath(down, up, self.scale, site, self.dropout, fixed=self.init == "svd")
+            lay(host, site, path)
+            if self.step_ratio != 1:
+                host.scale_rate(path, "B", self.step_ratio)
 
     def num_parameters(self, host: Host) -> int:
         """Σ r (d_in + d_out)."""
@@ -65,40 +87,64 @@ class LoRA(Delta):
         return sum(self.rank * (site.in_features + site.out_features) for site in sites)
 
     def _checked_sites(self, host: Host) -> list[Site]:
-        sites = host.find(self.sites, self.layers)
-        for site in sites:
-            bound = min(site.in_features, site.out_features)
-            if self.rank > bound:
-                raise InputError(
-                    f"lora: rank {self.rank} is above the width {bound} of {site.path} "
-                    f"({site.in_features} -> {site.out_features}); choose a rank from 1 to {bound}."
-                )
-        return sites
+        return low_rank_sites(host, self.name, self.rank, self.sites, self.layers)
+
+    def _start(self, host: Host, site: Site) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r)."""
+        if self.init == "svd":
+            return _principal(site, self.rank, self.scale)
+        if self.init == "gaussian":
+            down = host.normal(self.rank, site.in_features, std=1 / self.rank)
+        else:
+            down = host.kaiming(self.rank, site.in_features)
+        return down, torch.zeros(site.out_features, self.rank)
 
 
-class LowRankPath(nn.Module):
-    """y ↦ y + (α/r)·B A x, on the output features ``part`` of the site.
+def _principal(site: Site, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A = √(S/s) V', B = U √(S/s) of the r largest singular values, so that s·B A ≈ W."""
+    weight = site.module.weight
+    assert isinstance(weight, Tensor)
+    oriented = weight.detach().T if isinstance(site.module, Conv1D) else weight.detach()
+    rows = slice(*site.part) if site.part else slice(None)
+    left, values, right = torch.linalg.svd(oriented[rows].double(), full_matrices=False)
+    roots = (values[:rank] / scale).sqrt()
+    return roots[:, None] * right[:rank], left[:, :rank] * roots
 
-    Shapes: A (rank, in), B (out, rank).
+
+class LowRankPath(WeightPath):
+    """ΔW = s·B A, or s·(B A - B₀ A₀) where the start is ``fixed``; A (rank, in), B (out, rank).
+
+    A₀ and B₀ are not saved: they follow from the base weight, and only their product matters, which
+    the signs of singular vectors leave alone.
     """
 
-    def __init__(self, down: Tensor, up: Tensor, config: LoRA, site: Site) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        site: Site,
+        dropout: float = 0.0,
+        *,
+        fixed: bool = False,
+    ) -> None:
+        super().__init__(site, dropout)
         self.A = nn.Parameter(down)
         self.B = nn.Parameter(up)
-        self.scale = config.alpha / config.rank
-        self.dropout = config.dropout
-        start, stop = site.part or (0, site.total_out_features)
-        self.margins = (start, site.total_out_features - stop)
+        self.scale = scale
+        self.register_buffer("A_0", down.clone() if fixed else None, persistent=False)
+        self.register_buffer("B_0", up.clone() if fixed else None, persistent=False)
 
-    def change(self) -> Tensor:
-        """(α/r)·B A, (out, in), in float64."""
-        return self.scale * self.B.detach().double() @ self.A.detach().double()
+    def weight(self) -> Tensor:
+        """s·B A, less its start where that is not zero."""
+        change = self.B @ self.A
+        if self.A_0 is not None and self.B_0 is not None:
+            change = change - self.B_0 @ self.A_0
+        return self.scale * change
 
-    def forward(self, inputs: tuple, output: Tensor) -> Tensor:
-        """The site's output with the path's contribution added."""
-        x = inputs[0]
-        if self.dropout:
-            x = dropout(x, self.dropout, self.training)
+    def through(self, x: Tensor) -> Tensor:
+        """ΔW x, by way of r features."""
         change = linear(linear(x, self.A) * self.scale, self.B)
-        return output + (pad(change, self.margins) if any(self.margins) else change)
+        if self.A_0 is not None and self.B_0 is not None:
+            change = change - linear(linear(x, self.A_0) * self.scale, self.B_0)
+        return change

@@ -46,7 +46,8 @@ class PrefixTuning(Delta):
         for site in host.find(("attention",), self.layers):
             shape = (heads, self.length, head_width)
             keys, values = host.normal(2, *shape, std=self.init_std)
-            prefix = host.add(site.path, KeyValuePrefix(keys, values), like=host.embedding_weight)
+            like = next(site.module.parameters())
+            prefix = host.add(site.path, KeyValuePrefix(keys, values), like=like)
             host.add_prefix(site.module, prefix)
 
     def num_parameters(self, host: Host) -> int:

@@ -52,7 +52,7 @@ class Subspace(Delta):
                 f"subspace: dimension {self.dimension} is above the {full_dim} parameters of the "
                 "model."
             )
-        like = host.embedding_weight
+        like = next(host.model.parameters())
         seed = self.projection_seed
         if seed is None:
             seed = int(torch.randint(2**31, (), generator=host.generator))
