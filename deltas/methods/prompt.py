@@ -28,11 +28,14 @@ class PromptTuning(Delta):
         length: n, number of prompt positions.
         init: "vocabulary" (embeddings of random tokens) or "normal".
         init_std: standard deviation for ``init="normal"``.
+        strip: take the rows off again; where they stay, a pooler of the first position reads the
+            first row, and outputs have n more positions than the text, as in peft.
     """
 
     length: int = 16
     init: Literal["vocabulary", "normal"] = "vocabulary"
     init_std: float = 0.02
+    strip: bool = True
 
     name = "prompt"
     category = "addition"
@@ -62,7 +65,8 @@ class PromptTuning(Delta):
         prompt = Prompt(start, embedding, limit, _first_position(stack))
         host.add(path, prompt, like=weight)
         host.on_call(stack, prompt.insert)
-        host.on_output(self._exit(host, stack), prompt.strip, first=True)  # last in, first out
+        if self.strip:  # last in, first out
+            host.on_output(self._exit(host, stack), prompt.strip, first=True)
 
     def _exit(self, host: Host, stack: nn.Module) -> nn.Module:
         """The module behind which the rows leave: before a pooler, which must see the text."""
