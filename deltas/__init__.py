@@ -13,34 +13,44 @@ Feedback laws, which look at each example's states at inference, are another typ
 """
 
 from deltas.base import Delta
+from deltas.methods.adalora import AdaLoRA
 from deltas.methods.bitfit import BitFit
+from deltas.methods.dora import DoRA
 from deltas.methods.full import FullFineTuning
 from deltas.methods.head import HeadTuning
 from deltas.methods.houlsby import HoulsbyAdapter
 from deltas.methods.last_layers import LastLayers
 from deltas.methods.layer_norm import LayerNormTuning
+from deltas.methods.loha import LoHa
+from deltas.methods.lokr import LoKr
 from deltas.methods.lora import LoRA
 from deltas.methods.prefix import PrefixTuning
 from deltas.methods.prompt import PromptTuning
 from deltas.methods.selected_modules import SelectedModules
 from deltas.methods.subspace import Subspace
+from deltas.methods.vera import VeRA
 from deltas.model import DeltaModel, attach
 from deltas.registry import available, from_dict, parse
 
 __all__ = [
+    "AdaLoRA",
     "BitFit",
     "Delta",
     "DeltaModel",
+    "DoRA",
     "FullFineTuning",
     "HeadTuning",
     "HoulsbyAdapter",
     "LastLayers",
     "LayerNormTuning",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "PrefixTuning",
     "PromptTuning",
     "SelectedModules",
     "Subspace",
+    "VeRA",
     "attach",
     "available",
     "from_dict",

@@ -192,6 +192,14 @@ class Host:
         """The base model's own parameter of that name, also where a control stands in for it."""
         return self._originals.get(name, self._owners()[name])
 
+    def controlled(self, name: str) -> Tensor:
+        """The base parameter in float64, under the control that stands for it, if there is one."""
+        value = self.original(name).detach().double()
+        for merge in self.merges:
+            if merge.whole and merge.name == name:
+                value = merge.value(value)
+        return value
+
     def tied(self, name: str) -> list[str]:
         """Other names of the base parameter ``name``."""
         owners = self._owners()
@@ -379,7 +387,7 @@ class Host:
                 return
             checkpointing = self.model.is_activation_checkpointing
             if not checkpointing or not torch.is_grad_enabled():
-                for carried, value in zip(self._carried, earlier, strict=False):
+                for carried, value in zip(self._carried, earlier, strict=True):
                     carried.value = value if checkpointing else None
             earlier.clear()
 

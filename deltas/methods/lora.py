@@ -23,9 +23,9 @@ class LoRA(Delta):
     """W + s·B A: linear in the state, bilinear in the control (Hu et al., Eq. 3).
 
     A ∈ R^{r×in} starts random and B ∈ R^{out×r} at zero, so training starts at the base model. With
-    ``init="svd"`` both start at the principal part of the weight, W ≈ s·B₀ A₀ (Meng et al., Eq. 2–3),
-    and the path is s·(B A - B₀ A₀): the same function as their W - s·B₀ A₀ + s·B A, with the base
-    weight left as it is and the start exact.
+    ``init="svd"`` both start at the principal part of the weight, W ≈ s·B₀ A₀ (Meng et al.,
+    Eq. 2–4), and the path is s·(B A - B₀ A₀): the same function as their W - s·B₀ A₀ + s·B A, with
+    the base weight left as it is and the start exact.
 
     Attributes:
         rank: r.
@@ -54,7 +54,7 @@ class LoRA(Delta):
     law = "x (W + s A B)"
     reference = (
         "Hu et al., ICLR 2022, Eq. 3; Kalajdzievski, arXiv 2312.03732, Theorem 3.2 (rsLoRA); "
-        "Hayou et al., ICML 2024, Section 4 (LoRA+); Meng et al., NeurIPS 2024, Eq. 2-3 (PiSSA)"
+        "Hayou, Ghosh, Yu, ICML 2024 (LoRA+); Meng, Wang, Zhang, NeurIPS 2024, Eq. 2-4 (PiSSA)"
     )
     num_parameters_formula = "sum over sites of r (d_in + d_out)"
 
@@ -117,6 +117,9 @@ class LowRankPath(WeightPath):
     A₀ and B₀ are not saved: they follow from the base weight, and only their product matters, which
     the signs of singular vectors leave alone.
     """
+
+    A_0: Tensor | None
+    B_0: Tensor | None
 
     def __init__(
         self,

@@ -14,19 +14,24 @@ import transformers as hf
 from torch import Tensor, nn
 
 from deltas import (
+    AdaLoRA,
     BitFit,
     Delta,
     DeltaModel,
+    DoRA,
     FullFineTuning,
     HeadTuning,
     HoulsbyAdapter,
     LastLayers,
     LayerNormTuning,
+    LoHa,
+    LoKr,
     LoRA,
     PrefixTuning,
     PromptTuning,
     SelectedModules,
     Subspace,
+    VeRA,
     attach,
 )
 from tests.deltas.architectures import (  # noqa: F401 - tests take all of it from here
@@ -59,6 +64,15 @@ METHODS: dict[str, tuple[Delta, Callable[[Family], int]]] = {
         SelectedModules(("mlp.down",)),
         lambda f: L * (m * d + (d if f.biases else 0)),
     ),
+    "dora": (DoRA(rank=3), lambda f: L * (3 * (2 * d + d + f.key_width) + d + f.key_width)),
+    "adalora": (
+        AdaLoRA(rank=3, target_rank=2, sites=("attention.query", "attention.value")),
+        lambda f: L * 3 * (2 * d + d + f.key_width + 2),
+    ),
+    "vera": (VeRA(rank=5), lambda f: L * (2 * 5 + d + f.key_width)),
+    "loha": (LoHa(rank=3), lambda f: L * 2 * 3 * (2 * d + d + f.key_width)),
+    # 32 = 4 * 8 and 16 = 4 * 4: a full first factor, and a product of rank 3 for the second.
+    "lokr": (LoKr(rank=3), lambda f: L * (2 * 4 * 4 + 3 * (2 * 8 + 8 + f.key_width // 4))),
     "subspace": (Subspace(dimension=11), lambda _: 11),
 }
 
@@ -69,7 +83,18 @@ REFUSED: dict[tuple[str, str], str] = {
     ("t5", "head"): "has no head",
 }
 # Methods with a random start or random constants: the seed of `attach` matters to them.
-RANDOM = {"lora", "houlsby", "prefix", "prompt", "subspace"}
+RANDOM = {
+    "adalora",
+    "dora",
+    "houlsby",
+    "loha",
+    "lokr",
+    "lora",
+    "prefix",
+    "prompt",
+    "subspace",
+    "vera",
+}
 PAIRS = [(f, name) for f in FAMILIES for name in METHODS if (f, name) not in REFUSED]
 
 
