@@ -81,11 +81,7 @@ class Site:
 
     def spread(self, values: Tensor) -> Tensor:
         """(…, out_features) at the site's place in (…, total_out_features), zero beside it."""
-        if not any(self.margins):
-            return values
-        if self.groups == 1:
-            return pad(values, self.margins)
-        return pad(values.unflatten(-1, (self.groups, -1)), self.margins).flatten(-2)
+        return spread(values, self.margins, self.groups)
 
     def take(self, values: Tensor) -> Tensor:
         """The site's share (…, out_features) of (…, total_out_features)."""
@@ -96,6 +92,10 @@ class Site:
             return values[..., start:stop]
         return values.unflatten(-1, (self.groups, -1))[..., start:stop].flatten(-2)
 
+    def rows(self, weight: Tensor) -> Tensor:
+        """This site's map (out, in) in a tensor of the shape of the module's weight."""
+        return self.take(weight if isinstance(self.module, Conv1D) else weight.T).T
+
     def _shape(self) -> tuple[int, int]:
         if isinstance(self.module, nn.Linear):
             return self.module.in_features, self.module.out_features
@@ -105,6 +105,15 @@ class Site:
             f"{self.path} is a {type(self.module).__name__}, not a linear map; expected a Linear "
             "or Conv1D. Choose sites such as attention.query, attention.value or mlp.down."
         )
+
+
+def spread(values: Tensor, margins: tuple[int, int], groups: int) -> Tensor:
+    """See :meth:`Site.spread`; for controllers that keep the numbers, not the site."""
+    if not any(margins):
+        return values
+    if groups == 1:
+        return pad(values, margins)
+    return pad(values.unflatten(-1, (groups, -1)), margins).flatten(-2)
 
 
 def add_change(site: Site, change: Callable[[], Tensor], weight: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear, pad
+from torch.nn.functional import dropout, linear
 from transformers.pytorch_utils import Conv1D
 
 from deltas.base import Delta
 from deltas.host import Host
 from deltas.paths import check_dropout, low_rank_sites
-from deltas.sites import Site
+from deltas.sites import Site, add_change
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class MagnitudeDirection(nn.Module):
         self.A = nn.Parameter(down)
         self.B = nn.Parameter(torch.zeros(site.out_features, config.rank))
         self.site = site
-        self.m = nn.Parameter(_norms(self._rows(weight.detach())))
+        self.m = nn.Parameter(_norms(self.site.rows(weight.detach())))
         self.scale = config.alpha / config.rank
         self.dropout = config.dropout
         self.constant_norm = config.constant_norm
@@ -117,19 +117,17 @@ class MagnitudeDirection(nn.Module):
         """
         gain = self.m / self._norms(parameter().to(self.m.dtype))
         change = self.scale * self.B.double() @ self.A.double()
-        rows = self._rows(weight)
-        return add_change(self.site, lambda: gain[:, None] * (rows + change) - rows, weight).detach()
+        rows = self.site.rows(weight)
+        return add_change(
+            self.site, lambda: gain[:, None] * (rows + change) - rows, weight
+        ).detach()
 
     def _norms(self, weight: Tensor) -> Tensor:
         """‖W + s·B A‖ of each output feature, (out,)."""
         down, up = self.A, self.B
         if self.constant_norm:
             down, up = down.detach(), up.detach()
-        return _norms(self._rows(weight) + self.scale * (up @ down))
-
-    def _rows(self, weight: Tensor) -> Tensor:
-        """The rows (out, in) of this site in the module's weight."""
-        return self.site.take(weight if isinstance(self.site.module, Conv1D) else weight.T).T
+        return _norms(self.site.rows(weight) + self.scale * (up @ down))
 
 
 def _norms(weight: Tensor) -> Tensor:

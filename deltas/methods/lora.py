@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers.pytorch_utils import Conv1D
 
 from deltas.base import Delta
 from deltas.host import Host
@@ -104,9 +103,8 @@ def _principal(site: Site, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A = √(S/s) V', B = U √(S/s) of the r largest singular values, so that s·B A ≈ W."""
     weight = site.module.weight
     assert isinstance(weight, Tensor)
-    oriented = weight.detach().T if isinstance(site.module, Conv1D) else weight.detach()
-    rows = slice(*site.part) if site.part else slice(None)
-    left, values, right = torch.linalg.svd(oriented[rows].double(), full_matrices=False)
+    rows = site.rows(weight.detach()).double()
+    left, values, right = torch.linalg.svd(rows, full_matrices=False)
     roots = (values[:rank] / scale).sqrt()
     return roots[:, None] * right[:rank], left[:, :rank] * roots
 
