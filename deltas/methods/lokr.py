@@ -58,12 +58,10 @@ class LoKr(Delta):
     def build(self, host: Host) -> None:
         """Add a path at every site."""
         for site in host.find(self.sites, self.layers):
-            first, second = self._shapes(site)
-            lay(host, site, KroneckerPath(
-                self._factors(host, first, self._is_product(first, self.decompose_both), zero=True),
-                self._factors(host, second, self._is_product(second, True), zero=False),
-                self, site,
-            ))  # fmt: skip
+            shapes = self.factor_shapes(site)
+            first, second = ([host.kaiming(*s) for s in factor] for factor in shapes)
+            first[0] = torch.zeros(shapes[0][0])
+            lay(host, site, KroneckerPath(first, second, self, site))
 
     def num_parameters(self, host: Host) -> int:
         """Σ (a b or r (a + b)) + (c d or r (c + d))."""
@@ -83,16 +81,15 @@ class LoKr(Delta):
     def _is_product(self, shape: tuple[int, int], allowed: bool) -> bool:
         return allowed and self.rank < max(shape) / 2
 
-    def _factors(
-        self, host: Host, shape: tuple[int, int], product: bool, *, zero: bool
-    ) -> list[Tensor]:
-        """One matrix, or two whose product it is; the first is zero if ``zero``."""
+    def factor_shapes(self, site: Site) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Shapes of the matrices of W₁ and of W₂: one each, or the two whose product it is."""
+        first, second = self._shapes(site)
+        return self._cut(first, self.decompose_both), self._cut(second, True)
+
+    def _cut(self, shape: tuple[int, int], allowed: bool) -> list[tuple[int, int]]:
         rows, columns = shape
-        shapes = [(rows, self.rank), (self.rank, columns)] if product else [shape]
-        factors = [host.kaiming(*s) for s in shapes]
-        if zero:
-            factors[0] = torch.zeros(shapes[0])
-        return factors
+        product = self._is_product(shape, allowed)
+        return [(rows, self.rank), (self.rank, columns)] if product else [shape]
 
 
 def _divisor(number: int, bound: int | None) -> int:
