@@ -17,8 +17,8 @@
 # ## Statement
 #
 # One attention head with fixed inputs $h_1, \dots, h_n$, queries $q_i$, keys $k_j$, values $v_j$
-# and weights $A_{ij} = \mathrm{softmax}_j(q_i^\top k_j)$. Give it $l$ more keys $p_1, \dots, p_l$ and
-# values $w_1, \dots, w_l$, and let $A'$ be the weights over the content then, $\lambda_i$ the
+# and weights $A_{ij} = \mathrm{softmax}_j(q_i^\top k_j)$. Give it $l$ more keys $p_1, \dots, p_l$
+# and values $w_1, \dots, w_l$, and let $A'$ be the weights over the content then, $\lambda_i$ the
 # softmax mass on the prefix.
 #
 # **A.** $A'_{ij} / A'_{ik} = A_{ij} / A_{ik}$ for all $j, k$; precisely
