@@ -14,16 +14,27 @@ Feedback laws, which look at each example's states at inference, are another typ
 
 from deltas.base import Delta
 from deltas.methods.adalora import AdaLoRA
+from deltas.methods.adapterdrop import AdapterDrop
+from deltas.methods.attention_control import AttentionControl
 from deltas.methods.bitfit import BitFit
+from deltas.methods.compacter import Compacter
 from deltas.methods.dora import DoRA
 from deltas.methods.full import FullFineTuning
 from deltas.methods.head import HeadTuning
 from deltas.methods.houlsby import HoulsbyAdapter
+from deltas.methods.ia3 import IA3
+from deltas.methods.ladder import LadderSideTuning
 from deltas.methods.last_layers import LastLayers
 from deltas.methods.layer_norm import LayerNormTuning
 from deltas.methods.loha import LoHa
 from deltas.methods.lokr import LoKr
 from deltas.methods.lora import LoRA
+from deltas.methods.low_rank_adapter import LowRankAdapter
+from deltas.methods.mam import MixAndMatch
+from deltas.methods.mixture_of_control import MixtureOfControl
+from deltas.methods.p_tuning import PTuning
+from deltas.methods.parallel import ParallelAdapter, StateBasedTuning
+from deltas.methods.pfeiffer import PfeifferAdapter
 from deltas.methods.prefix import PrefixTuning
 from deltas.methods.prompt import PromptTuning
 from deltas.methods.selected_modules import SelectedModules
@@ -34,21 +45,33 @@ from deltas.registry import available, from_dict, parse
 
 __all__ = [
     "AdaLoRA",
+    "AdapterDrop",
+    "AttentionControl",
     "BitFit",
+    "Compacter",
     "Delta",
     "DeltaModel",
     "DoRA",
     "FullFineTuning",
     "HeadTuning",
     "HoulsbyAdapter",
+    "IA3",
+    "LadderSideTuning",
     "LastLayers",
     "LayerNormTuning",
     "LoHa",
     "LoKr",
     "LoRA",
+    "LowRankAdapter",
+    "MixAndMatch",
+    "MixtureOfControl",
+    "ParallelAdapter",
+    "PfeifferAdapter",
     "PrefixTuning",
     "PromptTuning",
+    "PTuning",
     "SelectedModules",
+    "StateBasedTuning",
     "Subspace",
     "VeRA",
     "attach",

@@ -16,7 +16,7 @@ from theory.errors import InputError
 if TYPE_CHECKING:
     from deltas.host import Host
 
-Category = Literal["addition", "specification", "reparametrisation"]
+Category = Literal["addition", "specification", "reparametrisation", "combined"]
 
 
 class Delta(ABC):
@@ -25,7 +25,7 @@ class Delta(ABC):
     Class attributes:
         name: name on the command line.
         category: its class in the taxonomy of Ding et al.: addition, specification,
-            reparametrisation.
+            reparametrisation; combined, where it is several at once.
         law: the control law, h the state at the site.
         reference: the paper, with the equation.
         num_parameters_formula: the number of parameters as a formula.

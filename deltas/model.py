@@ -151,8 +151,9 @@ class DeltaModel(nn.Module):
                 )
         host = self.host
         merged: dict[str, Tensor] = {}
-        # What stands for a parameter comes before what acts beside it, whatever the order.
-        for merge in sorted(host.merges, key=lambda merge: not merge.whole):
+        # What stands for a parameter comes before what acts beside it, whatever the order; what
+        # changes the input of a map acts on the sum of both.
+        for merge in sorted(host.merges, key=lambda merge: (not merge.whole, merge.last)):
             if not merge.whole and (tied := host.tied(merge.name)):
                 raise InputError(
                     f"{merge.namespace} cannot be merged: it acts at {merge.name}, which is tied "

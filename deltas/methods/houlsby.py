@@ -5,15 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear
-from transformers.activations import ACT2FN
-
+from deltas.adapters import Bottleneck, check_activation, output_sites
 from deltas.base import Delta
 from deltas.host import Host
 from deltas.sites import Site
-from theory.errors import InputError, unknown
 
 
 @dataclass(frozen=True)
@@ -46,13 +41,7 @@ class HoulsbyAdapter(Delta):
     def __post_init__(self) -> None:
         """Check the bottleneck and the activation."""
         self._positive("bottleneck")
-        if self.activation not in ACT2FN:
-            raise unknown("activation", self.activation, ACT2FN)
-        if any(True for _ in ACT2FN[self.activation].parameters()):
-            raise InputError(
-                f"houlsby: the activation {self.activation!r} has parameters of its own; choose a "
-                "fixed one such as gelu or relu."
-            )
+        check_activation(self.name, self.activation)
 
     def build(self, host: Host) -> None:
         """Add an adapter at every site."""
@@ -70,34 +59,4 @@ class HoulsbyAdapter(Delta):
         return sum(2 * m * d + d + m for d in widths)
 
     def _checked_sites(self, host: Host) -> list[Site]:
-        sites = host.find(self.sites, self.layers)
-        for site in sites:
-            if site.part is not None:
-                raise InputError(
-                    f"houlsby: {host.sites.model_type} computes several maps in {site.path}, whose "
-                    "output has no slice of its own to adapt; choose attention.output or mlp.down."
-                )
-            if self.bottleneck > site.out_features:
-                raise InputError(
-                    f"houlsby: bottleneck {self.bottleneck} is above the width "
-                    f"{site.out_features} of {site.path}; choose 1 to {site.out_features}."
-                )
-        return sites
-
-
-class Bottleneck(nn.Module):
-    """h ↦ h + φ(h W_d + b_d) W_u + b_u; shapes: down (m, d), up (d, m)."""
-
-    def __init__(self, down: Tensor, activation: str) -> None:
-        super().__init__()
-        inner, width = down.shape
-        self.down = nn.Parameter(down)
-        self.down_bias = nn.Parameter(torch.zeros(inner))
-        self.up = nn.Parameter(torch.zeros(width, inner))
-        self.up_bias = nn.Parameter(torch.zeros(width))
-        self.activation = ACT2FN[activation]
-
-    def forward(self, _inputs: tuple, state: Tensor) -> Tensor:
-        """The adapted state."""
-        inner = self.activation(linear(state, self.down, self.down_bias))
-        return state + linear(inner, self.up, self.up_bias)
+        return output_sites(self.name, host, self.sites, self.layers, self.bottleneck)

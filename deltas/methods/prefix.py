@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from deltas.base import Delta
 from deltas.host import Host
+from deltas.sites import Site
+from deltas.spans import state_width
 
 
 @dataclass(frozen=True)
@@ -18,43 +22,71 @@ class PrefixTuning(Delta):
     (He et al., ICLR 2022, Eq. 7). The prefix is visible to every token, whatever the padding.
     Keys and values start Gaussian; without training the model's output changes.
 
+    With ``projection`` they are what an MLP makes of rows of the width of the states, which trains
+    more steadily (Li & Liang, Section 4.3): [P_k; P_v] of a layer is tanh(P W_1 + b_1) W_2 + b_2
+    with P, W_1 and b_1 shared by all layers.
+
     Attributes:
         length: n, number of prefix positions a layer.
-        init_std: standard deviation of the initial keys and values.
+        init_std: standard deviation of the initial keys and values (of the rows and of W_2, with
+            ``projection``).
         layers: blocks to act in; None means all.
+        projection: k, inner width of the MLP; None trains keys and values themselves.
     """
 
     length: int = 16
     init_std: float = 0.02
     layers: tuple[int, ...] | None = None
+    projection: int | None = None
 
     name = "prefix"
     category = "addition"
     law = "(1-lambda(h)) Attn(h) + lambda(h) softmax(h W_q P_k^T) P_v"
     reference = "Li & Liang, ACL 2021, Eq. 3; He et al., ICLR 2022, Eq. 7"
-    num_parameters_formula = "2 n d_kv for each layer"
+    num_parameters_formula = (
+        "2 n d_kv for each layer; n d + (d+1) k + (k+1) 2 d_kv for each layer (projection)"
+    )
     unmergeable = "a prefix is no weight of the base model"
     identity_at_start = False
 
     def __post_init__(self) -> None:
-        """Check the length."""
+        """Check the sizes."""
         self._positive("length")
+        if self.projection is not None:
+            self._positive("projection")
 
     def build(self, host: Host) -> None:
         """Give every attention module its prefix."""
         heads, head_width = self._heads(host)
-        for site in host.find(("attention",), self.layers):
-            shape = (heads, self.length, head_width)
-            keys, values = host.normal(2, *shape, std=self.init_std)
-            like = next(site.module.parameters())
-            prefix = host.add(site.path, KeyValuePrefix(keys, values), like=like)
+        sites = host.find(("attention",), self.layers)
+        rows = self._lay_rows(host, sites[0]) if self.projection else None
+        for site in sites:
+            if rows is None:
+                shape = (heads, self.length, head_width)
+                made = KeyValuePrefix(*host.normal(2, *shape, std=self.init_std))
+            else:
+                size = (2 * heads * head_width, rows.inner)
+                made = ProjectedPrefix(rows, host.normal(*size, std=self.init_std), heads)
+            prefix = host.add(site.path, made, like=_floats(site))
             host.add_prefix(site.module, prefix)
+
+    def _lay_rows(self, host: Host, first: Site) -> PrefixRows:
+        width, inner = state_width(host), self.projection or 0
+        rows = host.normal(self.length, width, std=self.init_std)
+        made = PrefixRows(rows, host.kaiming(inner, width))
+        host.add(first.path, made, like=_floats(first), key="rows")
+        host.shared += [f"{host.namespace}.rows.{name}" for name, _ in made.named_parameters()]
+        return made
 
     def num_parameters(self, host: Host) -> int:
         """2 n d_kv a layer; d_kv counts key/value heads, which grouped queries share."""
         heads, head_width = self._heads(host)
-        sites = host.find(("attention",), self.layers)
-        return len(sites) * 2 * self.length * heads * head_width
+        layers = len(host.find(("attention",), self.layers))
+        if self.projection is None:
+            return layers * 2 * self.length * heads * head_width
+        width, k = state_width(host), self.projection
+        shared = self.length * width + (width + 1) * k
+        return shared + layers * (k + 1) * 2 * heads * head_width
 
     def _heads(self, host: Host) -> tuple[int, int]:
         config = host.config
@@ -68,6 +100,10 @@ class PrefixTuning(Delta):
         return heads, width
 
 
+def _floats(site: Site) -> Tensor:
+    return next(p for p in site.module.parameters() if p.is_floating_point())
+
+
 class KeyValuePrefix(nn.Module):
     """Keys and values, each (heads, length, head width)."""
 
@@ -79,3 +115,35 @@ class KeyValuePrefix(nn.Module):
     def forward(self) -> tuple[Tensor, Tensor]:
         """The prefix keys and values."""
         return self.keys, self.values
+
+
+class PrefixRows(nn.Module):
+    """Rows P (n, d) and the first map of the MLP, (k, d), shared by all layers."""
+
+    def __init__(self, rows: Tensor, weight: Tensor) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(rows)
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.zeros(len(weight)))
+        self.inner = len(weight)
+
+    def forward(self) -> Tensor:
+        """tanh(P W_1 + b_1), (n, k)."""
+        return linear(self.rows, self.weight, self.bias).tanh()
+
+
+class ProjectedPrefix(nn.Module):
+    """One layer's share of the second map, (2 d_kv, k): first the keys', then the values'."""
+
+    def __init__(self, rows: PrefixRows, weight: Tensor, heads: int) -> None:
+        super().__init__()
+        self.__dict__["rows"] = rows  # one module for all layers, so no submodule of each
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.zeros(len(weight)))
+        self.heads = heads
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The prefix keys and values, each (heads, length, head width)."""
+        made = linear(self.__dict__["rows"](), self.weight, self.bias)
+        keys, values = made.unflatten(-1, (2, self.heads, -1)).permute(1, 2, 0, 3)
+        return keys, values

@@ -51,51 +51,66 @@ class PromptTuning(Delta):
 
     def build(self, host: Host) -> None:
         """Insert the prompt before the backbone and take it off behind the blocks."""
-        embedding = host.model.get_input_embeddings()
-        weight = host.embedding_weight
         if self.init == "vocabulary":
+            weight = host.embedding_weight
             tokens = torch.randint(weight.shape[0], (self.length,), generator=host.generator)
             with torch.no_grad():
-                start = embedding(tokens.to(weight.device)).clone()
+                start = host.model.get_input_embeddings()(tokens.to(weight.device)).clone()
         else:
-            start = host.normal(self.length, weight.shape[1], std=self.init_std)
-        path = host.sites.embedding_path or host.sites.backbone_path
-        limit = getattr(host.config, "max_position_embeddings", None)
-        stack = self._stack(host)
-        prompt = Prompt(start, embedding, limit, _first_position(stack))
-        host.add(path, prompt, like=weight)
-        host.on_call(stack, prompt.insert)
-        if self.strip:  # last in, first out
-            host.on_output(self._exit(host, stack), prompt.strip, first=True)
-
-    def _exit(self, host: Host, stack: nn.Module) -> nn.Module:
-        """The module behind which the rows leave: before a pooler, which must see the text."""
-        if getattr(stack, "pooler", None) is None:
-            return stack
-        around = host.sites.modules[host.sites.block_paths[0].rsplit(".", 2)[0]]
-        return host.sites.blocks[-1] if around is stack else around
-
-    def _stack(self, host: Host) -> nn.Module:
-        """The innermost module around the blocks that takes embeddings.
-
-        Not always the backbone: OPT's language model calls the decoder inside of it directly.
-        """
-        if host.model.config.is_encoder_decoder:
-            return host.model.get_encoder()
-        path = host.sites.block_paths[0]
-        while path:
-            path = path.rpartition(".")[0]
-            module = host.sites.modules[path]
-            if "inputs_embeds" in signature(module.forward).parameters:
-                return module
-        raise InputError(
-            f"{type(host.model).__name__} takes no inputs_embeds, so a prompt cannot enter it; "
-            "choose another delta, such as prefix."
-        )
+            start = host.normal(self.length, host.width, std=self.init_std)
+        lay_prompt(host, start, strip=self.strip)
 
     def num_parameters(self, host: Host) -> int:
         """N d, d the width of the embeddings."""
         return self.length * host.width
+
+
+def lay_prompt(
+    host: Host, rows: Tensor, encoder: nn.Module | None = None, *, strip: bool = True
+) -> None:
+    """Let rows (n, d), or what ``encoder`` makes of them, enter in front of the embedded text.
+
+    ``strip`` takes them off again behind the blocks.
+
+    Raises:
+        InputError: the model takes no embeddings in the place of tokens.
+    """
+    stack = _stack(host)
+    path = host.sites.embedding_path or host.sites.backbone_path
+    limit = getattr(host.config, "max_position_embeddings", None)
+    embedding = host.model.get_input_embeddings()
+    prompt = Prompt(rows, embedding, limit, _first_position(stack), encoder)
+    host.add(path, prompt, like=host.embedding_weight)
+    host.on_call(stack, prompt.insert)
+    if strip:  # last in, first out
+        host.on_output(_exit(host, stack), prompt.strip, first=True)
+
+
+def _exit(host: Host, stack: nn.Module) -> nn.Module:
+    """The module behind which the rows leave: before a pooler, which must see the text."""
+    if getattr(stack, "pooler", None) is None:
+        return stack
+    around = host.sites.modules[host.sites.block_paths[0].rsplit(".", 2)[0]]
+    return host.sites.blocks[-1] if around is stack else around
+
+
+def _stack(host: Host) -> nn.Module:
+    """The innermost module around the blocks that takes embeddings.
+
+    Not always the backbone: OPT's language model calls the decoder inside of it directly.
+    """
+    if host.model.config.is_encoder_decoder:
+        return host.model.get_encoder()
+    path = host.sites.block_paths[0]
+    while path:
+        path = path.rpartition(".")[0]
+        module = host.sites.modules[path]
+        if "inputs_embeds" in signature(module.forward).parameters:
+            return module
+    raise InputError(
+        f"{type(host.model).__name__} takes no inputs_embeds, so a prompt cannot enter it; "
+        "choose another delta, such as prefix."
+    )
 
 
 def _first_position(stack: nn.Module) -> int:
@@ -115,16 +130,29 @@ class Prompt(nn.Module):
         embedding: the base's own token embedding.
         limit: how many positions the model has; None where there is no limit.
         first: the first of them that a token can have.
+        encoder: makes the rows that enter of the trained ones; None means they are the same.
     """
 
-    def __init__(self, rows: Tensor, embedding: nn.Module, limit: int | None, first: int) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        embedding: nn.Module,
+        limit: int | None,
+        first: int,
+        encoder: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.rows = nn.Parameter(rows)
+        self.encoder = encoder
         self.limit = None if limit is None else limit - first
         self.first = first
         self.inserted = False
         self.total = 0  # positions of the present pass, prompt and text
         self.embed: Callable[[Tensor], Tensor] = embedding.__call__  # the base's own: no submodule
+
+    def forward(self) -> Tensor:
+        """The rows that enter, (n, d)."""
+        return self.rows if self.encoder is None else self.encoder(self.rows)
 
     def insert(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The backbone's arguments with the prompt in front.
@@ -149,7 +177,7 @@ class Prompt(nn.Module):
                     f"a prompt of {length} and a text of {text.shape[1]} tokens are longer than "
                     f"the {self.limit} positions of the model; shorten max_length or the prompt."
                 )
-            rows = self.rows.to(text.dtype).expand(len(text), -1, -1)
+            rows = self().to(text.dtype).expand(len(text), -1, -1)
             kwargs["inputs_embeds"] = torch.cat([rows, text], dim=1)
             self.total = text.shape[1] + length
         mask = kwargs.get("attention_mask")
