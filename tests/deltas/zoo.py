@@ -14,22 +14,34 @@ import transformers as hf
 from torch import Tensor, nn
 
 from deltas import (
+    IA3,
     AdaLoRA,
+    AdapterDrop,
+    AttentionControl,
     BitFit,
+    Compacter,
     Delta,
     DeltaModel,
     DoRA,
     FullFineTuning,
     HeadTuning,
     HoulsbyAdapter,
+    LadderSideTuning,
     LastLayers,
     LayerNormTuning,
     LoHa,
     LoKr,
     LoRA,
+    LowRankAdapter,
+    MixAndMatch,
+    MixtureOfControl,
+    ParallelAdapter,
+    PfeifferAdapter,
     PrefixTuning,
     PromptTuning,
+    PTuning,
     SelectedModules,
+    StateBasedTuning,
     Subspace,
     VeRA,
     attach,
@@ -48,6 +60,7 @@ from tests.deltas.architectures import (  # noqa: F401 - tests take all of it fr
     d,
     e,
     m,
+    texts,
 )
 
 METHODS: dict[str, tuple[Delta, Callable[[Family], int]]] = {
@@ -74,28 +87,83 @@ METHODS: dict[str, tuple[Delta, Callable[[Family], int]]] = {
     # 32 = 4 * 8 and 16 = 4 * 4: a full first factor, and a product of rank 3 for the second.
     "lokr": (LoKr(rank=3), lambda f: L * (2 * 4 * 4 + 3 * (2 * 8 + 8 + f.key_width // 4))),
     "subspace": (Subspace(dimension=11), lambda _: 11),
+    "pfeiffer": (PfeifferAdapter(bottleneck=5), lambda _: L * (2 * 5 * d + d + 5)),
+    "adapterdrop": (
+        AdapterDrop(num_dropped=0, random=True, bottleneck=5),
+        lambda _: L * (2 * 5 * d + d + 5),
+    ),
+    "low-rank-adapter": (
+        LowRankAdapter(bottleneck=6, rank=2),
+        lambda _: L * 2 * (2 * (d + 6) + 2 * (6 + d) + 6 + d),
+    ),
+    "compacter": (
+        Compacter(bottleneck=8, num_terms=4),
+        lambda _: 4**3 + L * 2 * (4 * (d // 4 + 8 // 4) + 4 * (8 // 4 + d // 4) + 8 + d),
+    ),
+    "parallel-adapter": (ParallelAdapter(bottleneck=5), lambda _: L * 2 * 5 * d),
+    "state-based": (StateBasedTuning(rank=3), lambda _: L * 2 * 3 * d),
+    "attention-control": (AttentionControl(rank=3), lambda _: L * 2 * 3 * d),
+    "mixture-of-control": (
+        MixtureOfControl(num_controls=3, rank=2),
+        lambda _: L * (3 * 2 * 2 * d + 3 * d),
+    ),
+    "ladder": (
+        LadderSideTuning(reduction=4),
+        lambda _: d * 8 + L * (d * 8 + 2 * 8 * 32 + 1) + 8 * d,
+    ),
+    "ia3": (IA3(), lambda f: L * (2 * f.key_width + m)),
+    "p-tuning": (
+        PTuning(length=4, hidden=6),
+        lambda f: (lambda w: 4 * w + w * 6 + 6 + 6 * 6 + 6 + 6 * w + w)(f.embedding_width),
+    ),
+    "mam": (
+        MixAndMatch(length=3, bottleneck=5, init_std=1.0),
+        lambda f: L * (2 * 3 * f.key_width + 2 * 5 * d),
+    ),
 }
 
 # What an architecture has not, and what the refusal says: tested in test_support.py.
 REFUSED: dict[tuple[str, str], str] = {
     **{(f, "bitfit"): "has no bias" for f, family in FAMILIES.items() if not family.biases},
-    ("mpnet", "prefix"): "does not use the attention interface",
+    **{("mpnet", name): "does not use the attention interface" for name in ("mam", "prefix")},
+    **{(f, "ladder"): "two stacks of blocks" for f in ("bart", "t5-seq2seq")},
     ("t5", "head"): "has no head",
+    ("t5-seq2seq", "head"): "is tied to",
+    **{
+        (f, name): "not tokens through a table of embeddings"
+        for f, family in FAMILIES.items()
+        for name in ("p-tuning", "prompt")
+        if family.reads != "tokens"
+    },
 }
 # Methods with a random start or random constants: the seed of `attach` matters to them.
 RANDOM = {
     "adalora",
+    "adapterdrop",
+    "attention-control",
+    "compacter",
     "dora",
     "houlsby",
+    "ladder",
     "loha",
     "lokr",
     "lora",
+    "low-rank-adapter",
+    "mam",
+    "mixture-of-control",
+    "p-tuning",
+    "parallel-adapter",
+    "pfeiffer",
     "prefix",
     "prompt",
+    "state-based",
     "subspace",
     "vera",
 }
 PAIRS = [(f, name) for f in FAMILIES for name in METHODS if (f, name) not in REFUSED]
+# Every way in which a delta may act on a model, for what costs too much in every pair.
+REPRESENTATIVE = ("bitfit", "lora", "prefix", "prompt", "subspace")
+DEEP = [(f, name) for f, name in PAIRS if f in ("bert", "gpt2", "llama") or name in REPRESENTATIVE]
 
 
 def out(model: nn.Module, batch: dict[str, Tensor], **more: Any) -> Tensor:
