@@ -1,0 +1,5 @@
+"""Interoperability with other libraries: adapters of peft."""
+
+from deltas.interop.peft import export_peft, import_peft
+
+__all__ = ["export_peft", "import_peft"]

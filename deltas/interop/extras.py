@@ -1,0 +1,134 @@
+"""What may go with any peft format: fully trained modules (modules_to_save) and biases (bias)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from deltas.base import Delta
+from deltas.host import Host
+from deltas.interop.format import Attached, Format, Plan, Slot
+from deltas.interop.targets import as_sites, saved_modules
+from deltas.methods.bitfit import BitFit
+from deltas.methods.head import HeadTuning
+from deltas.methods.layer_norm import LayerNormTuning
+from deltas.methods.selected_modules import SelectedModules
+from theory.errors import InputError
+
+EXTRAS: tuple[type[Delta], ...] = (BitFit, HeadTuning, SelectedModules, LayerNormTuning)
+
+
+def extend(plan: Plan, form: Format, config: Mapping[str, Any], host: Host) -> None:
+    """Add modules_to_save and bias of a configuration to the plan of its format."""
+    saved = saved_modules(config, host)
+    inside = tuple(path + "." for path in saved)
+    if saved:
+        whole = set(saved) == set(host.sites.head_paths())
+        plan.deltas.append(HeadTuning() if whole else SelectedModules(sites=as_sites(saved, host)))
+        names = host.parameter_names(saved)
+        plan.slots += [parameter_slot(form.root + name, name, names, host) for name in names]
+    if config.get("bias", "none") != "none":
+        names = _biases(config["bias"], plan.paths, inside, host)
+        paths = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+        plan.deltas.append(BitFit(sites=as_sites(paths, host)))
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            under = f"{path}.base_layer" if path in plan.paths else path
+            plan.slots.append(parameter_slot(f"{form.root}{under}.{leaf}", name, names, host))
+    _constants(plan, form, saved, host)
+
+
+def parameter_slot(key: str, name: str, names: Sequence[str], host: Host) -> Slot:
+    """The slot of a base parameter; tied ones are one control, under their first name."""
+    parameter = host.parameter(name)
+    first = next(other for other in names if host.parameter(other) is parameter)
+    return Slot(key, tuple(parameter.shape), (first,))
+
+
+def _biases(word: str, paths: Sequence[str], saved: tuple[str, ...], host: Host) -> list[str]:
+    """Names of the biases that ``bias`` means; those of the saved modules are theirs."""
+    names = host.parameter_names(host.sites.modules)
+    biases = [n for n in names if n.rpartition(".")[2] == "bias" and not n.startswith(saved)]
+    if word != "all":
+        biases = [n for n in biases if n.rpartition(".")[0] in paths]
+    if not biases:
+        raise InputError(
+            f"bias is {word!r}, but {type(host.model).__name__} has no bias there; load the model "
+            "that the adapter was made for."
+        )
+    return biases
+
+
+def _constants(plan: Plan, form: Format, saved: Sequence[str], host: Host) -> None:
+    """Copies of base weights that peft saves beside the adapter.
+
+    These are the embeddings where they are targeted, or where peft could not tell whether they had
+    grown, and with bias="all" the biases that the saved modules had before.
+    """
+    taken = {slot.key for slot in plan.slots}
+    for module in (host.model.get_input_embeddings(), host.model.get_output_embeddings()):
+        path = next((p for p, m in host.sites.modules.items() if m is module), None)
+        if path is None or module is None:
+            continue
+        for leaf, _ in module.named_parameters():
+            value = host.original(f"{path}.{leaf}")
+            keys = {f"{form.root}{path}.{leaf}", f"{form.root}{path}.base_layer.{leaf}"}
+            plan.constants.update({key: value for key in keys - taken})
+    for name in host.parameter_names(saved):
+        owner = next(p for p in saved if name.startswith(p + "."))
+        key = f"{form.root}{owner}.original_module{name[len(owner) :]}"
+        plan.constants[key] = host.original(name)
+        plan.copies[key.replace(".original_module", ".modules_to_save")] = form.root + name
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The extras on a model.
+
+    Attributes:
+        controls: values by the name of the base parameter.
+        saved: modules_to_save.
+        biases: names of trained biases outside of these.
+    """
+
+    controls: dict[str, Tensor]
+    saved: list[str]
+    biases: list[str]
+
+
+def describe(attached: Sequence[Attached], host: Host) -> Chosen:
+    """What the extras among the deltas train."""
+    heads = host.sites.head_paths()
+    controls: dict[str, Tensor] = {}
+    saved: dict[str, None] = {}
+    biases: list[str] = []
+    for item in attached:
+        controls.update(item.controls)
+        if isinstance(item.delta, BitFit):
+            biases += item.controls
+            continue
+        for name in item.controls:
+            head = next((path for path in heads if name.startswith(path + ".")), None)
+            saved[head or name.rpartition(".")[0]] = None
+    inside = tuple(path + "." for path in saved)
+    return Chosen(controls, list(saved), [n for n in biases if not n.startswith(inside)])
+
+
+def bias_word(form: Format, chosen: Chosen, paths: Sequence[str]) -> str:
+    """The value of ``bias``: the narrowest that holds the trained biases.
+
+    Raises:
+        InputError: the format has no biases.
+    """
+    if not chosen.biases:
+        return "none"
+    if form.bias_word is None:
+        raise InputError(
+            f"peft's {form.peft_type} has no field for trained biases, so bitfit cannot go with "
+            "it; drop bitfit, or export a lora with it."
+        )
+    at_targets = all(name.rpartition(".")[0] in paths for name in chosen.biases)
+    return form.bias_word if at_targets else "all"
