@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltas import LoRA, PrefixTuning, PromptTuning, attach
+from deltas import (
+    AdaLoRA,
+    Delta,
+    DoRA,
+    LayerNormTuning,
+    LoHa,
+    LoKr,
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+    VeRA,
+    attach,
+)
 from tests.deltas.zoo import H, L, batch_of, d, move, out
 
 with warnings.catch_warnings():
@@ -50,7 +62,7 @@ def test_lora(build: Build, family, kind, sites, rslora):
     )  # fmt: skip
     theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
     alpha = 7 * 4**0.5 if rslora else 7.0
-    controlled = move(attach(model, LoRA(rank=4, alpha=alpha, sites=sites)))
+    controlled = move(attach(model, LoRA(rank=4, alpha=alpha, sites=sites)), scale=0.1)
     saved = peft.get_peft_model_state_dict(theirs)
     renamed = {
         f"base_model.model.{key.removeprefix('lora.')[:-1]}lora_{key[-1]}.weight": value
@@ -101,3 +113,139 @@ def test_prefix(build, family):
     assert_equal(found, out(theirs, batch))
     controlled.detach()
     assert float((found - out(model, batch)).detach().abs().max()) > 1e-2
+
+
+SITES = {
+    "bert": ("query", "value", "intermediate.dense"),
+    "gpt2": ("c_attn", "mlp.c_fc"),
+    "llama": ("q_proj", "v_proj", "down_proj"),
+}
+NORMS = {
+    "bert": ("LayerNorm",),
+    "gpt2": ("ln_1", "ln_2", "ln_f"),
+    "llama": ("input_layernorm", "post_attention_layernorm", "norm"),
+}
+# Our method, theirs, and how the tensors of a site are called there.
+Pair = tuple[Delta, "peft.PeftConfig", dict[str, str]]
+
+
+def low_rank_pairs(family: str) -> dict[str, Pair]:
+    sites = SITES[family]
+    common = {"target_modules": list(sites)}
+    fan = {"fan_in_fan_out": family == "gpt2"}
+    ranks = 4 / (4 + 1e-5)  # theirs guards against a rank of zero
+    pairs: dict[str, Pair] = {
+        "dora": (
+            DoRA(rank=4, alpha=7.0, sites=sites),
+            peft.LoraConfig(r=4, lora_alpha=7, use_dora=True, **common, **fan),
+            {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"},
+        ),
+        "adalora": (
+            AdaLoRA(rank=4, target_rank=2, alpha=7.0 * ranks, sites=sites),
+            peft.AdaLoraConfig(
+                init_r=4, target_r=2, lora_alpha=7, total_step=100, tfinal=10, **common, **fan
+            ),
+            {"Q": "lora_A", "P": "lora_B", "Lambda": "lora_E"},
+        ),
+        "vera": (
+            VeRA(rank=6, sites=sites, projection_seed=3),
+            peft.VeraConfig(r=6, projection_prng_key=3, save_projection=False, **common, **fan),
+            {"b": "vera_lambda_b", "d": "vera_lambda_d"},
+        ),
+    }
+    product = {"W_1.0": "lokr_w1", "W_2.0": "lokr_w2_a", "W_2.1": "lokr_w2_b"}
+    both = {"W_1.0": "lokr_w1_a", "W_1.1": "lokr_w1_b", "W_2.0": "lokr_w2_a", "W_2.1": "lokr_w2_b"}
+    return pairs | {
+        "loha": (
+            LoHa(rank=4, alpha=7.0, sites=sites),
+            peft.LoHaConfig(r=4, alpha=7, **common),
+            {"X_1": "hada_w1_a", "Y_1": "hada_w1_b", "X_2": "hada_w2_a", "Y_2": "hada_w2_b"},
+        ),
+        "lokr": (
+            LoKr(rank=2, alpha=7.0, sites=sites),
+            peft.LoKrConfig(r=2, alpha=7, **common),
+            product,
+        ),
+        "lokr-full": (
+            LoKr(rank=30, alpha=7.0, sites=sites),
+            peft.LoKrConfig(r=30, alpha=7, **common),
+            {"W_1.0": "lokr_w1", "W_2.0": "lokr_w2"},
+        ),
+        "lokr-both": (
+            LoKr(rank=1, alpha=7.0, decompose_both=True, sites=sites),
+            peft.LoKrConfig(r=1, alpha=7, decompose_both=True, **common),
+            both,
+        ),
+        "lokr-factor": (
+            LoKr(rank=2, alpha=7.0, factor=4, sites=sites),
+            peft.LoKrConfig(r=2, alpha=7, decompose_factor=4, **common),
+            product,
+        ),
+    }
+
+
+LYCORIS = ("loha", "lokr", "lokr-full", "lokr-both", "lokr-factor")  # they do not know Conv1D
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(f, n) for f in SITES for n in ("dora", "adalora", "vera", *LYCORIS)
+     if (f, n) not in {("gpt2", lycoris) for lycoris in LYCORIS}],
+)  # fmt: skip
+def test_changes_of_weight(build, family, name):
+    """The tensors of every site, copied into theirs, give the same logits."""
+    model = build(
+        family, "classification" if family == "bert" else "causal-lm", dtype=torch.float32
+    )
+    ours, config, names = low_rank_pairs(family)[name]
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    controlled = move(attach(model, ours), scale=0.1)
+    saved = peft.get_peft_model_state_dict(theirs)
+    renamed = {}
+    for key, value in controlled.trainable().items():
+        path = key.partition(".")[2]
+        leaf = next(leaf for leaf in names if path.endswith("." + leaf))
+        column = value[:, None] if leaf == "Lambda" else value
+        path = path.removesuffix(leaf) + names[leaf]
+        renamed[f"base_model.model.{path}"] = column.detach().clone()
+    assert renamed.keys() == saved.keys()
+    assert all(renamed[key].shape == saved[key].shape for key in saved)
+    assert not peft.set_peft_model_state_dict(theirs, renamed).unexpected_keys
+    batch = batch_of(model)
+    found = out(controlled, batch)
+    controlled.detach()
+    assert_equal(found, out(theirs, batch))
+    assert float((found - out(model, batch)).detach().abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("family", SITES)
+def test_layer_norm(build, family):
+    model = build(
+        family, "classification" if family == "bert" else "causal-lm", dtype=torch.float32
+    )
+    config = peft.LNTuningConfig(target_modules=list(NORMS[family]))
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    controlled = move(attach(model, LayerNormTuning()))
+    renamed = {}
+    for key, value in controlled.trainable().items():
+        path, _, leaf = key.partition(".")[2].rpartition(".")
+        renamed[f"base_model.model.{path}.ln_tuning_layers.{leaf}"] = value.detach().clone()
+    assert renamed.keys() == peft.get_peft_model_state_dict(theirs).keys()
+    peft.set_peft_model_state_dict(theirs, renamed)
+    batch = batch_of(model)
+    found = out(controlled, batch)
+    controlled.detach()
+    assert_equal(found, out(theirs, batch))
+    assert float((found - out(model, batch)).detach().abs().max()) > 1e-2
+
+
+def test_the_pair_of_vera_is_theirs(build):
+    """The same numbers from the same seed, so that nothing of it needs to be stored."""
+    model = build("bert", dtype=torch.float32)
+    _, config, _ = low_rank_pairs("bert")["vera"]
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    controlled = attach(model, VeRA(rank=6, sites=SITES["bert"], projection_seed=3))
+    for name in ("A", "B"):
+        pair = getattr(theirs.base_model, f"vera_{name}")["default"]
+        assert torch.equal(controlled.controls.get_buffer(f"vera.shared.{name}"), pair)
+    controlled.detach()
