@@ -39,6 +39,7 @@ from deltas.methods.prefix import PrefixTuning
 from deltas.methods.prompt import PromptTuning
 from deltas.methods.selected_modules import SelectedModules
 from deltas.methods.subspace import Subspace
+from deltas.methods.unipelt import UniPELT
 from deltas.methods.vera import VeRA
 from deltas.model import DeltaModel, attach
 from deltas.registry import available, from_dict, parse
@@ -73,6 +74,7 @@ __all__ = [
     "SelectedModules",
     "StateBasedTuning",
     "Subspace",
+    "UniPELT",
     "VeRA",
     "attach",
     "available",

@@ -25,7 +25,11 @@ _SLOT = "deltacontrol_prefixes"
 
 
 class Prefix(Protocol):
-    """Gives prefix keys and values, each of shape (heads of keys, length, head width)."""
+    """Gives prefix keys and values, each of shape (heads of keys, length, head width).
+
+    It may have a method ``gate`` besides, which gives factors (batch, queries): a query then sees
+    the keys and values times its own factor.
+    """
 
     def __call__(self) -> tuple[Tensor, Tensor]: ...  # noqa: D102
 
@@ -92,6 +96,9 @@ def _attention(stock: str) -> Callable[..., Any]:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        head_width, gates = value.shape[-1], []
+        if kwargs.get("scaling") is None:
+            kwargs["scaling"] = query.shape[-1] ** -0.5
         for prefix in module.__dict__.get(_SLOT, ()):
             prefix_key, prefix_value = prefix()
             length = prefix_key.shape[1]
@@ -100,13 +107,29 @@ def _attention(stock: str) -> Callable[..., Any]:
             if kwargs.get("position_bias") is not None:
                 kwargs["position_bias"] = pad(kwargs["position_bias"], (length, 0))
             batch = (key.shape[0], -1, -1, -1)
+            own = prefix_key.shape[-1]
+            if hasattr(prefix, "gate"):
+                # Features of its own, in which the query is scaled and the text has none.
+                gates.append(prefix.gate().to(query.dtype)[:, :, None, None])
+                scaled = gates[-1].transpose(1, 2) * query[..., :own]
+                query, key = torch.cat([query, scaled], dim=-1), pad(key, (0, own))
+                prefix_key = pad(prefix_key, (key.shape[-1] - own, 0))
+                prefix_value = pad(prefix_value, (value.shape[-1], 0))
+                value = pad(value, (0, head_width))
+            else:
+                prefix_key = pad(prefix_key, (0, key.shape[-1] - own))
+                prefix_value = pad(prefix_value, (0, value.shape[-1] - head_width))
             key = torch.cat([prefix_key.to(key.dtype).expand(batch), key], dim=2)
             value = torch.cat([prefix_value.to(value.dtype).expand(batch), value], dim=2)
         if stock == "eager":
             function = sys.modules[type(module).__module__].eager_attention_forward
         else:
             function = ALL_ATTENTION_FUNCTIONS[stock]
-        return function(module, query, key, value, attention_mask, **kwargs)
+        output, weights = function(module, query, key, value, attention_mask, **kwargs)
+        if gates:
+            output, *parts = output.split(head_width, dim=-1)
+            output = output + sum(g * part for g, part in zip(gates, parts, strict=True))
+        return output, weights
 
     return forward
 

@@ -61,7 +61,7 @@ def find_spans(host: Host, around: Around, layers: Iterable[int] | None = None) 
         width = state_width(host)
         blocks = host.find(("block",), layers)
         return [Span(b, b, width, width, _float_parameter(b)) for b in blocks]
-    entry, end = (_by_layer(host, name, layers) for name in _ENDS[around])
+    entry, end = (by_layer(host, name, layers) for name in _ENDS[around])
     if entry.keys() != end.keys():
         raise InputError(
             f"{host.sites.model_type} has {_ENDS[around][0]} in the blocks {sorted(entry)} but "
@@ -88,7 +88,8 @@ def state_width(host: Host) -> int:
     return width
 
 
-def _by_layer(host: Host, name: str, layers: Iterable[int] | None) -> dict[int, Site]:
+def by_layer(host: Host, name: str, layers: Iterable[int] | None = None) -> dict[int, Site]:
+    """The first site of that name in every block."""
     found: dict[int, Site] = {}
     for site in host.find((name,), layers):
         if site.layer is not None:

@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 from deltas.base import Delta
 from deltas.host import Host
+from deltas.positions import shift_positions
 from deltas.sites import Site
 from deltas.spans import state_width
 
@@ -32,12 +33,15 @@ class PrefixTuning(Delta):
             ``projection``).
         layers: blocks to act in; None means all.
         projection: k, inner width of the MLP; None trains keys and values themselves.
+        shift: the text's positions start behind the prefix's n, as they do where a prefix is a
+            cache (peft); otherwise they are those of the text alone.
     """
 
     length: int = 16
     init_std: float = 0.02
     layers: tuple[int, ...] | None = None
     projection: int | None = None
+    shift: bool = False
 
     name = "prefix"
     category = "addition"
@@ -57,7 +61,7 @@ class PrefixTuning(Delta):
 
     def build(self, host: Host) -> None:
         """Give every attention module its prefix."""
-        heads, head_width = self._heads(host)
+        heads, head_width = key_value_heads(host)
         sites = host.find(("attention",), self.layers)
         rows = self._lay_rows(host, sites[0]) if self.projection else None
         for site in sites:
@@ -69,6 +73,8 @@ class PrefixTuning(Delta):
                 made = ProjectedPrefix(rows, host.normal(*size, std=self.init_std), heads)
             prefix = host.add(site.path, made, like=_floats(site))
             host.add_prefix(site.module, prefix)
+        if self.shift:
+            shift_positions(host, self.length)
 
     def _lay_rows(self, host: Host, first: Site) -> PrefixRows:
         width, inner = state_width(host), self.projection or 0
@@ -80,7 +86,7 @@ class PrefixTuning(Delta):
 
     def num_parameters(self, host: Host) -> int:
         """2 n d_kv a layer; d_kv counts key/value heads, which grouped queries share."""
-        heads, head_width = self._heads(host)
+        heads, head_width = key_value_heads(host)
         layers = len(host.find(("attention",), self.layers))
         if self.projection is None:
             return layers * 2 * self.length * heads * head_width
@@ -88,16 +94,18 @@ class PrefixTuning(Delta):
         shared = self.length * width + (width + 1) * k
         return shared + layers * (k + 1) * 2 * heads * head_width
 
-    def _heads(self, host: Host) -> tuple[int, int]:
-        config = host.config
-        queries = config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or queries
-        width = (
-            getattr(config, "d_kv", None)
-            or getattr(config, "head_dim", None)
-            or config.hidden_size // queries
-        )
-        return heads, width
+
+def key_value_heads(host: Host) -> tuple[int, int]:
+    """Number of key and value heads, which grouped queries share, and their width."""
+    config = host.config
+    queries = config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = (
+        getattr(config, "d_kv", None)
+        or getattr(config, "head_dim", None)
+        or config.hidden_size // queries
+    )
+    return heads, width
 
 
 def _floats(site: Site) -> Tensor:

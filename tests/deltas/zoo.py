@@ -43,6 +43,7 @@ from deltas import (
     SelectedModules,
     StateBasedTuning,
     Subspace,
+    UniPELT,
     VeRA,
     attach,
 )
@@ -120,12 +121,21 @@ METHODS: dict[str, tuple[Delta, Callable[[Family], int]]] = {
         MixAndMatch(length=3, bottleneck=5, init_std=1.0),
         lambda f: L * (2 * 3 * f.key_width + 2 * 5 * d),
     ),
+    "unipelt": (
+        UniPELT(rank=3, bottleneck=5, length=2, init_std=1.0),
+        lambda f: (
+            L * (3 * (3 * d + f.key_width) + 2 * 2 * f.key_width + 2 * 5 * d + 5 + d + 3 * (d + 1))
+        ),
+    ),
 }
 
 # What an architecture has not, and what the refusal says: tested in test_support.py.
 REFUSED: dict[tuple[str, str], str] = {
     **{(f, "bitfit"): "has no bias" for f, family in FAMILIES.items() if not family.biases},
-    **{("mpnet", name): "does not use the attention interface" for name in ("mam", "prefix")},
+    **{
+        ("mpnet", name): "does not use the attention interface"
+        for name in ("mam", "prefix", "unipelt")
+    },
     **{(f, "ladder"): "two stacks of blocks" for f in ("bart", "t5-seq2seq")},
     ("t5", "head"): "has no head",
     ("t5-seq2seq", "head"): "is tied to",
@@ -158,6 +168,7 @@ RANDOM = {
     "prompt",
     "state-based",
     "subspace",
+    "unipelt",
     "vera",
 }
 PAIRS = [(f, name) for f in FAMILIES for name in METHODS if (f, name) not in REFUSED]
