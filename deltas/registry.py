@@ -59,6 +59,21 @@ def from_dict(config: Mapping[str, Any]) -> Delta:
     return _class(name)(**{k: _convert(name, k, v, known[k][0]) for k, v in values.items()})
 
 
+def completed(config: Any) -> Any:
+    """JSON values with every delta in them as `Delta.to_dict` writes it today.
+
+    A record from before a delta had one of its fields lacks it; the field's default is what the
+    record was made with.
+    """
+    if isinstance(config, Mapping):
+        if config.get("name") in available() and config.keys() <= {"name", *fields(config["name"])}:
+            return from_dict(config).to_dict()
+        return {key: completed(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [completed(item) for item in config]
+    return config
+
+
 def parse(text: str) -> Delta:
     """The delta of a text such as ``lora:rank=16,sites=attention.query+mlp.up``.
 

@@ -31,9 +31,11 @@ def committed(folder: Path, experiments: Sequence[Experiment]) -> list[Record]:
     Raises:
         InputError: Some are missing, or one configuration has several records.
     """
+    from deltas.registry import completed  # imports torch
+
     found: dict[tuple[str, str], Record] = {}
     for record in RunStore(folder).records():
-        key = (record.kind, canonical_json(record.config))
+        key = (record.kind, canonical_json(completed(record.config)))
         if key in found:
             raise InputError(
                 f"{folder} has two records of one configuration, {found[key].id} and {record.id}, "

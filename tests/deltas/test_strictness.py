@@ -24,6 +24,7 @@ from deltas import (
     from_dict,
     parse,
 )
+from deltas.registry import completed
 from tests.deltas.zoo import FAMILIES, METHODS, P, V, assert_same, batch_of, d, out, snapshot
 from theory.errors import InputError
 
@@ -204,3 +205,12 @@ def test_the_registry_knows_every_delta_and_returns_it():
     assert parse(text) == expected == from_dict(expected.to_dict())
     assert parse("lora:layers=none").layers is None
     assert parse("subspace:projection=dense,projection_seed=3") == Subspace(1000, "dense", 3)
+
+
+def test_a_record_without_a_new_field_is_completed_by_its_default():
+    whole = LoRA(rank=4).to_dict()
+    old = {key: value for key, value in whole.items() if key != "dropout"}
+    config = {"deltas": [old], "delta": old, "name": "lora of another kind", "steps": 3}
+    found = completed(config)
+    assert found == {**config, "deltas": [whole], "delta": whole}
+    assert completed({"name": "lora", "colour": "red"}) == {"name": "lora", "colour": "red"}
