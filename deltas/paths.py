@@ -69,20 +69,34 @@ def check_dropout(name: str, probability: float) -> None:
         raise InputError(f"{name}: dropout is {probability}; expected 0 <= dropout < 1.")
 
 
+def widths(site: Site) -> tuple[int, int]:
+    """Width of the input and of the output of the map; an embedding maps one-hot tokens."""
+    if isinstance(site.module, nn.Embedding):
+        return site.module.num_embeddings, site.module.embedding_dim
+    return site.in_features, site.out_features
+
+
 def low_rank_sites(
-    host: Host, name: str, rank: int, sites: Iterable[str], layers: Iterable[int] | None
+    host: Host,
+    name: str,
+    rank: int,
+    sites: Iterable[str],
+    layers: Iterable[int] | None,
+    *,
+    embeddings: bool = False,
 ) -> list[Site]:
-    """Linear maps that can take a path of this rank.
+    """Linear maps, and ``embeddings`` where they are wanted, that can take a path of this rank.
 
     Raises:
-        InputError: a site is no linear map, or narrower than the rank.
+        InputError: a site is no such map, or narrower than the rank.
     """
     found = host.find(sites, layers)
     for site in found:
-        bound = min(site.in_features, site.out_features)
+        wide, narrow = widths(site) if embeddings else (site.in_features, site.out_features)
+        bound = min(wide, narrow)
         if rank > bound:
             raise InputError(
                 f"{name}: rank {rank} is above the width {bound} of {site.path} "
-                f"({site.in_features} -> {site.out_features}); choose a rank from 1 to {bound}."
+                f"({wide} -> {narrow}); choose a rank from 1 to {bound}."
             )
     return found

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from deltas.host import Host
 from deltas.interop.format import Attached, Slot
+from deltas.paths import widths
+from deltas.sites import Site
 from theory.errors import InputError
 
 
@@ -53,12 +55,8 @@ def side_by_side(pieces: Sequence[Piece]) -> Piece:
 
 
 def features(path: str, host: Host) -> tuple[int, int]:
-    """Width of the input and of the output of a linear map; an embedding's input is one-hot."""
-    module = host.sites.modules[path]
-    if isinstance(module, nn.Embedding):
-        return module.num_embeddings, module.embedding_dim
-    (site,) = [site for site in host.find((path,)) if site.path == path]
-    return site.in_features, site.out_features
+    """Width of the input and of the output of the map at a path."""
+    return widths(Site(path, host.sites.modules[path]))
 
 
 def factor_slots(root: str, path: str, rank: int, host: Host) -> list[Slot]:

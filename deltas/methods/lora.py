@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 
 from deltas.base import Delta
 from deltas.host import Host
-from deltas.paths import WeightPath, check_dropout, lay, low_rank_sites
+from deltas.paths import WeightPath, check_dropout, lay, low_rank_sites, widths
 from deltas.sites import Site
 from theory.errors import InputError
 
@@ -26,10 +26,13 @@ class LoRA(Delta):
     Eq. 2–4), and the path is s·(B A - B₀ A₀): the same function as their W - s·B₀ A₀ + s·B A, with
     the base weight left as it is and the start exact.
 
+    An embedding E is the linear map of one-hot tokens: E(i) + s·B A e_i. There A starts at zero and
+    B Gaussian, so that the tokens of a batch move at once, and no input is dropped.
+
     Attributes:
         rank: r.
         alpha: α.
-        sites: linear maps that get a path.
+        sites: linear maps and embeddings that get a path.
         layers: blocks to act in; None means all.
         dropout: probability of dropping an input of the path while training.
         scaling: s is α/r ("standard") or α/√r ("rslora", Kalajdzievski, Theorem 3.2), which keeps
@@ -73,20 +76,39 @@ class LoRA(Delta):
 
     def build(self, host: Host) -> None:
         """Add a path at every site."""
+        fixed = self.init == "svd"
         for site in self._checked_sites(host):
-            down, up = self._start(host, site)
-            path = LowRankPath(down, up, self.scale, site, self.dropout, fixed=self.init == "svd")
-            lay(host, site, path)
+            if isinstance(site.module, nn.Embedding):
+                path: nn.Module = self._lay_embedding(host, site, site.module)
+            else:
+                down, up = self._start(host, site)
+                path = LowRankPath(down, up, self.scale, site, self.dropout, fixed=fixed)
+                lay(host, site, path)
             if self.step_ratio != 1:
                 host.scale_rate(path, "B", self.step_ratio)
 
     def num_parameters(self, host: Host) -> int:
         """Σ r (d_in + d_out)."""
-        sites = self._checked_sites(host)
-        return sum(self.rank * (site.in_features + site.out_features) for site in sites)
+        return sum(self.rank * sum(widths(site)) for site in self._checked_sites(host))
 
     def _checked_sites(self, host: Host) -> list[Site]:
-        return low_rank_sites(host, self.name, self.rank, self.sites, self.layers)
+        found = low_rank_sites(host, self.name, self.rank, self.sites, self.layers, embeddings=True)
+        for site in found:
+            if self.init == "svd" and isinstance(site.module, nn.Embedding):
+                raise InputError(
+                    f"lora: {site.path} is an embedding, which init=svd does not start; choose "
+                    "init=kaiming, or linear maps alone."
+                )
+        return found
+
+    def _lay_embedding(self, host: Host, site: Site, module: nn.Embedding) -> EmbeddingPath:
+        down = torch.zeros(self.rank, module.num_embeddings)
+        up = host.normal(module.embedding_dim, self.rank, std=1.0)
+        path = EmbeddingPath(down, up, self.scale, module)
+        host.add(site.path, path, like=host.weight(site))
+        host.on_output(module, path)
+        host.on_merge(f"{site.path}.weight", path.merged)
+        return path
 
     def _start(self, host: Host, site: Site) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r)."""
@@ -149,3 +171,28 @@ class LowRankPath(WeightPath):
         if self.A_0 is not None and self.B_0 is not None:
             change = change - linear(linear(x, self.A_0) * self.scale, self.B_0)
         return change
+
+
+class EmbeddingPath(nn.Module):
+    """E(i) ↦ E(i) + s·B A e_i; A (rank, vocabulary), B (width, rank).
+
+    An embedding that scales its output (Gemma's) scales the path with it.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, scale: float, module: nn.Embedding) -> None:
+        super().__init__()
+        self.A = nn.Parameter(down)
+        self.B = nn.Parameter(up)
+        self.scale = scale
+        self.__dict__["module"] = module  # the base's own: no submodule
+
+    def forward(self, inputs: tuple, output: Tensor) -> Tensor:
+        """The embedded tokens with the path's contribution added."""
+        change = linear(embedding(inputs[0], self.A.T), self.B) * self.scale
+        gain = getattr(self.__dict__["module"], "embed_scale", None)
+        return output + (change if gain is None else change * gain)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The table (vocabulary, width) with the change, in float64."""
+        change = self.B.detach().double() @ self.A.detach().double()
+        return weight + self.scale * change.T

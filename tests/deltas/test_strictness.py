@@ -40,7 +40,8 @@ REFUSALS: list[tuple[Delta, str, str, tuple[str, ...]]] = [
     (LoRA(sites=("",)), "bert", CLS, ("''", "matches no module")),
     (LoRA(sites=("(",)), "bert", CLS, ("'('", "not a regular expression")),
     (LoRA(sites=("norm",)), "bert", CLS, ("LayerNorm", "not a linear map", "attention.query")),
-    (LoRA(sites=("embedding",)), "gpt2", CLS, ("Embedding", "not a linear map")),
+    (HoulsbyAdapter(sites=("embedding",)), "gpt2", CLS, ("Embedding", "not a linear map")),
+    (LoRA(sites=("embedding",), init="svd"), "gpt2", CLS, ("embedding", "init=svd", "kaiming")),
     (LoRA(sites="query"), "bert", CLS, ("the text 'query'", "('query',)")),  # type: ignore[arg-type]
     (LoRA(rank=33), "bert", CLS, ("rank 33", "width 32", "self.query", "1 to 32")),
     (LoRA(rank=17), "llama", CLS, ("rank 17", "width 16", "v_proj", "1 to 16")),

@@ -142,7 +142,8 @@ def _pieces(item: Attached, site: Site) -> list[Piece]:
     rooted = getattr(delta, "scaling", "standard") == "rslora"
 
     def piece(down: Tensor, up: Tensor) -> Piece:
-        return Piece(down, site.spread(up.T).T, scale, delta.alpha, rooted)
+        whole_up = up if site.part is None else site.spread(up.T).T
+        return Piece(down, whole_up, scale, delta.alpha, rooted)
 
     pieces = [piece(item.controls[f"{key}.A"], item.controls[f"{key}.B"])]
     start = getattr(path, "A_0", None), getattr(path, "B_0", None)
