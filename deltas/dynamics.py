@@ -56,7 +56,7 @@ class TransformerDynamics(Dynamics):
                 f"the control {delta_model.host.shared[0]} acts on all layers at once, so it has "
                 "no layer of its own; the layered dynamics take layer-wise deltas such as lora."
             )
-        if delta_model.model.config.is_encoder_decoder:
+        if delta_model.host.sites.num_stacks > 1:
             raise InputError(
                 "the layered dynamics take encoders and decoders; give the encoder of an "
                 "encoder-decoder, for example T5EncoderModel."

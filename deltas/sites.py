@@ -333,6 +333,11 @@ class SiteMap:
         """The blocks, in order."""
         return [self.modules[path] for path in self.block_paths]
 
+    @property
+    def num_stacks(self) -> int:
+        """Lists that the blocks lie in: two in an encoder-decoder."""
+        return len({path.rpartition(".")[0] for path in self.block_paths})
+
     def layer_of(self, path: str) -> int | None:
         """Index of the block that contains ``path``; None outside the blocks."""
         for index, block in enumerate(self.block_paths):

@@ -88,7 +88,7 @@ class LadderSideTuning(Delta):
         return (depth + 2) * width * side + depth * (2 * _EXPANSION * side**2 + 1)
 
     def _widths(self, host: Host) -> tuple[int, int]:
-        if len({path.rpartition(".")[0] for path in host.sites.block_paths}) > 1:
+        if host.sites.num_stacks > 1:
             raise InputError(
                 f"ladder: {host.sites.model_type} has two stacks of blocks with other tokens in "
                 "each, and a ladder stands beside one; give the encoder, for example "

@@ -307,6 +307,10 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
+ONE_STACK = [f for f in FAMILIES if f not in ("bart", "t5-seq2seq")]
+TEXT = [f for f in ONE_STACK if FAMILIES[f].reads == "tokens"]
+
+
 @cache
 def build(
     family: str,

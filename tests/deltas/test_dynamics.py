@@ -27,9 +27,10 @@ from deltas import (
 )
 from deltas.dynamics import TransformerDynamics, control_problem
 from tests.deltas.zoo import (
+    DEEP,
     FAMILIES,
     METHODS,
-    PAIRS,
+    ONE_STACK,
     V,
     assert_same,
     batch_of,
@@ -44,10 +45,19 @@ from theory.errors import InputError
 from theory.problem import ControlProblem
 
 Build = Callable[..., PreTrainedModel]
-# What has no layer of its own (subspace), or reaches a later block beside the state (a bias of
-# relative positions, which the first block or the encoder computes for all).
+# What reaches a later block beside the state: a bias of relative positions, which the first block
+# or the encoder computes for all.
 NOT_LAYERED = {("t5", "full"), ("mpnet", "full")}
-LAYERED = [pair for pair in PAIRS if pair not in NOT_LAYERED and pair[1] != "subspace"]
+SHARED = ("compacter", "ladder", "subspace")  # no layer of their own
+LAYERED = [
+    (family, method)
+    for family, method in DEEP
+    if (family, method) not in NOT_LAYERED and method not in SHARED and family in ONE_STACK
+]
+# Hidden states are shown behind the last norm.
+PRE_NORM = (
+    "gpt2", "gpt_neox", "opt", "llama", "qwen3", "gemma3", "t5", "modernbert", "whisper",
+)  # fmt: skip
 LABELS = torch.tensor([0, 1, 1])
 
 
@@ -67,18 +77,20 @@ class TestStages:
         controlled = move(attach(model, METHODS[method][0]))
         problem = problem_of(controlled, batch, family)
         dynamics, u = problem.dynamics, problem.dynamics.controls()
-        assert dynamics.replay_error == 0.0
+        # Torch may lay out a product of three factors in another way where it needs a gradient.
+        rounding = 1e-14 if method == "lokr" else 0.0
+        assert dynamics.replay_error <= rounding
         assert sum(dynamics.control_sizes) == controlled.num_trainable
 
         states = problem.rollout(u)
         # A cache lays keys out differently, which changes the rounding.
-        plain = {"use_cache": False} if family in ("gpt2", "opt", "llama") else {}
+        plain = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
         output = controlled(**batch, **plain, output_hidden_states=True)
-        assert torch.equal(states[-1], out(controlled, batch, **plain))
+        assert relative([states[-1]], [out(controlled, batch, **plain)]) <= rounding
         # Decoders and T5 show their last state behind the final norm; a prompt leaves before it.
-        pre_norm = family in ("gpt2", "opt", "llama", "t5") or method == "prompt"
+        pre_norm = family in PRE_NORM or method in ("p-tuning", "prompt")
         for state, hidden in zip(states[1 : -2 if pre_norm else -1], output.hidden_states):  # noqa: B905
-            assert torch.equal(state, hidden)
+            assert relative([state], [hidden]) <= rounding
 
         evaluation = problem.evaluate(u)
         loss = problem.cost.terminal(dynamics.logits())
@@ -88,7 +100,7 @@ class TestStages:
         assert sorted(order) == sorted(names)
         expected = [expected[names.index(name)] for name in order]
         assert relative(evaluation.gradient, expected) <= 1e-12
-        assert float(abs(evaluation.objective - loss.detach())) == 0.0
+        assert float(abs(evaluation.objective - loss.detach())) <= rounding
 
     @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "opt"])
     def test_sdpa_gives_the_same(self, build: Build, family):

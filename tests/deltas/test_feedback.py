@@ -24,7 +24,8 @@ from theory.errors import InputError
 from theory.feedback import AffineFeedback
 
 F64 = torch.float64
-each_family = pytest.mark.parametrize("family", zoo.FAMILIES)
+each_family = pytest.mark.parametrize("family", zoo.ONE_STACK)
+each_text = pytest.mark.parametrize("family", zoo.TEXT)
 STATES = zoo.L + 1
 
 
@@ -69,7 +70,7 @@ def test_the_whole_space_corrects_nothing(family: str, build: Build) -> None:
             assert torch.equal(zoo.out(model, batch), plain)
 
 
-@each_family
+@each_text
 def test_padding_does_not_matter(family: str, build: Build) -> None:
     model = build(family)
     law = PIDCorrection(subspaces(8), 0.4, 0.1, 0.1)
@@ -197,7 +198,7 @@ def test_bad_sites_and_laws_are_refused(build: Build) -> None:
     zoo.assert_same(before, zoo.snapshot(model))
 
 
-@each_family
+@each_text
 def test_calibration_is_the_covariance_of_correct_texts_without_padding(
     family: str, build: Build
 ) -> None:

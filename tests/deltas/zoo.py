@@ -22,16 +22,20 @@ from deltas import (
     Compacter,
     Delta,
     DeltaModel,
+    DiffPruning,
     DoRA,
+    FisherMask,
     FullFineTuning,
     HeadTuning,
     HoulsbyAdapter,
+    IntrinsicPrompt,
     LadderSideTuning,
     LastLayers,
     LayerNormTuning,
     LoHa,
     LoKr,
     LoRA,
+    LotteryTicket,
     LowRankAdapter,
     MixAndMatch,
     MixtureOfControl,
@@ -40,8 +44,10 @@ from deltas import (
     PrefixTuning,
     PromptTuning,
     PTuning,
+    RandomMask,
     SelectedModules,
     StateBasedTuning,
+    StructuredSubspace,
     Subspace,
     UniPELT,
     VeRA,
@@ -50,6 +56,8 @@ from deltas import (
 from tests.deltas.architectures import (  # noqa: F401 - tests take all of it from here
     CLASSES,
     FAMILIES,
+    ONE_STACK,
+    TEXT,
     TOKENS,
     Family,
     H,
@@ -87,6 +95,16 @@ METHODS: dict[str, tuple[Delta, Callable[[Family], int]]] = {
     "loha": (LoHa(rank=3), lambda f: L * 2 * 3 * (2 * d + d + f.key_width)),
     # 32 = 4 * 8 and 16 = 4 * 4: a full first factor, and a product of rank 3 for the second.
     "lokr": (LoKr(rank=3), lambda f: L * (2 * 4 * 4 + 3 * (2 * 8 + 8 + f.key_width // 4))),
+    "random-mask": (RandomMask(density=0.01), lambda f: round(0.01 * (f.total - f.head))),
+    "fisher-mask": (FisherMask(density=0.01), lambda f: round(0.01 * (f.total - f.head))),
+    "lottery-ticket": (LotteryTicket(), lambda f: f.total - f.head),
+    # Gates half open: at their usual start they are clamped, and have no gradient.
+    "diff-pruning": (
+        DiffPruning(structured=False, log_alpha=1.0),
+        lambda f: 2 * (f.total - f.head),
+    ),
+    "said": (StructuredSubspace(dimension=11), lambda _: 11),
+    "intrinsic-prompt": (IntrinsicPrompt(length=4, dimension=3), lambda _: 3),
     "subspace": (Subspace(dimension=11), lambda _: 11),
     "pfeiffer": (PfeifferAdapter(bottleneck=5), lambda _: L * (2 * 5 * d + d + 5)),
     "adapterdrop": (
@@ -142,7 +160,7 @@ REFUSED: dict[tuple[str, str], str] = {
     **{
         (f, name): "not tokens through a table of embeddings"
         for f, family in FAMILIES.items()
-        for name in ("p-tuning", "prompt")
+        for name in ("intrinsic-prompt", "p-tuning", "prompt")
         if family.reads != "tokens"
     },
 }
@@ -154,6 +172,7 @@ RANDOM = {
     "compacter",
     "dora",
     "houlsby",
+    "intrinsic-prompt",
     "ladder",
     "loha",
     "lokr",
@@ -166,6 +185,8 @@ RANDOM = {
     "pfeiffer",
     "prefix",
     "prompt",
+    "random-mask",
+    "said",
     "state-based",
     "subspace",
     "unipelt",
