@@ -21,7 +21,7 @@ from deltas import (
     Subspace,
     attach,
 )
-from tests.deltas.zoo import FAMILIES, H, L, V, batch_of, d, m, move, out
+from tests.deltas.zoo import FAMILIES, TEXT, H, L, V, batch_of, d, m, move, out
 from theory.projections import DenseProjection, FastfoodProjection
 
 Build = Callable[..., PreTrainedModel]
@@ -44,7 +44,9 @@ class TestLoRA:
                 path, part = key.removeprefix("lora.").removesuffix(".A"), slice(None)
                 if path.rpartition(".")[2][0].isdigit():  # a slice of a fused matrix
                     path, _, columns = path.rpartition(".")
-                    part = slice(*map(int, columns.split("-")))
+                    part = torch.arange(*map(int, columns.split("-")))
+                    if family == "gpt_neox":  # of every head
+                        part = (torch.arange(H)[:, None] * 3 * (d // H) + part).flatten()
                 module = merged.get_submodule(path)
                 if isinstance(module, torch.nn.Linear):
                     module.weight[part] += change
@@ -173,7 +175,9 @@ class TestPrefix:
         )
         controlled.detach()
 
-    @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mpnet"])
+    @pytest.mark.parametrize(
+        "family", [*(f for f in TEXT if f != "mpnet"), "bart", "vit", "dinov2"]
+    )
     @pytest.mark.parametrize("attention", ["eager", "sdpa"])
     def test_reaches_every_token(self, build, family, attention):
         """Also the first one of a causal model, with padding and without."""
@@ -188,14 +192,15 @@ class TestPrefix:
             with torch.no_grad():
                 next(p for n, p in controlled.trainable().items() if "values" in n).add_(1.0)
             change = (out(controlled, batch) - before).abs().amax(-1)
-            assert bool((change[batch["attention_mask"].bool()] > 1e-3).all())
+            real = batch["attention_mask"].bool() if "attention_mask" in batch else ...
+            assert bool((change[real] > 1e-3).all())
         controlled.detach()
 
 
 class TestPrompt:
     @pytest.mark.parametrize(
         ("family", "kind"),
-        [(family, "backbone") for family in FAMILIES if family != "t5"]
+        [(family, "backbone") for family in TEXT if family != "t5"]
         + [("t5", "classification")]  # its encoder
         + [(family, "causal-lm") for family in ("gpt2", "opt", "llama")]
         + [(family, "masked-lm") for family in ("bert", "mpnet", "distilbert", "electra")],
@@ -221,6 +226,29 @@ class TestPrompt:
         torch.testing.assert_close(found[0][real], expected[real], rtol=0, atol=1e-12)
         if getattr(model, "pooler", None) is not None:
             torch.testing.assert_close(found.pooler_output, model.pooler(expected))
+
+    @pytest.mark.parametrize(
+        ("family", "kind"), [("bart", "backbone"), ("t5-seq2seq", "classification")]
+    )
+    def test_enters_the_encoder_of_an_encoder_decoder(self, build, family, kind):
+        """The decoder sees the text's own states, which have seen the prompt."""
+        model = build(family, kind)
+        batch = batch_of(model)
+        batch["decoder_input_ids"] = batch["input_ids"][:, :4]
+        controlled = move(attach(model, PromptTuning(length=3)))
+        (rows,) = (row.detach() for row in controlled.trainable().values())
+        found = out(controlled, batch).detach()
+        controlled.detach()
+        text = model.get_input_embeddings()(batch["input_ids"])
+        longer = torch.cat([rows.expand(3, -1, -1), text], dim=1)
+        mask = torch.cat([torch.ones(3, 3, dtype=torch.long), batch["attention_mask"]], dim=1)
+        states = model.get_encoder()(inputs_embeds=longer, attention_mask=mask)[0][:, 3:]
+        expected = model(
+            encoder_outputs=(states,),
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=batch["decoder_input_ids"],
+        )[0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=FAMILIES[family].tolerance)
 
     def test_leaves_once_where_all_layers_are_one(self):
         """ALBERT runs the same block again and again, and takes its first token before pooling."""
