@@ -8,13 +8,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, T5ForConditionalGeneration
 
 from deltas import (
+    AttentionControl,
     Delta,
     DeltaModel,
     HoulsbyAdapter,
+    LadderSideTuning,
     LoRA,
     PrefixTuning,
     PromptTuning,
+    StateBasedTuning,
     Subspace,
+    UniPELT,
     attach,
 )
 from tests.deltas.zoo import FAMILIES, V, move
@@ -32,6 +36,11 @@ DELTAS: dict[str, tuple[Delta, ...]] = {
     "prompt+prefix": (PromptTuning(length=4), PrefixTuning(length=3, init_std=1.0)),
     "two prompts": (PromptTuning(length=2), PromptTuning(length=3)),
     "subspace": (Subspace(dimension=5),),
+    "attention-control": (AttentionControl(rank=3), AttentionControl(rank=2, around="block")),
+    "ladder": (LadderSideTuning(reduction=4),),
+    "state-based": (StateBasedTuning(rank=3),),
+    "unipelt": (UniPELT(rank=3, bottleneck=4, length=2, init_std=1.0),),
+    "unipelt+prompt": (PromptTuning(length=3), UniPELT(3, 4, 2, init_std=1.0), AttentionControl(2)),
 }
 
 
@@ -94,7 +103,8 @@ def test_logits_of_a_cached_pass_are_those_of_a_whole_pass(build, family):
     """Several tokens at once behind a cache, where the mask is neither square nor a single row."""
     for attention in ("eager", "sdpa"):
         model = build(family, "causal-lm", attention=attention)
-        for deltas in (DELTAS["prefix"], DELTAS["prompt"], DELTAS["prompt+prefix"]):
+        names = ("prefix", "prompt", "prompt+prefix", "attention-control", "unipelt+prompt")
+        for deltas in map(DELTAS.__getitem__, names):
             controlled = move(attach(model, *deltas))
             ids = texts(False)["input_ids"]
             whole = controlled(input_ids=ids, use_cache=False).logits
@@ -107,8 +117,8 @@ def test_logits_of_a_cached_pass_are_those_of_a_whole_pass(build, family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_static_cache_works_or_is_refused_for_a_prompt(build, family):
-    """It has no room for the prompt's rows."""
+def test_a_static_cache_works_or_is_refused(build, family):
+    """It has no room for the rows of a prompt, nor for what a control keeps of a token."""
     model = build(family, "causal-lm", attention="sdpa")
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     options["cache_implementation"] = "static"
@@ -117,6 +127,11 @@ def test_a_static_cache_works_or_is_refused_for_a_prompt(build, family):
     with pytest.raises(InputError, match="static cache.*cache_implementation='dynamic'"):
         model.generate(**texts(False), **options)
     controlled.detach()
+    for name in ("attention-control", "unipelt"):
+        controlled = move(attach(model, *DELTAS[name]))
+        with pytest.raises(InputError, match="cache that grows.*cache_implementation='dynamic'"):
+            model.generate(**texts(False), **options)
+        controlled.detach()
     for deltas in (DELTAS["lora"], DELTAS["prefix"]):
         controlled = move(attach(model, *deltas), scale=0.5)
         found = model.generate(**texts(True), **options)
@@ -127,7 +142,11 @@ def test_a_static_cache_works_or_is_refused_for_a_prompt(build, family):
 
 
 @pytest.mark.parametrize(
-    "delta", [LoRA(rank=2), PrefixTuning(2, init_std=1.0), PromptTuning(2), Subspace(5)],
+    "delta",
+    [
+        LoRA(rank=2), PrefixTuning(2, init_std=1.0), PromptTuning(2), Subspace(5),
+        AttentionControl(2), UniPELT(2, 4, 2),
+    ],
     ids=lambda delta: delta.name,
 )  # fmt: skip
 def test_an_encoder_decoder_generates(delta: Delta):
