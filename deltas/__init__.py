@@ -18,17 +18,21 @@ from deltas.methods.adapterdrop import AdapterDrop
 from deltas.methods.attention_control import AttentionControl
 from deltas.methods.bitfit import BitFit
 from deltas.methods.compacter import Compacter
+from deltas.methods.diff_pruning import DiffPruning
 from deltas.methods.dora import DoRA
+from deltas.methods.fisher_mask import FisherMask
 from deltas.methods.full import FullFineTuning
 from deltas.methods.head import HeadTuning
 from deltas.methods.houlsby import HoulsbyAdapter
 from deltas.methods.ia3 import IA3
+from deltas.methods.intrinsic_prompt import IntrinsicPrompt
 from deltas.methods.ladder import LadderSideTuning
 from deltas.methods.last_layers import LastLayers
 from deltas.methods.layer_norm import LayerNormTuning
 from deltas.methods.loha import LoHa
 from deltas.methods.lokr import LoKr
 from deltas.methods.lora import LoRA
+from deltas.methods.lottery_ticket import LotteryTicket
 from deltas.methods.low_rank_adapter import LowRankAdapter
 from deltas.methods.mam import MixAndMatch
 from deltas.methods.mixture_of_control import MixtureOfControl
@@ -37,6 +41,8 @@ from deltas.methods.parallel import ParallelAdapter, StateBasedTuning
 from deltas.methods.pfeiffer import PfeifferAdapter
 from deltas.methods.prefix import PrefixTuning
 from deltas.methods.prompt import PromptTuning
+from deltas.methods.random_mask import RandomMask
+from deltas.methods.said import StructuredSubspace
 from deltas.methods.selected_modules import SelectedModules
 from deltas.methods.subspace import Subspace
 from deltas.methods.unipelt import UniPELT
@@ -52,27 +58,33 @@ __all__ = [
     "Compacter",
     "Delta",
     "DeltaModel",
+    "DiffPruning",
     "DoRA",
+    "FisherMask",
     "FullFineTuning",
     "HeadTuning",
     "HoulsbyAdapter",
     "IA3",
+    "IntrinsicPrompt",
     "LadderSideTuning",
     "LastLayers",
     "LayerNormTuning",
     "LoHa",
     "LoKr",
     "LoRA",
+    "LotteryTicket",
     "LowRankAdapter",
     "MixAndMatch",
     "MixtureOfControl",
+    "PTuning",
     "ParallelAdapter",
     "PfeifferAdapter",
     "PrefixTuning",
     "PromptTuning",
-    "PTuning",
+    "RandomMask",
     "SelectedModules",
     "StateBasedTuning",
+    "StructuredSubspace",
     "Subspace",
     "UniPELT",
     "VeRA",

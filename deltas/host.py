@@ -105,7 +105,7 @@ class Host:
         self.rate_factors: dict[str, float] = {}  # control parameter -> factor on the learning rate
         self.preparations: list[Callable[[Losses], None]] = []
         self.penalties: list[Callable[[], Tensor]] = []
-        self.after_step: list[Callable[[int, int], None]] = []
+        self.after_step: list[Callable[[int, int], bool | None]] = []
         self.merges: list[Merge] = []
         self._undo: list[Callable[[], None]] = []
         self._originals: dict[str, nn.Parameter] = {}
@@ -325,8 +325,15 @@ class Host:
             InputError: another delta controls one of the parameters already.
         """
         originals = {name: self.parameter(name) for name in names}
+        merging: dict[str, Tensor] = {}  # computed once for all, and each taken out when used
+
+        def merged(name: str) -> Tensor:
+            if name not in merging:
+                merging.update({n: value.detach() for n, value in values().items()})
+            return merging.pop(name).double()
+
         for name in names:
-            self.on_merge(name, lambda _, n=name: values()[n].detach().double(), whole=True)
+            self.on_merge(name, lambda _, n=name: merged(n), whole=True)
         owned = {id(p): name for name, p in originals.items()}
         places = {n: owned[id(p)] for n, p in self._owners().items() if id(p) in owned}
         self._refuse_taken(places)
@@ -417,8 +424,12 @@ class Host:
         """Add a scalar to the training loss."""
         self.penalties.append(penalty)
 
-    def on_step(self, act: Callable[[int, int], None]) -> None:
-        """Call ``act(step, num_steps)`` after update ``step`` (from 1); gradients still stand."""
+    def on_step(self, act: Callable[[int, int], bool | None]) -> None:
+        """Call ``act(step, num_steps)`` after update ``step`` (from 1); gradients still stand.
+
+        It returns true where it has put the controls elsewhere, so that the optimiser should
+        forget its moments.
+        """
         self.after_step.append(act)
 
     def scale_rate(self, controller: nn.Module, leaf: str, factor: float) -> None:

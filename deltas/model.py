@@ -123,10 +123,13 @@ class DeltaModel(nn.Module):
         """What the deltas add to the training loss, a scalar."""
         return torch.stack([penalty() for penalty in self.host.penalties]).sum()
 
-    def after_step(self, step: int, num_steps: int) -> None:
-        """To be called after update ``step`` of 1..num_steps, while the gradients still stand."""
-        for act in self.host.after_step:
-            act(step, num_steps)
+    def after_step(self, step: int, num_steps: int) -> bool:
+        """To be called after update ``step`` of 1..num_steps, while the gradients still stand.
+
+        Returns:
+            Whether the optimiser should start afresh, because controls were put elsewhere.
+        """
+        return any([act(step, num_steps) for act in self.host.after_step])
 
     @property
     def rate_factors(self) -> dict[str, float]:
@@ -150,26 +153,38 @@ class DeltaModel(nn.Module):
                     "Keep it attached, or detach() it."
                 )
         host = self.host
-        merged: dict[str, Tensor] = {}
-        # What stands for a parameter comes before what acts beside it, whatever the order; what
-        # changes the input of a map acts on the sum of both.
-        for merge in sorted(host.merges, key=lambda merge: (not merge.whole, merge.last)):
+        for merge in host.merges:
             if not merge.whole and (tied := host.tied(merge.name)):
                 raise InputError(
                     f"{merge.namespace} cannot be merged: it acts at {merge.name}, which is tied "
                     f"to {', '.join(tied)} and would change there too. Untie the model "
                     "(tie_word_embeddings=False), or choose other sites."
                 )
-            before = merged.get(merge.name)
-            if before is None:
-                before = host.original(merge.name).detach().double()
-            merged[merge.name] = merge.value(before)
+        training = self.controls.training
+        self.controls.eval()  # without what training draws at random
+        try:
+            merged = self._merged()
+        finally:
+            self.controls.train(training)
         model = self.detach()
         with torch.no_grad():
             for name, value in merged.items():
                 parameter = model.get_parameter(name)
                 parameter.copy_(value)
         return model
+
+    def _merged(self) -> dict[str, Tensor]:
+        """The base parameters in float64 with all controls in them, by name."""
+        host = self.host
+        merged: dict[str, Tensor] = {}
+        # What stands for a parameter comes before what acts beside it, whatever the order; what
+        # changes the input of a map acts on the sum of both.
+        for merge in sorted(host.merges, key=lambda merge: (not merge.whole, merge.last)):
+            before = merged.get(merge.name)
+            if before is None:
+                before = host.original(merge.name).detach().double()
+            merged[merge.name] = merge.value(before)
+        return merged
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the controls, on the CPU, to be saved."""

@@ -265,7 +265,8 @@ class _Loop:
         if finite:
             self.prepared.step()
             self.run.step = step + 1
-            self.delta_model.after_step(step + 1, settings.steps)
+            if self.delta_model.after_step(step + 1, settings.steps):
+                self.optimizer.state.clear()
         self.optimizer.zero_grad(set_to_none=True)
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()

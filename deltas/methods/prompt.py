@@ -66,11 +66,17 @@ class PromptTuning(Delta):
 
 
 def lay_prompt(
-    host: Host, rows: Tensor, encoder: nn.Module | None = None, *, strip: bool = True
+    host: Host,
+    rows: Tensor,
+    encoder: nn.Module | None = None,
+    *,
+    length: int | None = None,
+    strip: bool = True,
 ) -> None:
     """Let rows (n, d), or what ``encoder`` makes of them, enter in front of the embedded text.
 
-    ``strip`` takes them off again behind the blocks.
+    ``length`` is n where the encoder takes something of another shape, and ``strip`` takes the rows
+    off again behind the blocks.
 
     Raises:
         InputError: the model takes no embeddings in the place of tokens.
@@ -79,7 +85,7 @@ def lay_prompt(
     path = host.sites.embedding_path or host.sites.backbone_path
     limit = getattr(host.config, "max_position_embeddings", None)
     embedding = host.model.get_input_embeddings()
-    prompt = Prompt(rows, embedding, limit, _first_position(stack), encoder)
+    prompt = Prompt(rows, embedding, limit, _first_position(stack), encoder, length)
     host.add(path, prompt, like=host.embedding_weight)
     host.on_call(stack, prompt.insert)
     if strip:  # last in, first out
@@ -131,6 +137,7 @@ class Prompt(nn.Module):
         limit: how many positions the model has; None where there is no limit.
         first: the first of them that a token can have.
         encoder: makes the rows that enter of the trained ones; None means they are the same.
+        length: n; None means as many as there are trained rows.
     """
 
     def __init__(
@@ -140,9 +147,11 @@ class Prompt(nn.Module):
         limit: int | None,
         first: int,
         encoder: nn.Module | None = None,
+        length: int | None = None,
     ) -> None:
         super().__init__()
         self.rows = nn.Parameter(rows)
+        self.length = len(rows) if length is None else length
         self.encoder = encoder
         self.limit = None if limit is None else limit - first
         self.first = first
@@ -165,7 +174,7 @@ class Prompt(nn.Module):
             raise InputError("prompt tuning needs the backbone's arguments by keyword.")
         kwargs = dict(kwargs)
         tokens = args[0] if args else kwargs.pop("input_ids", None)
-        length = len(self.rows)
+        length = self.length
         cache = kwargs.get("past_key_values")  # it holds the prompt from the first pass on
         self.inserted = cache is None or cache.get_seq_length() == 0
         if kwargs.get("inputs_embeds") is None:
@@ -212,4 +221,4 @@ class Prompt(nn.Module):
                 f"{self.total} positions went in and {state.shape[1]} came out, so the prompt "
                 "cannot be taken off again; choose another delta for this architecture."
             )
-        return state[:, len(self.rows) :]
+        return state[:, self.length :]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,23 +45,9 @@ class Subspace(Delta):
     def build(self, host: Host) -> None:
         """Let every parameter be a function of z."""
         parameters = host.distinct(n for n, _ in host.model.named_parameters())
-        full_dim = sum(p.numel() for p in parameters.values())
-        if self.dimension > full_dim:
-            raise InputError(
-                f"subspace: dimension {self.dimension} is above the {full_dim} parameters of the "
-                "model."
-            )
-        like = next(host.model.parameters())
-        seed = self.projection_seed
-        if seed is None:
-            seed = int(torch.randint(2**31, (), generator=host.generator))
-        kind = {"fastfood": FastfoodProjection, "dense": DenseProjection}[self.projection]
-
-        def project(dtype: torch.dtype, device: torch.device) -> Projection:
-            return kind(full_dim, self.dimension, seed=seed, dtype=dtype, device=device)
-
-        coordinates = Coordinates(self.dimension, seed, project, parameters)
-        host.add("z", coordinates, like=like)
+        seed = host.draw_seed() if self.projection_seed is None else self.projection_seed
+        coordinates = Coordinates(self.name, parameters, self.dimension, self.projection, seed)
+        host.add("z", coordinates, like=next(iter(parameters.values())))
         host.shared.append(f"{host.namespace}.z.z")
         host.reparametrise(list(parameters), coordinates)
 
@@ -75,33 +60,57 @@ class Coordinates(nn.Module):
     """z ↦ the parameters θ₀ + P z by name; z (d,) starts at zero.
 
     The seed of P is saved beside z, because z means nothing under another P.
+
+    Args:
+        method: its name, for messages.
+        parameters: θ₀ by name, D numbers.
+        dimension: d.
+        kind: "fastfood" or "dense".
+        seed: of P.
+
+    Raises:
+        InputError: d is above D.
     """
 
     def __init__(
         self,
-        dimension: int,
-        seed: int,
-        project: Callable[[torch.dtype, torch.device], Projection],
+        method: str,
         parameters: dict[str, nn.Parameter],
+        dimension: int,
+        kind: Literal["fastfood", "dense"],
+        seed: int,
     ) -> None:
         super().__init__()
+        self.full_dim = sum(p.numel() for p in parameters.values())
+        if dimension > self.full_dim:
+            raise InputError(
+                f"{method}: dimension {dimension} is above the {self.full_dim} parameters of the "
+                "model."
+            )
         self.z = nn.Parameter(torch.zeros(dimension))
         self.register_buffer("seed", torch.tensor(seed))
-        self._project = project
+        self._kind = {"fastfood": FastfoodProjection, "dense": DenseProjection}[kind]
+        self._seed = seed
         self._projection: Projection | None = None
-        self.__dict__["base"] = dict(parameters)  # θ₀ stays the base model's own
+        self.base = (dict(parameters),)  # in a tuple: θ₀ stays the base model's own
 
     @property
     def projection(self) -> Projection:
         """P in the dtype and on the device of z; drawn again when z has moved."""
         made = self._projection
         if made is None or (made.dtype, made.device) != (self.z.dtype, self.z.device):
-            made = self._projection = self._project(self.z.dtype, self.z.device)
+            made = self._projection = self._kind(
+                self.full_dim, len(self.z), self._seed, self.z.dtype, self.z.device
+            )
         return made
+
+    def change(self) -> dict[str, Tensor]:
+        """P z, cut into the parameters' shapes."""
+        (base,) = self.base
+        parts = self.projection.lift(self.z).split([p.numel() for p in base.values()])
+        return {n: part.view_as(p) for (n, p), part in zip(base.items(), parts, strict=True)}
 
     def forward(self) -> dict[str, Tensor]:
         """All parameters at the current z."""
-        base: dict[str, Tensor] = self.__dict__["base"]
-        change = self.projection.lift(self.z).split([p.numel() for p in base.values()])
-        moved = zip(base.items(), change, strict=True)
-        return {name: theta + delta.view_as(theta) for (name, theta), delta in moved}
+        (base,) = self.base
+        return {name: base[name] + change for name, change in self.change().items()}
