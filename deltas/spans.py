@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from deltas.host import Host
 from deltas.sites import Site
-from theory.errors import InputError
+from theory.errors import InputError, unknown
 
 Around = Literal["attention", "mlp", "block"]
 _ENDS = {"attention": ("attention.query", "attention.output"), "mlp": ("mlp.up", "mlp.down")}
@@ -55,8 +55,11 @@ def find_spans(host: Host, around: Around, layers: Iterable[int] | None = None) 
     """The spans of one kind, one a block.
 
     Raises:
-        InputError: a layer does not exist, or the architecture has no such span in every block.
+        InputError: there is no such kind, a layer does not exist, or the architecture has no such
+            span in every block.
     """
+    if around not in get_args(Around):
+        raise unknown("around", around, get_args(Around))
     if around == "block":
         width = state_width(host)
         blocks = host.find(("block",), layers)

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from deltas.base import Delta
 from deltas.host import Host
 from deltas.methods.prompt import lay_prompt
+from theory.errors import unknown
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ class PTuning(Delta):
     identity_at_start = False
 
     def __post_init__(self) -> None:
-        """Check the sizes."""
+        """Check the sizes and the encoder."""
         self._positive("length", "hidden", "num_layers")
+        if self.encoder not in ("mlp", "lstm"):
+            raise unknown("encoder", self.encoder, ("lstm", "mlp"))
 
     def build(self, host: Host) -> None:
         """Insert the encoded prompt before the backbone and take it off behind the blocks."""
