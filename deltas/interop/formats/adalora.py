@@ -94,7 +94,8 @@ class AdaloraFormat(Format):
             ),
             Slot(
                 f"{key}E", (kept, 1), (f"{path}.Lambda",),
-                lambda e: (spread(e[:, 0] * ratio),), lambda c: (c[0][mask] / ratio)[:, None],
+                lambda e: (spread(e[:, 0].double() * ratio),),
+                lambda c: (c[0][mask].double() / ratio).to(c[0].dtype)[:, None],
             ),
         ]  # fmt: skip
 
