@@ -56,6 +56,7 @@ def export(name: str, figure: FigureModule, records: Sequence[Record], out: Path
     with matplotlib.style.context(["default", STYLE]):
         picture = figure.draw(table, curves)
         contents[f"{name}.pdf"] = _saved(picture, format="pdf", metadata={"CreationDate": None})
+        picture.set_layout_engine("none")  # the places are found; finding them takes half the time
         contents[f"{name}.png"] = _saved(
             picture, format="png", dpi=PNG_DPI, metadata={"Software": None}
         )
