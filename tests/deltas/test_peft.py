@@ -19,6 +19,7 @@ from deltas import (
     LoRA,
     PrefixTuning,
     PromptTuning,
+    PTuning,
     VeRA,
     attach,
 )
@@ -110,6 +111,64 @@ def test_prefix(build, family):
     batch = batch_of(model)
     positions = torch.arange(3, 10)[None]
     found = out(controlled, batch, position_ids=positions)
+    assert_equal(found, out(theirs, batch))
+    controlled.detach()
+    assert float((found - out(model, batch)).detach().abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "lstm"])
+def test_p_tuning(build, encoder):
+    """With the same encoder, which theirs keeps while training, and drops on saving."""
+    model = build("gpt2", "causal-lm", dtype=torch.float32)
+    config = peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=5,
+        encoder_reparameterization_type=encoder.upper(),
+    )  # fmt: skip
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    controlled = move(attach(model, PTuning(length=3, encoder=encoder, hidden=5)), scale=1.0)
+    u = {k.partition("wte.")[2]: v for k, v in controlled.state().items()}
+    head = "encoder." if encoder == "mlp" else "encoder.2."
+    maps = len([k for k in u if k.startswith(f"{head}weights")])
+    saved = {"embedding.weight": u["rows"]}
+    for i in range(maps):
+        saved[f"mlp_head.{2 * i}.weight"] = u[f"{head}weights.{i}"]
+        saved[f"mlp_head.{2 * i}.bias"] = u[f"{head}biases.{i}"]
+    for layer in range(2 if encoder == "lstm" else 0):
+        for k, end in enumerate((f"l{layer}", f"l{layer}_reverse")):
+            saved[f"lstm_head.weight_ih_{end}"] = u[f"encoder.{layer}.W"][k]
+            saved[f"lstm_head.weight_hh_{end}"] = u[f"encoder.{layer}.R"][k]
+            saved[f"lstm_head.bias_ih_{end}"] = u[f"encoder.{layer}.b"][k]
+            saved[f"lstm_head.bias_hh_{end}"] = torch.zeros_like(u[f"encoder.{layer}.b"][k])
+    theirs.prompt_encoder["default"].load_state_dict(saved)
+    batch = batch_of(model)
+    found = out(controlled, batch)
+    assert_equal(found, out(theirs, batch)[:, 3:])
+    controlled.detach()
+    assert float((found - out(model, batch)).detach().abs().max()) > 1e-2
+
+
+def test_a_projected_prefix(build):
+    """With the same MLP, which theirs keeps while training, and drops on saving."""
+    model = build("gpt2", "causal-lm", dtype=torch.float32)
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=5
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    delta = PrefixTuning(length=3, init_std=1.0, projection=5, shift=True)
+    controlled = move(attach(model, delta))
+    u = {k.removeprefix("prefix."): v for k, v in controlled.state().items()}
+    layers = [f"transformer.h.{i}.attn" for i in range(L)]
+    theirs.prompt_encoder["default"].load_state_dict(
+        {
+            "embedding.weight": u["rows.rows"],
+            "transform.0.weight": u["rows.weight"],
+            "transform.0.bias": u["rows.bias"],
+            "transform.2.weight": torch.cat([u[f"{layer}.weight"] for layer in layers]),
+            "transform.2.bias": torch.cat([u[f"{layer}.bias"] for layer in layers]),
+        }
+    )
+    batch = batch_of(model)
+    found = out(controlled, batch)
     assert_equal(found, out(theirs, batch))
     controlled.detach()
     assert float((found - out(model, batch)).detach().abs().max()) > 1e-2
