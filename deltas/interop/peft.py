@@ -133,6 +133,12 @@ def to_adapter(controlled: DeltaModel, *, base_model: str | None = None) -> Adap
         modules = [host.sites.modules[path] for path in described.paths]
         config["fan_in_fan_out"] = any(isinstance(module, Conv1D) for module in modules)
     plan = form.plan(checked(form.fields, config), host)
+    if set(plan.paths) != set(described.paths):
+        more = ", ".join(sorted(set(plan.paths) ^ set(described.paths)))
+        raise InputError(
+            f"peft would act at other modules than these deltas (they differ in {more}): it gives "
+            "a module one adapter or trains it whole. Choose other sites, or drop one delta."
+        )
     extras.extend(plan, form, config, host)
     return Adapter(config, _tensors(plan, described.controls | chosen.controls, host))
 

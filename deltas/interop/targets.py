@@ -178,13 +178,17 @@ def grouped(values: Mapping[str, Any]) -> dict[Any, list[str]]:
 
 
 def short_names(paths: Sequence[str], modules: Iterable[str]) -> list[str]:
-    """The shortest ends of the paths that match these modules and no others."""
-    modules = list(modules)
-    for length in (1, 2, 3):
-        names = list(dict.fromkeys(".".join(p.split(".")[-length:]) for p in paths))
-        if {p for p in modules if matches(names, p)} == set(paths):
-            return sorted(names)
-    return list(paths)
+    """For each path its shortest end that matches none but these; the path if there is none."""
+    modules, wanted = list(modules), set(paths)
+    names: dict[str, None] = {}
+    for path in paths:
+        if matches(names, path):
+            continue
+        parts = path.split(".")
+        ends = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
+        fits = (end for end in ends if all(p in wanted for p in modules if matches([end], p)))
+        names[next(fits, path)] = None
+    return sorted(names)
 
 
 def as_sites(paths: Sequence[str], host: Host) -> tuple[str, ...]:

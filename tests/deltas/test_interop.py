@@ -221,12 +221,15 @@ def test_generates_what_peft_generates(build: Build, tmp_path, family):
     ids = batch_of(model, pad=0)["input_ids"][:1]
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
     controlled = import_peft(tmp_path / "a", model)
-    ours = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-    controlled.detach()
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a").eval()
-    assert torch.equal(
-        ours, theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    ours = model.generate(
+        input_ids=ids,  # type: ignore[operator]
+        attention_mask=torch.ones_like(ids),
+        **options,
     )
+    controlled.detach()
+    theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a").eval()
+    expected = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(ours, expected)
 
 
 def test_needs_no_peft():
