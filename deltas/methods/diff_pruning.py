@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -141,7 +142,7 @@ class GatedChange(nn.Module):
 
     def expected_count(self) -> Tensor:
         """E‖z‖₀, a scalar; zero after pruning."""
-        shift = torch.tensor(-self.low / self.high).log().to(self.log_alpha)
+        shift = math.log(-self.low / self.high)
         open_ = (self.log_alpha - shift).sigmoid()
         if self.group_log_alpha is not None:
             open_ = open_ * (self.group_log_alpha - shift).sigmoid()

@@ -1,0 +1,525 @@
+"""Specifications and subspaces, each against its paper's formula, evaluated densely by hand."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deltas import (
+    BitFit,
+    DeltaModel,
+    DiffPruning,
+    FisherMask,
+    IntrinsicPrompt,
+    LayerNormTuning,
+    LotteryTicket,
+    PromptTuning,
+    RandomMask,
+    SelectedModules,
+    StructuredSubspace,
+    attach,
+)
+from deltas.masks import random_places
+from tests.deltas.zoo import FAMILIES, L, attached, batch_of, d, m, move, out
+from theory.errors import InputError
+from theory.projections import DenseProjection, FastfoodProjection
+
+Build = Callable[..., PreTrainedModel]
+
+
+def backbone(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """The parameters without those of the task head, tied ones once."""
+    return {n: p for n, p in model.named_parameters() if not n.startswith(("classifier", "score"))}
+
+
+def flat(parameters: dict[str, Tensor]) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in parameters.values()])
+
+
+def with_change(model: PreTrainedModel, change: Tensor) -> PreTrainedModel:
+    """A copy whose backbone, laid end to end, is moved by ``change``; of a model without deltas."""
+    made = copy.deepcopy(model)
+    parameters = backbone(made)
+    with torch.no_grad():
+        parts = change.split([p.numel() for p in parameters.values()])
+        for parameter, part in zip(parameters.values(), parts, strict=True):
+            parameter += part.view_as(parameter)
+    return made
+
+
+class TestModules:
+    @pytest.mark.parametrize("family", ["bert", "gpt2"])
+    @pytest.mark.parametrize(
+        "delta",
+        [
+            BitFit(part="attention"),
+            BitFit(part="mlp"),
+            LayerNormTuning(),
+            LayerNormTuning(layers=(1,)),
+            SelectedModules(),
+            SelectedModules(sites=("mlp.up",), layers=(0,)),
+        ],
+        ids=str,
+    )
+    def test_equals_the_model_with_those_parameters(self, build: Build, family, delta):
+        model = build(family)
+        written = copy.deepcopy(model)
+        controlled = move(attach(model, delta))
+        prefix = controlled.attachments[0].namespace + "."
+        values = {k.removeprefix(prefix): v for k, v in controlled.state().items()}
+        assert not written.load_state_dict(values, strict=False).unexpected_keys
+        batch = batch_of(model)
+        assert torch.equal(out(controlled, batch), out(written, batch))
+        controlled.detach()
+
+    @pytest.mark.parametrize(
+        ("family", "delta", "leaves"),
+        [
+            ("bert", BitFit(part="attention"), ["query", "key", "value", "attention.output.dense"]),
+            ("bert", BitFit(part="mlp"), ["intermediate.dense", "output.dense"]),
+            ("gpt2", BitFit(part="attention"), ["attn.c_attn", "attn.c_proj"]),
+            ("gpt2", BitFit(part="mlp"), ["mlp.c_fc", "mlp.c_proj"]),
+            ("gpt2", SelectedModules(), ["attn.c_attn", "attn.c_proj"]),
+            ("bert", LayerNormTuning(layers=(0,)), ["LayerNorm"]),
+        ],
+        ids=str,
+    )
+    def test_takes_whole_modules(self, build, family, delta, leaves):
+        """GPT-2's query, key and value together are one module, and are taken as such."""
+        controlled = attach(build(family), delta)
+        paths = {name.partition(".")[2].rpartition(".")[0] for name in controlled.trainable()}
+        assert all(any(path.endswith(leaf) for leaf in leaves) for path in paths)
+        assert all(any(path.endswith(leaf) for path in paths) for leaf in leaves)
+        if isinstance(delta, BitFit):
+            assert {name.rpartition(".")[2] for name in controlled.trainable()} == {"bias"}
+            assert "LayerNorm" not in " ".join(paths)
+        controlled.detach()
+
+    def test_counts(self, build):
+        for delta, count in (
+            (BitFit(part="attention"), L * 4 * d),
+            (BitFit(part="mlp"), L * (m + d)),
+            (LayerNormTuning(layers=(1,)), 4 * d),
+            (SelectedModules(layers=(0,)), 4 * (d * d + d)),
+        ):
+            controlled = attach(build("bert"), delta)
+            assert controlled.num_trainable == count
+            controlled.detach()
+
+    def test_the_head_is_not_touched(self, build):
+        """A masked-language-model head has a normalisation of its own."""
+        model = build("bert", "masked-lm")
+        for delta in (LayerNormTuning(), RandomMask(density=1.0)):
+            controlled = attach(model, delta)
+            assert "cls." not in "".join(controlled.trainable())
+            controlled.detach()
+        sizes = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("cls."))
+        controlled = attach(model, RandomMask(density=1.0))
+        assert controlled.num_trainable == sizes
+        controlled.detach()
+
+
+class TestRandomMask:
+    @pytest.mark.parametrize(
+        ("family", "kind"), [("bert", "classification"), ("gpt2", "causal-lm")]
+    )
+    def test_adds_values_at_its_places(self, build: Build, family, kind):
+        """Also where the embedding is the language-model head: it moves at both places."""
+        model = build(family, kind)
+        size = len(flat(backbone(model)))
+        controlled = move(attach(model, RandomMask(density=0.1)))
+        (values,) = controlled.trainable().values()
+        places = controlled.controls.get_buffer("random-mask.change.places")
+        assert len(values) == len(places.unique()) == round(0.1 * size)
+        found = out(controlled, batch_of(model))
+        controlled.detach()
+        change = torch.zeros(size, dtype=torch.float64)
+        change[places] = values.detach()
+        expected = out(with_change(model, change), batch_of(model))
+        assert torch.equal(found, expected)
+
+    def test_every_place_is_equally_likely(self):
+        """Binomial in each place: the variance over places is draws·share·(1 - share)."""
+        size, draws, share = 5000, 400, 0.2
+        counts = torch.zeros(size)
+        for seed in range(draws):
+            counts[random_places(size, 1000, seed)] += 1
+        assert float(counts.sum()) == draws * 1000
+        expected = draws * share * (1 - share)
+        assert abs(float(counts.var()) - expected) < 4 * expected * math.sqrt(2 / size)
+        halves = counts[: size // 2].mean() - counts[size // 2 :].mean()
+        assert abs(float(halves)) < 4 * math.sqrt(4 * expected / size)
+
+    def test_keeps_a_seed_and_not_the_places(self, build):
+        model = build("bert")
+        controlled = attach(model, RandomMask(density=0.01), seed=4)
+        state = controlled.state()
+        assert {k.rpartition(".")[2] for k in state} == {"values", "seed"}
+        controlled.detach()
+        other = attach(model, RandomMask(density=0.01), seed=5)
+        with pytest.raises(InputError, match=r"random-mask\.change\.seed"):
+            other.load(state)
+        other.detach()
+        fixed = attach(model, RandomMask(density=0.01, mask_seed=int(state[
+            "random-mask.change.seed"])), seed=5)  # fmt: skip
+        fixed.load(state)
+        fixed.detach()
+
+    def test_sites_and_layers_restrict_it(self, build):
+        model = build("bert")
+        for delta, size in (
+            (RandomMask(1.0, sites=("mlp.down",)), L * (m * d + d)),
+            (RandomMask(1.0, sites=("mlp.down",), layers=(1,)), m * d + d),
+            (RandomMask(0.5, layers=(0,)), FAMILIES["bert"].block // 2),
+        ):
+            controlled = attach(model, delta)
+            assert controlled.num_trainable == size
+            controlled.detach()
+
+
+class TestFisherMask:
+    def losses(self, model, batch):
+        """One cross-entropy for each example."""
+        for row in range(3):
+            one = {k: v[row : row + 1] for k, v in batch.items()}
+            yield model(**one, labels=torch.tensor([row % 2])).loss
+
+    @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+    def test_takes_the_largest_information(self, build: Build, family):
+        model = build(family)
+        batch = batch_of(model)
+        plain = copy.deepcopy(model)
+        expected = torch.zeros_like(flat(backbone(plain)))
+        for loss in self.losses(plain, batch):
+            plain.zero_grad()
+            loss.backward()
+            grads = [
+                torch.zeros_like(p) if p.grad is None else p.grad for p in backbone(plain).values()
+            ]
+            expected += torch.cat([g.flatten() for g in grads]) ** 2
+        controlled = attach(model, FisherMask(density=0.03))
+        assert controlled.needs_data
+        controlled.prepare(lambda: self.losses(controlled, batch))
+        places = controlled.controls.get_buffer("fisher-mask.change.places")
+        count = round(0.03 * len(expected))
+        assert set(places.tolist()) == set(expected.topk(count).indices.tolist())
+        move(controlled)
+        found = out(controlled, batch)
+        (values,) = controlled.trainable().values()
+        controlled.detach()
+        change = torch.zeros_like(expected)
+        change[places] = values.detach()
+        assert torch.equal(found, out(with_change(model, change), batch))
+        assert all(p.grad is None for p in model.parameters())
+
+    def test_must_see_data_first(self, build):
+        model = build("bert")
+        batch = batch_of(model)
+        controlled = attach(model, FisherMask(density=0.01))
+        for act in (lambda: controlled(**batch), controlled.merge):
+            with pytest.raises(InputError, match=r"fisher-mask has not seen data.*prepare\(losses"):
+                act()
+        for losses, message in (
+            (lambda: iter(()), "got no loss"),
+            (lambda: (loss * math.nan for loss in self.losses(controlled, batch)), "1 .* is nan"),
+        ):
+            with pytest.raises(InputError, match=message):
+                controlled.prepare(losses)
+            with pytest.raises(InputError, match="has not seen data"):
+                controlled(**batch)
+        controlled.prepare(lambda: self.losses(controlled, batch))
+        state, outputs = move(controlled).state(), out(controlled, batch).detach()
+        controlled.detach()
+        again = attach(model, FisherMask(density=0.01))
+        again.load(state)
+        assert torch.equal(out(again, batch).detach(), outputs)
+        again.detach()
+
+
+class TestLotteryTicket:
+    def dense_steps(self, controlled: DeltaModel, batch, steps: range, total: int, rate=1e-2):
+        """SGD, and what `after_step` says."""
+        said = []
+        for step in steps:
+            controlled.zero_grad()
+            out(controlled, batch).square().sum().backward()
+            with torch.no_grad():
+                for parameter in controlled.trainable().values():
+                    if parameter.grad is not None:
+                        parameter.sub_(rate * parameter.grad)
+            said.append(controlled.after_step(step, total))
+        return said
+
+    def test_keeps_what_moved_most_and_rewinds(self, build: Build):
+        """Two rounds in 20 steps: pruned after 4 and 8, to √density and density."""
+        model = build("bert")
+        batch = batch_of(model)
+        size = len(flat(backbone(model)))
+        start = out(model, batch).detach()
+        controlled = attach(model, LotteryTicket(density=0.04, rounds=2, search=0.4))
+        assert controlled.num_trainable == size
+        alive = torch.ones(size, dtype=torch.bool)
+        for end, share in ((4, 0.2), (8, 0.04)):
+            said = self.dense_steps(controlled, batch, range(end - 3, end), 20)
+            assert said == [False] * 3
+            controlled.zero_grad()
+            out(controlled, batch).square().sum().backward()
+            with torch.no_grad():
+                for parameter in controlled.trainable().values():
+                    if parameter.grad is not None:
+                        parameter.sub_(1e-2 * parameter.grad)
+            moved = flat(controlled.trainable()).abs() * alive
+            assert controlled.after_step(end, 20) is True
+            masks = [v.flatten() for k, v in controlled.state().items() if k.endswith("mask")]
+            expected = torch.zeros_like(alive)
+            expected[moved.topk(round(share * size)).indices] = True
+            alive = torch.cat(masks)
+            assert torch.equal(alive, expected)
+            assert not bool(flat(controlled.trainable()).any())
+            assert torch.equal(out(controlled, batch).detach(), start)
+        assert self.dense_steps(controlled, batch, range(9, 21), 20) == [False] * 12
+        change = flat(controlled.trainable())
+        assert torch.equal(change != 0, change.bool() & alive)  # nothing else has a gradient
+        assert int((change != 0).sum()) > 0.9 * round(0.04 * size)
+        found = out(controlled, batch).detach()
+        controlled.detach()
+        assert torch.equal(found, out(with_change(model, change * alive), batch).detach())
+        assert not torch.equal(found, start)
+
+    @pytest.mark.parametrize("steps", [1, 2, 5, 30])
+    def test_short_trainings_find_the_ticket(self, build, steps):
+        controlled = attach(build("bert"), LotteryTicket(density=0.1, rounds=3, search=0.5))
+        size = controlled.num_trainable
+        self.dense_steps(controlled, batch_of(controlled.model), range(1, steps + 1), steps)
+        masks = [v for k, v in controlled.state().items() if k.endswith("mask")]
+        assert sum(int(mask.sum()) for mask in masks) == round(0.1 * size)
+        controlled.detach()
+
+
+class TestDiffPruning:
+    def parts(self, controlled: DeltaModel, leaf: str) -> list[Tensor]:
+        state = controlled.state()
+        return [v for k, v in state.items() if k.rpartition(".")[2] == leaf]
+
+    @pytest.mark.parametrize("structured", [False, True])
+    @pytest.mark.parametrize(("low", "high"), [(-1.5, 1.5), (-0.1, 1.1)])
+    def test_law_and_penalty(self, build: Build, structured, low, high):
+        model = build("bert")
+        written = copy.deepcopy(model)
+        delta = DiffPruning(structured=structured, log_alpha=0.7, low=low, high=high, penalty=1e-3)
+        controlled = move(attach(model, delta), scale=0.5)
+        names = list(backbone(model))
+        size = len(flat(backbone(model)))
+        assert controlled.num_trainable == 2 * size + (len(names) if structured else 0)
+
+        def gate(alpha: Tensor) -> Tensor:
+            return (1 / (1 + torch.exp(-alpha)) * (high - low) + low).clamp(0, 1)
+
+        def is_open(alpha: Tensor) -> Tensor:
+            return 1 / (1 + torch.exp(-(alpha - math.log(-low / high))))
+
+        state, count = controlled.state(), 0.0
+        for name, parameter in backbone(written).items():
+            alpha, w = (state[f"diff-pruning.{name}.{leaf}"] for leaf in ("log_alpha", "w"))
+            z, probability = gate(alpha), is_open(alpha)
+            if structured:
+                group = state[f"diff-pruning.{name}.group_log_alpha"]
+                z, probability = z * gate(group), probability * is_open(group)
+            count += float(probability.sum())
+            with torch.no_grad():
+                parameter += z * w
+        batch = batch_of(model)
+        torch.testing.assert_close(out(controlled, batch), out(written, batch), rtol=0, atol=1e-12)
+        assert float(controlled.penalty().detach()) == pytest.approx(1e-3 * count, rel=1e-12)
+        controlled.detach()
+
+    def test_the_expected_count_is_that_of_the_draws(self, build):
+        """E‖z‖₀ against gates drawn in training; the draws are new in every pass."""
+        delta = DiffPruning(log_alpha=0.3, structured=False, penalty=1.0)
+        controlled = attach(build("bert"), delta).train()
+        size = controlled.num_trainable // 2
+        change = controlled.controls.get_submodule(
+            "diff-pruning.bert.embeddings.word_embeddings.weight"
+        )
+        probability = float(controlled.penalty().detach()) / size
+        torch.manual_seed(0)
+        draws = torch.stack([change.gate(random=True) for _ in range(50)])
+        share, n = float((draws > 0).double().mean()), draws.numel()
+        assert abs(share - probability) < 4 * math.sqrt(probability * (1 - probability) / n)
+        assert not torch.equal(draws[0], draws[1])
+        controlled.eval().detach()
+
+    def test_pruning_keeps_the_largest_differences(self, build):
+        model = build("bert")
+        batch = batch_of(model)
+        size = len(flat(backbone(model)))
+        delta = DiffPruning(density=0.05, log_alpha=0.5, prune_at=0.6, penalty=1e-6)
+        controlled = move(attach(model, delta))
+        controlled.controls.get_parameter(
+            "diff-pruning.bert.encoder.layer.0.output.dense.weight.group_log_alpha"
+        ).data.fill_(-5.0)  # a closed group goes as a whole
+        gates = [
+            c.gate(random=False).detach().flatten()
+            for c in controlled.controls.modules()
+            if hasattr(c, "gate")
+        ]
+        effective = torch.cat(gates) * torch.cat([w.flatten() for w in self.parts(controlled, "w")])
+        for step in range(1, 6):
+            assert not controlled.after_step(step, 10)
+        assert controlled.after_step(6, 10) is True
+        masks = torch.cat([v.flatten() for v in self.parts(controlled, "mask")])
+        expected = torch.zeros_like(masks)
+        expected[effective.abs().topk(round(0.05 * size)).indices] = True
+        assert torch.equal(masks, expected)
+        kept = torch.cat([w.flatten() for w in self.parts(controlled, "w")])
+        torch.testing.assert_close(kept, effective * masks, rtol=0, atol=0)
+        assert float(controlled.penalty().detach()) == 0
+        # Without gates, training has no randomness left.
+        found = out(controlled.train(), batch).detach()
+        assert torch.equal(found, out(controlled, batch).detach())
+        controlled.zero_grad()
+        out(controlled, batch).square().sum().backward()
+        for name, parameter in controlled.trainable().items():
+            mask = controlled.state().get(name.removesuffix("w") + "mask")
+            if name.endswith(".w"):
+                assert not bool(parameter.grad[~mask].any())
+            else:
+                assert parameter.grad is None or not bool(parameter.grad.any())
+        assert not any(controlled.after_step(step, 10) for step in range(7, 11))
+        controlled.eval().detach()
+        torch.testing.assert_close(
+            out(with_change(model, effective * masks), batch).detach(), found, rtol=0, atol=1e-12
+        )
+
+    def test_gates_step_faster(self, build):
+        controlled = attach(build("bert"), DiffPruning(gate_step_ratio=10.0))
+        factors = controlled.rate_factors
+        assert set(factors) == {n for n in controlled.trainable() if n.endswith("log_alpha")}
+        assert set(factors.values()) == {10.0}
+        controlled.detach()
+
+
+class TestStructuredSubspace:
+    @pytest.mark.parametrize("projection", [DenseProjection, FastfoodProjection])
+    @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+    def test_every_layer_has_a_gain(self, build: Build, family, projection):
+        """θ_i + λ_i (P z)_i; d numbers, of which m are gains."""
+        model = build(family)
+        written = copy.deepcopy(model)
+        gains = L + 2 if FAMILIES[family].head else L + 1
+        name = {DenseProjection: "dense", FastfoodProjection: "fastfood"}[projection]
+        delta = StructuredSubspace(dimension=9, projection=name, projection_seed=5)
+        controlled = move(attach(model, delta), scale=10.0)
+        state = controlled.state()
+        z, scales = state["said.coordinates.subspace.z"], state["said.coordinates.gains"]
+        assert len(z) == 9 - gains and len(scales) == gains
+        parameters = dict(written.named_parameters())
+        sizes = [p.numel() for p in parameters.values()]
+        matrix = projection(sum(sizes), len(z), seed=5, dtype=torch.float64).dense()
+        order: list[str] = []  # layers in the order of the model
+        with torch.no_grad():
+            for (key, p), change in zip(parameters.items(), (matrix @ z).split(sizes), strict=True):
+                numbers = [part for part in key.split(".") if part.isdigit()]
+                head = key.startswith(("classifier", "score"))
+                layer = numbers[0] if numbers else "head" if head else "outside"
+                if layer not in order:
+                    order.append(layer)
+                p += scales[order.index(layer)] * change.view_as(p)
+        assert len(order) == gains
+        batch = batch_of(model)
+        found, expected = out(controlled, batch).detach(), out(written, batch).detach()
+        tolerance = max(1e-11, FAMILIES[family].tolerance)
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+        controlled.detach()
+        assert float((found - out(model, batch)).detach().abs().max()) > 1e-2
+
+    def test_the_gains_are_paid_for(self, build):
+        model = build("bert")
+        with pytest.raises(InputError, match="dimension 4 leaves nothing beside the gains of 4"):
+            attach(model, StructuredSubspace(dimension=4))
+        controlled = attach(model, StructuredSubspace(dimension=5))
+        assert controlled.num_trainable == 5
+        controlled.detach()
+
+
+class TestIntrinsicPrompt:
+    def rows(self, controlled: DeltaModel) -> Tensor:
+        """The prompt that enters."""
+        key = "intrinsic-prompt.bert.embeddings.word_embeddings"
+        return controlled.controls.get_submodule(key)().detach()
+
+    def assert_is_the_prompt(self, build, controlled: DeltaModel) -> None:
+        """The model computes as prompt tuning with the decoded rows does."""
+        batch, rows = batch_of(controlled.model), self.rows(controlled)
+        found = out(controlled, batch).detach()
+        controlled.detach()
+        plain = attach(build("bert"), PromptTuning(length=len(rows)))
+        with torch.no_grad():
+            next(iter(plain.trainable().values())).copy_(rows)
+        assert torch.equal(out(plain, batch).detach(), found)
+        plain.detach()
+
+    def test_random_subspace(self, build: Build):
+        model = build("bert")
+        controlled = attach(model, IntrinsicPrompt(length=4, dimension=3))
+        table = model.get_input_embeddings().weight
+        start = self.rows(controlled)
+        assert all(bool((table == row).all(-1).any()) for row in start)
+        move(controlled, scale=2.0)
+        (z,) = controlled.trainable().values()
+        change = self.rows(controlled) - start
+        assert float(change.norm()) == pytest.approx(float(z.detach().norm()), rel=1e-12)
+        assert {k.rpartition(".")[2] for k in controlled.state()} == {"rows", "seed"}
+        self.assert_is_the_prompt(build, controlled)
+
+    def test_learnt_subspace(self, build, tmp_path):
+        """Prompts in a plane around their mean: the decoder of dimension 2 reaches each of them."""
+        generator = torch.Generator().manual_seed(0)
+        mean, first, second = torch.randn(3, 4, d, generator=generator, dtype=torch.float64)
+        weights = torch.randn(6, 2, generator=generator, dtype=torch.float64)
+        prompts = mean + torch.einsum("tk,knd->tnd", weights, torch.stack([first, second]))
+        one, many = str(tmp_path / "one.safetensors"), str(tmp_path / "many.safetensors")
+        save_file({"prompt.embeddings.rows": prompts[0].clone(), "seed": torch.zeros(1)}, one)
+        save_file({"prompts": prompts[1:].clone()}, many)
+        delta = IntrinsicPrompt(length=4, dimension=2, prompts=(one, many))
+        controlled = attach(build("bert"), delta)
+        torch.testing.assert_close(self.rows(controlled), prompts.mean(0), rtol=0, atol=1e-12)
+        state = controlled.state()
+        assert {k.rpartition(".")[2] for k in state} == {"rows", "mean", "frame"}
+        frame = next(v for k, v in state.items() if k.endswith("frame")).flatten(1)
+        gaps = (prompts - prompts.mean(0)).flatten(1)
+        coordinates = torch.linalg.lstsq(frame.T, gaps.T).solution
+        torch.testing.assert_close(frame.T @ coordinates, gaps.T, rtol=0, atol=1e-10)
+        # A unit of z is a standard deviation of the prompts, and the components are uncorrelated.
+        covariance = coordinates @ coordinates.T / 5
+        torch.testing.assert_close(covariance, torch.eye(2).double(), rtol=0, atol=1e-10)
+        (z,) = controlled.trainable().values()
+        with torch.no_grad():
+            z.copy_(coordinates[:, 3])
+        torch.testing.assert_close(self.rows(controlled), prompts[3], rtol=0, atol=1e-10)
+        self.assert_is_the_prompt(build, controlled)
+
+    def test_refusals(self, build, tmp_path):
+        model = build("bert")
+        path = str(tmp_path / "prompts.safetensors")
+        save_file({"a": torch.zeros(2, 4, d), "b": torch.zeros(3)}, path)
+        for delta, message in (
+            (IntrinsicPrompt(4, 2, (path,)), r"2 prompts of shape \(4, 32\) span no subspace.*3"),
+            (IntrinsicPrompt(5, 1, (path,)), r"no prompt of shape \(5, 32\).*\(2, 4, 32\), \(3,\)"),
+            (IntrinsicPrompt(4, 2, (path + "x",)), "cannot read prompts from"),
+            (IntrinsicPrompt(1, 33), "dimension 33 is above the 32 numbers"),
+        ):
+            with pytest.raises(InputError, match=message):
+                attach(model, delta)
+
+
+def test_attached_is_ready(build):
+    """The suite's own helper: what needs data has seen some."""
+    controlled = attached(build("bert"), FisherMask(density=0.01))
+    assert out(controlled, batch_of(controlled.model)).isfinite().all()
+    controlled.detach()
