@@ -187,7 +187,7 @@ def test_weights_for_another_width(refused, name, parts):
 
 
 def test_an_adapter_for_another_model(refused):
-    refused("lora", "target_modules ['query', 'value'] match no", family="gpt2")
+    refused("lora", "target_modules", "match no module of GPT2For", family="gpt2")
 
 
 def test_an_adapter_for_another_head(refused):
