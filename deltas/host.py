@@ -56,7 +56,8 @@ def with_first_tensor(output: Any, value: Tensor) -> Any:
     return (value, *output[1:])
 
 
-# Losses of the model under control, one a batch, each with its graph; anew at each call.
+# Losses of the model under control, each with its graph, of single examples where a quantity is
+# defined by them; anew at each call.
 Losses = Callable[[], Iterable[Tensor]]
 
 

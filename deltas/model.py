@@ -109,7 +109,7 @@ class DeltaModel(nn.Module):
         """Let controls that depend on the data (a Fisher mask, say) see it, before training.
 
         Args:
-            losses: gives the loss of the model, one batch after another, anew at each call.
+            losses: gives the loss of the model, one example after another, anew at each call.
         """
         for prepare in self.host.preparations:
             prepare(losses)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -60,6 +60,15 @@ def accumulate(
             accelerator.backward((loss + share) * world)
         loss_sum = loss_sum.to(loss.device) + loss.detach()
     return float(accelerator.reduce(loss_sum, reduction="sum"))  # type: ignore[arg-type]
+
+
+def examples(batch: Mapping[str, Any], kind: str) -> Iterator[dict[str, Any]]:
+    """The examples of a batch that have a target, one after another, as batches of one."""
+    rows = len(batch["labels"])
+    for row in range(rows):
+        one = _rows(batch, slice(row, row + 1), rows)
+        if _weight(one["labels"], kind):
+            yield one
 
 
 def _rows(batch: Mapping[str, Any], rows: slice, count: int) -> dict[str, Any]:

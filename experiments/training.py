@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from experiments import checkpoints, resources
-from experiments.gradients import accumulate, num_tokens
+from experiments.gradients import accumulate, examples, num_tokens
 from experiments.modes import training_mode
 from experiments.schedules import learning_rate
 
@@ -222,16 +222,18 @@ class _Loop:
         checkpoints.save(folder, self.run, self.variables, self.optimizer, self.best_controls)
 
     def prepare(self) -> None:
-        """Show the first batches to the deltas that depend on the data."""
+        """Show the examples of the first batches, each alone, to deltas that depend on the data."""
         device = self.accelerator.device
 
         def losses() -> Iterator[Tensor]:
             for step in range(PREPARATION_BATCHES):
-                batch = self.data.batch(step)
-                if self.settings.kind == "causal-lm":
-                    batch["use_cache"] = False
-                inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                yield self.delta_model(**inputs).loss
+                for one in examples(self.data.batch(step), self.settings.kind):
+                    if self.settings.kind == "causal-lm":
+                        one["use_cache"] = False
+                    inputs = {
+                        k: v.to(device) if isinstance(v, Tensor) else v for k, v in one.items()
+                    }
+                    yield self.delta_model(**inputs).loss
 
         self.delta_model.prepare(losses)
 

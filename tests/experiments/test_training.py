@@ -17,7 +17,16 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from deltas import FullFineTuning, HeadTuning, LoRA, attach
+from deltas import (
+    AdaLoRA,
+    DiffPruning,
+    FisherMask,
+    FullFineTuning,
+    HeadTuning,
+    LoRA,
+    LotteryTicket,
+    attach,
+)
 from experiments import checkpoints, resources
 from experiments.evaluation import evaluate
 from experiments.gradients import step_seed
@@ -129,7 +138,17 @@ class Interrupted(ParityBatches):
         return super().batch(step)
 
 
-@pytest.mark.parametrize("delta", [LoRA(rank=2, dropout=0.2), FullFineTuning()])
+@pytest.mark.parametrize(
+    "delta",
+    [
+        LoRA(rank=2, dropout=0.2, step_ratio=4.0),
+        FullFineTuning(),
+        AdaLoRA(rank=3, target_rank=1, interval=2),
+        LotteryTicket(density=0.1, rounds=2, search=0.5),
+        DiffPruning(density=0.1, gate_step_ratio=2.0),
+    ],
+    ids=lambda delta: delta.name,
+)
 def test_resumed_training_equals_uninterrupted_bit_for_bit(tmp_path, delta):
     def model():
         extra = () if delta.trains_head else (HeadTuning(),)
@@ -155,6 +174,52 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(tmp_path, delta):
     assert whole.controls.keys() == resumed.controls.keys()
     assert all(torch.equal(whole.controls[k], resumed.controls[k]) for k in whole.controls)
     assert whole.best == resumed.best
+
+
+def test_a_delta_sees_the_examples_of_the_first_batches_one_by_one(tmp_path):
+    """And not again when a training is continued: the places are part of the checkpoint."""
+
+    def model():
+        return attach(bert(), FisherMask(density=0.02), HeadTuning(), seed=0)
+
+    by_hand = attach(bert(), FisherMask(density=0.02), HeadTuning(), seed=0)
+
+    def losses():
+        for step in range(8):
+            batch = ParityBatches().batch(step)
+            for row in range(8):
+                yield by_hand(**{k: v[row : row + 1] for k, v in batch.items()}).loss
+
+    by_hand.prepare(losses)
+    places = by_hand.state()["fisher-mask.change.places"]
+    whole = fit(model())
+    assert torch.equal(whole.controls["fisher-mask.change.places"], places)
+    assert bool((whole.controls["fisher-mask.change.values"] != 0).any())
+    with pytest.raises(Stop):
+        fit(model(), Interrupted(10), checkpoint_dir=tmp_path, checkpoint_seconds=0.0)
+    resumed = fit(model(), checkpoint_dir=tmp_path, checkpoint_seconds=0.0)
+    assert all(torch.equal(whole.controls[k], resumed.controls[k]) for k in whole.controls)
+
+
+def test_the_optimiser_starts_afresh_where_a_delta_rewinds():
+    """After pruning in step 6 of 12, the first update of Adam is one of the rate in each entry."""
+    delta = LotteryTicket(density=0.1, search=0.5)
+    model = attach(bert(), delta, seed=0)
+    after: dict[int, dict] = {}
+    act = model.after_step
+
+    def watch(step: int, num_steps: int) -> bool:
+        after[step] = {k: v.detach().clone() for k, v in model.trainable().items()}
+        return act(step, num_steps)
+
+    model.after_step = watch  # type: ignore[method-assign]
+    result = fit(model, weight_decay=0.0, max_grad_norm=None)
+    rate = float(result.curve["learning_rate"].iloc[6])
+    moved = torch.cat([v.flatten() for v in after[7].values()])
+    moved = moved[moved != 0].abs()
+    assert len(moved) > 10
+    # |m̂|/(√v̂ + ε) is one, less ε over the gradient.
+    assert rate * 0.99 < float(moved.median()) < float(moved.max()) <= rate * (1 + 1e-5)
 
 
 def test_same_seed_same_numbers_other_seed_other_numbers():
