@@ -231,7 +231,7 @@ class FineTuning(Experiment):
             train_limit=self.train_limit,
             eval_limit=self.eval_limit,
         )
-        model = self._attached(base, task.kind)
+        model = self.attached(base, task.kind)
 
         def metrics(module: Any, split: str) -> dict[str, float]:
             return evaluate(module, encoded.eval_batches(split, self.batch_size), task.kind)
@@ -266,10 +266,10 @@ class FineTuning(Experiment):
             status=trained.status,
             result={
                 **final,
-                "majority_share": _majority(labels) if task.kind == "classification" else None,
+                "majority_share": majority_share(labels) if task.kind == "classification" else None,
                 "num_evaluated": len(encoded.split(self.evaluate_on)),
                 "num_labels": len(task.labels),
-                **_sizes(model),
+                **sizes(model),
                 **best,
                 "num_steps": len(trained.curve),
                 **measures,
@@ -288,7 +288,7 @@ class FineTuning(Experiment):
                 f"choose max_length <= {longest}"
             )
 
-    def _attached(self, base: Any, kind: str) -> DeltaModel:
+    def attached(self, base: Any, kind: str) -> DeltaModel:
         """`base` with the deltas, and with the head where none of them trains it."""
         from deltas import HeadTuning, attach, from_dict
 
@@ -323,7 +323,7 @@ class _TrainingBatches:
         return self.encoded.training_batch(step, seed=self.seed, batch_size=self.batch_size)
 
 
-def _sizes(model: DeltaModel) -> dict[str, Any]:
+def sizes(model: DeltaModel) -> dict[str, Any]:
     """Numbers of parameters; a control belongs to the head where it replaces one of its own."""
     heads = tuple(f"{path}." for path in model.host.sites.head_paths())
     head = sum(
@@ -341,7 +341,7 @@ def _sizes(model: DeltaModel) -> dict[str, Any]:
     }
 
 
-def _majority(labels: np.ndarray | None) -> float | None:
+def majority_share(labels: np.ndarray | None) -> float | None:
     """Share of the most frequent class: the accuracy of always guessing it."""
     if labels is None:
         return None

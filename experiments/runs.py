@@ -41,7 +41,7 @@ from experiments.records import (
     fingerprint,
     read,
 )
-from theory.errors import InputError
+from theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,6 +93,14 @@ class RunStore:
         except OSError as error:
             raise unwritable(self.root, error) from error
         return [read(folder) for folder in folders]
+
+    def get(self, beginning: str) -> Record:
+        """The record whose id starts so; raises `InputError` where it is not exactly one."""
+        records = self.records()
+        found = [record for record in records if record.id.startswith(beginning)]
+        if len(found) != 1:
+            raise unknown("run", beginning, [record.id for record in records])
+        return found[0]
 
     def write(
         self,

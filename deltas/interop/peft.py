@@ -125,6 +125,8 @@ def to_adapter(controlled: DeltaModel, *, base_model: str | None = None) -> Adap
         "base_model_name_or_path": base_model or host.model.name_or_path or None,
         "inference_mode": True,
         "modules_to_save": chosen.saved or None,
+        # As peft does without a task: the class that the adapter goes with.
+        "auto_mapping": None if task else _class_of(host.model),
     }
     word = extras.bias_word(form, chosen, described.paths)
     if "bias" in form.fields:
@@ -141,6 +143,11 @@ def to_adapter(controlled: DeltaModel, *, base_model: str | None = None) -> Adap
         )
     extras.extend(plan, form, config, host)
     return Adapter(config, _tensors(plan, described.controls | chosen.controls, host))
+
+
+def _class_of(model: PreTrainedModel) -> dict[str, str]:
+    kind = type(model)
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
 
 
 def _mains(attached: list[Attached]) -> list[Attached]:

@@ -35,7 +35,11 @@ _TASKS = {
 
 def task_type(model: PreTrainedModel) -> str | None:
     """What peft calls the task of a model; None where it has no word for it."""
-    name = type(model).__name__
+    return task_of(type(model).__name__)
+
+
+def task_of(name: str) -> str | None:
+    """What peft calls the task of the models of a class."""
     return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.runs import Record, RunStore
-from theory.errors import unknown
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,11 @@ class Runs:
         """Print the list, or one record."""
         import pandas as pd
 
-        records = RunStore(self.runs).records()
+        store = RunStore(self.runs)
         if self.show is not None:
-            found = [record for record in records if record.id.startswith(self.show)]
-            if len(found) != 1:
-                raise unknown("run", self.show, [record.id for record in records])
-            print(json.dumps(_document(found[0]), indent=1))
+            print(json.dumps(_document(store.get(self.show)), indent=1))
             return
+        records = store.records()
         if not records:
             print(f"no runs in {self.runs}; `deltacontrol finetune` makes one")
             return

@@ -126,6 +126,60 @@ def test_wrong_input_gets_one_helpful_message(
     assert not list((tmp_path / "runs").glob("[!.]*"))
 
 
+def _only(store: Path) -> dict:
+    (folder,) = [p for p in store.iterdir() if p.name[0] != "."]
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.mark.parametrize("delta", [["lora:rank=2", "bitfit"], ["prompt:length=3,strip=false"]])
+def test_an_adapter_goes_to_peft_and_back(
+    tiny: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], delta: list[str]
+) -> None:
+    more = ("--delta", *delta, "--steps", "20", "--precision", "fp32", "--learning-rate", "1e-2")
+    assert finetune(tiny, reviews, tmp_path / "runs", *more) == 0
+    trained = _only(tmp_path / "runs")
+    out = ["--out", str(tmp_path / "adapter"), "--runs", str(tmp_path / "runs")]
+    assert run("export-peft", trained["id"][:6], *out) == 0
+    assert "wrote" in capsys.readouterr().out
+    columns = ["--text-column", "review", "--label-column", "stars", "--max-length", "8"]
+    back = ["import-peft", str(tmp_path / "adapter"), "--runs", str(tmp_path / "back")]
+    assert run(*back, "--task", str(reviews), *columns) == 0
+    assert "accuracy" in capsys.readouterr().out
+    imported = _only(tmp_path / "back")
+    for name in ("accuracy", "loss", "num_evaluated", "num_trainable", "num_total"):
+        assert imported["result"][name] == pytest.approx(trained["result"][name], abs=1e-6), name
+    assert imported["kind"] == "peft-import"
+
+    # The imported run exports as well, and without a task it is recorded without a metric.
+    again = ["--out", str(tmp_path / "again"), "--runs", str(tmp_path / "back")]
+    assert run("export-peft", imported["id"], *again) == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        first, second = ((tmp_path / f / name).read_bytes() for f in ("adapter", "again"))
+        assert first == second, name
+    bare = ["import-peft", str(tmp_path / "again"), "--runs", str(tmp_path / "bare")]
+    assert run(*bare, "--model", str(tiny)) == 0
+    assert "accuracy" not in _only(tmp_path / "bare")["result"]
+    assert run("runs", "--runs", str(tmp_path / "bare")) == 0
+    assert f"peft {'LORA' if len(delta) == 2 else 'PROMPT_TUNING'}" in capsys.readouterr().out
+
+
+def test_export_and_import_name_what_is_wrong(
+    tiny: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = str(tmp_path / "runs")
+    assert finetune(tiny, reviews, tmp_path / "runs", "--delta", "houlsby:bottleneck=2") == 0
+    assert run("export-peft", "zz", "--runs", store) == 2
+    assert "unknown run 'zz'" in capsys.readouterr().err
+    assert run("export-peft", "", "--out", str(tmp_path / "a"), "--runs", store) == 2
+    assert "no format for houlsby" in capsys.readouterr().err
+    assert run("import-peft", str(tmp_path), "--runs", store) == 2
+    assert "holds no adapter_config.json" in capsys.readouterr().err
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_model.safetensors").write_text("x")
+    assert run("import-peft", str(tmp_path), "--model", str(tiny), "--runs", store) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("finetun") == 2
     assert "nearest: finetune" in capsys.readouterr().err
