@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args, get_type_hints
 
-from theory.errors import InputError
+from theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from deltas.host import Host
@@ -56,6 +56,13 @@ class Delta(ABC):
             value = getattr(self, field)
             if value < 1:
                 raise InputError(f"{self.name}: {field} is {value}; expected at least 1.")
+
+    def _one_of(self, *fields: str) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields:
+            value, allowed = getattr(self, field), get_args(hints[field])
+            if value not in allowed:
+                raise unknown(f"{field} of the delta {self.name}", str(value), allowed)
 
     def to_dict(self) -> dict:
         """Name and all fields, as plain JSON values."""

@@ -39,6 +39,7 @@ class BitFit(Delta):
 
     def __post_init__(self) -> None:
         """Check that one field chooses the biases."""
+        self._one_of("part")
         if self.sites is not None and self.part != "all":
             raise InputError(
                 f"bitfit: sites={self.sites} and part={self.part!r} both choose biases; give one."

@@ -63,6 +63,7 @@ class LoRA(Delta):
     def __post_init__(self) -> None:
         """Check rank, dropout and ratio."""
         self._positive("rank")
+        self._one_of("scaling", "init")
         check_dropout(self.name, self.dropout)
         if not self.step_ratio > 0:
             raise InputError(f"lora: step_ratio is {self.step_ratio}; expected a positive number.")

@@ -41,6 +41,7 @@ class Subspace(Delta):
     def __post_init__(self) -> None:
         """Check the dimension."""
         self._positive("dimension")
+        self._one_of("projection")
 
     def build(self, host: Host) -> None:
         """Let every parameter be a function of z."""
