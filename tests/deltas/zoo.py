@@ -154,9 +154,9 @@ REFUSED: dict[tuple[str, str], str] = {
         ("mpnet", name): "does not use the attention interface"
         for name in ("mam", "prefix", "unipelt")
     },
-    **{(f, "ladder"): "two stacks of blocks" for f in ("bart", "t5-seq2seq")},
+    **{(f, "ladder"): "has two stacks of blocks" for f in ("bart", "t5-seq2seq")},
     ("t5", "head"): "has no head",
-    ("t5-seq2seq", "head"): "is tied to",
+    ("t5-seq2seq", "head"): "lm_head.weight is tied to shared.weight",
     **{
         (f, name): "not tokens through a table of embeddings"
         for f, family in FAMILIES.items()

@@ -1,0 +1,43 @@
+"""The support matrix: what is refused says why, and the README shows what the suite tests."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+from transformers import PreTrainedModel
+
+from deltas import attach, registry
+from tests.deltas import support_matrix
+from tests.deltas.zoo import FAMILIES, METHODS, PAIRS, REFUSED, assert_same, snapshot
+from theory.errors import InputError
+
+
+@pytest.mark.parametrize(("family", "method"), REFUSED, ids=lambda value: value)
+def test_what_an_architecture_cannot_take_is_refused(
+    build: Callable[..., PreTrainedModel], family: str, method: str
+) -> None:
+    model = build(family)
+    before = snapshot(model)
+    with pytest.raises(InputError, match=re.escape(REFUSED[family, method])) as caught:
+        attach(model, METHODS[method][0])
+    assert re.search("choose|use |load |give |untie|drop", str(caught.value).lower()), "a way out"
+    assert_same(before, snapshot(model))
+
+
+def test_every_method_and_architecture_has_its_cells() -> None:
+    assert set(METHODS) == set(registry.available())
+    assert set(support_matrix.TITLES) == set(FAMILIES)
+    every = {(family, method) for family in FAMILIES for method in METHODS}
+    assert set(PAIRS) | set(REFUSED) == every and not set(PAIRS) & set(REFUSED)
+    assert len(METHODS) >= 28 and len(FAMILIES) >= 18
+    rows = re.findall(r"^\| `(.+?)` \|", support_matrix.render(), re.MULTILINE)
+    assert sorted(rows) == sorted(METHODS)
+
+
+def test_the_matrix_in_the_readme_is_up_to_date() -> None:
+    text = support_matrix.README.read_text(encoding="utf-8")
+    begin, end = support_matrix.BEGIN, support_matrix.END
+    assert text.count(begin) == 1 and text.count(end) == 1, "README.md lacks its support markers"
+    assert text.split(begin)[1].split(end)[0] == support_matrix.render(), (
+        "the support matrix in README.md is stale: run python -m tests.deltas.support_matrix"
+    )
