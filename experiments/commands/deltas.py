@@ -23,8 +23,9 @@ class Deltas:
 
         methods = available()
         if self.show is None:
+            width = max(map(len, methods))
             for name, method in methods.items():
-                print(f"{name:12} {method.category:18} {method.law}")
+                print(f"{name:{width}}  {method.category:17}  {method.law}")
             print("\nFields, formula and source: deltacontrol deltas --show lora")
             print("In commands: --delta lora:rank=16,sites=attention.query+mlp.up bitfit")
             return
