@@ -58,7 +58,7 @@ class Field:
 
     Attributes:
         default: its value where it is left out.
-        kind: what it must be; None (null) is allowed too where it is the default.
+        kind: what it must be; None (null) is allowed too where the default is nothing.
         only: the values whose effect is reproduced; None means all.
         why: what the other values do.
     """
@@ -75,7 +75,7 @@ class Field:
                 return None
             known = " or ".join(map(repr, self.only))
             return f"{name} is {value!r}, only {known} is supported ({self.why})"
-        if (value is None and self.default is None) or _KINDS[self.kind](value):
+        if (value is None and self.default in (None, {})) or _KINDS[self.kind](value):
             return None
         return f"{name} is {value!r}, expected {self.kind}"
 

@@ -46,11 +46,12 @@ def task_of(name: str) -> str | None:
 def matches(rule: str | Iterable[str], path: str) -> bool:
     """Whether a path is meant by a regular expression (text) or by one of several names."""
     if isinstance(rule, str):
-        return _full(rule, path)
+        return is_match(rule, path)
     return any(path == name or path.endswith("." + name) for name in rule)
 
 
-def _full(pattern: str, path: str) -> bool:
+def is_match(pattern: str, path: str) -> bool:
+    """Whether a regular expression matches a whole path; InputError where it is none."""
     try:
         return re.fullmatch(pattern, path) is not None
     except re.error as error:
@@ -133,8 +134,9 @@ def _layer(patterns: str | Sequence[str] | None, path: str) -> int | None:
         found = re.match(r".*?\.[^.]*\.(\d+)\.", path)
         return int(found[1]) if found else None
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path):
-            return int(found[1])
+        is_match(pattern, "")  # refuses what is no regular expression
+        if found := re.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", path):
+            return int(found["number"])
     return None
 
 
@@ -159,7 +161,7 @@ def by_pattern(patterns: Mapping[str, Any], paths: Sequence[str], default: Any) 
     values, used = dict.fromkeys(paths, default), set()
     for path in paths:
         for pattern, value in patterns.items():
-            if _full(rf"(.*\.)?({pattern})", path):
+            if is_match(rf"(.*\.)?({pattern})", path):
                 values[path] = value
                 used.add(pattern)
                 break

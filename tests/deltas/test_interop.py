@@ -21,7 +21,7 @@ Build = Callable[..., PreTrainedModel]
 
 CLS, LM, BASE = "classification", "causal-lm", "backbone"
 TASKS = {CLS: "SEQ_CLS", LM: "CAUSAL_LM", BASE: "FEATURE_EXTRACTION"}
-KINDS = {"gpt2": LM, "llama": LM, "opt": LM, "gemma3": LM}
+KINDS = {"gpt2": LM, "llama": LM, "opt": LM, "gemma3": LM, "qwen3": LM, "gpt_neox": LM}
 QV = {"bert": ["query", "value"], "gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"]}
 QV |= {"t5": ["q", "v"], "roberta": ["query"], "distilbert": ["q_lin"], "gemma3": ["q_proj"]}
 UP = {"bert": "intermediate.dense", "gpt2": "c_fc", "llama": "up_proj", "t5": "wi"}
@@ -99,7 +99,7 @@ def cases():
             "num_virtual_tokens": 3, "encoder_hidden_size": 8,
             "encoder_reparameterization_type": "LSTM" if f == "bert" else "MLP",
         }  # fmt: skip
-    for f in ("bert", "gpt2", "llama", "roberta", "electra", "opt"):
+    for f in ("bert", "gpt2", "llama", "roberta", "electra", "opt", "qwen3", "gpt_neox"):
         yield "prefix", f, peft.PrefixTuningConfig, {"num_virtual_tokens": 3}
     inner = {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 9}
     yield "prefix-mlp", "llama", peft.PrefixTuningConfig, inner

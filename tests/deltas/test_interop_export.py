@@ -61,6 +61,9 @@ EXPORTS = [
     ("slices-of-heads", "gpt_neox", LM, (LoRA(rank=3),)),
     ("two-at-a-site", "bert", CLS, (LoRA(rank=2, alpha=5), LoRA(rank=3, sites=(QUERY, "mlp.up")))),
     ("rslora", "bert", CLS, (LoRA(rank=3, scaling="rslora"), HeadTuning())),
+    ("modules-alone", "bert", CLS, (SelectedModules(sites=("mlp.up",)), HeadTuning())),
+    ("vision", "vit", CLS, (LoRA(rank=2), HeadTuning())),
+    ("tied-biases", "bert", "masked-lm", (LoRA(rank=2), BitFit(sites=(".*",)))),
     ("two-scalings", "bert", CLS, (
         LoRA(rank=3, scaling="rslora", sites=(QUERY,)), LoRA(rank=2, sites=(VALUE,)))),
     ("svd", "bert", CLS, (LoRA(rank=3, init="svd"),)),
@@ -163,6 +166,7 @@ def test_writes_what_a_reader_expects(build: Build, tmp_path):
         ("bert", "masked-lm", (PromptTuning(length=2),), ("no task_type for BertForMaskedLM",)),
         ("bert", CLS, (PrefixTuning(length=2),), ("shift=true", "cache")),
         ("bert", CLS, (PrefixTuning(layers=(1,), shift=True),), ("leaves out", "layer.0")),
+        ("gemma3", LM, (PrefixTuning(length=2, shift=True),), ("sliding window", "out of sight")),
     ],
 )  # fmt: skip
 def test_refuses_what_peft_cannot_hold(build: Build, tmp_path, family, kind, deltas, parts):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from deltas.host import Host
 from deltas.interop.factors import features
 from deltas.interop.fields import COMMON, TARGETS, Field
 from deltas.interop.format import Attached, Description, Format, Plan, Slot
-from deltas.interop.targets import as_sites, short_names, targets
+from deltas.interop.targets import as_sites, is_match, short_names, targets
 from deltas.methods.ia3 import IA3
 from theory.errors import InputError
 
@@ -86,7 +85,7 @@ class IA3Format(Format):
 def _feed_forward(rule: str | Sequence[str], paths: Sequence[str]) -> list[str]:
     """The paths that peft takes for feed-forward: a name needs no dot before it."""
     if isinstance(rule, str):
-        return [path for path in paths if re.fullmatch(rule, path)]
+        return [path for path in paths if is_match(rule, path)]
     return [path for path in paths if path.endswith(tuple(rule))]
 
 

@@ -44,8 +44,8 @@ class LycorisFormat(Format):
                 f"peft's {self.peft_type} acts at Linear modules alone, not at {', '.join(odd)} "
                 f"({type(host.sites.modules[odd[0]]).__name__}); choose other sites, or lora."
             )
-        ranks = by_pattern(config["rank_pattern"], paths, config["r"])
-        alphas = by_pattern(config["alpha_pattern"], paths, config["alpha"])
+        ranks = by_pattern(config["rank_pattern"] or {}, paths, config["r"])
+        alphas = by_pattern(config["alpha_pattern"] or {}, paths, config["alpha"])
         groups = grouped({path: (ranks[path], float(alphas[path])) for path in paths})
         deltas = []
         slots: list[Slot] = []

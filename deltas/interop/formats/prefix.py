@@ -39,6 +39,7 @@ class PrefixFormat(Format):
     def plan(self, config: Mapping[str, Any], host: Host) -> Plan:
         """One PrefixTuning with keys and values of its own."""
         check_task(config, host)
+        _check_window(host)
         paths = [site.path for site in host.find(("attention",))]
         check_sizes(config, _sizes(host, paths))
         length = config["num_virtual_tokens"]
@@ -78,6 +79,21 @@ class PrefixFormat(Format):
             config |= {"prefix_projection": True, "encoder_hidden_size": inner.pop()}
         check_task(config | {"task_type": task_type(host.model)}, host)
         return Description(config, controls)
+
+
+def _check_window(host: Host) -> None:
+    """Refuse layers whose window leaves a cached prefix behind; ours is always seen.
+
+    Raises:
+        InputError: the model has such layers.
+    """
+    config = host.config
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None)):
+        raise InputError(
+            f"{host.sites.model_type} has layers with a sliding window, where peft's prefix goes "
+            "out of sight as the text grows and a prefix here does not; exchange another delta."
+        )
 
 
 def _sizes(host: Host, paths: Sequence[str]) -> dict[str, int]:
