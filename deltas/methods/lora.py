@@ -95,12 +95,24 @@ class LoRA(Delta):
     def _checked_sites(self, host: Host) -> list[Site]:
         found = low_rank_sites(host, self.name, self.rank, self.sites, self.layers, embeddings=True)
         for site in found:
-            if self.init == "svd" and isinstance(site.module, nn.Embedding):
-                raise InputError(
-                    f"lora: {site.path} is an embedding, which init=svd does not start; choose "
-                    "init=kaiming, or linear maps alone."
-                )
+            if isinstance(site.module, nn.Embedding):
+                self._check_embedding(host, site)
         return found
+
+    def _check_embedding(self, host: Host, site: Site) -> None:
+        if self.init == "svd":
+            raise InputError(
+                f"lora: {site.path} is an embedding, which init=svd does not start; choose "
+                "init=kaiming, or linear maps alone."
+            )
+        others = [name.rpartition(".")[0] for name in host.tied(f"{site.path}.weight")]
+        others = [p for p in others if isinstance(host.sites.modules[p], nn.Embedding)]
+        if others and site.path == host.sites.embedding_path:
+            raise InputError(
+                f"lora: {host.sites.model_type} looks tokens up at {' and '.join(others)}, which "
+                f"{site.path} only lends its table, so a path there has no effect; choose them as "
+                "sites."
+            )
 
     def _lay_embedding(self, host: Host, site: Site, module: nn.Embedding) -> EmbeddingPath:
         down = torch.zeros(self.rank, module.num_embeddings)

@@ -67,6 +67,7 @@ REFUSALS: list[tuple[Delta, str, str, tuple[str, ...]]] = [
     (LoRA(sites=("(",)), "bert", CLS, ("'('", "not a regular expression")),
     (LoRA(sites=("norm",)), "bert", CLS, ("LayerNorm", "not a linear map", "attention.query")),
     (HoulsbyAdapter(sites=("embedding",)), "gpt2", CLS, ("Embedding", "not a linear map")),
+    (LoRA(sites=("embedding",)), "t5", CLS, ("tokens up at encoder.embed_tokens", "no effect")),
     (LoRA(sites=("embedding",), init="svd"), "gpt2", CLS, ("embedding", "init=svd", "kaiming")),
     (LoRA(sites="query"), "bert", CLS, ("the text 'query'", "('query',)")),  # type: ignore[arg-type]
     (LoRA(rank=33), "bert", CLS, ("rank 33", "width 32", "self.query", "1 to 32")),
