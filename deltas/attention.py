@@ -97,8 +97,6 @@ def _attention(stock: str) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         head_width, gates = value.shape[-1], []
-        if kwargs.get("scaling") is None:
-            kwargs["scaling"] = query.shape[-1] ** -0.5
         for prefix in module.__dict__.get(_SLOT, ()):
             prefix_key, prefix_value = prefix()
             length = prefix_key.shape[1]
@@ -110,6 +108,8 @@ def _attention(stock: str) -> Callable[..., Any]:
             own = prefix_key.shape[-1]
             if hasattr(prefix, "gate"):
                 # Features of its own, in which the query is scaled and the text has none.
+                if kwargs.get("scaling") is None:
+                    kwargs["scaling"] = own**-0.5
                 gates.append(prefix.gate().to(query.dtype)[:, :, None, None])
                 scaled = gates[-1].transpose(1, 2) * query[..., :own]
                 query, key = torch.cat([query, scaled], dim=-1), pad(key, (0, own))

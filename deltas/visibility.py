@@ -92,8 +92,10 @@ class Visibility:
         if key not in slots:
             slots[key] = len(cache.layers)
             cache.layers.append(DynamicLayer())
-        kept = tokens.unsqueeze(1)
-        return cache.update(kept, kept[..., :0], slots[key])[0].squeeze(1)
+        new = tokens.unsqueeze(1)
+        kept = cache.update(new, new[..., :0], slots[key])[0].squeeze(1)
+        mask = self._call.mask  # shorter where the attention forgets behind a sliding window
+        return kept[:, -mask.shape[-1] :] if isinstance(mask, Tensor) else kept
 
     def seen(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """Boolean (batch or 1, queries, keys): True where a query may look at a key.

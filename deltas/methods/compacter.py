@@ -18,7 +18,7 @@ from theory.errors import InputError
 
 @dataclass(frozen=True)
 class Compacter(Delta):
-    """h + φ(W_d h + b_d) W_u + b_u with W = Σ_i A_i ⊗ (s_i t_i) (Karimi Mahabadi et al., Eq. 4-5).
+    """h + φ(W_d h + b_d) W_u + b_u with W = Σ_i A_i ⊗ (s_i t_i) (Karimi Mahabadi et al.).
 
     A_i ∈ R^{n×n} for i = 1 … n is one rule for all adapters of the model; s_i and t_i are thin and
     belong to one matrix each. With ``sites=("mlp.down",)`` it is Compacter++. The t_i of W_u and
@@ -43,7 +43,7 @@ class Compacter(Delta):
     name = "compacter"
     category = "addition"
     law = "h + phi(h W_d) W_u, W = sum_i A_i (x) (s_i t_i)"
-    reference = "Karimi Mahabadi, Henderson, Ruder, NeurIPS 2021, Eq. 4-5"
+    reference = "Karimi Mahabadi, Henderson, Ruder, NeurIPS 2021, Section 3"
     num_parameters_formula = "n^3 + sum over sites of 2 r (d + m) + d + m"
     unmergeable = "its bottleneck is not linear in the state"
 

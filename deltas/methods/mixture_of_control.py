@@ -18,7 +18,7 @@ from deltas.spans import Around, Span, act_across, find_spans
 class MixtureOfControl(Delta):
     """f(h) + s Σ_k g_k(h) h A_k B_k with g(h) = softmax(h G), token by token.
 
-    State-based control (Zhang et al. 2025) with the soft router of Zadouri et al. (Eq. 1-2): the
+    State-based control (Zhang et al. 2025) with the soft router of Zadouri et al.: the
     gain of the feedback depends on the state. The A_k start uniform as LoRA's A does, the B_k at
     zero, and G at zero, so that all controls weigh the same.
 
@@ -39,7 +39,9 @@ class MixtureOfControl(Delta):
     name = "mixture-of-control"
     category = "addition"
     law = "f(h) + s sum_k softmax(h G)_k h A_k B_k"
-    reference = "Zhang et al., ICML 2025 (parallel control); Zadouri et al., ICLR 2024, Eq. 1-2"
+    reference = (
+        "Zhang et al., ICML 2025 (parallel control); Zadouri et al., ICLR 2024 (soft router)"
+    )
     num_parameters_formula = "sum over blocks of K (r (d_in + d_out) + d_in)"
     unmergeable = "its gain depends on the state"
 

@@ -23,7 +23,7 @@ class PTuning(Delta):
     E ties the rows to each other (LSTM), or gives them one map (MLP). The rows enter and leave as
     in prompt tuning.
 
-        lstm   MLP([→h_i; ←h_i]) with a bidirectional LSTM over the rows (Liu et al., Eq. 6)
+        lstm   MLP([→h_i; ←h_i]) with a bidirectional LSTM over the rows
         mlp    three linear maps with ReLU between
 
     Attributes:

@@ -43,7 +43,7 @@ class _Parallel(Delta):
 
 @dataclass(frozen=True)
 class ParallelAdapter(_Parallel):
-    """sublayer(h) + s φ(h W_d) W_u (He et al., Table 2: parallel adapter, and its scaled form).
+    """sublayer(h) + s φ(h W_d) W_u (He et al., Table 1: parallel adapter, and its scaled form).
 
     W_d starts uniform as LoRA's A does, W_u at zero. It has no biases, as in the formula.
 
@@ -64,7 +64,7 @@ class ParallelAdapter(_Parallel):
     name = "parallel-adapter"
     category = "addition"
     law = "sublayer(h) + s phi(h W_d) W_u"
-    reference = "He et al., ICLR 2022, Table 2 (parallel adapter, scaled PA)"
+    reference = "He et al., ICLR 2022, Table 1 (parallel adapter, scaled PA)"
     num_parameters_formula = "sum over sub-layers of m (d_in + d_out)"
     unmergeable = "its bottleneck is not linear in the state"
 

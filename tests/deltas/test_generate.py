@@ -5,7 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, T5ForConditionalGeneration
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    T5ForConditionalGeneration,
+)
 
 from deltas import (
     AttentionControl,
@@ -164,4 +169,27 @@ def test_an_encoder_decoder_generates(delta: Delta):
     for use_cache in (True, False):
         found = model.generate(**batch, max_new_tokens=5, do_sample=False, use_cache=use_cache)
         assert torch.equal(found, tokens)
+    controlled.detach()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("window", [3, 100])
+@pytest.mark.parametrize("name", ["attention-control", "unipelt"])
+def test_what_is_kept_slides_with_the_window(name, window, attention):
+    """A control mixes the tokens that the attention sees, also where that forgets the first."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, vocab_size=V, sliding_window=window, attn_implementation=attention,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).double().eval()
+    controlled = move(attach(model, *DELTAS[name]), scale=0.5)
+    ids = texts(False)["input_ids"]
+    with torch.no_grad():
+        expected = controlled(input_ids=ids, use_cache=False).logits
+        state, found = None, []
+        for start, end in ((0, 3), (3, 5), (5, 6)):
+            piece = controlled(input_ids=ids[:, start:end], past_key_values=state, use_cache=True)
+            state, found = piece.past_key_values, [*found, piece.logits]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=1e-5)
     controlled.detach()
