@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from experiments.experiment import Digests, Experiment, Outcome, Workspace
-from experiments.finetune import METRICS, FineTuning, majority_share, sizes
+from experiments.finetune import METRICS, FineTuning, check_length, majority_share, sizes
 from experiments.records import Record
 from theory.errors import InputError
 
@@ -92,6 +92,8 @@ class ImportedAdapter(Experiment):
         from experiments.evaluation import evaluate
 
         del workspace
+        if self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}; expected a whole number >= 1")
         task = tasks.load(self.task, **self._columns()) if self.task else None
         kind = task.kind if task else self._kind()
         num_labels = len(task.labels) if task else self._num_labels()
@@ -106,6 +108,7 @@ class ImportedAdapter(Experiment):
             **sizes(model),
         }
         if task is not None:
+            check_length(self.max_length, base, self._model())
             encoded = data.encode(
                 task, tokenizer, max_length=self.max_length, eval_limit=self.eval_limit
             )

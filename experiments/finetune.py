@@ -109,6 +109,8 @@ class FineTuning(Experiment):
     """Column of the labels in a task file."""
     task_kind: Literal["classification", "regression", "causal-lm"] | None = None
     """What the labels of a task file are; inferred by default."""
+    sequential: bool = False
+    """Train the deltas one after another, each for all steps, the earlier ones frozen."""
 
     def __post_init__(self) -> None:
         """Check every field, expand the deltas' defaults and settle the learning rate."""
@@ -169,6 +171,8 @@ class FineTuning(Experiment):
     def to_config(self) -> dict[str, Any]:
         """All fields as JSON values; the deltas with all their fields."""
         config = {f.name: getattr(self, f.name) for f in fields(self)}
+        if not self.sequential:  # as in records from before there were stages
+            del config["sequential"]
         return config | {"deltas": [dict(delta) for delta in self.deltas]}
 
     @classmethod
@@ -211,7 +215,7 @@ class FineTuning(Experiment):
             ) from error
 
     def _execute(self, workspace: Workspace) -> Outcome:
-        from experiments import data, models, tasks, training
+        from experiments import data, models, stages, tasks, training
         from experiments.evaluation import MONITORED, evaluate
         from experiments.resources import autocast
 
@@ -223,7 +227,7 @@ class FineTuning(Experiment):
             pretrained=self.pretrained,
             seed=self.seed,
         )
-        self._fits(base)
+        check_length(self.max_length, base, self.model)
         encoded = data.encode(
             task,
             tokenizer,
@@ -237,7 +241,8 @@ class FineTuning(Experiment):
             return evaluate(module, encoded.eval_batches(split, self.batch_size), task.kind)
 
         monitor, larger_is_better = MONITORED[task.kind]
-        trained = training.train(
+        train = stages.train_in_turn if self.sequential else training.train
+        trained = train(
             model,
             _TrainingBatches(encoded, self.seed, self.batch_size),
             training.Settings(
@@ -280,14 +285,6 @@ class FineTuning(Experiment):
             earlier_seconds=trained.earlier_seconds,
         )
 
-    def _fits(self, base: Any) -> None:
-        longest = getattr(base.config, "max_position_embeddings", None)
-        if isinstance(longest, int) and self.max_length > longest:
-            raise InputError(
-                f"max_length is {self.max_length}, but {self.model} has {longest} positions; "
-                f"choose max_length <= {longest}"
-            )
-
     def attached(self, base: Any, kind: str) -> DeltaModel:
         """`base` with the deltas, and with the head where none of them trains it."""
         from deltas import HeadTuning, attach, from_dict
@@ -321,6 +318,16 @@ class _TrainingBatches:
 
     def batch(self, step: int) -> dict[str, Any]:
         return self.encoded.training_batch(step, seed=self.seed, batch_size=self.batch_size)
+
+
+def check_length(max_length: int, base: Any, name: str) -> None:
+    """Refuse texts that are longer than a model's positions."""
+    longest = getattr(base.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and max_length > longest:
+        raise InputError(
+            f"max_length is {max_length}, but {name} has {longest} positions; choose max_length <= "
+            f"{longest}"
+        )
 
 
 def sizes(model: DeltaModel) -> dict[str, Any]:

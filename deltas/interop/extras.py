@@ -63,10 +63,10 @@ def _biases(word: str, paths: Sequence[str], saved: tuple[str, ...], host: Host)
 
 
 def _constants(plan: Plan, form: Format, saved: Sequence[str], host: Host) -> None:
-    """Copies of base weights that peft saves beside the adapter.
+    """What peft saves beside the adapter.
 
     These are the embeddings where they are targeted, or where peft could not tell whether they had
-    grown, and with bias="all" the biases that the saved modules had before.
+    grown, and with bias="all" the biases of the saved modules once more, and as they were before.
     """
     taken = {slot.key for slot in plan.slots}
     for module in (host.model.get_input_embeddings(), host.model.get_output_embeddings()):
@@ -79,9 +79,9 @@ def _constants(plan: Plan, form: Format, saved: Sequence[str], host: Host) -> No
             plan.constants.update({key: value for key in keys - taken})
     for name in host.parameter_names(saved):
         owner = next(p for p in saved if name.startswith(p + "."))
-        key = f"{form.root}{owner}.original_module{name[len(owner) :]}"
-        plan.constants[key] = host.original(name)
-        plan.copies[key.replace(".original_module", ".modules_to_save")] = form.root + name
+        leaf = name[len(owner) + 1 :]
+        plan.copies[f"{form.root}{owner}.modules_to_save.{leaf}"] = form.root + name
+        plan.unused.add(f"{form.root}{owner}.original_module.{leaf}")
 
 
 @dataclass(frozen=True)

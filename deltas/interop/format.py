@@ -59,6 +59,7 @@ class Plan:
         constants: tensors that the file may hold, and what they must be.
         required: the constants that the file must hold.
         copies: tensors that the file may hold once more, and the key of the first.
+        unused: tensors that the file may hold and that neither library uses.
         values: controls that follow from the configuration alone.
     """
 
@@ -68,6 +69,7 @@ class Plan:
     constants: dict[str, Tensor] = field(default_factory=dict)
     required: set[str] = field(default_factory=set)
     copies: dict[str, str] = field(default_factory=dict)
+    unused: set[str] = field(default_factory=set)
     values: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -152,12 +152,10 @@ def _class_of(model: PreTrainedModel) -> dict[str, str]:
 
 def _mains(attached: list[Attached]) -> list[Attached]:
     """The deltas that decide the format: whole modules only where nothing else does."""
-    for kinds in ((LayerNormTuning,), (SelectedModules,), extras.EXTRAS):
-        others = [item for item in attached if not isinstance(item.delta, extras.EXTRAS)]
-        found = others or [item for item in attached if isinstance(item.delta, kinds)]
-        if found:
-            return found
-    return attached
+    methods = [item for item in attached if not isinstance(item.delta, extras.EXTRAS)]
+    norms = [item for item in attached if isinstance(item.delta, LayerNormTuning)]
+    modules = [item for item in attached if isinstance(item.delta, SelectedModules)]
+    return methods or norms or modules or attached
 
 
 def _format(config: Mapping[str, Any]) -> Format:
@@ -200,7 +198,8 @@ def _fitted(plan: Plan, tensors: Mapping[str, Tensor], model: PreTrainedModel) -
     """
     expected = {slot.key for slot in plan.slots}
     missing = sorted((expected | plan.required) - tensors.keys())
-    extra = sorted(tensors.keys() - expected - plan.constants.keys() - plan.copies.keys())
+    known = expected | plan.constants.keys() | plan.copies.keys() | plan.unused
+    extra = sorted(tensors.keys() - known)
     problems = [f"missing {key}" for key in missing] + [f"unknown {key}" for key in extra]
     for key, value in plan.constants.items():
         if key in tensors and not _same(tensors[key], value):

@@ -60,6 +60,8 @@ class ImportPeft(ImportedAdapter):
             value = record.result.get(name)
             if value is not None:
                 print(f"  {name:18} {value:{form}}")
+        if record.result["model_kind"] == "classification" and not record.result["num_head"]:
+            print("  the adapter holds no head: it is the base's, or random where that has none")
         print(f"{'found' if known else 'recorded'} {store.path(experiment)}")
 
 

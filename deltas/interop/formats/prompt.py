@@ -16,6 +16,7 @@ from deltas.host import Host
 from deltas.interop.fields import COMMON, PROMPT, Field
 from deltas.interop.format import Attached, Description, Format, Plan, Slot, shared
 from deltas.interop.targets import task_type
+from deltas.methods.intrinsic_prompt import IntrinsicPrompt
 from deltas.methods.p_tuning import PTuning
 from deltas.methods.prompt import PromptTuning
 from theory.errors import InputError
@@ -67,7 +68,7 @@ class RowsFormat(Format):
 
 
 class PromptFormat(RowsFormat):
-    """The rows were trained as they are."""
+    """The rows were trained as they are, or in a fixed subspace."""
 
     peft_type = "PROMPT_TUNING"
     fields = {
@@ -78,7 +79,7 @@ class PromptFormat(RowsFormat):
         "tokenizer_name_or_path": Field(None, "a text"),
         "tokenizer_kwargs": Field(None),
     }
-    writes = (PromptTuning,)
+    writes = (PromptTuning, IntrinsicPrompt)
 
     def encoder_fields(self, attached: Sequence[Attached]) -> dict[str, Any]:
         """Nothing."""
