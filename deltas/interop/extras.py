@@ -29,23 +29,29 @@ def extend(plan: Plan, form: Format, config: Mapping[str, Any], host: Host) -> N
         whole = set(saved) == set(host.sites.head_paths())
         plan.deltas.append(HeadTuning() if whole else SelectedModules(sites=as_sites(saved, host)))
         names = host.parameter_names(saved)
-        plan.slots += [parameter_slot(form.root + name, name, names, host) for name in names]
+        plan.slots += parameter_slots({name: form.root + name for name in names}, host)
     if config.get("bias", "none") != "none":
         names = _biases(config["bias"], plan.paths, inside, host)
         paths = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
         plan.deltas.append(BitFit(sites=as_sites(paths, host)))
+        keys = {}
         for name in names:
             path, _, leaf = name.rpartition(".")
             under = f"{path}.base_layer" if path in plan.paths else path
-            plan.slots.append(parameter_slot(f"{form.root}{under}.{leaf}", name, names, host))
+            keys[name] = f"{form.root}{under}.{leaf}"
+        plan.slots += parameter_slots(keys, host)
     _constants(plan, form, saved, host)
 
 
-def parameter_slot(key: str, name: str, names: Sequence[str], host: Host) -> Slot:
-    """The slot of a base parameter; tied ones are one control, under their first name."""
-    parameter = host.parameter(name)
-    first = next(other for other in names if host.parameter(other) is parameter)
-    return Slot(key, tuple(parameter.shape), (first,))
+def parameter_slots(keys: Mapping[str, str], host: Host) -> list[Slot]:
+    """The slots of base parameters, by name; tied ones are one control, under their first name."""
+    firsts: dict[int, str] = {}
+    slots = []
+    for name, key in keys.items():
+        parameter = host.parameter(name)
+        first = firsts.setdefault(id(parameter), name)
+        slots.append(Slot(key, tuple(parameter.shape), (first,)))
+    return slots
 
 
 def _biases(word: str, paths: Sequence[str], saved: tuple[str, ...], host: Host) -> list[str]:

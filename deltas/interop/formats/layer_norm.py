@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltas.host import Host
-from deltas.interop.extras import parameter_slot
+from deltas.interop.extras import parameter_slots
 from deltas.interop.fields import COMMON, TARGETS
 from deltas.interop.format import Attached, Description, Format, Plan
 from deltas.interop.targets import as_sites, short_names, targets
@@ -28,11 +28,11 @@ class LayerNormFormat(Format):
         norms = host.backbone_names(("norm",))
         whole = set(names) == set(norms)
         delta = LayerNormTuning() if whole else SelectedModules(sites=as_sites(paths, host))
-        slots = []
+        keys = {}
         for name in names:
             path = next(p for p in paths if name.startswith(p + "."))
-            key = f"{self.root}{path}.ln_tuning_layers{name[len(path) :]}"
-            slots.append(parameter_slot(key, name, names, host))
+            keys[name] = f"{self.root}{path}.ln_tuning_layers{name[len(path) :]}"
+        slots = parameter_slots(keys, host)
         return Plan([delta], slots, paths)
 
     def describe(self, attached: Sequence[Attached], host: Host) -> Description:
