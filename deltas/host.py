@@ -104,9 +104,10 @@ class Host:
         self.state_path: dict[str, str] = {}  # control parameter -> path of the module it acts at
         self.shared: list[str] = []  # control parameters that act on all layers at once
         self.rate_factors: dict[str, float] = {}  # control parameter -> factor on the learning rate
-        self.preparations: list[Callable[[Losses], None]] = []
-        self.penalties: list[Callable[[], Tensor]] = []
-        self.after_step: list[Callable[[int, int], bool | None]] = []
+        # What a delta asks of the training, with the delta's namespace.
+        self.preparations: list[tuple[str, Callable[[Losses], None]]] = []
+        self.penalties: list[tuple[str, Callable[[], Tensor]]] = []
+        self.after_step: list[tuple[str, Callable[[int, int], bool | None]]] = []
         self.merges: list[Merge] = []
         self._undo: list[Callable[[], None]] = []
         self._originals: dict[str, nn.Parameter] = {}
@@ -419,11 +420,11 @@ class Host:
 
     def on_data(self, prepare: Callable[[Losses], None]) -> None:
         """Call ``prepare(losses)`` before training: for controls that depend on the data."""
-        self.preparations.append(prepare)
+        self.preparations.append((self.namespace, prepare))
 
     def add_penalty(self, penalty: Callable[[], Tensor]) -> None:
         """Add a scalar to the training loss."""
-        self.penalties.append(penalty)
+        self.penalties.append((self.namespace, penalty))
 
     def on_step(self, act: Callable[[int, int], bool | None]) -> None:
         """Call ``act(step, num_steps)`` after update ``step`` (from 1); gradients still stand.
@@ -431,7 +432,7 @@ class Host:
         It returns true where it has put the controls elsewhere, so that the optimiser should
         forget its moments.
         """
-        self.after_step.append(act)
+        self.after_step.append((self.namespace, act))
 
     def scale_rate(self, controller: nn.Module, leaf: str, factor: float) -> None:
         """Train the parameter ``leaf`` of a controller at ``factor`` times the learning rate."""

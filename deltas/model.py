@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from deltas.base import Delta
 from deltas.host import Host, Losses
-from theory.errors import InputError
+from theory.errors import InputError, unknown
 
 _MARK = "deltacontrol_attached"
+Request = TypeVar("Request")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class DeltaModel(nn.Module):
         self.attachments = attachments
         self.num_base = num_base
         self._host: Host | None = host
+        self._active = frozenset(attachment.namespace for attachment in attachments)
         self.controls.train(host.model.training)
         self.training = host.model.training
 
@@ -91,8 +93,28 @@ class DeltaModel(nn.Module):
         return self.num_base
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The controls by name."""
-        return dict(self.controls.named_parameters())
+        """The controls by name, without those that `train_only` has frozen."""
+        return {n: p for n, p in self.controls.named_parameters() if p.requires_grad}
+
+    def train_only(self, namespaces: Iterable[str] | None) -> None:
+        """Freeze the controls of all other deltas, which go on acting; None frees all.
+
+        Args:
+            namespaces: of the deltas to train, as in ``attachments``.
+
+        Raises:
+            InputError: there is no such delta, or none is left to train.
+        """
+        known = [attachment.namespace for attachment in self.attachments]
+        chosen = known if namespaces is None else list(namespaces)
+        for namespace in chosen:
+            if namespace not in known:
+                raise unknown("delta of this model", namespace, known)
+        if not chosen:
+            raise InputError(f"nothing is left to train; choose from {', '.join(known)}.")
+        self._active = frozenset(chosen)
+        for name, parameter in self.controls.named_parameters():
+            parameter.requires_grad_(name.partition(".")[0] in self._active)
 
     def variables(self) -> dict[str, Tensor]:
         """What training may change: the controls, and buffers such as masks that it sets."""
@@ -103,7 +125,7 @@ class DeltaModel(nn.Module):
     @property
     def needs_data(self) -> bool:
         """Whether `prepare` has something to do."""
-        return bool(self.host.preparations)
+        return bool(self._asked(self.host.preparations))
 
     def prepare(self, losses: Losses) -> None:
         """Let controls that depend on the data (a Fisher mask, say) see it, before training.
@@ -111,17 +133,17 @@ class DeltaModel(nn.Module):
         Args:
             losses: gives the loss of the model, one example after another, anew at each call.
         """
-        for prepare in self.host.preparations:
+        for prepare in self._asked(self.host.preparations):
             prepare(losses)
 
     @property
     def is_penalised(self) -> bool:
         """Whether a delta adds something to the training loss."""
-        return bool(self.host.penalties)
+        return bool(self._asked(self.host.penalties))
 
     def penalty(self) -> Tensor:
         """What the deltas add to the training loss, a scalar."""
-        return torch.stack([penalty() for penalty in self.host.penalties]).sum()
+        return torch.stack([penalty() for penalty in self._asked(self.host.penalties)]).sum()
 
     def after_step(self, step: int, num_steps: int) -> bool:
         """To be called after update ``step`` of 1..num_steps, while the gradients still stand.
@@ -129,7 +151,11 @@ class DeltaModel(nn.Module):
         Returns:
             Whether the optimiser should start afresh, because controls were put elsewhere.
         """
-        return any([act(step, num_steps) for act in self.host.after_step])
+        return any([act(step, num_steps) for act in self._asked(self.host.after_step)])
+
+    def _asked(self, requests: list[tuple[str, Request]]) -> list[Request]:
+        """What the deltas in training have asked for."""
+        return [request for namespace, request in requests if namespace in self._active]
 
     @property
     def rate_factors(self) -> dict[str, float]:

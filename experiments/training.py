@@ -123,6 +123,7 @@ def train(
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     checkpoint_dir: Path | None = None,
     progress: bool = True,
+    keep_checkpoint: bool = False,
 ) -> TrainingResult:
     """Train the controls of `delta_model` in place.
 
@@ -133,6 +134,8 @@ def train(
         evaluate: Metrics of the model on validation data; needed for `settings.eval_every`.
         checkpoint_dir: Where to keep a checkpoint; one that is there is continued from.
         progress: Whether to draw a progress bar.
+        keep_checkpoint: Whether the last state is kept there too, so that the same call gives the
+            same result at once.
 
     Returns:
         The result. A loss or gradient that is not finite ends the training with status "diverged",
@@ -159,7 +162,9 @@ def train(
         disable=not (progress and loop.accelerator.is_main_process),
     )
     with bar, training_mode(delta_model, settings.dropout, settings.gradient_checkpointing):
-        while run.step < settings.steps:
+        if loop.exhausted:
+            status, message = "early_stopped", "stopped before this attempt"
+        while run.step < settings.steps and status == "completed":
             message = loop.update()
             bar.update()
             bar.set_postfix(loss=f"{run.rows[-1]['loss']:.3f}", refresh=False)
@@ -178,6 +183,11 @@ def train(
                 run.peak_memory = max(run.peak_memory, memory.peak())
                 loop.save(checkpoint_dir)
                 saved = time.perf_counter()
+    if checkpoint_dir is not None and keep_checkpoint and status != "diverged":
+        if loop.accelerator.is_main_process:
+            run.seconds = earlier + time.perf_counter() - began
+            run.peak_memory = max(run.peak_memory, memory.peak())
+            loop.save(checkpoint_dir)
     loop.finish()
     measures = _measures(run, memory, precision, device)
     return TrainingResult(
@@ -236,6 +246,12 @@ class _Loop:
                     yield self.delta_model(**inputs).loss
 
         self.delta_model.prepare(losses)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the patience was at its end already when this attempt began."""
+        patience = self.settings.patience
+        return patience is not None and self.run.stale >= patience
 
     def update(self) -> str:
         """Do one update and add its row; returns a message if it had to be left out."""

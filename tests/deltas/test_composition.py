@@ -321,3 +321,19 @@ class TestLife:
         model.activation_checkpointing_disable()
         out(controlled.eval(), batch)
         assert {k: id(p) for k, p in model.named_parameters()} == theta
+
+
+def test_only_the_chosen_deltas_are_trained(build):
+    model = build("bert")
+    controlled = attach(model, LoRA(rank=2), BitFit())
+    controlled.train_only(["bitfit"])
+    assert controlled.trainable()
+    assert all(name.startswith("bitfit.") for name in controlled.trainable())
+    count = controlled.num_trainable
+    controlled.train_only(None)
+    assert sum(p.numel() for p in controlled.trainable().values()) == count
+    with pytest.raises(InputError, match=r"lorra.*lora"):
+        controlled.train_only(["lorra"])
+    with pytest.raises(InputError, match="nothing is left"):
+        controlled.train_only([])
+    controlled.detach()

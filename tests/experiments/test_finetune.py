@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from deltas import LoRA
 from experiments import rates
+from experiments.experiment import Workspace
 from experiments.finetune import FineTuning
 from experiments.runs import RunStore
 from experiments.sweeps import run, run_all
@@ -209,3 +211,21 @@ def test_killed_sweep_goes_on_and_gives_the_same_numbers(places, store, tmp_path
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     for name in ("accuracy", "macro_f1", "loss", "final_train_loss", "best_validation_accuracy"):
         assert whole.result[name] == resumed.result[name]
+
+
+def test_deltas_in_turn_train_what_came_before_no_further(places, store, tmp_path):
+    """The first stage of two is a run of its own, and its controls stay as it left them."""
+    both = tiny(places, steps=3, deltas=("lora:rank=2", "bitfit"), sequential=True)
+    assert both.to_config()["sequential"] is True
+    assert "sequential" not in tiny(places).to_config()
+    folder = tmp_path / "work"
+    outcome = both.execute(Workspace(folder, progress=False))
+    assert list(outcome.curve["stage"]) == 3 * ["lora"] + 3 * ["bitfit"]
+    assert list(outcome.curve["step"]) == list(range(1, 7))
+    again = both.execute(Workspace(folder, progress=False))  # both stages are in the folder
+    for name, value in outcome.controls.items():
+        assert torch.equal(again.controls[name], value), name
+    saved = safetensors.torch.load_file(folder / "stage-1" / "checkpoint.safetensors")
+    for name, value in outcome.controls.items():
+        same = torch.equal(saved[f"control/{name}"], value)
+        assert same == name.startswith("lora."), name
