@@ -62,10 +62,10 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 
 class SparseChange(nn.Module):
-    """θ₀ and ``values`` (k,) added at ``places`` (k,) of the D parameters laid end to end.
+    """θ₀ and ``values`` (k,) added at the ascending ``places`` (k,) of the D numbers end to end.
 
     k numbers are trained; a forward pass forms θ₀ + δ densely and forgets it, and its backward pass
-    the dense gradient, from which it takes k entries.
+    the dense gradient, one parameter after another, from which it takes k entries.
 
     Args:
         parameters: θ₀ by name.
@@ -90,14 +90,28 @@ class SparseChange(nn.Module):
         if seed is not None:
             self.register_buffer("seed", torch.tensor(seed))
         self.base = (dict(parameters),)  # in a tuple: θ₀ stays the base model's own
-        self.size = sum(p.numel() for p in parameters.values())
-        self._known = False
+        self._share: tuple[Tensor, int, list[int]] | None = None
 
     @property
     def chosen(self) -> bool:
-        """Whether the places are known. Asks the device once, and remembers a yes."""
-        self._known = self._known or bool(self.places[0] >= 0)
-        return self._known
+        """Whether the places are known."""
+        return self._shares() is not None
+
+    @torch.compiler.disable
+    def _shares(self) -> list[int] | None:
+        """How many places lie in each parameter; None before they are chosen.
+
+        Asks the device once for each change of the places, so it is no part of a compiled graph.
+        """
+        made = self._share
+        if made is None or made[0] is not self.places or made[1] != self.places._version:
+            if bool(self.places[0] < 0):
+                return None
+            (base,) = self.base
+            sizes = torch.tensor([p.numel() for p in base.values()], device=self.places.device)
+            ends = torch.searchsorted(self.places, sizes.cumsum(0)).diff(prepend=sizes.new_zeros(1))
+            made = self._share = (self.places, self.places._version, ends.tolist())
+        return made[2]
 
     @torch.no_grad()
     def choose(self, mask: Tensor) -> None:
@@ -107,10 +121,12 @@ class SparseChange(nn.Module):
 
     def forward(self) -> dict[str, Tensor]:
         """All parameters at the present values."""
-        (base,) = self.base
-        change = self.values.new_zeros(self.size).scatter(0, self.places, self.values)
-        parts = change.split([p.numel() for p in base.values()])
-        return {
-            name: theta + part.view_as(theta)
-            for (name, theta), part in zip(base.items(), parts, strict=True)
-        }
+        (base,), shares = self.base, self._shares()
+        assert shares is not None, "the places are not chosen"
+        changed, first = {}, 0
+        cuts = zip(self.places.split(shares), self.values.split(shares), strict=True)
+        for (name, theta), (places, values) in zip(base.items(), cuts, strict=True):
+            moved = theta.flatten().index_add(0, places - first, values.to(theta.dtype))
+            changed[name] = moved.view_as(theta)
+            first += theta.numel()
+        return changed
