@@ -95,7 +95,7 @@ class SparseChange(nn.Module):
     @property
     def chosen(self) -> bool:
         """Whether the places are known."""
-        return self._shares() is not None
+        return self._shares() is not None  # type: ignore[call-arg]
 
     @torch.compiler.disable
     def _shares(self) -> list[int] | None:
@@ -121,7 +121,7 @@ class SparseChange(nn.Module):
 
     def forward(self) -> dict[str, Tensor]:
         """All parameters at the present values."""
-        (base,), shares = self.base, self._shares()
+        (base,), shares = self.base, self._shares()  # type: ignore[call-arg]
         assert shares is not None, "the places are not chosen"
         changed, first = {}, 0
         cuts = zip(self.places.split(shares), self.values.split(shares), strict=True)
