@@ -429,8 +429,8 @@ class Host:
     def on_step(self, act: Callable[[int, int], bool | None]) -> None:
         """Call ``act(step, num_steps)`` after update ``step`` (from 1); gradients still stand.
 
-        It returns true where it has put the controls elsewhere, so that the optimiser should
-        forget its moments.
+        It returns true where it has put the controls elsewhere, so that the training should forget
+        the optimiser's moments and its best evaluation.
         """
         self.after_step.append((self.namespace, act))
 

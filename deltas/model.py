@@ -149,7 +149,8 @@ class DeltaModel(nn.Module):
         """To be called after update ``step`` of 1..num_steps, while the gradients still stand.
 
         Returns:
-            Whether the optimiser should start afresh, because controls were put elsewhere.
+            Whether to forget the optimiser's moments and the best evaluation so far, because
+            controls were put elsewhere.
         """
         return any([act(step, num_steps) for act in self._asked(self.host.after_step)])
 

@@ -284,7 +284,9 @@ class _Loop:
             self.prepared.step()
             self.run.step = step + 1
             if self.delta_model.after_step(step + 1, settings.steps):
+                # Another model from here on: the moments, and the best so far, were the old one's.
                 self.optimizer.state.clear()
+                self.run.best, self.run.stale, self.best_controls = None, 0, None
         self.optimizer.zero_grad(set_to_none=True)
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()

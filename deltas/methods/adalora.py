@@ -26,7 +26,8 @@ class AdaLoRA(Delta):
     smoothed, times its uncertainty. Of T steps the first t_i train everything; then the budget
     falls from rank·n to target_rank·n for n sites along a cubic (Eq. 12), and every ``interval``
     steps the least important entries of Λ are set to zero, from where they may come back; at step
-    T - t_f the allocation is final and the remaining steps train what is left.
+    T - t_f the allocation is final and the remaining steps train what is left. w is read right
+    after its update, ∇w before it.
 
     A checkpoint holds the smoothed importances, so that a training can be continued: three numbers
     for each that is trained.

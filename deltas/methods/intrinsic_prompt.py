@@ -33,7 +33,7 @@ class IntrinsicPrompt(Delta):
         dimension: k.
         prompts: safetensors files with prompts (n, d) of other tasks, such as the controls of runs
             with ``prompt``; every tensor of that shape counts, and one of shape (T, n, d) is T of
-            them. Empty means the random subspace.
+            them. They are read whenever the delta is attached. Empty means the random subspace.
         projection_seed: seed of the random subspace; None takes it from the seed of ``attach``.
         strip: take the rows off again, as in prompt tuning.
     """

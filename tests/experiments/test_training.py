@@ -213,13 +213,19 @@ def test_the_optimiser_starts_afresh_where_a_delta_rewinds():
         return act(step, num_steps)
 
     model.after_step = watch  # type: ignore[method-assign]
-    result = fit(model, weight_decay=0.0, max_grad_norm=None)
+    result = fit(
+        model, weight_decay=0.0, max_grad_norm=None, eval_every=1, patience=12, evaluate=validate
+    )
     rate = float(result.curve["learning_rate"].iloc[6])
     moved = torch.cat([v.flatten() for v in after[7].values()])
     moved = moved[moved != 0].abs()
     assert len(moved) > 10
     # |m̂|/(√v̂ + ε) is one, less ε over the gradient.
     assert rate * 0.99 < float(moved.median()) < float(moved.max()) <= rate * (1 + 1e-5)
+    # The best evaluation is one of the ticket, not of the dense model before.
+    assert result.best is not None and result.best["step"] >= 6
+    mask = torch.cat([v.flatten() for k, v in result.controls.items() if k.endswith("mask")])
+    assert int(mask.sum()) == round(0.1 * len(mask))
 
 
 def test_same_seed_same_numbers_other_seed_other_numbers():
