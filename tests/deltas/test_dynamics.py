@@ -48,7 +48,11 @@ Build = Callable[..., PreTrainedModel]
 # What reaches a later block beside the state: a bias of relative positions, which the first block
 # or the encoder computes for all.
 NOT_LAYERED = {("t5", "full"), ("mpnet", "full")}
-SHARED = ("compacter", "ladder", "subspace")  # no layer of their own
+# No layer of their own, or parameters that are computed for the whole pass at once.
+SHARED = (
+    "compacter", "diff-pruning", "fisher-mask", "ladder", "lottery-ticket", "random-mask", "said",
+    "subspace",
+)  # fmt: skip
 LAYERED = [
     (family, method)
     for family, method in DEEP
@@ -88,7 +92,7 @@ class TestStages:
         output = controlled(**batch, **plain, output_hidden_states=True)
         assert relative([states[-1]], [out(controlled, batch, **plain)]) <= rounding
         # Decoders and T5 show their last state behind the final norm; a prompt leaves before it.
-        pre_norm = family in PRE_NORM or method in ("p-tuning", "prompt")
+        pre_norm = family in PRE_NORM or method in ("intrinsic-prompt", "p-tuning", "prompt")
         for state, hidden in zip(states[1 : -2 if pre_norm else -1], output.hidden_states):  # noqa: B905
             assert relative([state], [hidden]) <= rounding
 
