@@ -24,7 +24,8 @@
 # $$\boxed{\; 0 \;\le\; \min \tilde F - \min F \;\le\; \Lambda\, \rho \;}$$
 #
 # If $F$ is differentiable, $\Lambda = \max_s \|\nabla F(\theta^+ + s(\tilde\theta - \theta^+))\|$
-# is one such constant.
+# is one such constant, and so is the largest slope along it,
+# $\max_s |\nabla F(\cdot)^\top e|$ with $e = (\tilde\theta - \theta^+)/\rho$, which is the least.
 
 # %% [markdown]
 # ## Assumptions
@@ -43,7 +44,8 @@
 #
 # *The constant.* By the mean value theorem
 # $F(\tilde\theta) - F(\theta^+) = \int_0^1 \nabla F(\theta^+ + s\delta)^\top \delta\, ds
-# \le \max_s \|\nabla F\| \, \|\delta\|$ with $\delta = \tilde\theta - \theta^+$. $\blacksquare$
+# \le \max_s |\nabla F^\top e| \, \|\delta\| \le \max_s \|\nabla F\| \, \|\delta\|$ with
+# $\delta = \tilde\theta - \theta^+$. $\blacksquare$
 #
 # *How loose.* At $\theta^+$ the gradient vanishes, so for small $\rho$ the gap is of second order,
 # $\frac12 \delta^\top \nabla^2 F\, \delta$, and the bound, $\approx \|\nabla^2 F \delta\| \rho$, is

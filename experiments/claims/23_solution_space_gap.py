@@ -32,7 +32,7 @@ class _Case:
         name: delta, task and seed.
         gap: trained F of the delta, minus F of full fine-tuning.
         distance: of θ⁺ from the nearest point of Im ψ.
-        slopes: ‖∇F‖ at equal steps from θ⁺ to that point.
+        slopes: size of F's derivative along the segment, at equal steps from θ⁺ to that point.
         losses: F there.
     """
 
@@ -127,18 +127,22 @@ def _nearest(controlled: DeltaModel, start: Parameters, best: Parameters) -> Par
 def _along(
     model: Any, batch: Mapping[str, Tensor], best: Parameters, nearest: Parameters
 ) -> tuple[list[float], list[float]]:
-    """F and ‖∇F‖ over all parameters, at equal steps from θ⁺ to the nearest point."""
+    """F and |∇F·e|, e the unit vector from θ⁺ to the nearest point, at equal steps between them."""
     import torch
     from torch.func import functional_call
 
     losses, slopes = [], []
+    away = {name: nearest[name] - best[name] for name in best}
+    length = sum(float(a.square().sum()) for a in away.values()) ** 0.5
     for step in range(POINTS):
         share = step / (POINTS - 1)
         here = {n: torch.lerp(best[n], nearest[n], share).requires_grad_() for n in best}
         loss = functional_call(model, here, (), dict(batch)).loss
         found = torch.autograd.grad(loss, list(here.values()), allow_unused=True)
         losses.append(float(loss.detach()))
-        slopes.append(sum(float(g.square().sum()) for g in found if g is not None) ** 0.5)
+        pairs = zip(found, away.values(), strict=True)
+        slope = sum(float((g * a).sum()) for g, a in pairs if g is not None)
+        slopes.append(abs(slope) / length)
     return losses, slopes
 
 
@@ -168,18 +172,18 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
         details=details,
         note=(
             "MiniLM-L6, 32 rows of movie and of trec6, two seeds; θ⁺ from 40 steps of full "
-            "fine-tuning, constant = largest gradient norm at 9 points of the segment"
+            "fine-tuning, constant = largest slope at 9 points of the segment"
         ),
     )
 
 
 def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
-    """The constant at θ⁺ alone, where the gradient has almost vanished: no Lipschitz constant."""
+    """The slope at θ⁺ alone, where it has almost vanished: no Lipschitz constant."""
     worst, details = _worst(lambda slopes: slopes[0])
     return Evidence(
         value=worst / prediction["largest_ratio"],
         details=details,
-        note="the gradient norm at θ⁺ in place of the largest one along the segment",
+        note="the slope at θ⁺ in place of the largest one along the segment",
     )
 
 
