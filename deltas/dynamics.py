@@ -53,8 +53,8 @@ class TransformerDynamics(Dynamics):
     def __init__(self, delta_model: DeltaModel, batch: Mapping[str, Any]) -> None:
         if delta_model.host.shared:
             raise InputError(
-                f"the control {delta_model.host.shared[0]} acts on the whole model at once, so it has "
-                "no layer of its own; the layered dynamics take layer-wise deltas such as lora."
+                f"the control {delta_model.host.shared[0]} acts on the whole model at once, so it "
+                "has no layer of its own; the layered dynamics take layer-wise deltas such as lora."
             )
         if delta_model.host.sites.num_stacks > 1:
             raise InputError(
