@@ -257,7 +257,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "case",
         [
-            Refusal("bert", "classification", Subspace(3), r"subspace\.z\.z acts on the whole model"),
+            Refusal("bert", "classification", Subspace(3), r"subspace\.z\.z acts on the whole"),
             Refusal("gpt2", "causal-lm", FullFineTuning(), r"wte\.weight acts in the stages input "
                     r"and readout.*tied weight.*untie"),
             Refusal("t5", "classification", FullFineTuning(), r"block 1 receives .*depends on the "
