@@ -49,6 +49,7 @@ from deltas.methods.unipelt import UniPELT
 from deltas.methods.vera import VeRA
 from deltas.model import DeltaModel, attach
 from deltas.registry import available, from_dict, parse
+from deltas.stack import DeltaStack, attach_many
 
 __all__ = [
     "AdaLoRA",
@@ -58,6 +59,7 @@ __all__ = [
     "Compacter",
     "Delta",
     "DeltaModel",
+    "DeltaStack",
     "DiffPruning",
     "DoRA",
     "FisherMask",
@@ -89,6 +91,7 @@ __all__ = [
     "UniPELT",
     "VeRA",
     "attach",
+    "attach_many",
     "available",
     "from_dict",
     "parse",

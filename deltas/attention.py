@@ -27,8 +27,9 @@ _SLOT = "deltacontrol_prefixes"
 class Prefix(Protocol):
     """Gives prefix keys and values, each of shape (heads of keys, length, head width).
 
-    It may have a method ``gate`` besides, which gives factors (batch, queries): a query then sees
-    the keys and values times its own factor.
+    Or (batch, heads of keys, length, head width), where they differ from row to row. It may have a
+    method ``gate`` besides, which gives factors (batch, queries): a query then sees the keys and
+    values times its own factor.
     """
 
     def __call__(self) -> tuple[Tensor, Tensor]: ...  # noqa: D102
@@ -99,7 +100,7 @@ def _attention(stock: str) -> Callable[..., Any]:
         head_width, gates = value.shape[-1], []
         for prefix in module.__dict__.get(_SLOT, ()):
             prefix_key, prefix_value = prefix()
-            length = prefix_key.shape[1]
+            length = prefix_key.shape[-2]
             is_causal = kwargs.get("is_causal") if stock == "sdpa" else False
             attention_mask = _extended_mask(module, query, key, attention_mask, length, is_causal)
             if kwargs.get("position_bias") is not None:

@@ -325,7 +325,8 @@ def _detached(output: Any) -> Any:
     return tuple(_detached(item) if isinstance(item, Tensor | tuple) else item for item in output)
 
 
-def _is_causal_lm(model: PreTrainedModel) -> bool:
+def is_causal_lm(model: PreTrainedModel) -> bool:
+    """Whether the labels of a model are its tokens, shifted by one position."""
     return model.get_output_embeddings() is not None and model.loss_type != "ForMaskedLM"
 
 
@@ -350,7 +351,7 @@ def control_problem(
     cost: Cost
     if labels.is_floating_point():
         cost = SquaredErrorCost(labels.reshape(len(labels), -1), weight_decay=weight_decay)
-    elif labels.dim() == 2 and _is_causal_lm(delta_model.model):
+    elif labels.dim() == 2 and is_causal_lm(delta_model.model):
         shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
         cost = CrossEntropyCost(shifted, weight_decay=weight_decay)
     else:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from deltas import attention
+from deltas.copies import Copies
 from deltas.sites import Site, SiteMap, whole_paths
 from theory.errors import InputError
 
@@ -86,6 +87,11 @@ class Carried:
     def __init__(self) -> None:
         self.value: Any = None
 
+    def take(self) -> Any:
+        """The value, which is needed no longer."""
+        value, self.value = self.value, None
+        return value
+
 
 class Host:
     """A model that deltas are being attached to.
@@ -110,6 +116,10 @@ class Host:
         self.after_step: list[tuple[str, Callable[[int, int], bool | None]]] = []
         self.merges: list[Merge] = []
         self._undo: list[Callable[[], None]] = []
+        self.replaced: dict[str, str] = {}  # base parameter -> control that stands for it
+        self.prefixes: list[attention.Prefix] = []
+        self.is_reparametrised = False
+        self.copies: Copies | None = None  # while several copies of the deltas share a pass
         self._originals: dict[str, nn.Parameter] = {}
         self._taken: set[str] = set()  # base parameters that a control stands for
         self._intercepted = False
@@ -271,6 +281,7 @@ class Host:
             aliases = [n for n in names if owners[n] is original]
             for alias in aliases:
                 self._originals[alias] = original
+                self.replaced[alias] = f"{self.namespace}.{name}"
                 self.set_parameter(alias, control)
             self._undo.append(lambda a=aliases, p=original, c=control: self._put_back(a, p, c))
             self.on_merge(name, lambda _, c=control: c.detach().double(), whole=True)
@@ -304,7 +315,10 @@ class Host:
         def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             if not args and kwargs:
                 args = (kwargs.get("hidden_states", next(iter(kwargs.values()))),)
-            return with_first_tensor(output, law(args, first_tensor(output)))
+            state = first_tensor(output)
+            copies = self.copies
+            changed = copies.output(law, args, state) if copies else law(args, state)
+            return with_first_tensor(output, changed)
 
         handle = module.register_forward_hook(hook, prepend=first, with_kwargs=True)
         self._undo.append(handle.remove)
@@ -313,7 +327,7 @@ class Host:
         """Pass a module's arguments through ``law(args, kwargs)``."""
 
         def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return law(args, kwargs)
+            return self.copies.call(law, args, kwargs) if self.copies else law(args, kwargs)
 
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
@@ -326,6 +340,7 @@ class Host:
         Raises:
             InputError: another delta controls one of the parameters already.
         """
+        self.is_reparametrised = True
         originals = {name: self.parameter(name) for name in names}
         merging: dict[str, Tensor] = {}  # computed once for all, and each taken out when used
 
@@ -414,7 +429,36 @@ class Host:
         if not self._intercepted:
             self._undo.append(attention.intercept(self.model))
             self._intercepted = True
-        self._undo.append(attention.add_prefix(module, prefix))
+        self.prefixes.append(prefix)
+        self._undo.append(attention.add_prefix(module, self._of_each_copy(prefix)))
+
+    def _of_each_copy(self, prefix: attention.Prefix) -> attention.Prefix:
+        if hasattr(prefix, "gate"):
+            return prefix
+        return lambda: self.copies.prefix(prefix) if self.copies else prefix()
+
+    @property
+    def carries(self) -> bool:
+        """Whether a control reads what another module of the same pass left behind."""
+        return bool(self._carried)
+
+    def map_over_copies(self, module: nn.Module) -> None:
+        """Let a module whose weights are controls use each copy's own while copies share a pass."""
+        plain = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            copies = self.copies
+            return copies.module(plain, *args, **kwargs) if copies else plain(*args, **kwargs)
+
+        earlier = module.__dict__.get("forward")
+
+        def undo() -> None:
+            del module.__dict__["forward"]
+            if earlier is not None:
+                module.__dict__["forward"] = earlier
+
+        module.__dict__["forward"] = forward
+        self._undo.append(undo)
 
     # -- what a delta may ask of the training ----------------------------------------------------
 

@@ -109,11 +109,11 @@ def act_across(host: Host, span: Span, law: Callable[[Tensor, Tensor], Tensor]) 
     if span.entry is span.exit:
         host.on_output(span.exit.module, lambda inputs, output: law(inputs[0], output))
         return
-    states: list[Tensor] = []  # from the entry to the exit of one call of the block
+    carried = host.carry()
 
     def note(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        states[:] = [args[0] if args else next(iter(kwargs.values()))]
+        carried.value = args[0] if args else next(iter(kwargs.values()))
         return args, kwargs
 
     host.on_call(span.entry.module, note)
-    host.on_output(span.exit.module, lambda _, output: law(states.pop(), output))
+    host.on_output(span.exit.module, lambda _, output: law(carried.take(), output))

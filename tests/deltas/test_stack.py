@@ -1,0 +1,161 @@
+"""Copies that share a pass do what each of them does alone."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deltas import (
+    BitFit,
+    Delta,
+    DeltaStack,
+    HeadTuning,
+    HoulsbyAdapter,
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+    attach_many,
+)
+from deltas.stack import unstackable
+from tests.deltas.zoo import (
+    DEEP,
+    FAMILIES,
+    METHODS,
+    assert_same,
+    attached,
+    gradients,
+    relative,
+    snapshot,
+    texts,
+)
+from theory.errors import InputError
+
+Build = Callable[..., PreTrainedModel]
+SEEDS = (5, 0, 3)
+
+
+def moved(stack: DeltaStack) -> DeltaStack:
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in stack.trainable().values():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.2 * noise.to(parameter.dtype))
+    return stack
+
+
+def batches(model: PreTrainedModel) -> list[dict[str, Tensor]]:
+    """One for each copy, of the same shape."""
+    lengths = (7, 5)
+    return [texts(model, lengths, seed=seed) for seed in SEEDS]
+
+
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def check(build: Build, family: str, deltas: tuple[Delta, ...], attention: str = "sdpa") -> None:
+    """Outputs and gradients of copies in one pass are those of each copy attached alone."""
+    model = build(family, attention=attention)
+    before, parts = snapshot(model), batches(model)
+    stack = moved(attach_many(model, *deltas, seeds=SEEDS))
+    states = [stack.state(k) for k in range(3)]
+    together = stack(**joined(parts))[0]
+    loss = together.square().sum()
+    found = dict(zip(stack.trainable(), gradients(loss, stack.trainable().values()), strict=True))
+    with torch.no_grad():
+        alone = stack(start=1, stop=2, **parts[1])[0]  # one copy is an ordinary pass
+        pair = stack(start=1, stop=3, **joined(parts[1:]))[0]
+    stack.detach()
+    assert_same(before, snapshot(model))
+    tolerance = FAMILIES[family].tolerance
+    for k, part in enumerate(parts):
+        controlled = attached(model, *deltas, seed=SEEDS[k])
+        start = controlled.state()
+        controlled.load(states[k])
+        assert any(not torch.equal(start[name], states[k][name]) for name in start)
+        output = controlled(**part)[0]
+        rows = slice(2 * k, 2 * k + 2)
+        assert relative([together[rows]], [output]) <= tolerance
+        if k == 1:
+            assert relative([alone], [output]) <= tolerance
+        if k:
+            assert relative([pair[2 * k - 2 : 2 * k]], [output]) <= tolerance
+        expected = gradients(output.square().sum(), controlled.trainable().values())
+        own = [found[name][k] for name in controlled.trainable()]
+        assert relative(own, expected) <= 10 * tolerance
+        controlled.detach()
+
+
+@pytest.mark.parametrize(("family", "method"), DEEP, ids=lambda value: value)
+def test_copies_in_one_pass_are_each_copy_alone(build: Build, family: str, method: str) -> None:
+    delta = METHODS[method][0]
+    model = build(family, attention="sdpa")
+    controlled = attached(model, delta)
+    reason = unstackable(controlled.host)
+    controlled.detach()
+    if not reason:
+        check(build, family, (delta,))
+        return
+    before = snapshot(model)
+    with pytest.raises(InputError, match=f"cannot be stacked: {reason}.*one after another"):
+        attach_many(model, delta, seeds=SEEDS)
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "vit"])
+def test_deltas_go_together(build: Build, family: str) -> None:
+    deltas = [LoRA(rank=2), PrefixTuning(2, init_std=1.0), HoulsbyAdapter(bottleneck=3)]
+    if family != "t5":
+        deltas.append(HeadTuning())
+    if family != "vit":
+        deltas.append(PromptTuning(length=3))
+    check(build, family, tuple(deltas), attention="eager")
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "labels"),
+    [
+        ("bert", "classification", torch.tensor([0, 1, 1, 0, 0, 1])),
+        ("gpt2", "causal-lm", None),
+        ("bert", "masked-lm", None),
+    ],
+)
+def test_losses_are_those_of_the_model(build: Build, family, kind, labels) -> None:
+    model = build(family, kind)
+    parts = batches(model)
+    whole = joined(parts)
+    if labels is None:
+        labels = whole["input_ids"].masked_fill(whole["attention_mask"] == 0, -100)
+        labels[0, :3] = -100  # another number of targets in each copy
+    stack = moved(attach_many(model, LoRA(rank=2), seeds=SEEDS))
+    found = stack.losses(stack(**whole).logits, labels, 3)
+    for k in range(3):
+        expected = stack.copy(k)(**parts[k], labels=labels[2 * k : 2 * k + 2]).loss
+        # transformers takes the loss of a language model in float32.
+        tolerance = 1e-12 if expected.dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(found[k], expected.double(), rtol=tolerance, atol=0)
+    stack.detach()
+
+
+def test_losses_of_a_regression(build: Build) -> None:
+    model = build("bert", num_labels=1)
+    parts, labels = batches(model), torch.randn(6, dtype=torch.float64)
+    stack = moved(attach_many(model, BitFit(), HeadTuning(), seeds=SEEDS))
+    found = stack.losses(stack(**joined(parts)).logits, labels, 3)
+    expected = stack.copy(2)(**parts[2], labels=labels[4:]).loss
+    torch.testing.assert_close(found[2], expected, rtol=1e-12, atol=0)
+    stack.detach()
+
+
+def test_mistakes_are_named(build: Build) -> None:
+    model = build("bert")
+    with pytest.raises(InputError, match="at least one seed"):
+        attach_many(model, LoRA(rank=2), seeds=())
+    stack = attach_many(model, LoRA(rank=2), seeds=SEEDS)
+    with pytest.raises(InputError, match="7 rows cannot be shared by 3 copies"):
+        stack(**texts(model, (3,) * 7))
+    with pytest.raises(InputError, match="has deltas already"):
+        attach_many(model, LoRA(rank=2), seeds=SEEDS)
+    stack.detach()
