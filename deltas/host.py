@@ -194,10 +194,10 @@ class Host:
 
     def distinct(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         """The base parameters of these names, tied ones once, under their first name."""
+        owners = self._owners()
         found: dict[int, tuple[str, nn.Parameter]] = {}
         for name in names:
-            parameter = self.parameter(name)
-            found.setdefault(id(parameter), (name, parameter))
+            found.setdefault(id(owners[name]), (name, owners[name]))
         return dict(found.values())
 
     def original(self, name: str) -> Tensor:

@@ -45,9 +45,8 @@ def assert_compiles(build: Build, family: str, method: str) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("method", ["lora", "prompt"])
-def test_compiles(build: Build, method: str) -> None:
-    assert_compiles(build, "bert", method)
+def test_compiles(build: Build) -> None:
+    assert_compiles(build, "bert", "lora")
 
 
 @pytest.mark.slow
