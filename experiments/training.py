@@ -189,9 +189,9 @@ def train(
             run.peak_memory = max(run.peak_memory, memory.peak())
             loop.save(checkpoint_dir)
     loop.finish()
-    measures = _measures(run, memory, precision, device)
+    measures = summary(run, memory, precision, device)
     return TrainingResult(
-        status, message, _curve(run), delta_model.state(), run.best, measures, earlier
+        status, message, curve(run), delta_model.state(), run.best, measures, earlier
     )
 
 
@@ -301,7 +301,7 @@ class _Loop:
                 "timed": step - self.first >= UNTIMED_STEPS,
             }
         )
-        return "" if finite else _divergence(step + 1, loss, norm, rate)
+        return "" if finite else divergence(step + 1, loss, norm, rate)
 
     def validate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> str:
         """Evaluate into the last row; returns a message if the patience is at its end."""
@@ -338,7 +338,8 @@ def _accelerator(device: str, precision: str) -> Accelerator:
     return Accelerator(mixed_precision=mixed, cpu=device == "cpu")
 
 
-def _divergence(step: int, loss: float, norm: float, rate: float) -> str:
+def divergence(step: int, loss: float, norm: float, rate: float) -> str:
+    """What happened at update ``step``, and what to try."""
     what = f"the loss was {loss}" if not math.isfinite(loss) else f"the gradient norm was {norm}"
     return (
         f"diverged at step {step}: {what} (loss {loss:.4g}, learning rate {rate:.3g}); "
@@ -346,15 +347,17 @@ def _divergence(step: int, loss: float, norm: float, rate: float) -> str:
     )
 
 
-def _curve(run: checkpoints.Progress) -> pd.DataFrame:
+def curve(run: checkpoints.Progress) -> pd.DataFrame:
+    """`TrainingResult.curve` of a training."""
     import pandas as pd
 
     return pd.DataFrame(run.rows).drop(columns="timed", errors="ignore")
 
 
-def _measures(
+def summary(
     run: checkpoints.Progress, memory: resources.PeakMemory, precision: str, device: str
 ) -> dict[str, Any]:
+    """`TrainingResult.measures` of a training."""
     import numpy as np
 
     timed = [row for row in run.rows if row["timed"]] or run.rows
