@@ -42,7 +42,7 @@ def committed(folder: Path, experiments: Sequence[Experiment]) -> list[Record]:
                 "from different model or data files; delete the one that is out of date"
             )
         found[key] = record
-    keys = [(e.kind, canonical_json(e.to_config())) for e in experiments]
+    keys = [(e.kind, canonical_json(completed(e.to_config()))) for e in experiments]
     missing = [e for e, key in zip(experiments, keys, strict=True) if key not in found]
     if missing:
         raise InputError(
