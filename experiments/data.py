@@ -110,13 +110,17 @@ class Encoded:
         are left out, others in each epoch, so that every step averages over the same number of
         rows. A split smaller than a batch is one batch.
         """
+        return self.train.batch(self.training_rows(step, seed=seed, batch_size=batch_size))
+
+    def training_rows(self, step: int, *, seed: int, batch_size: int) -> np.ndarray:
+        """Return the rows of the training split that are in the batch of a step (batch,)."""
         epoch, position = divmod(step, self.steps_per_epoch(batch_size))
         key = (seed, epoch, batch_size)
         if key not in self._plans:
             # One epoch at a time is in use; the plan is only a cache of a pure function.
             self._plans.clear()
             self._plans[key] = _epoch_plan(self.train.lengths, *key)
-        return self.train.batch(self._plans[key][position])
+        return self._plans[key][position]
 
     def eval_batches(self, split: str, batch_size: int) -> Iterator[Batch]:
         """Yield every row of a split exactly once, longest first.

@@ -33,6 +33,7 @@ _SHARED = (
     "max_grad_norm",
     "grad_accumulation",
     "gradient_checkpointing",
+    "cache_frozen",
     "precision",
     "device",
     "dropout",
@@ -85,6 +86,8 @@ class FineTuning(Experiment):
     """Slices in which a batch is processed: less memory, the same update."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
+    cache_frozen: bool = False
+    """Keep the hidden states below the lowest control after the first epoch: less time."""
     precision: str = "auto"
     """auto (bf16 where the hardware computes in it), fp32 or bf16."""
     device: str = "auto"
@@ -171,6 +174,8 @@ class FineTuning(Experiment):
     def to_config(self) -> dict[str, Any]:
         """All fields as JSON values; the deltas with all their fields."""
         config = {f.name: getattr(self, f.name) for f in fields(self)}
+        if not self.cache_frozen:  # a saving of time: a run without it keeps its identity
+            del config["cache_frozen"]
         if not self.sequential:  # as in records from before there were stages
             del config["sequential"]
         return config | {"deltas": [dict(delta) for delta in self.deltas]}
@@ -318,6 +323,12 @@ class _TrainingBatches:
 
     def batch(self, step: int) -> dict[str, Any]:
         return self.encoded.training_batch(step, seed=self.seed, batch_size=self.batch_size)
+
+    def examples(self, step: int) -> Any:
+        import torch
+
+        rows = self.encoded.training_rows(step, seed=self.seed, batch_size=self.batch_size)
+        return torch.from_numpy(rows)
 
 
 def check_length(max_length: int, base: Any, name: str) -> None:

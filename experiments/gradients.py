@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from deltas.frozen_states import FrozenStates
 from theory.errors import InputError
 
 
@@ -24,12 +25,14 @@ def accumulate(
     step: int,
     slices: int = 1,
     penalty: Callable[[], Tensor] | None = None,
+    frozen: FrozenStates | None = None,
 ) -> float:
     """Accumulate the gradient of the mean loss over the whole batch, and return that loss.
 
     The mean is over examples, or over predicted tokens for a language model, whatever the number
     of processes and slices: slice k of process r takes the examples r·slices + k, with the stride
-    processes·slices. The gradient is that of the loss plus `penalty()`, where there is one.
+    processes·slices. The gradient is that of the loss plus `penalty()`, where there is one. With
+    `frozen`, the batch holds the numbers of its "examples", and their states are taken from there.
 
     Raises:
         InputError: There are fewer examples than slices.
@@ -52,7 +55,10 @@ def accumulate(
             inputs["use_cache"] = False
         torch.manual_seed(step_seed(seed, step, rank, part))
         local = accelerator.no_sync(model) if part + 1 < parts else nullcontext()
-        with local:
+        known = nullcontext()
+        if frozen is not None:
+            known = frozen.passing(inputs.pop("examples"), inputs["attention_mask"])
+        with local, known:
             outputs = model(**inputs)
             # A slice without a target has no mean loss; it still takes part in the backward pass.
             loss = outputs.loss * weight if weight else outputs.logits.sum() * 0.0

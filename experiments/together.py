@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OWN = ("learning_rate", "seed")  # what may differ from copy to copy
-ALONE = ("grad_accumulation", "gradient_checkpointing", "dropout", "eval_every")
+ALONE = ("grad_accumulation", "gradient_checkpointing", "cache_frozen", "dropout", "eval_every")
 BETAS, EPS = (0.9, 0.999), 1e-8
 ROWS = 2048  # tokens of a pass from which on larger matrix products hardly gain
 

@@ -24,10 +24,12 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from deltas.frozen_states import FrozenStates
 from experiments import checkpoints, resources
 from experiments.gradients import accumulate, examples, num_tokens
 from experiments.modes import training_mode
 from experiments.schedules import learning_rate
+from theory.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,6 +49,14 @@ class Batches(Protocol):
         ...
 
 
+class NumberedBatches(Batches, Protocol):
+    """Batches whose examples have numbers, by which their states are found again."""
+
+    def examples(self, step: int) -> Tensor:
+        """The numbers of the examples in `batch(step)`, (rows,)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to train.
@@ -61,6 +71,8 @@ class Settings:
         max_grad_norm: The gradient is scaled down to this norm; None leaves it.
         grad_accumulation: A batch is processed in this many slices: less memory, the same update.
         gradient_checkpointing: Recompute each block in the backward pass: less memory, more time.
+        cache_frozen: Keep the states below the lowest control from the first epoch on: less time,
+            more memory, the same training up to rounding. Needs `NumberedBatches`.
         precision, device: See `resources`.
         dropout: Whether the base model's own dropout acts.
         eval_every: Evaluate after every so many updates; None for never.
@@ -79,6 +91,7 @@ class Settings:
     max_grad_norm: float | None = 1.0
     grad_accumulation: int = 1
     gradient_checkpointing: bool = False
+    cache_frozen: bool = False
     precision: str = "auto"
     device: str = "auto"
     dropout: bool = False
@@ -222,6 +235,9 @@ class _Loop:
         self.model, self.prepared = accelerator.prepare(delta_model, self.optimizer)
         self.run = checkpoints.Progress()
         self.first = 0
+        self.frozen: FrozenStates | None = None
+        if settings.cache_frozen:
+            _check_cacheable(data, settings)
         self.best_controls: dict[str, Tensor] | None = None
 
     def resume(self, folder: Path) -> None:
@@ -265,7 +281,10 @@ class _Loop:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        batch = self.data.batch(step)
+        batch = dict(self.data.batch(step))
+        if settings.cache_frozen:
+            self._frozen_states(batch)
+            batch["examples"] = self.data.examples(step)  # type: ignore[attr-defined]
         loss = accumulate(
             self.accelerator,
             self.model,
@@ -275,6 +294,7 @@ class _Loop:
             step=step,
             slices=settings.grad_accumulation,
             penalty=self.delta_model.penalty if self.delta_model.is_penalised else None,
+            frozen=self.frozen,
         )
         bound = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
         clipped = self.accelerator.clip_grad_norm_(self.controls.values(), bound)
@@ -303,6 +323,15 @@ class _Loop:
         )
         return "" if finite else divergence(step + 1, loss, norm, rate)
 
+    def _frozen_states(self, batch: dict[str, Any]) -> None:
+        """See on a first example what depends on the controls."""
+        if self.frozen is None:
+            one = next(examples(batch, self.settings.kind))
+            one = {k: v.to(self.accelerator.device) for k, v in one.items()}
+            if self.settings.kind == "causal-lm":
+                one["use_cache"] = False
+            self.frozen = FrozenStates(self.delta_model, one)
+
     def validate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> str:
         """Evaluate into the last row; returns a message if the patience is at its end."""
         run, settings = self.run, self.settings
@@ -329,6 +358,19 @@ class _Loop:
         with torch.no_grad():
             for name, value in (self.best_controls or {}).items():
                 self.variables[name].copy_(value)
+
+
+def _check_cacheable(data: Batches, settings: Settings) -> None:
+    if settings.dropout:
+        raise InputError(
+            "with dropout the hidden states are other ones each time; train without cache_frozen, "
+            "or with dropout=False."
+        )
+    if not hasattr(data, "examples"):
+        raise InputError(
+            f"cache_frozen finds states by the numbers of the examples, but {type(data).__name__} "
+            "has no method examples(step)."
+        )
 
 
 def _accelerator(device: str, precision: str) -> Accelerator:

@@ -229,3 +229,11 @@ def test_deltas_in_turn_train_what_came_before_no_further(places, store, tmp_pat
     for name, value in outcome.controls.items():
         same = torch.equal(saved[f"control/{name}"], value)
         assert same == name.startswith("lora."), name
+
+
+def test_caching_frozen_states_is_part_of_a_run_only_where_it_is_used():
+    plain = FineTuning(deltas=("head",), learning_rate=1e-3)
+    cached = FineTuning(deltas=("head",), learning_rate=1e-3, cache_frozen=True)
+    assert "cache_frozen" not in plain.to_config() and cached.to_config()["cache_frozen"] is True
+    for experiment in (plain, cached):
+        assert FineTuning.from_config(experiment.to_config()) == experiment

@@ -426,3 +426,53 @@ def test_regression_metrics():
     model = attach(bert(num_labels=1, problem_type="regression"), HeadTuning())
     metrics = evaluate(model, [ParityBatches(kind="regression").batch(0)], "regression")
     assert -1 <= metrics["pearson"] <= 1 and metrics["mse"] > 0
+
+
+class NumberedTexts:
+    """A small training set, shuffled in each epoch; `fixed` keeps the batches, in another order."""
+
+    def __init__(self, fixed: bool) -> None:
+        self.fixed = fixed
+        self.rows = [ParityBatches(rows=1).batch(row) for row in range(12)]
+
+    def examples(self, step: int) -> torch.Tensor:
+        epoch, position = divmod(step, 3)
+        generator = np.random.default_rng(epoch)
+        order = np.arange(12).reshape(3, 4)
+        order = generator.permutation(order if self.fixed else generator.permutation(12))
+        return torch.from_numpy(order.reshape(3, 4)[position])
+
+    def batch(self, step: int) -> dict:
+        rows = [self.rows[int(row)] for row in self.examples(step)]
+        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_cached_frozen_states_change_nothing(fixed, slices):
+    found = {}
+    data = NumberedTexts(fixed)
+    calls = []
+    for cached in (False, True):
+        model = attach(bert().double(), LoRA(rank=2, layers=(1,)), HeadTuning())
+        model.host.sites.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+        calls.clear()
+        chosen = settings(steps=9, cache_frozen=cached, grad_accumulation=slices)
+        found[cached] = train(model, data, chosen, progress=False)
+        # One epoch, and the look at what depends on the controls.
+        assert len(calls) == (3 * slices + 1 if cached else 9 * slices)
+    same = torch.equal if fixed else lambda a, b: torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+    for name, value in found[False].controls.items():
+        assert same(found[True].controls[name], value), name
+    assert list(found[True].curve["tokens"]) == list(found[False].curve["tokens"])
+
+
+def test_what_cannot_be_cached_is_refused():
+    model = attach(bert(), LoRA(rank=2, layers=(1,)), HeadTuning())
+    with pytest.raises(InputError, match="other ones each time"):
+        train(model, NumberedTexts(True), settings(cache_frozen=True, dropout=True))
+    with pytest.raises(InputError, match="ParityBatches has no method examples"):
+        train(model, ParityBatches(), settings(cache_frozen=True))
+    with pytest.raises(InputError, match="first block or before it"):
+        whole = attach(bert(), LoRA(rank=2), HeadTuning())
+        train(whole, NumberedTexts(True), settings(cache_frozen=True), progress=False)

@@ -1,0 +1,161 @@
+"""Below the lowest control nothing is kept for the backward pass, but states can be."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deltas import (
+    BitFit,
+    Delta,
+    HeadTuning,
+    HoulsbyAdapter,
+    LadderSideTuning,
+    LastLayers,
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+    StateBasedTuning,
+    Subspace,
+    attach,
+)
+from deltas.frozen_states import FrozenStates
+from tests.deltas.zoo import FAMILIES, TEXT, assert_same, batch_of, move, out, snapshot, texts
+from theory.errors import InputError
+
+Build = Callable[..., PreTrainedModel]
+UPPER: list[Delta] = [
+    LoRA(rank=2, layers=(1,)),
+    HoulsbyAdapter(bottleneck=3, layers=(1,)),
+    PrefixTuning(length=2, layers=(1,)),
+    StateBasedTuning(rank=2, layers=(1,)),
+    LastLayers(num_layers=1),
+]
+
+
+def names(value: Delta | str) -> str:
+    return value if isinstance(value, str) else value.name
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit"])
+@pytest.mark.parametrize("delta", UPPER, ids=names)
+def test_nothing_is_kept_below_the_lowest_control(build: Build, family, delta) -> None:
+    model = build(family, attention="sdpa")
+    batch = batch_of(model)
+    controlled = move(attach(model, delta))
+    blocks = controlled.host.sites.blocks
+    below: list[Tensor] = []
+    reached: list[bool] = []
+
+    def enter(_module, args, kwargs) -> None:
+        state = args[0] if args else kwargs["hidden_states"]
+        assert not state.requires_grad
+        reached.append(True)
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not reached:
+            below.append(tensor)
+        return tensor
+
+    handle = blocks[1].register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out(controlled, batch).sum().backward()
+    handle.remove()
+    assert reached and not below
+    controlled.detach()
+
+
+def kept(build: Build, delta: Delta) -> int:
+    """Bytes that a block keeps for the backward pass beside its parameters."""
+    model = build("bert", attention="sdpa", dtype=torch.float32)
+    controlled = move(attach(model, delta))
+    own = {p.untyped_storage().data_ptr() for p in controlled.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = out(controlled, texts(model, (16,) * 8))
+    del result
+    controlled.detach()
+    return sum(found.values())
+
+
+def test_a_control_around_blocks_keeps_less_than_paths_at_all_linear_maps(build: Build) -> None:
+    """No input of a frozen map is kept, because no weight of it needs a gradient."""
+    every = ("attention.query", "attention.key", "attention.value", "attention.output")
+    lora = LoRA(rank=2, sites=(*every, "mlp.up", "mlp.down"))
+    assert kept(build, StateBasedTuning(rank=2)) <= 0.7 * kept(build, lora)
+
+
+@pytest.mark.parametrize("family", [f for f in TEXT if f != "t5"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_pass_from_kept_states_is_the_whole_pass(build: Build, family, attention) -> None:
+    model = build(family, attention=attention)
+    before, batch = snapshot(model), batch_of(model)
+    controlled = move(attach(model, LoRA(rank=2, layers=(1,)), HeadTuning()))
+    frozen = FrozenStates(controlled, batch)
+    assert frozen.num_frozen == 1
+    whole = out(controlled, batch)
+    calls: list[int] = []
+    block = controlled.host.sites.blocks[0]
+    handle = block.register_forward_hook(lambda *_: calls.append(1))
+    numbers = torch.tensor([4, 0, 9])
+    for turn in range(3):
+        with frozen.passing(numbers, batch["attention_mask"]):
+            found = out(controlled, batch)
+        assert torch.equal(found, whole)
+        assert len(calls) == 1 and len(frozen) == 3, "the frozen block ran once"
+        if turn:
+            found.sum().backward()  # the controls get their gradients
+    assert all(p.grad is not None for p in controlled.trainable().values())
+    # In other company and with other padding.
+    order, wider = [2, 0], texts(model, (7, 5, 7), width=9)
+    wider = {k: v[order] for k, v in wider.items()}
+    alone = texts(model, (7, 5, 7), width=9)
+    with frozen.passing(torch.tensor([20, 21, 22]), alone["attention_mask"]):
+        out(controlled, alone)
+    mask = wider["attention_mask"]
+    expected = out(controlled, wider)
+    calls.clear()
+    with frozen.passing(torch.tensor([22, 20]), mask):
+        found = out(controlled, wider)
+    assert not calls
+    torch.testing.assert_close(found, expected, rtol=0, atol=FAMILIES[family].tolerance)
+    handle.remove()
+    controlled.detach()
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("family", "delta", "reason"),
+    [
+        ("bert", LoRA(rank=2), "first block or before it"),
+        ("bert", PromptTuning(length=2), "first block or before it"),
+        ("bert", Subspace(dimension=4), "first block or before it"),
+        ("bert", BitFit(), "first block or before it"),
+        ("bert", LadderSideTuning(reduction=4), "first block or before it"),
+        ("t5", LoRA(rank=2, layers=(1,)), "hand more than the state"),
+        ("bart", LoRA(rank=2, layers=(1,)), "two stacks"),
+    ],
+    ids=names,
+)
+def test_states_that_change_are_refused(build: Build, family, delta, reason) -> None:
+    model = build(family)
+    controlled = move(attach(model, delta))
+    with pytest.raises(InputError, match=f"{reason}.*cache_frozen"):
+        FrozenStates(controlled, batch_of(model))
+    controlled.detach()
+
+
+def test_all_blocks_lie_below_a_head(build: Build) -> None:
+    model = build("bert")
+    controlled = attach(model, HeadTuning())
+    assert FrozenStates(controlled, batch_of(model)).num_frozen == 2
+    controlled.detach()
