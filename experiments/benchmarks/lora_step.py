@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from experiments import data, models, provenance, tasks
-from experiments.resources import PeakMemory, autocast, choose_device, choose_precision
+from experiments.benchmarks.contest import alternate, quartiles, saved_bytes, training_step
+from experiments.resources import PeakMemory, choose_device, choose_precision
 from theory.errors import InputError
 
 
@@ -65,16 +64,12 @@ class Benchmark:
         precision = choose_precision(self.precision, device)
         batch = {k: v.to(device) for k, v in self._batch().items()}
         contestants = {name: self._contestant(name, device) for name in ("deltacontrol", "peft")}
-        steps = {n: _step(m, batch, precision, device) for n, m in contestants.items()}
-        saved = {n: _saved_bytes(m, batch, precision, device) for n, m in contestants.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for turn in range(self.warmup + self.steps):
-            for name, step in sorted(steps.items(), reverse=bool(turn % 2)):
-                start = time.perf_counter()
-                step()
-                elapsed = time.perf_counter() - start
-                if turn >= self.warmup:
-                    seconds[name].append(elapsed)
+        steps = {n: training_step(m, batch, precision, device) for n, m in contestants.items()}
+        saved = {
+            n: sum(saved_bytes(m, batch, precision, device).values())
+            for n, m in contestants.items()
+        }
+        seconds = alternate(steps, self.steps, self.warmup)
         del contestants, steps
         with ProcessPoolExecutor(
             1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
@@ -92,7 +87,7 @@ class Benchmark:
         device = choose_device(self.device)
         precision = choose_precision(self.precision, device)
         batch = {k: v.to(device) for k, v in self._batch().items()}
-        step = _step(self._contestant(name, device), batch, precision, device)
+        step = training_step(self._contestant(name, device), batch, precision, device)
         memory = PeakMemory(device)
         for _ in range(3):
             step()
@@ -154,8 +149,8 @@ class Benchmark:
             "threads": self.threads,
             "precision": precision,
             "device": device,
-            "seconds": {n: _quartiles(s) for n, s in seconds.items()},
-            "step_time_ratio": _quartiles(ratios),
+            "seconds": {n: quartiles(s) for n, s in seconds.items()},
+            "step_time_ratio": quartiles(ratios),
             "peak_bytes": peaks,
             "peak_bytes_ratio": peaks["deltacontrol"] / peaks["peft"],
             "saved_bytes": saved,
@@ -163,49 +158,6 @@ class Benchmark:
             "hardware": provenance.hardware(),
             "packages": provenance.package_versions(),
         }
-
-
-def _step(
-    model: nn.Module, batch: dict[str, torch.Tensor], precision: str, device: str
-) -> Callable[[], None]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
-
-    def step() -> None:
-        with autocast(precision, device):
-            loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return step
-
-
-def _saved_bytes(
-    model: nn.Module, batch: dict[str, torch.Tensor], precision: str, device: str
-) -> int:
-    """Bytes that autograd keeps of one forward pass, parameters left out, each storage once."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with autocast(precision, device):
-            loss = model(**batch).loss
-    del loss
-    return sum(kept.values())
-
-
-def _quartiles(values: list[float] | list[int] | np.ndarray) -> dict[str, float]:
-    low, median, high = np.percentile(np.asarray(values, dtype=float), [25, 50, 75])
-    return {"median": float(median), "q25": float(low), "q75": float(high)}
 
 
 def _print(result: dict) -> None:
