@@ -103,7 +103,7 @@ def train_many(
             reason = str(error)
         else:
             try:
-                found = _Loop(stack, data, settings, device).train(group, progress)
+                found = Loop(stack, data, settings, device).train(group, progress)
             finally:
                 stack.detach()
             if found is not None:
@@ -138,8 +138,8 @@ def _one_after_another(
     return tuple(results)
 
 
-class _Loop:
-    """A training of all copies, and its single steps."""
+class Loop:
+    """A training of all copies of a stack, and its single steps."""
 
     def __init__(
         self,
@@ -167,11 +167,11 @@ class _Loop:
         with training_mode(self.stack.single, False, False):
             if self._draws():
                 return None
-            size = self._fastest() if group is None else group
+            size = self.fastest_group() if group is None else group
             bar = tqdm(total=steps, desc=f"training {count} copies", disable=not progress)
             with bar:
                 for step in range(steps):
-                    self._update(step, size)
+                    self.update(step, size)
                     bar.update()
                     if all(self.messages):
                         break
@@ -192,7 +192,7 @@ class _Loop:
         torch.set_rng_state(before)
         return drew
 
-    def _fastest(self) -> int:
+    def fastest_group(self) -> int:
         """The size of a group with the shortest passes over the first batches."""
         count = self.stack.num_copies
         batches = [self._batches(step) for step in range(min(3, self.settings[0].steps))]
@@ -245,7 +245,8 @@ class _Loop:
         return torch.cat(losses).float()
 
     @torch.no_grad()
-    def _update(self, step: int, size: int) -> None:
+    def update(self, step: int, size: int) -> None:
+        """One update of every copy, ``size`` of them in a pass."""
         began = time.perf_counter()
         batches = self._batches(step)
         with torch.enable_grad():
