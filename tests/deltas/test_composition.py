@@ -30,9 +30,11 @@ from deltas import (
 )
 from tests.deltas.zoo import (
     FAMILIES,
+    METHODS,
     REFUSED,
     V,
     assert_same,
+    attached,
     batch_of,
     d,
     gradients,
@@ -82,6 +84,34 @@ class TestComposition:
         controlled.detach()
         with torch.no_grad():
             assert torch.equal(out(model, batch), outputs)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_any_two_in_any_order_act_together_or_are_refused(self, build, method):
+        """And leave no trace, whichever was attached before."""
+        model = build("gpt2")
+        batch, before = batch_of(model), snapshot(model)
+        delta, names = METHODS[method][0], list(METHODS)
+        refused = 0
+        for step in (1, 5, 11):
+            other = METHODS[names[(names.index(method) + step) % len(names)]][0]
+            for pair in ((delta, other), (other, delta)):
+                try:
+                    controlled = attached(model, *pair)
+                except InputError as error:
+                    assert "is controlled by two deltas" in str(error)
+                    refused += 1
+                    assert_same(before, snapshot(model))
+                    continue
+                assert controlled.deltas == pair
+                outputs = out(move(controlled), batch)
+                grads = gradients(outputs.square().sum(), controlled.trainable().values())
+                spaces = [a.namespace for a in controlled.attachments]
+                for space in spaces:
+                    own = zip(controlled.trainable(), grads, strict=True)
+                    assert any(bool(g.any()) for n, g in own if n.startswith(space + "."))
+                controlled.detach()
+                assert_same(before, snapshot(model))
+        assert refused < 6, "acts with some others"
 
     def test_lora_and_bitfit_add_up(self, build):
         model = build("bert")
