@@ -95,6 +95,17 @@ class DeltaStack(nn.Module):
         """As `DeltaModel.rate_factors`."""
         return self.single.rate_factors
 
+    def train(self, mode: bool = True) -> DeltaStack:
+        """As of any module; the laws that act for each copy follow."""
+        self.single.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DeltaStack:
+        """Move or convert all copies, their constants and the controls of the single model."""
+        self._constants = {name: fn(value) for name, value in self._constants.items()}
+        self.single.controls._apply(fn)
+        return super()._apply(fn, recurse)
+
     def forward(self, start: int = 0, stop: int | None = None, **batch: Any) -> Any:
         """The model's output for the copies start … stop - 1 (all of them by default).
 

@@ -1,5 +1,6 @@
 """Copies that share a pass do what each of them does alone."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -167,4 +168,30 @@ def test_mistakes_are_named(build: Build) -> None:
         stack(**texts(model, (3,) * 7))
     with pytest.raises(InputError, match="has deltas already"):
         attach_many(model, LoRA(rank=2), seeds=SEEDS)
+    stack.detach()
+
+
+@pytest.mark.parametrize("method", ["vera", "lora"])
+def test_a_stack_may_change_its_dtype(build: Build, method: str) -> None:
+    """Constants, such as the frozen matrices of VeRA, go with it."""
+    model = copy.deepcopy(build("bert", attention="sdpa"))
+    stack = moved(attach_many(model, METHODS[method][0], seeds=SEEDS))
+    whole = joined(batches(model))
+    with torch.no_grad():
+        exact = stack(**whole).logits
+        found = stack.to(torch.float32)(**whole).logits
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-3)
+    stack.detach()
+
+
+def test_dropout_obeys_the_mode_of_the_stack(build: Build) -> None:
+    model = build("bert")
+    stack = moved(attach_many(model, LoRA(rank=2, dropout=0.5), seeds=SEEDS))
+    whole = joined(batches(model))
+    for training in (True, False):
+        stack.train(training)
+        with torch.no_grad():
+            same = torch.equal(stack(**whole).logits, stack(**whole).logits)
+        assert same is not training
     stack.detach()
