@@ -1,14 +1,17 @@
-"""What adapters share: the bottleneck, where it can sit, and which φ it can have."""
+"""What adapters share: the bottleneck, where it can sit, its φ, and how it is laid."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
+from deltas.base import Delta
 from deltas.host import Host
 from deltas.sites import Site
 from theory.errors import InputError, unknown
@@ -83,3 +86,43 @@ class Bottleneck(nn.Module):
         """The adapted state."""
         inner = self.activation(linear(state, self.down, self.down_bias))
         return state + linear(inner, self.up, self.up_bias)
+
+
+@dataclass(frozen=True)
+class OutputAdapter(Delta):
+    """h + φ(h W_d + b_d) W_u + b_u behind linear maps; methods differ in which, and in φ.
+
+    W_d starts Gaussian with variance 1/width.
+    """
+
+    bottleneck: int = 32
+    activation: str = "gelu"
+    sites: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+
+    category = "addition"
+    law = "h + phi(h W_d) W_u"
+    unmergeable = "its bottleneck is not linear in the state"
+
+    def __post_init__(self) -> None:
+        """Check the bottleneck and the activation."""
+        self._positive("bottleneck")
+        check_activation(self.name, self.activation)
+
+    def build(self, host: Host) -> None:
+        """Add an adapter at every site."""
+        for site in self._checked_sites(host):
+            width = site.out_features
+            down = host.normal(self.bottleneck, width, std=1 / math.sqrt(width))
+            adapter = Bottleneck(down, self.activation)
+            host.add(site.path, adapter, like=host.weight(site))
+            host.on_output(site.module, adapter)
+
+    def num_parameters(self, host: Host) -> int:
+        """Σ 2 m d + d + m."""
+        m = self.bottleneck
+        widths = [site.out_features for site in self._checked_sites(host)]
+        return sum(2 * m * d + d + m for d in widths)
+
+    def _checked_sites(self, host: Host) -> list[Site]:
+        return output_sites(self.name, host, self.sites, self.layers, self.bottleneck)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -179,3 +179,28 @@ class _Watch(TorchFunctionMode):
             if id(leaf) in self.names:
                 self.used.add(self.names[id(leaf)])
         return func(*args, **kwargs)
+
+
+def map_over_copies(module: nn.Module, current: Callable[[], Copies | None]) -> Callable[[], None]:
+    """Let a module whose weights are controls use each copy's own while copies share a pass.
+
+    Args:
+        module: a linear map or a normalisation.
+        current: the copies of the present pass, or None.
+
+    Returns:
+        What takes it back.
+    """
+    plain, earlier = module.forward, module.__dict__.get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        copies = current()
+        return copies.module(plain, *args, **kwargs) if copies else plain(*args, **kwargs)
+
+    def undo() -> None:
+        del module.__dict__["forward"]
+        if earlier is not None:
+            module.__dict__["forward"] = earlier
+
+    module.__dict__["forward"] = forward
+    return undo

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import Cache, PreTrainedModel
 
-from deltas.host import first_tensor, with_first_tensor
 from deltas.model import DeltaModel
+from deltas.passes import first_tensor, with_first_tensor
 from theory.costs import CrossEntropyCost, SquaredErrorCost
 from theory.errors import InputError
 from theory.problem import ControlProblem, Controls, Cost, Dynamics

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltas.host import first_tensor, with_first_tensor
 from deltas.model import DeltaModel
+from deltas.passes import first_tensor, with_first_tensor
 from theory.errors import InputError
 
 

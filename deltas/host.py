@@ -4,93 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from copy import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.generic import ModelOutput
 
 from deltas import attention
-from deltas.copies import Copies
+from deltas.control_tree import ControlTree
+from deltas.copies import Copies, map_over_copies
+from deltas.merging import Merge
+from deltas.passes import Carried, around_passes, first_tensor, with_first_tensor
 from deltas.sites import Site, SiteMap, whole_paths
 from theory.errors import InputError
-
-
-class ControlTree(nn.Module):
-    """Controllers in a tree that mirrors the base model's module paths.
-
-    Its ``state_dict`` keys read ``<delta>.<module path>.<parameter>``.
-    """
-
-    def place(self, path: str, item: nn.Module | nn.Parameter) -> None:
-        """Put a controller, or a single parameter, at a dotted path."""
-        *parents, leaf = path.split(".")
-        node: nn.Module = self
-        for name in parents:
-            if name not in node._modules:
-                node.add_module(name, nn.Module())
-            node = node._modules[name]  # type: ignore[assignment]
-        if leaf in node._modules or leaf in node._parameters:
-            raise InputError(f"two controllers at {path}; a delta controls a site once.")
-        if isinstance(item, nn.Module):
-            node.add_module(leaf, item)
-        else:
-            node.register_parameter(leaf, item)
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The hidden state in a module's output, which is a tensor or a tuple that starts with it."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def with_first_tensor(output: Any, value: Tensor) -> Any:
-    """The same output with another hidden state."""
-    if isinstance(output, Tensor):
-        return value
-    if isinstance(output, ModelOutput):
-        changed = copy(output)
-        changed[next(iter(output))] = value
-        return changed
-    return (value, *output[1:])
-
 
 # Losses of the model under control, each with its graph, of single examples where a quantity is
 # defined by them; anew at each call.
 Losses = Callable[[], Iterable[Tensor]]
-
-
-@dataclass(frozen=True)
-class Merge:
-    """How a base parameter takes up a control.
-
-    Attributes:
-        namespace: of the delta.
-        name: of the base parameter.
-        value: its merged value, given its present one; both in float64.
-        whole: the control acts wherever a tied parameter is used, not only under this name.
-        last: the control acts on the input of the map, before everything beside the parameter.
-    """
-
-    namespace: str
-    name: str
-    value: Callable[[Tensor], Tensor]
-    whole: bool
-    last: bool = False
-
-
-class Carried:
-    """What one module of a forward pass leaves for a later one; see :meth:`Host.carry`."""
-
-    def __init__(self) -> None:
-        self.value: Any = None
-
-    def take(self) -> Any:
-        """The value, which is needed no longer."""
-        value, self.value = self.value, None
-        return value
 
 
 class Host:
@@ -355,7 +285,6 @@ class Host:
         places = {n: owned[id(p)] for n, p in self._owners().items() if id(p) in owned}
         self._refuse_taken(places)
         self._taken.update(places)
-        running: list[nn.Module] = []
         earlier: dict[str, Tensor] = {}
 
         def put(value: Callable[[str], Tensor]) -> None:
@@ -365,17 +294,13 @@ class Host:
         def original(alias: str) -> Tensor:
             return originals[places[alias]]
 
-        def enter(module: nn.Module, _args: tuple) -> None:
-            running.append(module)
-            if len(running) == 1:
-                owners = self._owners()
-                earlier.update({alias: owners[alias] for alias in places})
-                current = values()
-                put(lambda alias: current[places[alias]])
+        def begin() -> None:
+            owners = self._owners()
+            earlier.update({alias: owners[alias] for alias in places})
+            current = values()
+            put(lambda alias: current[places[alias]])
 
-        def leave(module: nn.Module, _args: tuple, _output: Any) -> None:
-            if not running or running.pop() is not module or running:
-                return
+        def end() -> None:
             if not self.model.is_activation_checkpointing:
                 put(original)
             elif not torch.is_grad_enabled():  # a backward pass may still need what was there
@@ -383,7 +308,7 @@ class Host:
             earlier.clear()
 
         self._undo.append(lambda: put(original))
-        self._around_passes(enter, leave)
+        self._undo += around_passes(self.model, begin, end)
 
     def carry(self) -> Carried:
         """A place where one module of a forward pass leaves something for a later one.
@@ -398,31 +323,19 @@ class Host:
         return self._carried[-1]
 
     def _empty_after_passes(self) -> None:
-        running: list[nn.Module] = []
         earlier: list[Any] = []
 
-        def enter(module: nn.Module, _args: tuple) -> None:
-            running.append(module)
-            if len(running) == 1:
-                earlier[:] = [carried.value for carried in self._carried]
+        def begin() -> None:
+            earlier[:] = [carried.value for carried in self._carried]
 
-        def leave(module: nn.Module, _args: tuple, _output: Any) -> None:
-            if not running or running.pop() is not module or running:
-                return
+        def end() -> None:
             checkpointing = self.model.is_activation_checkpointing
             if not checkpointing or not torch.is_grad_enabled():
                 for carried, value in zip(self._carried, earlier, strict=True):
                     carried.value = value if checkpointing else None
             earlier.clear()
 
-        self._around_passes(enter, leave)
-
-    def _around_passes(self, enter: Callable[..., None], leave: Callable[..., None]) -> None:
-        # In generation an encoder runs by itself, outside the model's own forward.
-        encoder = self.model.get_encoder() if self.model.config.is_encoder_decoder else None
-        for module in filter(None, (self.model, encoder)):
-            self._undo.append(module.register_forward_pre_hook(enter).remove)
-            self._undo.append(module.register_forward_hook(leave, always_call=True).remove)
+        self._undo += around_passes(self.model, begin, end)
 
     def add_prefix(self, module: nn.Module, prefix: attention.Prefix) -> None:
         """Let an attention module see ``prefix`` beside its own keys and values."""
@@ -444,21 +357,7 @@ class Host:
 
     def map_over_copies(self, module: nn.Module) -> None:
         """Let a module whose weights are controls use each copy's own while copies share a pass."""
-        plain = module.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            copies = self.copies
-            return copies.module(plain, *args, **kwargs) if copies else plain(*args, **kwargs)
-
-        earlier = module.__dict__.get("forward")
-
-        def undo() -> None:
-            del module.__dict__["forward"]
-            if earlier is not None:
-                module.__dict__["forward"] = earlier
-
-        module.__dict__["forward"] = forward
-        self._undo.append(undo)
+        self._undo.append(map_over_copies(module, lambda: self.copies))
 
     # -- what a delta may ask of the training ----------------------------------------------------
 

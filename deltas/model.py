@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from deltas.base import Delta
 from deltas.host import Host, Losses
+from deltas.merging import check_ties, merged_values
 from theory.errors import InputError, unknown
 
 _MARK = "deltacontrol_attached"
@@ -179,18 +180,11 @@ class DeltaModel(nn.Module):
                     f"{attachment.namespace} cannot be merged: {attachment.delta.unmergeable}. "
                     "Keep it attached, or detach() it."
                 )
-        host = self.host
-        for merge in host.merges:
-            if not merge.whole and (tied := host.tied(merge.name)):
-                raise InputError(
-                    f"{merge.namespace} cannot be merged: it acts at {merge.name}, which is tied "
-                    f"to {', '.join(tied)} and would change there too. Untie the model "
-                    "(tie_word_embeddings=False), or choose other sites."
-                )
+        check_ties(self.host)
         training = self.controls.training
         self.controls.eval()  # without what training draws at random
         try:
-            merged = self._merged()
+            merged = merged_values(self.host)
         finally:
             self.controls.train(training)
         model = self.detach()
@@ -199,19 +193,6 @@ class DeltaModel(nn.Module):
                 parameter = model.get_parameter(name)
                 parameter.copy_(value)
         return model
-
-    def _merged(self) -> dict[str, Tensor]:
-        """The base parameters in float64 with all controls in them, by name."""
-        host = self.host
-        merged: dict[str, Tensor] = {}
-        # What stands for a parameter comes before what acts beside it, whatever the order; what
-        # changes the input of a map acts on the sum of both.
-        for merge in sorted(host.merges, key=lambda merge: (not merge.whole, merge.last)):
-            before = merged.get(merge.name)
-            if before is None:
-                before = host.original(merge.name).detach().double()
-            merged[merge.name] = merge.value(before)
-        return merged
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the controls, on the CPU, to be saved."""

@@ -24,9 +24,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from deltas.base import Delta
+from deltas.control_tree import ControlTree
 from deltas.copies import Copies, Place
 from deltas.dynamics import is_causal_lm
-from deltas.host import ControlTree, Host
+from deltas.host import Host
 from deltas.model import DeltaModel, attach
 from theory.errors import InputError
 

@@ -202,7 +202,7 @@ class FineTuning(Experiment):
 
         The result holds the metrics on `evaluate_on` (None after a divergence), majority_share,
         num_trainable, num_total, num_head, trainable_share (controls without the head's, over
-        num_total), trainable_share_with_head, the measures of `training.TrainingResult`, and
+        num_total), trainable_share_with_head, the measures of `TrainingResult`, and
         best_validation_<metric> with best_validation_step where `eval_every` is set.
 
         Raises:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from experiments import training
+from experiments.training_results import TrainingResult
 
 if TYPE_CHECKING:
     from deltas import DeltaModel
@@ -41,7 +42,7 @@ def train_in_turn(
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     checkpoint_dir: Path | None = None,
     progress: bool = True,
-) -> training.TrainingResult:
+) -> TrainingResult:
     """`training.train` for each stage; a finished stage of an interrupted run is not repeated.
 
     The curve of the result has a column "stage", the delta's namespace, and goes on counting steps.

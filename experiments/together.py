@@ -28,7 +28,8 @@ from experiments import checkpoints, resources, training
 from experiments.gradients import num_tokens
 from experiments.modes import training_mode
 from experiments.schedules import learning_rate
-from experiments.training import Batches, Settings, TrainingResult
+from experiments.training import Batches, Settings
+from experiments.training_results import TrainingResult, curve, divergence, summary
 from theory.errors import InputError
 
 if TYPE_CHECKING:
@@ -178,9 +179,9 @@ class Loop:
         results = []
         for k, (run, message) in enumerate(zip(self.runs, self.messages, strict=True)):
             status = "diverged" if message else "completed"
-            measures = training.summary(run, memory, self.precision, self.device)
-            curve, controls = training.curve(run), self.stack.state(k)
-            results.append(TrainingResult(status, message, curve, controls, None, measures))
+            measures = summary(run, memory, self.precision, self.device)
+            rows, controls = curve(run), self.stack.state(k)
+            results.append(TrainingResult(status, message, rows, controls, None, measures))
         return ManyResult(tuple(results), size)
 
     def _draws(self) -> bool:
@@ -268,7 +269,7 @@ class Loop:
         for k in running:
             loss, norm = float(losses[k]), float(norms[k])
             if not finite[k]:
-                self.messages[k] = training.divergence(step + 1, loss, norm, rates[k])
+                self.messages[k] = divergence(step + 1, loss, norm, rates[k])
             else:
                 self.runs[k].step = step + 1
             self.runs[k].rows.append(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from deltas.adapters import Bottleneck, check_activation, output_sites
 from deltas.base import Delta
-from deltas.host import Carried, Host
+from deltas.host import Host
+from deltas.passes import Carried
 from deltas.sites import Site
 from theory.errors import InputError
 

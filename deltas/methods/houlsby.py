@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from deltas.adapters import Bottleneck, check_activation, output_sites
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.sites import Site
+from deltas.adapters import OutputAdapter
 
 
 @dataclass(frozen=True)
-class HoulsbyAdapter(Delta):
+class HoulsbyAdapter(OutputAdapter):
     """h + φ(h W_d + b_d) W_u + b_u after the attention's and the MLP's output projection.
 
     It acts before the block's own residual connection and normalisation (Houlsby et al., Fig. 2).
@@ -26,37 +22,8 @@ class HoulsbyAdapter(Delta):
         layers: blocks to act in; None means all.
     """
 
-    bottleneck: int = 32
-    activation: str = "gelu"
     sites: tuple[str, ...] = ("attention.output", "mlp.down")
-    layers: tuple[int, ...] | None = None
 
     name = "houlsby"
-    category = "addition"
-    law = "h + phi(h W_d) W_u"
     reference = "Houlsby et al., ICML 2019, Section 2.1"
     num_parameters_formula = "sum over sites of 2 m d + d + m"
-    unmergeable = "its bottleneck is not linear in the state"
-
-    def __post_init__(self) -> None:
-        """Check the bottleneck and the activation."""
-        self._positive("bottleneck")
-        check_activation(self.name, self.activation)
-
-    def build(self, host: Host) -> None:
-        """Add an adapter at every site."""
-        for site in self._checked_sites(host):
-            width = site.out_features
-            down = host.normal(self.bottleneck, width, std=1 / math.sqrt(width))
-            adapter = Bottleneck(down, self.activation)
-            host.add(site.path, adapter, like=host.weight(site))
-            host.on_output(site.module, adapter)
-
-    def num_parameters(self, host: Host) -> int:
-        """Σ 2 m d + d + m."""
-        m = self.bottleneck
-        widths = [site.out_features for site in self._checked_sites(host)]
-        return sum(2 * m * d + d + m for d in widths)
-
-    def _checked_sites(self, host: Host) -> list[Site]:
-        return output_sites(self.name, host, self.sites, self.layers, self.bottleneck)

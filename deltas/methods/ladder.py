@@ -12,7 +12,8 @@ from transformers.activations import ACT2FN
 
 from deltas.adapters import check_activation
 from deltas.base import Delta
-from deltas.host import Carried, Host
+from deltas.host import Host
+from deltas.passes import Carried
 from deltas.spans import state_width
 from theory.errors import InputError
 

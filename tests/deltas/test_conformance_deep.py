@@ -33,12 +33,63 @@ BOTH = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 BEHIND = ("head", "ladder")
 
 
+# Images and sounds have one size; transformers has no checkpointing for MPNet.
+PADDED = [(f, n) for f, n in DEEP if FAMILIES[f].reads == "tokens"]
+CHECKPOINTED = [(f, n) for f, n in DEEP if f != "mpnet"]
+
+
+@pytest.fixture
+def delta(method: str) -> Delta:
+    return METHODS[method][0]
+
+
+@pytest.mark.parametrize(("family", "method"), PADDED, ids=lambda value: value)
+class TestPadding:
+    @BOTH
+    def test_padding_does_not_change_a_row(self, build: Build, family, delta, attention):
+        model = build(family, attention=attention)
+        controlled = move(attached(model, delta))
+        together = texts(model, (5, 9, 9))
+        alone = {k: v[:1, :5] if v.shape[1] == 9 else v[:1] for k, v in together.items()}
+        with torch.no_grad():
+            expected, found = out(controlled, alone), out(controlled, together)[:1]
+        if found.dim() == 3:
+            found = found[:, : expected.shape[1]]
+        tolerance = FAMILIES[family].tolerance
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+        controlled.detach()
+
+
+@pytest.mark.parametrize(("family", "method"), CHECKPOINTED, ids=lambda value: value)
+class TestCheckpointing:
+    def test_gradient_checkpointing_gives_equal_gradients(self, build, family, method, delta):
+        model = copy.deepcopy(build(family))  # transformers leaves a hook of its own behind
+        batch = batch_of(model)
+        controlled = move(attached(model, delta)).train()  # all dropout rates are zero
+        parameters = controlled.trainable().values()
+        torch.manual_seed(0)  # for controls that draw at random while training
+        expected = gradients(out(controlled, batch).square().sum(), parameters)
+        calls: list[int] = []
+        deep = controlled.host.sites.resolve(["mlp.down"])[-1].module
+        counter = deep.register_forward_pre_hook(lambda *_: calls.append(1))
+        model.activation_checkpointing_enable()
+        torch.manual_seed(0)
+        loss = out(controlled, batch).square().sum()
+        with torch.no_grad():  # another pass, between forward and backward
+            out(controlled, batch)
+        calls.clear()
+        found = gradients(loss, parameters)
+        assert calls or method in BEHIND, "the block was not run again"
+        assert relative(found, expected) <= 1e-12
+        model.activation_checkpointing_disable()
+        counter.remove()
+        before = build(family).state_dict()
+        restored = controlled.detach().state_dict()
+        assert all(torch.equal(before[key], value) for key, value in restored.items())
+
+
 @pytest.mark.parametrize(("family", "method"), DEEP, ids=lambda value: value)
 class TestDeepConformance:
-    @pytest.fixture
-    def delta(self, method: str) -> Delta:
-        return METHODS[method][0]
-
     def test_sdpa_starts_at_the_base_and_detaching_restores_it(self, build, family, delta):
         model = build(family, attention="sdpa")
         batch = batch_of(model)
@@ -51,22 +102,6 @@ class TestDeepConformance:
                 out(controlled, batch).sum().backward()
             controlled.detach()
             assert torch.equal(out(model, batch), before)
-
-    @BOTH
-    def test_padding_does_not_change_a_row(self, build: Build, family, delta, attention):
-        if FAMILIES[family].reads != "tokens":
-            pytest.skip("images and sounds have one size")
-        model = build(family, attention=attention)
-        controlled = move(attached(model, delta))
-        together = texts(model, (5, 9, 9))
-        alone = {k: v[:1, :5] if v.shape[1] == 9 else v[:1] for k, v in together.items()}
-        with torch.no_grad():
-            expected, found = out(controlled, alone), out(controlled, together)[:1]
-        if found.dim() == 3:
-            found = found[:, : expected.shape[1]]
-        tolerance = FAMILIES[family].tolerance
-        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
-        controlled.detach()
 
     def test_the_seed_decides_the_start(self, build, family, method, delta):
         model = build(family)
@@ -101,33 +136,6 @@ class TestDeepConformance:
             assert parameter.grad.dtype == torch.float32, name
             assert parameter.grad.isfinite().all(), name
         controlled.detach()
-
-    def test_gradient_checkpointing_gives_equal_gradients(self, build, family, method, delta):
-        if family == "mpnet":
-            pytest.skip("transformers has no checkpointing for MPNet")
-        model = copy.deepcopy(build(family))  # transformers leaves a hook of its own behind
-        batch = batch_of(model)
-        controlled = move(attached(model, delta)).train()  # all dropout rates are zero
-        parameters = controlled.trainable().values()
-        torch.manual_seed(0)  # for controls that draw at random while training
-        expected = gradients(out(controlled, batch).square().sum(), parameters)
-        calls: list[int] = []
-        deep = controlled.host.sites.resolve(["mlp.down"])[-1].module
-        counter = deep.register_forward_pre_hook(lambda *_: calls.append(1))
-        model.activation_checkpointing_enable()
-        torch.manual_seed(0)
-        loss = out(controlled, batch).square().sum()
-        with torch.no_grad():  # another pass, between forward and backward
-            out(controlled, batch)
-        calls.clear()
-        found = gradients(loss, parameters)
-        assert calls or method in BEHIND, "the block was not run again"
-        assert relative(found, expected) <= 1e-12
-        model.activation_checkpointing_disable()
-        counter.remove()
-        before = build(family).state_dict()
-        restored = controlled.detach().state_dict()
-        assert all(torch.equal(before[key], value) for key, value in restored.items())
 
     def test_controls_become_an_argument(self, build, family, delta):
         """torch.func over the controls agrees with autograd."""

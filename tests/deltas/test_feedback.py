@@ -16,7 +16,7 @@ from deltas import LoRA, PromptTuning, attach
 from deltas.calibration import Calibration, calibrate
 from deltas.dynamics import TransformerDynamics
 from deltas.feedback import attach_feedback, attended, run
-from deltas.host import first_tensor
+from deltas.passes import first_tensor
 from tests.deltas import zoo
 from theory.affine_subspace import AffineSubspace
 from theory.closed_loop import PIDCorrection, ProjectionCorrection

@@ -1,0 +1,69 @@
+"""What goes through a module, and what goes on around a whole forward pass of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden state in a module's output, which is a tensor or a tuple that starts with it."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_first_tensor(output: Any, value: Tensor) -> Any:
+    """The same output with another hidden state."""
+    if isinstance(output, Tensor):
+        return value
+    if isinstance(output, ModelOutput):
+        changed = copy(output)
+        changed[next(iter(output))] = value
+        return changed
+    return (value, *output[1:])
+
+
+class Carried:
+    """What one module of a forward pass leaves for a later one; see :meth:`Host.carry`."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+
+    def take(self) -> Any:
+        """The value, which is needed no longer."""
+        value, self.value = self.value, None
+        return value
+
+
+def around_passes(
+    model: PreTrainedModel, begin: Callable[[], None], end: Callable[[], None]
+) -> list[Callable[[], None]]:
+    """Call ``begin`` before and ``end`` behind every pass of a model, also one that fails.
+
+    A pass that runs inside another one is part of it. In generation an encoder runs by itself,
+    outside of the model's own forward, and counts as a pass then.
+
+    Returns:
+        What takes both off again.
+    """
+    running: list[nn.Module] = []
+
+    def enter(module: nn.Module, _args: tuple) -> None:
+        running.append(module)
+        if len(running) == 1:
+            begin()
+
+    def leave(module: nn.Module, _args: tuple, _output: Any) -> None:
+        if running and running.pop() is module and not running:
+            end()
+
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else None
+    undo: list[Callable[[], None]] = []
+    for module in filter(None, (model, encoder)):
+        undo.append(module.register_forward_pre_hook(enter).remove)
+        undo.append(module.register_forward_hook(leave, always_call=True).remove)
+    return undo
