@@ -34,6 +34,10 @@ from theory.errors import InputError
 IGNORED = -100
 
 
+class UnstackableError(InputError):
+    """Copies of these deltas cannot share a pass."""
+
+
 def unstackable(host: Host) -> str:
     """Why copies of what ``host`` carries cannot share a pass; empty where they can."""
     if host.is_reparametrised:
@@ -174,7 +178,8 @@ def attach_many(model: PreTrainedModel, *deltas: Delta, seeds: Sequence[int]) ->
     """Lay K copies of deltas on a model, copy k with the initial values of ``seeds[k]``.
 
     Raises:
-        InputError: as `attach` does, or the deltas cannot be stacked.
+        UnstackableError: copies of these deltas cannot share a pass.
+        InputError: as `attach` does.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -193,7 +198,7 @@ def attach_many(model: PreTrainedModel, *deltas: Delta, seeds: Sequence[int]) ->
         reason = unstackable(single.host)
         if reason:
             single.detach()
-            raise InputError(
+            raise UnstackableError(
                 f"{' and '.join(delta.name for delta in deltas)} cannot be stacked: {reason}. "
                 "Attach and train the copies one after another."
             )

@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from deltas import Delta, DeltaStack, attach, attach_many
+from deltas.stack import UnstackableError
 from experiments import checkpoints, resources, training
 from experiments.gradients import num_tokens
 from experiments.modes import training_mode
@@ -98,9 +99,7 @@ def train_many(
         device = resources.choose_device(settings[0].device)
         try:
             stack = attach_many(model.to(device), *deltas, seeds=[s.seed for s in settings])  # type: ignore[arg-type]
-        except InputError as error:
-            if "cannot be stacked" not in str(error):
-                raise
+        except UnstackableError as error:
             reason = str(error)
         else:
             try:
