@@ -20,6 +20,7 @@ from paper_figures.marks import joined, method, number, percent, spread
 from theory.errors import InputError
 
 TITLE = "Delta methods at a glance"
+# With an annotation `names` does not list the figure: its records are not published yet.
 STUDY: str = "taxonomy"
 
 KEYS = ["model", "task", "method"]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -212,7 +213,9 @@ class Benchmark:
             return self._attached(self.model, OURS[name], HeadTuning())
         from peft import get_peft_model
 
-        theirs = get_peft_model(self._base(self.model), peft_config(name))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about peft's calls
+            theirs = get_peft_model(self._base(self.model), peft_config(name))
         return theirs.to(self._setting()[1]).eval()
 
     # -- memory ----------------------------------------------------------------------------------
