@@ -1,7 +1,7 @@
 """Delta methods at a glance: category, site, control law, parameters and accuracy.
 
-One row a method, in the order of the taxonomy. Accuracy is that of test rows, at the learning rate
-with the best accuracy on validation rows.
+One row a method, in the order of the taxonomy. Accuracy is that of test rows; the learning rate was
+chosen on validation rows, by `experiments.studies.learning_rates`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ PLACES = {
 
 
 def table(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per run; `chosen` marks the runs at the rate that validation rows prefer."""
+    """One row per run."""
     from deltas.registry import available  # imports torch
 
     known = available()
@@ -89,7 +89,6 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                 if name != "head"
                 else record.result["num_head"],
                 "num_total": record.result["num_total"],
-                "validation_accuracy": number(record.result.get("best_validation_accuracy")),
                 "accuracy": number(record.result["accuracy"]),
                 "majority_share": number(record.result["majority_share"]),
                 "seconds_per_step": number(record.result["seconds_per_step"]),
@@ -98,16 +97,9 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                 "run": record.id,
             }
         )
-    frame = pd.DataFrame(rows)
-    best = frame.groupby([*KEYS, "learning_rate"])["validation_accuracy"].mean()
-    best = best.fillna(-1.0).groupby(level=[0, 1, 2]).idxmax()
-    chosen = [
-        best[(model, task, name)][-1] == rate
-        for model, task, name, rate in frame[[*KEYS, "learning_rate"]].itertuples(index=False)
-    ]
     order = {category: i for i, category in enumerate(CATEGORIES)}
     return (
-        frame.assign(chosen=chosen)
+        pd.DataFrame(rows)
         .sort_values(
             ["category", "method", "task", "learning_rate", "seed"],
             key=lambda column: column.map(order) if column.name == "category" else column,
@@ -151,9 +143,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             "law": first["law"],
             "parameters": f"{first['num_trainable']:,}",
         }
-        shown = runs[runs["chosen"]]
         for task in sorted(table["task"].unique()):
-            accuracy = 100 * shown.loc[shown["task"] == task, "accuracy"]
+            accuracy = 100 * runs.loc[runs["task"] == task, "accuracy"]
             row[f"{task} (%)"] = spread(accuracy.mean(), accuracy.std())
         row["s/step"] = f"{runs['seconds_per_step'].median():.3g}"
         row["peak memory (MB)"] = f"{runs['peak_memory_bytes'].median() / 1e6:.0f}"
@@ -179,8 +170,7 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     sizes.set_xscale("log")
     sizes.set_xlabel("parameters")
     for ax, task in zip(accuracies, tasks, strict=True):
-        of_task = table[(table["task"] == task) & table["chosen"]]
-        _draw_accuracy(ax, of_task, names, heights, colors)
+        _draw_accuracy(ax, table[table["task"] == task], names, heights, colors)
         ax.set_xlabel(f"{task}, accuracy (%)")
     for ax in (sizes, *accuracies):
         ax.tick_params(axis="y", left=False, labelleft=False)
@@ -191,17 +181,15 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
 
 def caption(table: pd.DataFrame) -> str:
     """How the numbers came about, and the best method of each category."""
-    runs = table[table["chosen"]]
-    seeds = runs.groupby(KEYS)["seed"].nunique().max()
-    rates = table.groupby(KEYS)["learning_rate"].nunique().max()
+    seeds = table.groupby(KEYS)["seed"].nunique().max()
     sentences = [
         f"{TITLE}: {table['method'].nunique()} methods on {joined(sorted(table['model'].unique()))}"
         f". Parameters without the head's, which every method trains. A dot is a seed ({seeds}), "
-        f"the bar their mean; the rate is the best of {rates} on validation rows; dashed: the "
+        "the bar their mean; each method at the rate that validation rows chose; dashed: the "
         "majority class."
     ]
     for task in sorted(table["task"].unique()):
-        means = 100 * runs[runs["task"] == task].groupby("method")["accuracy"].mean()
+        means = 100 * table[table["task"] == task].groupby("method")["accuracy"].mean()
         of = table.drop_duplicates("method").set_index("method")["category"]
         tops = []
         for category in CATEGORIES:

@@ -29,6 +29,30 @@ GRID = {
     "prompt": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
 }
 STEPS = 100
+# Every delta method on a smaller model, at a few rates in steps of about three.
+SMALL_MODEL = "minilm-l3"
+SMALL_STEPS = 60
+SMALL_LENGTH = 32
+SMALL_EVAL_LIMIT = 500
+SMALL_GRID = {
+    "full": (1e-4, 3e-4, 1e-3),
+    "diff-pruning": (1e-4, 3e-4, 1e-3),
+    "lottery-ticket": (1e-4, 3e-4, 1e-3),
+    "last-layers": (3e-4, 1e-3, 3e-3),
+    "selected-modules": (3e-4, 1e-3, 3e-3),
+    "bitfit": (3e-3, 1e-2, 3e-2),
+    "layer-norm": (3e-3, 1e-2, 3e-2),
+    "random-mask": (3e-3, 1e-2, 3e-2),
+    "vera": (3e-3, 1e-2, 3e-2),
+    "p-tuning": (3e-3, 1e-2, 3e-2),
+    "said": (1e-2, 3e-2, 1e-1),
+    "subspace": (1e-2, 3e-2, 1e-1),
+    "prefix": (1e-2, 3e-2, 1e-1),
+    "prompt": (1e-2, 3e-2, 1e-1),
+    "intrinsic-prompt": (1e-2, 3e-2, 1e-1),
+    "head": (1e-2, 3e-2, 1e-1),
+}
+SMALL_RATES = (1e-3, 3e-3, 1e-2)  # of the methods that are not named above
 # AdamW moves d coordinates of unit columns by about rate * sqrt(d) a step: search that product.
 SUBSPACE_DIMENSIONS = (100, 10_000)
 SUBSPACE_MOVES = (0.3, 1.0, 3.0, 10.0)
@@ -38,7 +62,7 @@ RANDOM_INIT_RATES = (1e-4, 3e-4, 1e-3)
 def experiments(preset: str) -> list[FineTuning]:
     """The whole search; the presets do not differ."""
     del preset
-    return [*methods(), *subspaces()]
+    return [*methods(), *subspaces(), *small()]
 
 
 def methods() -> list[FineTuning]:
@@ -65,6 +89,27 @@ def subspaces() -> list[FineTuning]:
         trials.append(_trial(task, f"subspace:dimension={largest}", rate, pretrained=False))
     trials += [_trial(task, "full", rate, pretrained=False) for rate in RANDOM_INIT_RATES]
     return trials
+
+
+def small() -> list[FineTuning]:
+    """Every registered delta on every task, on the smaller model and for fewer steps."""
+    from deltas.registry import available  # imports torch
+
+    return [
+        FineTuning(
+            model=SMALL_MODEL,
+            task=task,
+            deltas=(delta,),
+            learning_rate=rate,
+            steps=SMALL_STEPS,
+            max_length=SMALL_LENGTH,
+            eval_limit=SMALL_EVAL_LIMIT,
+            evaluate_on="validation",
+        )
+        for task in TASKS
+        for delta in available()
+        for rate in SMALL_GRID.get(delta, SMALL_RATES)
+    ]
 
 
 def _trial(task: str, delta: str, rate: float, pretrained: bool = True) -> FineTuning:
@@ -113,7 +158,8 @@ def choose(records: Iterable[Record]) -> dict:
         rates[name] = best["rate"]
         if best in (rows[0], rows[-1]) and len(rows) > 1:
             ends.append(name)
-    return {"steps": STEPS, "rates": rates, "at_end_of_grid": ends, "trials": trials}
+    steps = {MODEL: STEPS, SMALL_MODEL: SMALL_STEPS}
+    return {"steps": steps, "rates": rates, "at_end_of_grid": ends, "trials": trials}
 
 
 def subspace_rate(dimension: int, pretrained: bool = True) -> float:

@@ -1,36 +1,33 @@
-"""Every delta method on two tasks, each at a few learning rates.
-
-A run is evaluated on validation rows, which choose the rate, and on test rows, which are shown.
-"""
+"""Every delta method on two tasks, each at the rate that the recorded search chose for it."""
 
 from __future__ import annotations
 
 from experiments.finetune import FineTuning
-from experiments.rates import DEFAULT_RATES, OTHER_RATE
-
-TASKS = ("movie", "trec6")
-FACTORS = (1.0, 3.0, 10.0)  # of the default rates, which suit longer runs than these
+from experiments.rates import recorded_rates
+from experiments.studies.learning_rates import SMALL_LENGTH, SMALL_MODEL, SMALL_STEPS, TASKS, key
 
 
 def experiments(preset: str) -> list[FineTuning]:
-    """Methods × tasks × rates × seeds; at quick one task, one rate and one seed."""
-    from deltas.registry import available
+    """Methods × tasks × seeds; at quick one task, one seed and few steps."""
+    from deltas.registry import available  # imports torch
 
     quick = preset == "quick"
     return [
-        FineTuning(
-            model="minilm-l3",
+        _run(
+            model=SMALL_MODEL,
             task=task,
             deltas=(delta,),
-            learning_rate=float(f"{factor * DEFAULT_RATES.get(delta, OTHER_RATE):.3g}"),
             seed=seed,
-            steps=10 if quick else 80,
-            max_length=24 if quick else 32,
-            eval_every=10 if quick else 80,
-            eval_limit=100 if quick else 1000,
+            steps=10 if quick else SMALL_STEPS,
+            max_length=SMALL_LENGTH,
+            eval_limit=100 if quick else None,
         )
         for seed in range(1 if quick else 2)
         for task in (TASKS[:1] if quick else TASKS)
         for delta in available()
-        for factor in ((1.0,) if quick else FACTORS)
     ]
+
+
+def _run(**config) -> FineTuning:
+    name = key(FineTuning(**config).to_config())
+    return FineTuning(**config, learning_rate=recorded_rates().get(name))
