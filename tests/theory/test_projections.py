@@ -12,8 +12,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from theory.errors import InputError
-from theory.hadamard import hadamard_transform
-from theory.projections import DenseProjection, FastfoodProjection, Projection
+from theory.hadamard import butterfly_reference
+from theory.projections import (
+    RANDOM_PROJECTIONS,
+    BlockDiagonalProjection,
+    DenseProjection,
+    FastfoodProjection,
+    GaussianProjection,
+    HadamardProjection,
+    KroneckerProjection,
+    LayerScaledProjection,
+    LearnedProjection,
+    Projection,
+    SparseSignProjection,
+)
 
 F64 = torch.float64
 SIZES = [(1, 1), (7, 1), (8, 8), (50, 3), (64, 16), (100, 33), (129, 64), (40, 40)]
@@ -108,7 +120,12 @@ class ProjectionSuite:
         torch.testing.assert_close(
             single.lift(z.float()).double(), double.lift(z), rtol=0, atol=1e-6
         )
-        assert single.num_bytes < double.num_bytes
+        assert single.num_bytes <= double.num_bytes
+        v = normal(50, seed=2)
+        torch.testing.assert_close(
+            single.adjoint(v.float()).double(), double.adjoint(v), rtol=0, atol=1e-5
+        )
+        assert single.lift(z.float()).dtype == torch.float32
 
     def test_squared_norms_are_kept_on_average(self) -> None:
         """Over 400 draws the mean of ``||Pz||^2/||z||^2`` is 1 within four standard errors."""
@@ -146,6 +163,9 @@ class TestDense(ProjectionSuite):
         matrix = self.make(D, d).dense()
         torch.testing.assert_close(matrix.mT @ matrix, torch.eye(d, dtype=F64), rtol=0, atol=1e-13)
 
+    def test_it_stores_its_entries(self) -> None:
+        assert self.make(50, 6).num_bytes == 50 * 6 * 8
+
     def test_sizes_beyond_memory_are_refused(self) -> None:
         with pytest.raises(InputError, match="use FastfoodProjection"):
             DenseProjection(10**7, 10**3)
@@ -180,11 +200,214 @@ class TestGaussian(RandomNorms):
         assert np.std(norms) == pytest.approx(math.sqrt(2 / 50), rel=0.15)
 
 
-class TestFastfood(RandomNorms):
-    """Structured blocks."""
+class TestCounterGaussian(RandomNorms):
+    """The same law, generated in blocks."""
 
     def make(self, D: int, d: int, seed: int = 0, dtype: torch.dtype = F64) -> Projection:
-        return FastfoodProjection(D, d, seed, dtype)
+        return GaussianProjection(D, d, seed, dtype, block=64)
+
+    def test_numbers_do_not_depend_on_the_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Blocks of one row, of several and of all, across the edges of tiles."""
+        monkeypatch.setattr("theory.projections.gaussian._TILE", 16)
+        one, some, whole = (GaussianProjection(40, 7, 3, F64, block=b) for b in (1, 50, 10**6))
+        assert torch.equal(one.dense(), whole.dense())
+        assert torch.equal(some.dense(), whole.dense())
+        assert whole.num_bytes == 0
+
+    def test_entries_are_standard_normal(self) -> None:
+        """Moments of 10^5 entries, which no tile repeats, within four standard errors."""
+        entries = GaussianProjection(1000, 100, 5, F64).dense().flatten() * math.sqrt(1000)
+        for power, moment, variance in ((1, 0, 1), (2, 1, 2), (4, 3, 96)):
+            error = math.sqrt(variance / 1e5)
+            assert abs(float((entries**power).mean()) - moment) <= 4 * error
+        first, second = entries[: 2**15], entries[2**16 : 2**16 + 2**15]
+        assert abs(float((first * second).mean())) <= 4 / math.sqrt(2**15)
+
+
+class TestSparseSign(RandomNorms):
+    """A few entries in each row."""
+
+    def make(self, D: int, d: int, seed: int = 0, dtype: torch.dtype = F64) -> Projection:
+        return SparseSignProjection(D, d, seed, dtype)
+
+    @pytest.mark.parametrize(("d", "nonzeros"), [(13, 1), (13, 4), (3, 4), (12, 3)])
+    def test_each_range_has_one_entry_in_each_row(self, d: int, nonzeros: int) -> None:
+        P = SparseSignProjection(200, d, 1, F64, nonzeros=nonzeros)
+        matrix = P.dense()
+        assert int((matrix != 0).sum()) == 200 * min(nonzeros, d)
+        for low, high in P._ranges:
+            part = matrix[:, low:high]
+            assert bool(((part != 0).sum(1) == 1).all())
+            sizes = part[part != 0].abs()
+            torch.testing.assert_close(
+                sizes, torch.full_like(sizes, math.sqrt((high - low) / 200)), rtol=1e-14, atol=0
+            )
+        if nonzeros == 1:
+            gram = matrix.mT @ matrix
+            assert torch.equal(gram, torch.diag(gram.diagonal()))
+
+    def test_places_and_signs_are_even_and_independent(self) -> None:
+        """Chi-squared over the 26 pairs of place and sign, and of neighbouring rows' signs."""
+        matrix = SparseSignProjection(26_000, 13, 4, F64, nonzeros=1).dense()
+        counts = torch.stack([(matrix > 0).sum(0), (matrix < 0).sum(0)]).double()
+        chi2 = float(((counts - 1000) ** 2 / 1000).sum())
+        assert abs(chi2 - 25) <= 4 * math.sqrt(50)
+        signs = matrix.sum(1).sign()
+        assert abs(float((signs[1:] * signs[:-1]).sum())) <= 4 * math.sqrt(26_000)
+
+    def test_other_numbers_are_refused(self) -> None:
+        with pytest.raises(InputError, match="nonzeros is 0"):
+            SparseSignProjection(5, 2, nonzeros=0)
+
+
+class TestHadamard(ProjectionSuite):
+    """Columns of the Hadamard matrix."""
+
+    def make(self, D: int, d: int, seed: int = 0, dtype: torch.dtype = F64) -> Projection:
+        return HadamardProjection(D, d, seed, dtype)
+
+    @pytest.mark.parametrize(("D", "d"), SIZES)
+    def test_columns_are_orthonormal_where_the_size_is_a_power(self, D: int, d: int) -> None:
+        matrix = self.make(D, d).dense()
+        ones = torch.full_like(matrix, 1 / math.sqrt(D))
+        torch.testing.assert_close(matrix.abs(), ones, rtol=1e-14, atol=0)
+        if D & (D - 1) == 0:
+            eye = torch.eye(d, dtype=F64)
+            torch.testing.assert_close(matrix.mT @ matrix, eye, rtol=0, atol=1e-14)
+
+
+class TestKronecker(ProjectionSuite):
+    """Two frames."""
+
+    def make(self, D: int, d: int, seed: int = 0, dtype: torch.dtype = F64) -> Projection:
+        return KroneckerProjection(D, d, seed, dtype)
+
+    @pytest.mark.parametrize(("D", "d"), [*SIZES, (144, 50)])
+    def test_equals_the_kronecker_product(self, D: int, d: int) -> None:
+        P = self.make(D, d)
+        assert isinstance(P, KroneckerProjection)
+        expected = torch.kron(P._left, P._right)[:D, :d]
+        torch.testing.assert_close(P.dense(), expected, rtol=1e-13, atol=1e-15)
+        if len(P._left) * len(P._right) == D:
+            gram = P.dense().mT @ P.dense()
+            torch.testing.assert_close(gram, torch.eye(d, dtype=F64), rtol=0, atol=1e-13)
+
+    def test_every_size_has_factors_that_fit(self) -> None:
+        for D in range(1, 60):
+            for d in range(1, D + 1):
+                assert self.make(D, d).sub_dim == d
+
+
+class TestLearned(ProjectionSuite):
+    """A frame from given vectors."""
+
+    def make(self, D: int, d: int, seed: int = 0, dtype: torch.dtype = F64) -> Projection:
+        if not 1 <= d <= D:
+            return LearnedProjection(torch.zeros(d, D), dtype)
+        return LearnedProjection(normal(d, D, seed=seed), dtype)
+
+    def test_leading_columns_span_leading_vectors(self) -> None:
+        vectors = normal(4, 30, seed=1)
+        matrix = LearnedProjection(vectors, F64).dense()
+        torch.testing.assert_close(matrix.mT @ matrix, torch.eye(4).double(), rtol=0, atol=1e-14)
+        for k in range(1, 5):
+            frame = matrix[:, :k]
+            torch.testing.assert_close(
+                frame @ (frame.mT @ vectors[:k].mT), vectors[:k].mT, rtol=0, atol=1e-13
+            )
+        assert float(vectors[0] @ matrix[:, 0]) > 0
+
+    def test_trajectories_and_gradients(self) -> None:
+        """Against the singular value decomposition; a far mean matters to gradients alone."""
+        rows = normal(7, 3, seed=1) @ normal(3, 40, seed=2) + 100 * normal(40, seed=3)
+        for found, used in (
+            (LearnedProjection.from_trajectory(rows, 3, F64), rows - rows.mean(0)),
+            (LearnedProjection.from_gradients(rows, 3, F64), rows),
+        ):
+            right = torch.linalg.svd(used, full_matrices=False)[2][:3]
+            cosines = (right @ found.dense()).abs()
+            torch.testing.assert_close(cosines, torch.eye(3).double(), rtol=0, atol=1e-7)
+
+    def test_eigenvectors_of_an_operator(self) -> None:
+        frame = torch.linalg.qr(normal(30, 30, seed=1))[0]
+        values = 0.5 ** torch.arange(30, dtype=F64)
+        P = LearnedProjection.from_operator(
+            lambda x: x @ frame * values @ frame.mT, 30, 3, dtype=F64
+        )
+        cosines = (frame[:, :3].mT @ P.dense()).abs()
+        torch.testing.assert_close(cosines, torch.eye(3).double(), rtol=0, atol=1e-7)
+
+    def test_vectors_that_span_too_little_are_refused(self) -> None:
+        rows = normal(2, 9, seed=1)
+        for make, message in (
+            (lambda: LearnedProjection(torch.cat([rows, rows.sum(0, True)])), "dependent"),
+            (lambda: LearnedProjection(rows * torch.nan), "not finite"),
+            (lambda: LearnedProjection(rows[0]), r"shape \(9,\); expected \(d, D\)"),
+            (lambda: LearnedProjection.from_trajectory(rows, 2), "fewer than 2 directions"),
+            (lambda: LearnedProjection.from_gradients(rows, 3), "no subspace of dimension 3"),
+        ):
+            with pytest.raises(InputError, match=message):
+                make()
+
+
+class TestBlockDiagonal(ProjectionSuite):
+    """Layers with coordinates of their own, of different kinds."""
+
+    def make(self, D: int, d: int, seed: int = 0, dtype: torch.dtype = F64) -> Projection:
+        low, small = D // 2, d // 2
+        last = FastfoodProjection(D - low, d - small, seed, dtype)
+        if not small:
+            last = FastfoodProjection(D, d, seed, dtype)
+            return BlockDiagonalProjection([last])
+        first = GaussianProjection(low, small, seed + 1, dtype)
+        return BlockDiagonalProjection([first, last])
+
+    def test_is_block_diagonal(self) -> None:
+        P = self.make(20, 6)
+        assert isinstance(P, BlockDiagonalProjection)
+        expected = torch.block_diag(*(part.dense() for part in P.parts))
+        torch.testing.assert_close(P.dense(), expected, rtol=1e-13, atol=1e-15)
+
+    def test_mixed_dtypes_are_refused(self) -> None:
+        with pytest.raises(InputError, match="2 parts have 2 pairs"):
+            BlockDiagonalProjection([DenseProjection(4, 2), DenseProjection(4, 2, dtype=F64)])
+        with pytest.raises(InputError, match="at least one part"):
+            BlockDiagonalProjection([])
+
+
+class TestLayerScaled(ProjectionSuite):
+    """One projection, scaled by layers."""
+
+    def make(self, D: int, d: int, seed: int = 0, dtype: torch.dtype = F64) -> Projection:
+        sizes = [D] if D == 1 else [D // 2, D - D // 2]
+        return LayerScaledProjection(
+            FastfoodProjection(D, d, seed, dtype), sizes, [3.0, -1.0][: len(sizes)]
+        )
+
+    def test_scales_the_rows_of_its_layers(self) -> None:
+        P = self.make(20, 6)
+        assert isinstance(P, LayerScaledProjection)
+        scale = math.sqrt(20 / (10 * 9 + 10))
+        scales = torch.tensor([3 * scale] * 10 + [-scale] * 10, dtype=F64)
+        expected = scales[:, None] * P.projection.dense()
+        torch.testing.assert_close(P.dense(), expected, rtol=1e-13, atol=1e-15)
+
+    def test_wrong_layers_are_refused(self) -> None:
+        P = DenseProjection(5, 2)
+        for sizes, scales in (((2, 2), (1, 1)), ((2, 3), (1,)), ((5, 0), (1, 1))):
+            with pytest.raises(InputError, match="one scale a layer, and 5 coordinates"):
+                LayerScaledProjection(P, sizes, scales)
+        with pytest.raises(InputError, match="not all zero"):
+            LayerScaledProjection(P, (2, 3), (0.0, 0.0))
+
+
+class TestFastfood(RandomNorms):
+    """Structured blocks, each with factors of its own."""
+
+    SHARE: int | None = None
+
+    def make(self, D: int, d: int, seed: int = 0, dtype: torch.dtype = F64) -> Projection:
+        return FastfoodProjection(D, d, seed, dtype, share=self.SHARE)
 
     @pytest.mark.parametrize(("D", "d"), SIZES)
     def test_equals_the_product_of_its_factors(self, D: int, d: int) -> None:
@@ -192,18 +415,24 @@ class TestFastfood(RandomNorms):
         P = self.make(D, d)
         assert isinstance(P, FastfoodProjection)
         n = P.block_size
-        H = recursive_hadamard(torch.eye(n, dtype=F64))
-        blocks = []
-        for k in range(P.num_blocks):
-            B, G = torch.diag(P._signs[k].double()), torch.diag(P._gaussians[k])
-            S, Pi = torch.diag(P._lengths[k]), torch.eye(n, dtype=F64)[P._permutation]
-            blocks.append(S @ H @ G @ Pi @ H @ B)
-        expected = torch.cat(blocks)[:D, :d]
+        H = butterfly_reference(torch.eye(n, dtype=F64))
+        rows = []
+        for group in range(P.num_groups):
+            G, S = torch.diag(P._gaussians[group]), torch.diag(P._lengths[group])
+            Pi = torch.eye(n, dtype=F64)[P._permutation[group].long() % n]
+            first = group * P.share
+            count = min(P.share, P.num_blocks - first)
+            signs = P._signs[first * n : (first + count) * n].view(n, count)
+            blocks = [S @ H @ G @ Pi @ H @ torch.diag(b.double()) for b in signs.mT]
+            rows.append(torch.stack(blocks, 1).reshape(n * count, n))
+        expected = torch.cat(rows)[:D, :d]
         torch.testing.assert_close(P.dense(), expected, rtol=1e-12, atol=1e-13)
+        lifted = torch.stack([P.lift_reference(row) for row in torch.eye(d, dtype=F64)], 1)
+        torch.testing.assert_close(lifted, expected, rtol=1e-12, atol=1e-13)
 
     def test_rows_have_the_lengths_of_gaussian_rows(self) -> None:
         """With ``d = n`` the squared row norms times ``D`` are chi-squared with ``n`` degrees."""
-        P = self.make(4096, 16)
+        P = FastfoodProjection(4096, 16, 0, F64)
         squares = 4096 * P.dense().square().sum(1)
         assert float(squares.mean()) == pytest.approx(16, abs=4 * math.sqrt(32 / 4096))
         assert float(squares.var()) == pytest.approx(32, rel=0.15)
@@ -212,37 +441,64 @@ class TestFastfood(RandomNorms):
         """The same draw whole and in chunks gives the same map."""
         z, v = normal(6, seed=1), normal(150, seed=2)
         whole = self.make(150, 6)
-        lifted, pulled = whole.lift(z), whole.adjoint(v)
-        monkeypatch.setattr("theory.projections._CHUNK", 32)
-        assert isinstance(whole, FastfoodProjection) and len(whole._chunks()) == 5
-        torch.testing.assert_close(whole.lift(z), lifted, rtol=1e-13, atol=1e-14)
-        torch.testing.assert_close(whole.adjoint(v), pulled, rtol=1e-13, atol=1e-14)
-        torch.testing.assert_close(self.make(150, 6).dense().mT @ v, self.make(150, 6).adjoint(v))
-
-    def test_memory_is_linear_in_the_large_size(self) -> None:
-        P = FastfoodProjection(2**16, 100, dtype=torch.float32)
-        assert P.num_bytes == 2**16 * (4 + 4 + 1) + 128 * 16
+        monkeypatch.setattr("theory.projections.fastfood._CHUNK", {"cpu": 32})
+        parts = self.make(150, 6)
+        assert isinstance(whole, FastfoodProjection) and isinstance(parts, FastfoodProjection)
+        assert len(list(whole._pieces())) < len(list(parts._pieces()))
+        torch.testing.assert_close(whole.lift(z), parts.lift(z), rtol=1e-13, atol=1e-14)
+        torch.testing.assert_close(whole.adjoint(v), parts.adjoint(v), rtol=1e-13, atol=1e-14)
 
 
-def recursive_hadamard(x: Tensor) -> Tensor:
-    """The slow reference: ``H_{2n} (a, b) = (H_n (a + b), H_n (a - b))`` along the last axis."""
-    n = x.shape[-1]
-    if n == 1:
-        return x
-    a, b = x[..., : n // 2], x[..., n // 2 :]
-    return torch.cat([recursive_hadamard(a + b), recursive_hadamard(a - b)], -1)
+class TestSharedFastfood(TestFastfood):
+    """Groups of four blocks, the last one unfinished."""
+
+    SHARE = 4
+
+    def test_memory_is_below_one_vector_and_sharing_grows_with_it(self) -> None:
+        for D, d in ((2**20, 10), (2**20, 1000), (2**20, 10**4)):
+            P = FastfoodProjection(D, d)
+            assert P.num_bytes < 4 * D
+        shares = [FastfoodProjection(D, 16).share for D in (2**12, 2**13, 2**15, 2**20)]
+        assert shares == [1, 2, 8, 64]
+
+    def test_sharing_keeps_the_mean_and_the_deviation_of_the_gram_matrix(self) -> None:
+        """``P'P`` over 400 draws: mean the identity, its deviation that of unshared factors."""
+        D, d, draws = 1024, 6, 400
+        spreads = {}
+        for share in (1, 32):
+            grams = []
+            for seed in range(draws):
+                matrix = FastfoodProjection(D, d, seed, F64, share=share).dense()
+                grams.append(matrix.mT @ matrix)
+            found = torch.stack(grams)
+            error = found.std(0) / math.sqrt(draws)
+            # 21 different entries: 4.5 standard errors fail one time in seven thousand.
+            assert bool(((found.mean(0) - torch.eye(d)).abs() <= 4.5 * error).all())
+            off = found[:, *torch.triu_indices(d, d, 1)]
+            spreads[share] = (float(off.std()), float(found.diagonal(dim1=1, dim2=2).std()))
+        # Off the diagonal the signs of all blocks average: of g_l^2/||g||^2, a Dirichlet vector,
+        # against signs that sum to zero comes 2/(n+2) a block, of the lengths about 2/n^2.
+        n = 8
+        assert spreads[32][0] == pytest.approx(spreads[1][0], rel=0.1)
+        predicted = math.sqrt((2 / (n + 2) + 2 / n**2) * n / D)
+        assert spreads[1][0] == pytest.approx(predicted, rel=0.1)
+        # On it the lengths S decide: sqrt(6)/n a group, 128 groups of one block or 4 of 32 here.
+        for share in (1, 32):
+            predicted = math.sqrt(6) / 8 / math.sqrt(128 / share)
+            assert spreads[share][1] == pytest.approx(predicted, rel=0.35)
+
+    def test_given_the_gaussians_columns_have_one_length(self) -> None:
+        """``||H G Pi H e_j||^2 = n ||G||^2``: sharing G and Pi moves no norm in the mean."""
+        P = FastfoodProjection(64, 16, 2, F64, share=4)
+        H, g = butterfly_reference(torch.eye(16, dtype=F64)), P._gaussians[0]
+        product = H @ torch.diag(g) @ H[P._permutation[0].long() % 16]
+        lengths = product.square().sum(0)
+        torch.testing.assert_close(lengths, torch.full_like(lengths, 16 * float(g @ g)))
 
 
-@pytest.mark.parametrize("bits", range(14))
-def test_hadamard_transform_equals_the_recursion(bits: int) -> None:
-    x = normal(3, 2**bits, seed=bits)
-    torch.testing.assert_close(hadamard_transform(x), recursive_hadamard(x), rtol=1e-12, atol=1e-11)
-    torch.testing.assert_close(
-        hadamard_transform(hadamard_transform(x)), 2**bits * x, rtol=1e-12, atol=1e-9
-    )
-
-
-@pytest.mark.parametrize("n", [0, 3, 48])
-def test_hadamard_transform_refuses_other_lengths(n: int) -> None:
-    with pytest.raises(InputError, match="no power of two"):
-        hadamard_transform(torch.zeros(2, n))
+def test_projections_by_name() -> None:
+    """Every name makes a map of the sizes asked for, from the seed."""
+    for name, kind in RANDOM_PROJECTIONS.items():
+        P = kind(40, 7, 3, F64)
+        assert P.lift(normal(7, seed=1)).shape == (40,), name
+        assert P.draws >= 1
