@@ -222,9 +222,14 @@ class DeltaModel(nn.Module):
             if key not in own or not _is_fixed(key):
                 continue
             if not torch.equal(state[key].cpu(), value.cpu()):
+                remedy = (
+                    "the same seed draws another projection now, so that the controls mean nothing "
+                    "here; train them again."
+                    if key.endswith("fixed_draws")
+                    else "attach with the seed that the controls were saved with."
+                )
                 raise InputError(
-                    f"{key} is {state[key].tolist()}, but this model has {value.tolist()}: attach "
-                    "with the seed that the controls were saved with."
+                    f"{key} is {state[key].tolist()}, but this model has {value.tolist()}: {remedy}"
                 )
         with torch.no_grad():
             for key, value in own.items():

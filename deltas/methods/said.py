@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from deltas.base import Delta
+from deltas.coordinates import Coordinates, Moved, SubspaceDelta
 from deltas.host import Host
-from deltas.methods.subspace import Coordinates
 from theory.errors import InputError
 
 
 @dataclass(frozen=True)
-class StructuredSubspace(Delta):
+class StructuredSubspace(SubspaceDelta):
     """θ_i = θ₀_i + λ_i (P z)_i for the layers i = 1..m; z ∈ R^{d-m} and λ ∈ R^m are trained.
 
     The gains spend m of the d numbers (Aghajanyan et al., Eq. 2), so that d stays the number of
@@ -25,61 +24,49 @@ class StructuredSubspace(Delta):
 
     Attributes:
         dimension: d.
-        projection: "fastfood" (d log d, Le et al. 2013) or "dense" (stores D×(d-m) numbers).
+        projection: the kind of P; see `deltas.coordinates.SubspaceDelta`.
         projection_seed: seed of P; None takes it from the seed of ``attach``.
+        of: the delta whose parameters θ is; empty means all parameters of the model.
     """
 
-    dimension: int = 1000
-    projection: Literal["fastfood", "dense"] = "fastfood"
-    projection_seed: int | None = None
-
     name = "said"
-    category = "reparametrisation"
     law = "theta_i = theta_0_i + lambda_i (P z)_i"
     reference = "Aghajanyan, Gupta, Zettlemoyer, ACL 2021, Eq. 2 (SAID)"
     num_parameters_formula = "d = (d - m) + m, m the number of layers with a gain"
-    trains_head = True
-
-    def __post_init__(self) -> None:
-        """Check the dimension."""
-        self._positive("dimension")
-        self._one_of("projection")
 
     def build(self, host: Host) -> None:
         """Let every parameter be a function of z and λ."""
-        parameters = host.distinct(n for n, _ in host.model.named_parameters())
-        layers = self._layers(host, parameters)
-        inner = self.dimension - max(layers.values()) - 1
-        if inner < 1:
-            raise InputError(
-                f"said: dimension {self.dimension} leaves nothing beside the gains of "
-                f"{max(layers.values()) + 1} layers; choose at least {max(layers.values()) + 2}."
-            )
-        seed = host.draw_seed() if self.projection_seed is None else self.projection_seed
-        coordinates = Coordinates(self.name, parameters, inner, self.projection, seed)
-        controller = ScaledCoordinates(coordinates, layers)
-        host.add("coordinates", controller, like=next(iter(parameters.values())))
-        host.shared.append(f"{host.namespace}.coordinates.gains")
-        host.shared.append(f"{host.namespace}.coordinates.subspace.z")
-        host.reparametrise(list(parameters), controller)
+        seed = self._seed(host)
 
-    def num_parameters(self, host: Host) -> int:
-        """D, gains included."""
-        return self.dimension
+        def controller(start: dict[str, Tensor], paths: dict[str, str]) -> Moved:
+            layers = _layers(host, paths)
+            num_gains = max(layers.values()) + 1
+            if self.dimension <= num_gains:
+                raise InputError(
+                    f"said: dimension {self.dimension} leaves nothing beside the gains of "
+                    f"{num_gains} layers; choose at least {num_gains + 1}."
+                )
+            inner = self.dimension - num_gains
+            coordinates = Coordinates(self.name, start, inner, self.projection, seed)
+            return ScaledCoordinates(coordinates, layers)
 
-    def _layers(self, host: Host, names: dict[str, nn.Parameter]) -> dict[str, int]:
-        """The layer of every parameter, counted from zero in the order of the model."""
-        head = tuple(path + "." for path in host.sites.head_paths())
-        found: dict[object, int] = {}
-        layers = {}
-        for name in names:
-            layer = host.sites.layer_of(name)
-            place = layer if layer is not None else "head" if name.startswith(head) else "outside"
-            layers[name] = found.setdefault(place, len(found))
-        return layers
+        self._lay(host, "coordinates", controller)
 
 
-class ScaledCoordinates(nn.Module):
+def _layers(host: Host, paths: Mapping[str, str]) -> dict[str, int]:
+    """The layer of every parameter by name, counted from zero in the order of the model."""
+    head = tuple(path + "." for path in host.sites.head_paths())
+    found: dict[object, int] = {}
+    layers = {}
+    for name, path in paths.items():
+        layer = host.sites.layer_of(path)
+        in_head = (path + ".").startswith(head)
+        place = layer if layer is not None else "head" if in_head else "outside"
+        layers[name] = found.setdefault(place, len(found))
+    return layers
+
+
+class ScaledCoordinates(Moved):
     """(z, λ) ↦ the parameters by name; shapes: z (d - m,), gains λ (m,)."""
 
     def __init__(self, coordinates: Coordinates, layers: dict[str, int]) -> None:
@@ -90,8 +77,8 @@ class ScaledCoordinates(nn.Module):
 
     def forward(self) -> dict[str, Tensor]:
         """All parameters at the present z and λ."""
-        (base,) = self.subspace.base
+        start = self.subspace.base()
         return {
-            name: base[name] + self.gains[self.layers[name]] * change
+            name: start[name] + self.gains[self.layers[name]] * change
             for name, change in self.subspace.change().items()
         }
