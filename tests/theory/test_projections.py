@@ -107,6 +107,9 @@ class ProjectionSuite:
         turned = torch.func.vmap(P.lift, in_dims=1)(z[0].mT)
         torch.testing.assert_close(turned, one_by_one[0], **close)
         torch.testing.assert_close(torch.func.vmap(P.adjoint)(v), P.adjoint(v), **close)
+        turned = v.mT.contiguous().mT  # strides of another order
+        torch.testing.assert_close(P.adjoint(turned), P.adjoint(v), **close)
+        assert P.lift(z[:0]).shape == (0, 4, 50) and P.adjoint(v[:0]).shape == (0, 6)
 
     def test_the_seed_determines_it(self) -> None:
         z = normal(6, seed=1)
@@ -204,7 +207,7 @@ class TestCounterGaussian(RandomNorms):
     """The same law, generated in blocks."""
 
     def make(self, D: int, d: int, seed: int = 0, dtype: torch.dtype = F64) -> Projection:
-        return GaussianProjection(D, d, seed, dtype, block=64)
+        return GaussianProjection(D, d, seed, dtype, block=4096)
 
     def test_numbers_do_not_depend_on_the_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Blocks of one row, of several and of all, across the edges of tiles."""
@@ -453,6 +456,10 @@ class TestSharedFastfood(TestFastfood):
     """Groups of four blocks, the last one unfinished."""
 
     SHARE = 4
+
+    def test_an_empty_group_is_refused(self) -> None:
+        with pytest.raises(InputError, match="share is 0"):
+            FastfoodProjection(10, 2, share=0)
 
     def test_memory_is_below_one_vector_and_sharing_grows_with_it(self) -> None:
         for D, d in ((2**20, 10), (2**20, 1000), (2**20, 10**4)):

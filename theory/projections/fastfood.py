@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from theory.errors import InputError
 from theory.hadamard import butterfly_reference, transform_columns
 from theory.projections.base import Projection
 
 _CHUNK = {"cpu": 2**18}  # numbers worked on at once: two such buffers fit the cache of one core
 _CHUNK_ELSEWHERE = 2**22
+_DRAWN = 2**18
 _MAX_SHARED, _MIN_SHARED_ROWS = 64, 2**12
 
 
@@ -48,7 +50,8 @@ class FastfoodProjection(Projection):
     degrees of freedom, which gives each row the length that a Gaussian row has.
 
     *What is shared.* Every block has signs of its own; ``share`` blocks, a group, have ``Pi``,
-    ``G`` and ``S`` in common, up to 64 where ``D`` is large and one where ``D`` is below 8192.
+    ``G`` and ``S`` in common: 64 where ``D`` is large, fewer where 64 blocks are many numbers (down
+    to 16), and one where ``D`` is below 8192.
     Each entry has mean 0 and variance ``1/D``, entries of one row are uncorrelated, and so are rows
     of different blocks, by their signs alone; hence ``E ||P z||^2 = ||z||^2`` exactly. Sharing
     costs nothing in the norm that could be seen: given ``G`` and ``Pi`` each column of ``H G Pi H``
@@ -75,6 +78,9 @@ class FastfoodProjection(Projection):
         dtype: of the factors; they are drawn in float64.
         device: where the factors are stored.
         share: blocks in a group; None takes the rule above.
+
+    Raises:
+        InputError: if ``share`` is below 1.
     """
 
     draws = 2
@@ -93,23 +99,21 @@ class FastfoodProjection(Projection):
         super().__init__(full_dim, sub_dim, dtype, device)
         n = self.block_size = 1 << (sub_dim - 1).bit_length()
         self.num_blocks = -(-full_dim // n)
+        if share is not None and share < 1:
+            raise InputError(f"share is {share}; expected at least 1 block in a group")
         self.share = min(share or self._share(), self.num_blocks)
         self.num_groups = -(-self.num_blocks // self.share)
         chunk = _CHUNK.get(self.device.type, _CHUNK_ELSEWHERE)
         self._together = max(1, chunk // (n * self.share))
         rng = np.random.default_rng(seed)
         shape = (self.num_groups, n)
-        gaussians = rng.standard_normal(shape)
-        norms = np.linalg.norm(gaussians, axis=1, keepdims=True)
-        lengths = np.sqrt(rng.chisquare(n, shape)) / (norms * math.sqrt(full_dim * n))
-        permutation = rng.permuted(np.broadcast_to(np.arange(n), shape), axis=1)
-        self._gaussians = torch.from_numpy(gaussians).to(self.device, dtype)
-        self._lengths = torch.from_numpy(lengths).to(self.device, dtype)
-        # Rows are gathered from all groups that are worked on together; an unfinished one is alone.
-        shift = np.arange(self.num_groups)[:, None] % self._together * n
-        shift[self.num_blocks // self.share :] = 0
-        self._permutation = self._index(permutation + shift)
-        self._inverse = self._index(np.argsort(permutation, axis=1) + shift)
+        self._gaussians = torch.empty(shape, dtype=dtype, device=self.device)
+        self._lengths = torch.empty(shape, dtype=dtype, device=self.device)
+        self._permutation = torch.empty(shape, dtype=torch.int32, device=self.device)
+        self._inverse = torch.empty(shape, dtype=torch.int32, device=self.device)
+        at_once = max(1, _DRAWN // n)  # a part of the law: it orders the draws
+        for first in range(0, self.num_groups, at_once):
+            self._draw(slice(first, min(first + at_once, self.num_groups)), rng)
         self._signs = torch.empty(self.num_blocks * n, dtype=torch.int8, device=self.device)
         for start in range(0, len(self._signs), 2**20):
             part = self._signs[start : start + 2**20]
@@ -119,12 +123,27 @@ class FastfoodProjection(Projection):
 
     def _share(self) -> int:
         """Fewer blocks where little is to be had, or where a group would leave the cache."""
-        fitting = max(8, 2**18 // self.block_size)
+        fitting = max(16, 2**18 // self.block_size)
         wanted = min(_MAX_SHARED, fitting, self.full_dim // _MIN_SHARED_ROWS)
         return 1 << max(0, wanted.bit_length() - 1)
 
-    def _index(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.int32)).to(self.device)
+    def _draw(self, groups: slice, rng: np.random.Generator) -> None:
+        n = self.block_size
+        shape = (groups.stop - groups.start, n)
+        gaussians = rng.standard_normal(shape)
+        norms = np.linalg.norm(gaussians, axis=1, keepdims=True)
+        lengths = np.sqrt(rng.chisquare(n, shape)) / (norms * math.sqrt(self.full_dim * n))
+        permutation = rng.permuted(np.broadcast_to(np.arange(n), shape), axis=1)
+        # Rows are gathered from all groups that are worked on together; an unfinished one is alone.
+        shift = np.arange(groups.start, groups.stop)[:, None] % self._together * n
+        shift[max(0, self.num_blocks // self.share - groups.start) :] = 0
+        for factor, values in (
+            (self._gaussians, gaussians),
+            (self._lengths, lengths),
+            (self._permutation, permutation + shift),
+            (self._inverse, np.argsort(permutation, axis=1) + shift),
+        ):
+            factor[groups].copy_(torch.from_numpy(values))
 
     @property
     def num_bytes(self) -> int:
@@ -155,8 +174,9 @@ class FastfoodProjection(Projection):
 
     def _apply(self, z: Tensor) -> Tensor:
         padded = torch.nn.functional.pad(z, (0, self.block_size - self.sub_dim))
-        result = z.new_empty((*z.shape[:-1], self.full_dim))
-        vectors, results = padded.reshape(-1, self.block_size), result.view(-1, self.full_dim)
+        count = math.prod(z.shape[:-1])
+        results = z.new_empty((count, self.full_dim))
+        vectors = padded.reshape(count, self.block_size)
         buffers = self._buffers()
         for piece in self._pieces():
             shape = (piece.num_groups, self.block_size, piece.num_blocks)
@@ -173,10 +193,10 @@ class FastfoodProjection(Projection):
                     torch.mul(x, lengths, out=into[piece.start : piece.stop].view(shape))
                 else:
                     into[piece.start :] = x.mul_(lengths).view(-1)[: self.full_dim - piece.start]
-        return result
+        return results.view(*z.shape[:-1], self.full_dim)
 
     def _apply_transpose(self, v: Tensor) -> Tensor:
-        vectors = v.reshape(-1, self.full_dim)
+        vectors = v.reshape(math.prod(v.shape[:-1]), self.full_dim)
         total = v.new_zeros((len(vectors), self.block_size))
         buffers = self._buffers()
         for piece in self._pieces():
