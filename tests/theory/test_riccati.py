@@ -207,9 +207,9 @@ def batch_terms(*lead: int, horizon: int = 5, n: int = 4, m: int = 2) -> dict[st
     }
 
 
-@pytest.mark.parametrize("lead", [(3,), (2, 3)])
-def test_a_batch_equals_its_problems_one_by_one(lead: tuple[int, ...]) -> None:
-    terms, x0 = batch_terms(*lead), normal(*lead, 4, seed=38)
+@pytest.mark.parametrize(("lead", "m"), [((3,), 2), ((2, 3), 1), ((210,), 4)])
+def test_a_batch_equals_its_problems_one_by_one(lead: tuple[int, ...], m: int) -> None:
+    terms, x0 = batch_terms(*lead, m=m), normal(*lead, 4, seed=38)
     batch = riccati(**terms)
     trajectory = batch.simulate(x0)
     for index in torch.cartesian_prod(*(torch.arange(size) for size in lead)).reshape(

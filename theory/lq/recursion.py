@@ -28,6 +28,7 @@ from theory.lq.policy import LQFactor, LQPolicy, UnboundedError, problem_number
 from theory.lq.terms import (
     QuadraticTerms,
     QuickSteps,
+    Steps,
     Terms,
     each,
     gain,
@@ -154,29 +155,49 @@ class _Sweep:
         A, B, Q, R = (unbind(part) for part in (terms.A, terms.B, terms.Q, terms.R))
         N = None if terms.N is None else unbind(terms.N)
         rooms = {size: self._workspace(*size) for size in set(terms.sizes)}
-        S, factors, codes, norms = root, [], [], []
-        norm = torch.linalg.matrix_norm
+        L, codes = self._room(stop)
+        S, norms = root, []
         for t in reversed(range(stop)):
             F, F_u, F_x, G, G_T, H, H_uu, H_xu, H_xx = rooms[terms.sizes[t]]
-            norms.append(norm(S) * norm(B[t]))
+            norms.append(_norm(S))
             F_u.copy_(B[t])
             F_x.copy_(A[t])
             torch.bmm(S.mT, F, out=G)
             torch.add(R[t], R[t].mT, out=H_uu)
             torch.add(Q[t], Q[t].mT, out=H_xx)
             H_xu.zero_() if N is None else torch.add(N[t], N[t], out=H_xu)
-            L, code = torch.linalg.cholesky_ex(H.baddbmm_(G_T, G, beta=0.5))
+            torch.linalg.cholesky_ex(H.baddbmm_(G_T, G, beta=0.5), out=(L[t], codes[t]))
             m = terms.sizes[t][1]
-            S = L[:, m:, m:].contiguous()
-            lower = L[:, :m, :m]
-            factors.append((lower, gain(lower, L[:, m:, :m].mT), S))
-            codes.append(code)
-        failed = (torch.stack(codes) != 0).any(-1).nonzero()
-        first = stop - int(failed[0, 0]) if len(failed) else 0
-        factors = factors[: stop - first][::-1]
-        lower, gains, roots = ([factor[i] for factor in factors] for i in range(3))
-        bounds = torch.stack(norms).flip(0)[first:].square()
-        return QuickSteps(first, lower, gains, roots, bounds)
+            S = L[t][:, m:, m:].contiguous()
+        failed = (codes != 0).any(-1).nonzero()
+        first = int(failed[-1, 0]) + 1 if len(failed) else 0
+        lower, W, roots = self._blocks(L[first:], first)
+        norms_B = each(_norm, terms.B[first:stop])
+        if not isinstance(norms_B, Tensor):
+            norms_B = torch.stack(norms_B) if norms_B else terms.Qf.new_empty(0, len(root))
+        bounds = (torch.stack(norms).flip(0)[first:] * norms_B).square()
+        return QuickSteps(first, lower, each(gain, lower, W), roots, bounds)
+
+    def _room(self, stop: int) -> tuple[Steps, Tensor]:
+        """Memory for the factors of ``H``, column by column as LAPACK writes, and their codes."""
+        like, batch = self.terms.Qf, self.terms.lead.numel()
+        shapes = [(batch, m + n, m + n) for _, m, n in self.terms.sizes[:stop]]
+        codes = torch.empty((stop, batch), dtype=torch.int32, device=like.device)
+        if self.terms.uniform:
+            return like.new_empty((stop, *shapes[0])).mT, codes
+        return [like.new_empty(shape).mT for shape in shapes], codes
+
+    def _blocks(self, L: Steps, first: int) -> tuple[Steps, Steps, Steps]:
+        """``C``, ``W`` and ``S`` of the factors from step ``first`` on."""
+        if isinstance(L, Tensor):
+            m = self.terms.sizes[0][1]
+            return L[..., :m, :m], L[..., m:, :m].mT, L[..., m:, m:]
+        sizes = self.terms.sizes[first : first + len(L)]
+        cut = [
+            (X[:, :m, :m], X[:, m:, :m].mT, X[:, m:, m:])
+            for X, (_, m, _) in zip(L, sizes, strict=True)
+        ]
+        return [C for C, _, _ in cut], [W for _, W, _ in cut], [S for _, _, S in cut]
 
     def _workspace(self, after: int, m: int, n: int) -> tuple[Tensor, ...]:
         """Memory for ``F = [B A]``, ``G`` and ``H``, and views of their blocks."""
@@ -267,6 +288,11 @@ class _Sweep:
             _inverse=self.inverse,
             _quick=quick,
         )
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    """Frobenius norms; of many small matrices far quicker than `torch.linalg.matrix_norm`."""
+    return torch.linalg.vector_norm(matrix.flatten(-2), dim=-1)
 
 
 def _root(P: Tensor) -> Tensor | None:

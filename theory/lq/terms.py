@@ -35,6 +35,9 @@ __all__ = [
 Terms: TypeAlias = Sequence[Tensor] | Tensor
 Steps: TypeAlias = Tensor | list[Tensor]
 
+# From so many systems on, and up to this size, a call of LAPACK for each is slower than rows.
+MANY, SMALL = 1000, 4
+
 
 def each(function: Callable[..., Tensor], *terms: Steps) -> Steps:
     """``function`` of all steps at once, or of each in turn; it may look at the last axes only."""
@@ -61,8 +64,18 @@ def inverse_root(lower: Tensor) -> Tensor:
 
 
 def gain(lower: Tensor, W: Tensor) -> Tensor:
-    """``K = -C^{-T} W = -H_uu^{-1} H_ux``."""
-    return torch.linalg.solve_triangular(lower.mT, W, upper=True).neg_()
+    """``K = -C^{-T} W = -H_uu^{-1} H_ux``; of many small systems row by row, all at once."""
+    m = lower.shape[-1]
+    if not (m <= SMALL and lower.shape[:-2].numel() >= MANY):
+        return torch.linalg.solve_triangular(lower.mT, W, upper=True).neg_()
+    scale = lower.diagonal(dim1=-2, dim2=-1).reciprocal().neg()
+    K = torch.empty_like(W, memory_format=torch.contiguous_format)
+    for i in reversed(range(m)):
+        row = W[..., i, :]
+        for j in range(i + 1, m):
+            row = torch.addcmul(row, K[..., j, :], lower[..., j, i, None])
+        torch.mul(row, scale[..., i, None], out=K[..., i, :])
+    return K
 
 
 def symmetric(matrix: Tensor) -> Tensor:
