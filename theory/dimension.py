@@ -183,8 +183,8 @@ def crossing(dimensions: np.ndarray, fit: np.ndarray, target: float) -> float:
 
 
 def estimate_dimension(
-    dimensions: Sequence[float],
-    performance: Sequence[float],
+    dimensions: Sequence[float] | np.ndarray,
+    performance: Sequence[float] | np.ndarray,
     target: float | Baseline,
     *,
     chance: float | None = None,
@@ -241,7 +241,9 @@ def estimate_dimension(
     )
 
 
-def _groups(dimensions: Sequence[float], performance: Sequence[float]) -> dict[float, list[float]]:
+def _groups(
+    dimensions: Sequence[float] | np.ndarray, performance: Sequence[float] | np.ndarray
+) -> dict[float, list[float]]:
     if len(dimensions) != len(performance):
         raise InputError(
             f"{len(dimensions)} dimensions and {len(performance)} performances; give one of each "
