@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -92,9 +93,36 @@ class SubspaceDelta(Delta):
 class Moved(nn.Module):
     """A controller whose call gives parameters by name."""
 
-    def forward(self) -> dict[str, Tensor]:
-        """The present values."""
+    is_held = False
+    _kept: dict[str, Tensor] | None = None
+
+    def values(self) -> dict[str, Tensor]:
+        """The present values, computed anew."""
         raise NotImplementedError
+
+    def forward(self) -> dict[str, Tensor]:
+        """The present values, or those of the first call inside `held`."""
+        if not self.is_held:
+            return self.values()
+        if self._kept is None:
+            self._kept = self.values()
+        return self._kept
+
+
+@contextmanager
+def held(model: nn.Module) -> Iterator[None]:
+    """Let parameters in a subspace be computed once for all passes inside.
+
+    For passes between which no control changes, such as those of an evaluation.
+    """
+    moved = [module for module in model.modules() if isinstance(module, Moved)]
+    for module in moved:
+        module.is_held = True
+    try:
+        yield
+    finally:
+        for module in moved:
+            module.is_held, module._kept = False, None
 
 
 class Coordinates(Moved):
@@ -170,7 +198,7 @@ class Coordinates(Moved):
         parts = vector.split([shape.numel() for shape in self._shapes.values()])
         return {n: part.view(s) for (n, s), part in zip(self._shapes.items(), parts, strict=True)}
 
-    def forward(self) -> dict[str, Tensor]:
+    def values(self) -> dict[str, Tensor]:
         """All parameters at the current z."""
         change = self.change()
         return {name: start + change[name] for name, start in self.base().items()}

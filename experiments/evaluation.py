@@ -21,6 +21,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from deltas.coordinates import held
+
 # The metric that decides early stopping, and whether larger is better.
 MONITORED = {
     "classification": ("accuracy", True),
@@ -42,15 +44,16 @@ def evaluate(model: nn.Module, batches: Iterable[dict[str, Any]], kind: str) -> 
     state = PartialState() if PartialState._shared_state else None
     rank, world = (state.process_index, state.num_processes) if state else (0, 1)
     parts = []
-    for index, batch in enumerate(batches):
-        if index % world != rank:
-            continue
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        labels = inputs.pop("labels")
-        if kind == "causal-lm":
-            inputs["use_cache"] = False
-        logits = model(**inputs).logits
-        parts.append((index, *_reduce(logits.float(), labels, kind)))
+    with held(model):
+        for index, batch in enumerate(batches):
+            if index % world != rank:
+                continue
+            inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            labels = inputs.pop("labels")
+            if kind == "causal-lm":
+                inputs["use_cache"] = False
+            logits = model(**inputs).logits
+            parts.append((index, *_reduce(logits.float(), labels, kind)))
     for module, mode in training.items():
         module.training = mode
     if world > 1:

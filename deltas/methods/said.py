@@ -75,7 +75,7 @@ class ScaledCoordinates(Moved):
         self.layers = layers
         self.gains = nn.Parameter(torch.ones(max(layers.values()) + 1))
 
-    def forward(self) -> dict[str, Tensor]:
+    def values(self) -> dict[str, Tensor]:
         """All parameters at the present z and λ."""
         start = self.subspace.base()
         return {

@@ -23,6 +23,7 @@ from deltas import (
     attach,
     parse,
 )
+from deltas.coordinates import held
 from tests.deltas.zoo import METHODS, REFUSED, batch_of, move, out
 from theory.errors import InputError
 from theory.projections import RANDOM_PROJECTIONS
@@ -151,6 +152,30 @@ def test_gradient_checkpointing_changes_nothing(build: Build) -> None:
         gradients.append(controlled.trainable()["subspace.z.z"].grad)
         controlled.detach()
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("text", ["subspace:dimension=4", "said:dimension=7,of=lora:rank=2"])
+def test_an_evaluation_projects_once(
+    build: Build, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    controlled = move(attach(build("bert"), parse(text)), scale=3.0)
+    batch, calls = batch_of(controlled.model), 0
+    lift = RANDOM_PROJECTIONS["fastfood"].lift
+
+    def counted(self: Any, z: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return lift(self, z)
+
+    monkeypatch.setattr(RANDOM_PROJECTIONS["fastfood"], "lift", counted)
+    with torch.no_grad():
+        expected = out(controlled, batch)
+        with held(controlled):
+            assert all(torch.equal(out(controlled, batch), expected) for _ in range(3))
+        assert calls == 2
+        move(controlled, scale=1.0)
+        assert not torch.equal(out(controlled, batch), expected) and calls == 3
+    controlled.detach()
 
 
 @pytest.mark.parametrize("of", ["lora:rank=2", "bitfit", "layer-norm"])
