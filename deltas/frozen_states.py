@@ -80,7 +80,16 @@ class FrozenStates:
         Args:
             examples: a number for each row of the batch, (rows,), always the same for an example.
             mask: the batch's attention mask, (rows, tokens), padded on the right.
+
+        Raises:
+            InputError: the padding is not on the right.
         """
+        if bool((mask[:, 1:] > mask[:, :-1]).any()):
+            raise InputError(
+                "states are kept for examples that are padded on the right, but this batch has "
+                "padding before tokens; set tokenizer.padding_side = 'right', or train without "
+                "cache_frozen."
+            )
         numbers = examples.tolist()
         if all(number in self._states for number in numbers):
             with self._from_states(self._padded(numbers, mask)):

@@ -184,13 +184,16 @@ class Loop:
         return ManyResult(tuple(results), size)
 
     def _draws(self) -> bool:
-        """Whether a pass in training mode draws from torch's generator."""
-        before = torch.get_rng_state()
-        with torch.no_grad():
+        """Whether a pass in training mode draws from a generator of torch."""
+        devices = [torch.cuda.current_device()] if self.device == "cuda" else []
+
+        def states() -> list[Tensor]:
+            return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+
+        with torch.random.fork_rng(devices), torch.no_grad():
+            before = states()
             self._losses(self._batches(0)[:1], 0, 1)
-        drew = not torch.equal(before, torch.get_rng_state())
-        torch.set_rng_state(before)
-        return drew
+            return not all(map(torch.equal, before, states()))
 
     def fastest_group(self) -> int:
         """The size of a group with the shortest passes over the first batches."""

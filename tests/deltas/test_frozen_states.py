@@ -154,6 +154,21 @@ def test_states_that_change_are_refused(build: Build, family, delta, reason) -> 
     controlled.detach()
 
 
+def test_padding_before_tokens_is_refused(build: Build) -> None:
+    model = build("bert")
+    controlled = attach(model, LoRA(rank=2, layers=(1,)))
+    batch = batch_of(model)
+    frozen = FrozenStates(controlled, batch)
+    mask = batch["attention_mask"].flip(1)
+    assert not bool(mask.all()), "some row is padded"
+    with (
+        pytest.raises(InputError, match="padding before tokens"),
+        frozen.passing(torch.arange(len(mask)), mask),
+    ):
+        pass
+    controlled.detach()
+
+
 def test_all_blocks_lie_below_a_head(build: Build) -> None:
     model = build("bert")
     controlled = attach(model, HeadTuning())
