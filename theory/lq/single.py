@@ -43,7 +43,8 @@ def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
 
     sizes = terms.sizes[:stop]
     uniform = terms.uniform
-    small = uniform and terms.Qf.shape[-1] < MEDIUM
+    clean = terms.Qf.shape[-1] < MEDIUM
+    small = uniform and clean
     # Larger roots have memory of their own: what went back to the system costs time to get again.
     roots = room([(n, n) for _, _, n in sizes], small)
     lower = room([(m, m) for _, m, _ in sizes], uniform)
@@ -54,8 +55,9 @@ def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
         size = after, m, n = sizes[t]
         if size not in rooms:
             G, H = np.empty((after, m + n), S.dtype), np.zeros((m + n, m + n), S.dtype)
-            rooms[size] = G, G.T, G[:, :m], G[:, m:], H.T, H[:m, :m], H[:m, m:], H[m:, m:]
-        G, G_T, G_u, G_x, H_T, H_uu, H_ux, H_xx = rooms[size]
+            blocks = G, G.T, G[:, :m], G[:, m:], H.T, H[:m, :m], H[:m, m:], H[m:, m:]
+            rooms[size] = *blocks, _triangle(m, S.dtype), _triangle(n, S.dtype)
+        G, G_T, G_u, G_x, H_T, H_uu, H_ux, H_xx, of_u, of_x = rooms[size]
         G_u[...], G_x[...] = B[t], A[t]
         np.add(R[t], R[t].T, out=H_uu)
         np.add(Q[t], _transposed(Q[t]), out=H_xx)
@@ -64,10 +66,15 @@ def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
         # G' <- [B A]' S,  H <- H/2 + G'G,  H = L L', each in place.
         trmm(1.0, S.T, G_T, side=1, lower=1, overwrite_b=1)
         syrk(1.0, G_T, beta=0.5, c=H_T, lower=1, overwrite_c=1)
-        if potrf(H_T, lower=1, clean=1, overwrite_a=1)[1]:
+        if potrf(H_T, lower=1, clean=clean, overwrite_a=1)[1]:
             first = t + 1
             break
-        roots[t][...], lower[t][...], gains[t][...] = H_xx, H_uu, H_ux
+        if clean:
+            roots[t][...], lower[t][...] = H_xx, H_uu
+        else:  # beyond the triangle is what was in H; zeroing it here is quicker than by potrf
+            np.multiply(H_xx, of_x, out=roots[t])
+            np.multiply(H_uu, of_u, out=lower[t])
+        gains[t][...] = H_ux
         if m and not small:
             trsm(-1.0, lower[t].T, gains[t].T, side=1, lower=1, overwrite_b=1)
         S = roots[t]
@@ -118,6 +125,11 @@ def simulate(
         return [torch.from_numpy(vector)[None, :, None] for vector in found]
 
     return shaped(states), shaped(controls)
+
+
+def _triangle(size: int, dtype: np.dtype) -> np.ndarray:
+    """Ones where numpy sees the triangle that LAPACK calls the lower one, zeros elsewhere."""
+    return np.triu(np.ones((size, size), dtype))
 
 
 def _tensors(arrays: np.ndarray | list[np.ndarray], first: int) -> Steps:
