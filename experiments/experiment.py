@@ -37,11 +37,13 @@ class Workspace:
         folder: For checkpoints; what is there is continued from.
         progress: Whether to draw a progress bar.
         checkpoint_seconds: Time between checkpoints: what a killed run loses at most.
+        store: The folder of the records, where a run that consists of runs records these too.
     """
 
     folder: Path
     progress: bool = True
     checkpoint_seconds: float = 30.0
+    store: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,8 @@ def run(
         if found is not None:
             return found
         began, started = time.perf_counter(), datetime.now(UTC)
-        outcome = experiment.execute(Workspace(partial, progress, checkpoint_seconds))
+        workspace = Workspace(partial, progress, checkpoint_seconds, store.root)
+        outcome = experiment.execute(workspace)
         if not first:
             return None
         record = store.write(

@@ -205,7 +205,7 @@ def estimate_dimension(
         seed: of the bootstrap.
 
     Raises:
-        InputError: fewer than two dimensions, or numbers that are not finite, or sizes that differ.
+        InputError: no runs, or numbers that are not finite, or sizes that differ.
     """
     groups = _groups(dimensions, performance)
     d = np.array(sorted(groups))
@@ -256,8 +256,8 @@ def _groups(
                 f"a run has dimension {x} and performance {y}; expected finite numbers"
             )
         groups.setdefault(float(x), []).append(float(y))
-    if len(groups) < 2:
-        raise InputError(f"{len(groups)} dimensions were run; a crossing needs at least two")
+    if not groups:
+        raise InputError("there are no runs; give the dimension and the performance of some")
     return groups
 
 

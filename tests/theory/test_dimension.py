@@ -121,7 +121,7 @@ def test_the_interval_narrows_with_the_root_of_the_number_of_seeds() -> None:
 @pytest.mark.parametrize(
     ("d", "y", "target", "words"),
     [
-        ([10, 10], [0.1, 0.2], 0.5, "at least two"),
+        ([], [], 0.5, "no runs"),
         ([10, 20], [0.1], 0.5, "one of each"),
         ([10, 20], [0.1, math.nan], 0.5, "expected finite"),
         ([0, 20], [0.1, 0.2], 0.5, "expected finite"),
