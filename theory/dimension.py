@@ -99,7 +99,7 @@ class DimensionEstimate:
         low: lower end of the interval; 0 and infinity as above.
         high: upper end.
         confidence: of the interval.
-        dimensions: distinct dimensions, increasing.
+        dimensions: distinct dimensions, increasing; none where nothing was run.
         fit: the non-decreasing fit at each.
         spread: pooled standard deviation over seeds; NaN with one seed at each dimension.
         draws: the bootstrap's crossings; empty where there is no spread to draw from.
@@ -118,7 +118,9 @@ class DimensionEstimate:
     draws: tuple[float, ...] = ()
 
     def __str__(self) -> str:
-        """``212 [180, 260]``, ``> 1,000`` or ``<= 10``, and with a ``?`` what is not certain."""
+        """``212 [180, 260]``, ``> 1,000`` or ``<= 10``; with a ``?`` where it is not certain."""
+        if not self.dimensions:
+            return "?"
         smallest, largest = self.dimensions[0], self.dimensions[-1]
         if self.verdict is DimensionVerdict.ABOVE_BUDGET:
             return f"> {largest:,.0f}"

@@ -1,0 +1,325 @@
+"""The search for a dimension: on problems whose answer is known, and on real trainings."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from experiments.dimension import FineTuningDimension, estimate_from
+from experiments.dimension_search import Search, Trial, climb
+from experiments.finetune import FineTuning
+from experiments.mnist import MnistDimension, MnistTraining, network
+from experiments.runs import RunStore
+from experiments.sweeps import run
+from theory.dimension import Baseline, DimensionVerdict
+from theory.errors import InputError
+from theory.projections import DenseProjection
+
+Measure = Callable[[int, float, int], Trial]
+
+
+def curve(truth: float, noise: float = 0.015, best_move: float = 31.6, seed: int = 0) -> Measure:
+    """Performance 0.7 at the truth, 0.2 a decade, less at other moves than the best."""
+
+    def measure(d: int, move: float, run_seed: int) -> Trial:
+        random = np.random.default_rng([seed, d, run_seed, round(100 * move)])
+        clean = 0.7 + 0.2 * math.log10(d / truth) - 0.05 * math.log10(move / best_move) ** 2
+        test, validation = clean + noise * random.standard_normal(2)
+        name = f"{d}-{move:g}-{run_seed}"
+        rate = move / math.sqrt(d)
+        return Trial(d, run_seed, move, rate, test, validation, 0.0, "completed", name)
+
+    return measure
+
+
+def test_the_toy_quadratic_has_ten_dimensions_exactly() -> None:
+    """Li et al., section 2: 1000 numbers, the sums of each hundred are given; solved exactly."""
+    wanted = torch.arange(1.0, 11.0, dtype=torch.float64)
+
+    def measure(d: int, move: float, seed: int) -> Trial:
+        P = DenseProjection(1000, d, seed, torch.float64).dense()
+        sums = P.view(10, 100, d).sum(1)
+        z = torch.linalg.lstsq(sums, wanted[:, None], driver="gelsd").solution
+        error = float((sums @ z - wanted[:, None]).square().sum())
+        return Trial(d, seed, move, move, math.exp(-error), 0.0, 0.0, "completed", f"{d}-{seed}")
+
+    search = Search(
+        measure,
+        0.9,
+        start=100,
+        smallest=1,
+        largest=1000,
+        stride=2.0,
+        resolution=1.01,
+        width=1.001,
+        budget=60,
+    )
+    found = search.run()
+    assert found.verdict is DimensionVerdict.ESTIMATED
+    assert {9, 10} <= {t.dimension for t in search.trials}
+    for trial in search.trials:
+        assert trial.dimension is not None
+        if trial.dimension < 10:
+            assert trial.performance < 0.9
+        else:
+            assert trial.performance == pytest.approx(1.0, abs=1e-12)
+    assert math.ceil(found.dimension) == math.ceil(found.low) == math.ceil(found.high) == 10
+
+
+@pytest.mark.parametrize("truth", [30, 400, 3000, 20_000])
+def test_the_search_covers_the_truth_within_its_budget(truth: float) -> None:
+    hits = 0
+    for trial in range(10):
+        random = np.random.default_rng([trial, 7])
+        baseline = Baseline(tuple(0.7 / 0.9 + 0.015 * random.standard_normal(3)))
+        search = Search(curve(truth, seed=trial), baseline, budget=25)
+        found = search.run()
+        assert len(search.trials) <= 25
+        assert len({t.run for t in search.trials}) == len(search.trials)
+        # At the best move or one factor from it: 0.0125 less, which is part of the answer.
+        hits += found.low <= truth * 10 ** (0.0125 / 0.2) and truth <= found.high
+        if search.stopped == "the interval is narrow enough":
+            assert found.verdict is DimensionVerdict.ESTIMATED and found.high <= 2 * found.low
+    assert hits >= 7
+
+
+@pytest.mark.parametrize(
+    ("truth", "budget", "verdict", "words"),
+    [
+        (1e8, 20, DimensionVerdict.ABOVE_BUDGET, "largest dimension does not reach"),
+        (1e-3, 20, DimensionVerdict.BELOW_SMALLEST, "smallest dimension reaches"),
+        (1e5, 2, DimensionVerdict.INCONCLUSIVE, "the runs are spent"),
+        (99_000, 20, DimensionVerdict.INCONCLUSIVE, "has its seeds"),
+    ],
+)
+def test_a_search_says_why_it_ended(truth: float, budget: int, verdict: str, words: str) -> None:
+    search = Search(curve(truth, noise=0.03, seed=3), 0.7, budget=budget)
+    found = search.run()
+    assert found.verdict is verdict and words in search.stopped
+    assert len(search.trials) <= budget
+
+
+def test_a_dimension_between_two_others_gets_a_move_between_theirs() -> None:
+    def measure(d: int, move: float, seed: int) -> Trial:
+        return curve(2000.0, noise=0.0, best_move={1000: 10.0, 10_000: 31.6}.get(d, 10.0))(
+            d, move, seed
+        )
+
+    search = Search(measure, 0.7, budget=20)
+    search.run()
+    assert {t.move for t in search.trials if t.dimension == 3162} == {10.0, 31.6}
+    assert {t.move for t in search.chosen() if t.dimension == 3162} == {10.0}
+
+
+@pytest.mark.parametrize("best", [0.1, 1.0, 10.0, 100.0])
+def test_climbing_finds_the_best_rate_and_tries_its_neighbours(best: float) -> None:
+    tried: list[float] = []
+
+    def known(rate: float) -> Trial:
+        tried.append(rate)
+        height = -(math.log10(rate / best) ** 2)
+        return Trial(None, 0, rate, rate, 0.0, height, 0.0, "completed", f"{rate:g}")
+
+    found = climb(1.0, known, tries=9)
+    assert found.rate == pytest.approx(best, rel=1e-2)
+    assert min(tried) < best < max(tried)
+    tried.clear()
+    assert climb(1.0, known, tries=9, ways=(1,)).rate == pytest.approx(max(best, 1.0), rel=1e-2)
+    assert min(tried) == 1.0
+
+
+def test_equal_accuracies_are_told_apart_by_the_loss() -> None:
+    def known(rate: float) -> Trial:
+        return Trial(None, 0, rate, rate, 0.5, 0.5, abs(math.log10(rate)), "completed", "")
+
+    assert climb(0.1, known).rate == pytest.approx(1.0, rel=1e-2)
+
+
+def test_the_networks_have_the_published_sizes() -> None:
+    sizes = {net: sum(p.numel() for p in network(net, 0).parameters()) for net in ("fc", "lenet")}  # type: ignore[arg-type]
+    assert sizes == {"fc": 199_210, "lenet": 44_426}
+    images = torch.zeros(2, 1, 28, 28)
+    for net in ("fc", "lenet"):
+        logits = network(net, 1)(images)  # type: ignore[arg-type]
+        assert logits.shape == (2, 10) and not torch.equal(logits, network(net, 2)(images))  # type: ignore[arg-type]
+        assert torch.equal(logits, network(net, 1)(images))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> list[MnistTraining]:
+    """Let trainings be read off a curve; lists those that were executed."""
+    from experiments.experiment import Outcome
+
+    done: list[MnistTraining] = []
+
+    def execute(self: MnistTraining, workspace: object) -> Outcome:
+        done.append(self)
+        accuracy: float | None = 0.95
+        if self.dimension is not None:
+            accuracy = 0.7 + 0.2 * math.log10(self.dimension / 100) + 0.001 * self.seed
+        status = "completed"
+        if self.learning_rate * math.sqrt(self.dimension or 1) > 20:
+            accuracy, status = None, "diverged"
+        result: dict[str, Any] = {
+            "accuracy": accuracy,
+            "validation_accuracy": accuracy,
+            "validation_loss": accuracy and 1 - accuracy,
+            "majority_share": 0.1,
+            "num_trainable": 5,
+        }
+        return Outcome(status, result, pd.DataFrame({"step": [1]}))
+
+    monkeypatch.setattr(MnistTraining, "execute", execute)
+    return done
+
+
+def test_a_search_is_recorded_once_with_all_that_it_ran(
+    made_up: list[MnistTraining], tmp_path: Path
+) -> None:
+    store = RunStore(tmp_path)
+    record = run(MnistDimension(), store, progress=False)
+    assert record is not None
+    rows = record.curve()
+    assert len(rows) == len(made_up) == len(set(rows["run"]))
+    assert {r.id for r in store.records()} == {record.id, *rows["run"]}
+    assert record.result["num_runs"] == rows["dimension"].notna().sum()
+    assert record.result["target"] == pytest.approx(0.9 * 0.95)
+    exact = 100 * 10 ** (0.155 / 0.2)
+    assert record.result["low"] <= exact * 1.05 and record.result["high"] >= exact * 0.95
+    assert record.result["verdict"] == "estimated"
+    json.dumps(record.result, allow_nan=False)
+    again = estimate_from(rows, Baseline(tuple(record.result["baseline"])), chance=0.1)
+    assert again.to_dict()["text"] == record.result["text"]
+    run(MnistDimension(), store, progress=False)
+    assert len(made_up) == len(rows)
+
+
+def test_an_interrupted_search_goes_on(
+    made_up: list[MnistTraining], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(MnistDimension(), RunStore(tmp_path / "whole"), progress=False)
+    assert whole is not None
+    total = len(made_up)
+    made_up.clear()
+    execute = MnistTraining.execute
+
+    def interrupted(self: MnistTraining, workspace: Any) -> Any:
+        if len(made_up) == 7:
+            raise KeyboardInterrupt
+        return execute(self, workspace)
+
+    monkeypatch.setattr(MnistTraining, "execute", interrupted)
+    store = RunStore(tmp_path / "killed")
+    with pytest.raises(KeyboardInterrupt):
+        run(MnistDimension(), store, progress=False)
+    monkeypatch.setattr(MnistTraining, "execute", execute)
+    record = run(MnistDimension(), store, progress=False)
+    assert record is not None and record.result == whole.result
+    assert len(made_up) == total
+
+
+def test_rules_share_their_trainings(made_up: list[MnistTraining], tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    run(MnistDimension(), store, progress=False)
+    before = {(t.dimension, t.learning_rate, t.seed) for t in made_up}
+    record = run(MnistDimension(target=0.9), store, progress=False)
+    assert record is not None and record.result["baseline"] is None
+    shared = {(r.dimension, r.rate, r.seed) for r in record.curve().itertuples()} & before
+    assert len(shared) >= 4
+    assert len(made_up) == len({(t.dimension, t.learning_rate, t.seed) for t in made_up})
+
+
+def test_a_diverged_run_counts_as_guessing(made_up: list[MnistTraining], tmp_path: Path) -> None:
+    spec = MnistDimension(stride=10.0, resolution=4.0, budget=9)
+    record = run(spec, RunStore(tmp_path), progress=False)
+    assert record is not None
+    rows = record.curve()
+    diverged = rows[rows["status"] == "diverged"]
+    assert len(diverged) and set(diverged["performance"]) == {0.1} and not diverged["used"].any()
+
+
+def test_a_target_that_guessing_reaches_trains_nothing(
+    made_up: list[MnistTraining], tmp_path: Path
+) -> None:
+    record = run(MnistDimension(share=0.1), RunStore(tmp_path), progress=False)
+    assert record is not None and record.result["verdict"] == "inconclusive"
+    assert "guessing" in record.result["reason"] and record.result["num_runs"] == 0
+    assert {t.dimension for t in made_up} == {None}
+
+
+def test_what_a_fine_tuning_search_trains() -> None:
+    spec = FineTuningDimension(
+        model="minilm-l3", delta="lora:rank=2,alpha=4", baseline="delta", pretrained=False
+    )
+    one = spec.training(500, 0.1, 2)
+    assert one.deltas[0]["name"] == "said" and one.deltas[0]["of"] == "lora:rank=2;alpha=4"
+    assert one.deltas[0]["dimension"] == 500 and not one.pretrained and one.seed == 2
+    assert one.eval_every == one.steps and one.evaluate_on == "test"
+    assert spec.baseline_training(0.1, 1).deltas[0]["rank"] == 2
+    own = replace(spec, baseline="full", method="did")
+    assert own.training(500, 0.1, 0).deltas[0]["name"] == "subspace"
+    assert own.baseline_training(0.1, 0).deltas[0]["name"] == "full"
+    assert not own.baseline_training(0.1, 0).pretrained
+    assert replace(own, baseline="pretrained").baseline_training(0.1, 0).pretrained
+    json.dumps(spec.to_config(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"smallest": 100, "largest": 100}, "smallest < largest"),
+        ({"stride": 1.0}, "stride is 1.0"),
+        ({"budget": 1}, "budget is 1"),
+        ({"confidence": 1.0}, "confidence is 1.0"),
+        ({"share": 0.0}, "share is 0.0"),
+        ({"target": math.nan}, "target is nan"),
+        ({"method": "dad"}, "said or did"),
+        ({"baseline": "delta"}, "no delta is given"),
+        ({"delta": "lorra"}, "nearest: lora"),
+        ({"projection": "fastfod"}, "nearest: fastfood"),
+        ({"delta": "said"}, "subspace itself"),
+        ({"steps": 0}, "steps is 0"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(fields: dict, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        FineTuningDimension(**fields)
+
+
+def test_mistakes_in_digits_are_named() -> None:
+    with pytest.raises(InputError, match="known: fc, lenet"):
+        MnistTraining(net="lenets")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="dimension is 0"):
+        MnistTraining(dimension=0)
+    with pytest.raises(InputError, match="learning_rate"):
+        MnistTraining(learning_rate=math.inf)
+
+
+@pytest.mark.slow
+def test_digits_are_learned_in_a_subspace(tmp_path: Path) -> None:
+    from experiments.experiment import Workspace
+
+    run_ = MnistTraining(net="lenet", dimension=200, learning_rate=0.7, steps=150)
+    first = run_.execute(Workspace(tmp_path, progress=False))
+    assert first.result["accuracy"] > 0.6 and first.result["num_trainable"] == 200
+    assert first.result == run_.execute(Workspace(tmp_path, progress=False)).result
+    with pytest.raises(InputError, match="44426"):
+        replace(run_, dimension=50_000).execute(Workspace(tmp_path, progress=False))
+
+
+def test_a_loss_is_no_performance() -> None:
+    from experiments.records import Record
+
+    record = Record("x", "fine-tuning", {}, {"loss": 3.0, "perplexity": 20.0}, {}, "completed")
+    with pytest.raises(InputError, match="no classification or regression"):
+        FineTuningDimension().reading(record)
+    assert isinstance(FineTuningDimension().baseline_training(1e-3, 0), FineTuning)
