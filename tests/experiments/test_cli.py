@@ -126,6 +126,34 @@ def test_wrong_input_gets_one_helpful_message(
     assert not list((tmp_path / "runs").glob("[!.]*"))
 
 
+def test_dimension_estimates_once_and_draws(
+    tiny: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["dimension", "--model", str(tiny), "--task", str(reviews), "--text-column", "review"]
+    words += ["--label-column", "stars", "--steps", "3", "--max-length", "8", "--batch-size", "4"]
+    words += ["--runs", str(tmp_path / "runs"), "--smallest", "10", "--largest", "100"]
+    words += ["--start", "30", "--budget", "3", "--method", "did", "--target", "0.7"]
+    out = ["--json", str(tmp_path / "d.json"), "--csv", str(tmp_path / "d.csv")]
+    code = run(*words, *out, "--plot", str(tmp_path / "d.png"))
+    first = capsys.readouterr().out
+    document = json.loads((tmp_path / "d.json").read_text())
+    assert code == (document["result"]["verdict"] == "inconclusive")
+    assert document["result"]["text"] in first and document["result"]["verdict"] in first
+    assert "target        0.700" in first and "recorded" in first
+    assert (tmp_path / "d.png").read_bytes()[:4] == b"\x89PNG"
+    rows = (tmp_path / "d.csv").read_text().splitlines()
+    assert len(rows) == 1 + document["result"]["num_runs"] == 4
+    before = sorted((tmp_path / "runs").glob("[!.]*"))
+    assert len(before) == 4
+    assert run(*words) == code and "found" in capsys.readouterr().out
+    (drawn,) = set((tmp_path / "runs").glob("[!.]*")) - set(before)
+    assert drawn.name == f"{document['id']}.png"
+    assert run(*words, "--plot", str(tmp_path / "d.pgn")) == 2
+    assert "pgn" in capsys.readouterr().err
+    assert run("dimension", "--baseline", "delta") == 2
+    assert "no delta is given" in capsys.readouterr().err
+
+
 def _only(store: Path) -> dict:
     (folder,) = [p for p in store.iterdir() if p.name[0] != "."]
     return json.loads((folder / "run.json").read_text())
