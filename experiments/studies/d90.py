@@ -1,7 +1,7 @@
 """d90: dimensions that tasks need, by model, start and method; and the first such measurement.
 
 The dimension is that of 90 % of full fine-tuning; a random start is held against that of the
-pre-trained model. For the networks of digits there is the absolute rule besides, 90 % of all images.
+pre-trained model. The networks of digits have the absolute rule besides, 90 % of all images.
 """
 
 from __future__ import annotations
