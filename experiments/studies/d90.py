@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from experiments.dimension import DimensionSearch, FineTuningDimension
 from experiments.mnist import MnistDimension, Net
 
-TASKS = ("movie", "trec6", "amazon", "tweets")
+TASKS = ("movie", "trec6", "amazon", "nyt")
 SMALL, LARGE = "minilm-l3", "minilm-l6"
 # Short trainings on short texts: the steps of a subspace cost the same for any batch.
 TRAINING: dict[str, Any] = {"steps": 40, "batch_size": 32, "max_length": 32, "eval_limit": 500}
