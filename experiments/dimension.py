@@ -126,6 +126,10 @@ class DimensionSearch(Experiment):
     def reading(self, record: Record) -> Reading:
         """What a training gave."""
 
+    @abstractmethod
+    def full_dimension(self, record: Record) -> int | None:
+        """D, from the record of a baseline, where that tells it."""
+
     def to_config(self) -> dict[str, Any]:
         """The fields."""
         return asdict(self)
@@ -156,6 +160,7 @@ class DimensionSearch(Experiment):
                 goal = Baseline(tuple(t.performance for t in baseline), self.share)
             names = {f.name for f in fields(Search)} & {f.name for f in fields(DimensionSearch)}
             options = {name: getattr(self, name) for name in names - {"target"}}
+            options["largest"] = min(self.largest, runs.full_dimension)
             search = Search(runs.measure, goal, **options)
             hopeless = isinstance(goal, Baseline) and goal.target <= runs.chance
             estimate = None if hopeless else search.run()
@@ -181,6 +186,7 @@ class _Runs:
         self.spec, self.store, self.bar = spec, store, bar
         self.trials: list[Trial] = []
         self.chance = -math.inf
+        self.full_dimension: float = math.inf
 
     def baseline(self, rate: float, seed: int = 0) -> Trial:
         return self._done(self.spec.baseline_training(rate, seed), None, rate, rate, seed)
@@ -197,6 +203,8 @@ class _Runs:
         record = run(training, self.store, progress=False)
         assert record is not None
         read = self.spec.reading(record)
+        if d is None:
+            self.full_dimension = self.spec.full_dimension(record) or math.inf
         self.chance = max(self.chance, read.chance)
         trial = Trial(
             dimension=d,
@@ -360,6 +368,12 @@ class FineTuningDimension(DimensionSearch):
             None if last is None else float(last.iloc[-1]),
             result["majority_share"] or 0.0,
         )
+
+    def full_dimension(self, record: Record) -> int | None:
+        """All that the baseline trains, but for the head where a delta has one beside it."""
+        if self.delta and self.baseline != "delta":
+            return None
+        return record.result["num_trainable"] - bool(self.delta) * record.result["num_head"]
 
     def _tuning(self, delta: Any, rate: float, seed: int, pretrained: bool) -> FineTuning:
         return FineTuning(

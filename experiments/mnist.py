@@ -227,6 +227,10 @@ class MnistDimension(DimensionSearch):
             found["majority_share"],
         )
 
+    def full_dimension(self, record: Record) -> int:
+        """All parameters."""
+        return record.result["num_total"]
+
     def _training(self, dimension: int | None, rate: float, seed: int) -> MnistTraining:
         return MnistTraining(
             net=self.net,

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -174,7 +175,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[MnistTraining]:
             "validation_accuracy": accuracy,
             "validation_loss": accuracy and 1 - accuracy,
             "majority_share": 0.1,
-            "num_trainable": 5,
+            "num_total": 5000,
         }
         return Outcome(status, result, pd.DataFrame({"step": [1]}))
 
@@ -227,6 +228,13 @@ def test_an_interrupted_search_goes_on(
     assert len(made_up) == total
 
 
+def test_no_dimension_is_above_the_number_of_parameters(
+    made_up: list[MnistTraining], tmp_path: Path
+) -> None:
+    run(MnistDimension(share=2.0), RunStore(tmp_path), progress=False)
+    assert max(t.dimension or 0 for t in made_up) == 5000
+
+
 def test_rules_share_their_trainings(made_up: list[MnistTraining], tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     run(MnistDimension(), store, progress=False)
@@ -271,6 +279,9 @@ def test_what_a_fine_tuning_search_trains() -> None:
     assert not own.baseline_training(0.1, 0).pretrained
     assert replace(own, baseline="pretrained").baseline_training(0.1, 0).pretrained
     json.dumps(spec.to_config(), allow_nan=False)
+    record: Any = SimpleNamespace(result={"num_trainable": 700, "num_head": 20})
+    assert spec.full_dimension(record) == 680 and own.full_dimension(record) is None
+    assert FineTuningDimension().full_dimension(record) == 700
 
 
 @pytest.mark.parametrize(
