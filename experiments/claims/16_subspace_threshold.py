@@ -1,0 +1,125 @@
+"""Claim 16: random subspaces succeed from the dimension that the spectrum predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+from theory.claims import Claim, Evidence, Threshold
+
+# Fixed before the measurement.
+ERROR = 0.2  # relative, of the predicted dimension against the measured median
+LEAST = 8.0  # predicted dimensions below are not judged: an error of order one always remains
+
+
+@cache
+def _records() -> list[Any]:
+    """The records of the study behind the figure; those that are missing are computed."""
+    from pathlib import Path
+
+    from experiments import studies
+    from experiments.runs import RunStore
+    from experiments.sweeps import run
+
+    store = RunStore(Path("runs"))
+    return [run(e, store, progress=False) for e in studies.experiments("threshold", "paper")]
+
+
+def _cases() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Record and comparison, by name."""
+    found = {}
+    for record in _records():
+        config = record.config
+        if record.kind == "quadratic-threshold":
+            where = f"eigenvalues i^-{config['exponent']:g}"
+        else:
+            where = f"{config['task']} {'+'.join(config['deltas'])}"
+        for case in record.result["cases"]:
+            name = f"{case['kind']}, {where}, target {case['target']:g}, seed {config['seed']}"
+            found[name] = (record, case)
+    return found
+
+
+def _predict() -> dict[str, Any]:
+    """d* of every case: by Lanczos, or from the tangent kernel of the initial model."""
+    return {name: case["predicted"] for name, (_, case) in _cases().items()}
+
+
+def _isotropic(record: Any, case: Mapping[str, Any]) -> float:
+    """d* if all curved directions were alike: rank times the share of the largest fall."""
+    result, config = record.result, record.config
+    if case["kind"] == "quadratic":
+        return config["size"] * case["target"]
+    start, least = result["start"], result["least"]
+    return result["rank"] * (1 - case["target"]) * start / (start - least)
+
+
+def _judged(predicted: Callable[[Any, Mapping[str, Any]], float]) -> Evidence:
+    import math
+
+    worst: dict[str, list[float]] = {}
+    details: dict[str, Any] = {}
+    for name, (record, case) in _cases().items():
+        d = predicted(record, case)
+        measured = math.inf if case["measured"] is None else case["measured"]
+        text = f"predicted {d:.4g} ± {case['width']:.3g}, measured {measured:.4g}"
+        high = math.inf if case["high"] is None else case["high"]
+        text += f" in [{case['low'] or math.inf:.4g}, {high:.4g}]"
+        details[name] = text
+        if case["predicted"] < LEAST:
+            details[name] += " (too small to be judged)"
+            continue
+        kind = case["kind"]
+        if kind == "fine-tuned":
+            kind += f" {'+'.join(record.config['deltas'])}"
+        worst.setdefault(kind, []).append(abs(d / measured - 1))
+    value = max(max(errors) for errors in worst.values())
+    summary = {f"errors, {kind}": sorted(errors) for kind, errors in worst.items()}
+    everything = [e for errors in worst.values() for e in errors]
+    return Evidence(
+        value=value, details=summary | details, spread=(min(everything), max(everything))
+    )
+
+
+def _measure(prediction: Mapping[str, Any]) -> Evidence:
+    """Exact solves, and L-BFGS in subspaces of the controls of the real model."""
+    from dataclasses import replace
+
+    found = _judged(lambda _, case: case["predicted"])
+    return replace(
+        found,
+        note=(
+            "quadratic losses of 400 dimensions and the Gauss-Newton model of MiniLM-L3 on 128 "
+            "rows, 200 subspaces each; MiniLM-L3 itself on 48 rows of movie, subspaces over the "
+            "parameters of head, BitFit, LoRA and all blocks, 4 a dimension, L-BFGS; a target "
+            "that no dimension reached counts as an error of 1; spread over the cases"
+        ),
+    )
+
+
+def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
+    """The spectrum ignored: all curved directions alike."""
+    from dataclasses import replace
+
+    return replace(_judged(_isotropic), note="d* = rank × share of the largest fall")
+
+
+CLAIM = Claim(
+    id=16,
+    name="subspace-threshold",
+    title="Random subspaces succeed from the dimension that the spectrum predicts",
+    statement=(
+        "half of the random subspaces θ₀ + Pz reach a target loss at d* = Σ λ_i/(λ_i + κ), κ such "
+        "that ½ g'(H + κI)⁻¹g is the fall, for a quadratic loss with Hessian H; for a model with "
+        "its Gauss-Newton matrix at θ₀, and for its real fine-tuning in subspaces as well"
+    ),
+    source="Larsen, Fort, Becker & Ganguli, ICLR 2022, theorem 3.1, section 3.3",
+    notebook="16_subspace_threshold",
+    threshold=Threshold(
+        "<=", ERROR, "largest relative error of d*, over quadratic, linearised and fine-tuned"
+    ),
+    predict=_predict,
+    measure=_measure,
+    negative_control=_negative_control,
+)
