@@ -99,8 +99,8 @@ assert (
 # %% [markdown]
 # *The published formula.* Larsen et al. bound $w$ of the ellipsoid seen from the distance $R =
 # \|\theta_0-\theta^*\|$: $d = D - \sum_i r_i^2/(R^2+r_i^2)$ with $r_i^2 = 2\epsilon/\lambda_i$.
-# That is $d(\kappa)$ with $\kappa = 2\epsilon/R^2$; it counts displacement along flat directions, which
-# no loss sees, and is an upper bound. $\blacksquare$
+# That is $d(\kappa)$ with $\kappa = 2\epsilon/R^2$; it counts displacement along flat directions,
+# which no loss sees, and is an upper bound. $\blacksquare$
 
 # %%
 lam_i, eps, R = sp.symbols("lambda_i epsilon R", positive=True)
