@@ -14,6 +14,8 @@ from theory.errors import InputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from experiments.predictions import DimensionPrediction
+
 
 @dataclass(frozen=True)
 class Dimension(FineTuningDimension):
@@ -33,6 +35,10 @@ class Dimension(FineTuningDimension):
         deltacontrol dimension --task reviews.csv --target 0.8 --json reviews.json
     """
 
+    predict: bool = True
+    """Predict the dimension beside it, from the untrained model (its gradients at a few rows)."""
+    predict_rows: int = 256
+    """Training rows, and as many validation rows, from which it is predicted."""
     runs: Path = Path("runs")
     """Folder in which everything is recorded."""
     plot: Path | None = None
@@ -56,21 +62,63 @@ class Dimension(FineTuningDimension):
         record = run(experiment, store)
         assert record is not None
         print_record(experiment, record)
-        self._write(experiment, record, self.plot or store.root / f"{record.id}.png")
+        prediction = self._prediction(experiment, record) if self.predict else None
+        if prediction is not None:
+            print(f"  predicted     {prediction.text}")
+        plot = self.plot or store.root / f"{record.id}.png"
+        self._write(experiment, record, prediction, plot)
         print(f"{'found' if known else 'recorded'} {store.path(experiment)}")
         return 1 if record.result["verdict"] == "inconclusive" else 0
 
-    def _write(self, experiment: FineTuningDimension, record: Record, plot: Path) -> None:
+    def _prediction(
+        self, experiment: FineTuningDimension, record: Record
+    ) -> DimensionPrediction | None:
+        """From the start of seed 0; of a subspace without gains, also where said adds them."""
+        from experiments import tasks
+        from experiments.predictions import predict_dimension
+
+        columns: dict[str, Any] = {
+            "text_column": experiment.text_column,
+            "label_column": experiment.label_column,
+        }
+        try:
+            task = tasks.load(experiment.task, kind=experiment.task_kind, **columns)
+            return predict_dimension(
+                experiment.model,
+                experiment.task,
+                [experiment.delta] if experiment.delta else [],
+                target=record.result["target"],
+                rows=min(self.predict_rows, len(task.train)),
+                heldout=min(self.predict_rows, len(task.validation)),
+                max_length=experiment.max_length,
+                pretrained=experiment.pretrained,
+                **columns,
+            )
+        except InputError as error:
+            print(f"  predicted     nothing: {error}")
+            return None
+
+    def _write(
+        self,
+        experiment: FineTuningDimension,
+        record: Record,
+        prediction: DimensionPrediction | None,
+        plot: Path,
+    ) -> None:
         try:
             for path in filter(None, (plot, self.csv, self.json)):
                 path.parent.mkdir(parents=True, exist_ok=True)
             if record.result["dimensions"]:
-                draw(experiment, record).savefig(plot, dpi=200)
+                draw(experiment, record, prediction).savefig(plot, dpi=200)
                 print(f"drew {plot}")
             if self.csv is not None:
                 record.curve().to_csv(self.csv, index=False)
             if self.json is not None:
                 document = {"id": record.id, "config": record.config, "result": record.result}
+                if prediction is not None:
+                    names = ("dimension", "low", "high", "standard_error", "reason", "text")
+                    told = {name: getattr(prediction, name) for name in names}
+                    document["prediction"] = {k: None if v != v else v for k, v in told.items()}
                 self.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         except (OSError, ValueError) as error:  # a ValueError names an unknown picture format
             raise InputError(f"cannot write what was found: {error}") from error
@@ -103,8 +151,10 @@ def print_record(experiment: FineTuningDimension, record: Record) -> None:
     )
 
 
-def draw(experiment: FineTuningDimension, record: Record) -> Figure:
-    """Performance over d: runs, fit, target, interval."""
+def draw(
+    experiment: FineTuningDimension, record: Record, prediction: DimensionPrediction | None = None
+) -> Figure:
+    """Performance over d: runs, fit, target, interval, prediction."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -122,6 +172,8 @@ def draw(experiment: FineTuningDimension, record: Record) -> Figure:
     if high > low:
         share = f"{100 * found['confidence']:g} % interval"
         ax.axvspan(low, high, color="C1", alpha=0.25, lw=0, label=share)
+    if prediction is not None and prediction.dimension > 0:
+        ax.axvline(prediction.dimension, color="C2", lw=1, ls="-.", label="predicted")
     ax.set_xscale("log")
     ax.set_xlabel("dimension d of the subspace")
     ax.set_ylabel("test performance")

@@ -133,6 +133,7 @@ def test_dimension_estimates_once_and_draws(
     words += ["--label-column", "stars", "--steps", "3", "--max-length", "8", "--batch-size", "4"]
     words += ["--runs", str(tmp_path / "runs"), "--smallest", "10", "--largest", "100"]
     words += ["--start", "30", "--budget", "3", "--method", "did", "--target", "0.7"]
+    words += ["--predict-rows", "24"]
     out = ["--json", str(tmp_path / "d.json"), "--csv", str(tmp_path / "d.csv")]
     code = run(*words, *out, "--plot", str(tmp_path / "d.png"))
     first = capsys.readouterr().out
@@ -140,6 +141,7 @@ def test_dimension_estimates_once_and_draws(
     assert code == (document["result"]["verdict"] == "inconclusive")
     assert document["result"]["text"] in first and document["result"]["verdict"] in first
     assert "target        0.700" in first and "recorded" in first
+    assert document["prediction"]["text"] in first and "predicted" in first
     assert (tmp_path / "d.png").read_bytes()[:4] == b"\x89PNG"
     rows = (tmp_path / "d.csv").read_text().splitlines()
     assert len(rows) == 1 + document["result"]["num_runs"] == 4
