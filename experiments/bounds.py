@@ -304,9 +304,9 @@ class _Bench:
             for part in parts:
                 batch = rows.batch(part)
                 labels, numbers = batch.pop("labels"), torch.from_numpy(part + first)
-                kept = (
-                    self.frozen.passing(numbers, batch["attention_mask"]) if self.frozen else None
-                )
+                kept = None
+                if self.frozen is not None:  # whose length is zero at first
+                    kept = self.frozen.passing(numbers, batch["attention_mask"])
                 with kept or nullcontext():
                     wrong += int((self.controlled(**batch).logits.argmax(-1) != labels).sum())
         return wrong
