@@ -235,7 +235,8 @@ class ModelThreshold(Experiment):
                     enough=0.9 * min(self.targets) * start,
                 )
             )
-            frame["expected"] = [start - loss.expected_fall(d) for d in frame["dimension"]]
+            falls = [_expected_fall(loss, d, len(values)) for d in frame["dimension"]]
+            frame["expected"] = [start - fall for fall in falls]
             curves.append(frame.assign(kind="training"))
             for share in self.targets:
                 found = loss.threshold((1 - share) * start)
@@ -334,6 +335,11 @@ def _root_mean_square(initial: InitialModel) -> float:
     trainable = initial.controlled.trainable().values()
     total = sum(float(p.detach().double().square().sum()) for p in trainable)
     return math.sqrt(total / initial.num_parameters)
+
+
+def _expected_fall(loss: QuadraticLoss, dimension: int, rank: int) -> float:
+    """Of the Gauss-Newton model; from its rank on, all there is."""
+    return loss.expected_fall(dimension) if dimension < rank else loss.largest_fall
 
 
 def _crossings(frame: Any, target: float) -> MeasuredThreshold:

@@ -29,7 +29,7 @@
 #    $$\mathbb{E}\,K^{\mathrm{LoRA}} = s^2 r\sigma^2\, K^{W},\qquad
 #      \frac{\operatorname{Var} K^{\mathrm{LoRA}}_{ij}}{(s^2 r\sigma^2)^2} =
 #      \frac{\operatorname{tr} MM^\top + \operatorname{tr} M^2}{r}, \quad M = X_i^\top X_j,$$
-#    for Gaussian entries, with $X_i = \partial z_i/\partial W$ and $K^W_{ij} = \operatorname{tr} M$:
+#    for Gaussian entries, $X_i = \partial z_i/\partial W$ and $K^W_{ij} = \operatorname{tr} M$:
 #    it is the kernel of full fine-tuning of $W$, up to a factor and $O(1/\sqrt r)$.
 #
 # Malladi et al. argue that a prompt makes the second case small: the task is then near to what was

@@ -243,7 +243,7 @@ def test_records_of_thresholds(places: dict[str, str], tmp_path: Path) -> None:
         max_length=12,
         targets=(0.95, 0.8),
         draws=40,
-        dimensions=(1, 8, 24),
+        dimensions=(1, 8, 40),
         subspaces=3,
         steps=60,
     ).execute(Workspace(tmp_path))
