@@ -9,7 +9,8 @@ from typing import Any
 
 from theory.errors import InputError
 
-# Peak learning rates where no search is recorded for (model, task, delta).
+# Peak learning rates where no search is recorded for (model, task, delta): about a tenth of the
+# least that was best in short runs of a small model, as longer runs and larger models want less.
 DEFAULT_RATES = {
     "full": 1e-4,
     "last-layers": 2e-4,
@@ -19,15 +20,22 @@ DEFAULT_RATES = {
     "fisher-mask": 1e-3,
     "random-mask": 5e-3,
     "lora": 1e-3,
+    "adalora": 3e-3,
+    "loha": 3e-3,
+    "lokr": 3e-3,
     "houlsby": 1e-3,
+    "low-rank-adapter": 3e-3,
     "bitfit": 2e-3,
-    "layer-norm": 2e-3,
-    "vera": 5e-3,
+    "layer-norm": 3e-3,
+    "ia3": 3e-3,
+    "vera": 1e-2,
     "head": 5e-3,
-    "subspace": 5e-3,
-    "said": 5e-3,
-    "prefix": 5e-3,
+    "subspace": 1e-2,
+    "said": 1e-2,
+    "prefix": 1e-2,
     "prompt": 1e-2,
+    "p-tuning": 3e-3,
+    "intrinsic-prompt": 3e-3,
 }
 OTHER_RATE = 1e-3
 RATES_FILE = Path(__file__).parent / "studies" / "learning_rates.json"
