@@ -27,6 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from experiments import tasks
 from experiments.initial_model import LEAST_ROWS, InitialModel
 from theory.errors import InputError
 from theory.low_rank import participation_ratio, singular_values, stable_rank, tail_energy
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 Metric = Literal["loss", "accuracy"]
 
 GROUPS = LEAST_ROWS  # of the jackknife over rows
+OUTPUTS = 256  # rows times contrasts at most, of training and of held-out rows
 POINTS = 24  # of the curve over the dimension
 
 
@@ -105,8 +107,9 @@ def predict_dimension(
             is trained beside it where none of them trains it.
         target: the value to reach.
         metric: "accuracy" on validation rows, or "loss", the cross-entropy of the training rows.
-        rows: the first so many training rows.
-        heldout: the first so many validation rows.
+        rows: the first so many training rows; fewer of a task with many classes, `OUTPUTS` /
+            (classes - 1) of them, as the exact kernel takes a gradient for each row and contrast.
+        heldout: the first so many validation rows, likewise.
         max_length: tokens of a text at most.
         pretrained: False draws the backbone from the seed.
         seed: of the weights that are drawn.
@@ -120,9 +123,13 @@ def predict_dimension(
         >>> predict_dimension("minilm-l3", "movie", target=0.6).text  # doctest: +SKIP
         'd* = 12 ± 3 (5 % to 95 % of subspaces: 6 to 25)'
     """
+    columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
+    classes = max(2, len(tasks.load(task, **columns).labels))
+    most = max(LEAST_ROWS, OUTPUTS // (classes - 1))
+    rows, heldout = min(rows, most), min(heldout, most)
     initial = InitialModel(
         model, task, deltas, rows=rows, heldout=heldout, max_length=max_length,
-        pretrained=pretrained, seed=seed, text_column=text_column, label_column=label_column,
+        pretrained=pretrained, seed=seed, **columns,
     )  # fmt: skip
     return dimension_of(initial, target, metric)
 
