@@ -12,7 +12,7 @@ last are kept active by large biases, so that the group computes ReLU(target z +
 Maps are (n, n) and act on columns; layers are listed in the order in which they act, W_1 first.
 
 Source: Zeng & Lee, *The Expressive Power of Low-Rank Adaptation*, ICLR 2024. The construction here
-adds the singular parts of E one layer after another, as derived in proofs_notebooks/11.
+adds the singular parts of E one layer after another, as derived in proofs_notebooks/11_*.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from torch import Tensor
 
 from theory.errors import InputError
 from theory.low_rank import numerical_rank
+
+SPLITS = 24  # ways of sharing the singular parts out among the layers that are tried
 
 __all__ = [
     "AdaptedProduct",
@@ -82,8 +84,8 @@ class AdaptedProduct:
 def adapted_product(target: Tensor, frozen: Sequence[Tensor], rank: int) -> AdaptedProduct:
     """The changes of rank R that bring a product nearest to the target.
 
-    Layer l adds the l-th run of R singular parts of E, E_l, to the product:
-    Δ_l = (W_M ... W_{l+1})⁻¹ E_l ((W_{l-1} + Δ_{l-1}) ... (W_1 + Δ_1))⁻¹.
+    Layer l adds R of the MR leading singular parts of E to the product. Which layer adds which is
+    free: of several splits the one with the best conditioned partial sums is taken.
 
     Args:
         target: (n, n).
@@ -98,15 +100,34 @@ def adapted_product(target: Tensor, frozen: Sequence[Tensor], rank: int) -> Adap
         raise InputError(f"rank is {rank}; expected a whole number >= 0")
     difference, _ = _difference(target, frozen)
     maps = [matrix.double() for matrix in frozen]
-    n, depth = len(target), len(maps)
     left, values, right = torch.linalg.svd(difference)
-    identity = torch.eye(n, dtype=torch.float64)
+    depth, kept = len(maps), min(len(values), len(maps) * rank)
     reached = product(maps)
-    conditions = [_condition(reached)]
-    changes, adapted, before = [], [], identity
-    for layer in range(depth):
-        run = slice(layer * rank, (layer + 1) * rank)
-        part = (left[:, run] * values[run]) @ right[run]
+
+    def parts(order: Tensor) -> list[Tensor]:
+        runs = order.split(rank) if kept else ()
+        found = [(left[:, run] * values[run]) @ right[run] for run in runs]
+        return found + [torch.zeros_like(reached)] * (depth - len(found))
+
+    def condition(order: Tensor) -> float:
+        sums = torch.stack([reached, *parts(order)]).cumsum(0)[:-1]  # what layers divide by
+        return max(_condition(matrix) for matrix in sums)
+
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.arange(kept), torch.arange(kept).flip(0)]
+    orders += [torch.randperm(kept, generator=generator) for _ in range(SPLITS - len(orders))]
+    best = min(orders, key=condition)
+    changes, adapted = _changes(maps, parts(best))
+    distance = float(torch.linalg.matrix_norm(product(adapted) - target.double(), 2))
+    least = float(values[kept]) if kept < len(values) else 0.0
+    return AdaptedProduct(changes, adapted, distance, least, condition(best))
+
+
+def _changes(maps: Sequence[Tensor], parts: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Δ_l = (W_M ... W_{l+1})⁻¹ E_l (V_{l-1} ... V_1)⁻¹ and V_l = W_l + Δ_l."""
+    before = identity = torch.eye(len(maps[0]), dtype=torch.float64)
+    changes, adapted = [], []
+    for layer, part in enumerate(parts):
         after = product([identity, *maps[layer + 1 :]])
         try:
             change = torch.linalg.solve(before, torch.linalg.solve(after, part), left=False)
@@ -118,12 +139,7 @@ def adapted_product(target: Tensor, frozen: Sequence[Tensor], rank: int) -> Adap
         changes.append(change)
         adapted.append(maps[layer] + change)
         before = adapted[-1] @ before
-        reached = reached + part
-        if layer < depth - 1:  # what the next layers divide by
-            conditions.append(_condition(reached))
-    distance = float(torch.linalg.matrix_norm(product(adapted) - target.double(), 2))
-    least = float(values[depth * rank]) if depth * rank < n else 0.0
-    return AdaptedProduct(changes, adapted, distance, least, max(conditions))
+    return changes, adapted
 
 
 @dataclass(frozen=True, eq=False)

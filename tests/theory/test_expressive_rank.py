@@ -98,14 +98,22 @@ def test_singular_maps_and_partial_sums_are_refused() -> None:
     flat[:, 0] = 0
     with pytest.raises(InputError, match="singular"):
         adapted_product(off_by(maps, 4), [maps[0], flat], 2)
-    # Adding the larger part of E, -e_1 e_1', first makes the identity singular.
+    # Whichever half of E = -(e_1 e_1' + e_2 e_2') comes first, it makes the identity singular.
     ones = [torch.eye(4, dtype=F64)] * 2
     with pytest.raises(InputError, match="partial sum"):
-        adapted_product(torch.diag(torch.tensor([0, 1.5, 1, 1], dtype=F64)), ones, 1)
-    nearly = torch.diag(torch.tensor([1e-7, 1.5, 1, 1], dtype=F64))
+        adapted_product(torch.diag(torch.tensor([0.0, 0, 1, 1], dtype=F64)), ones, 1)
+    nearly = torch.diag(torch.tensor([1e-7, 1e-7, 1, 1], dtype=F64))
     assert adapted_product(nearly, ones, 1).condition == pytest.approx(1e7)
     # All of it in the last layer meets no partial sum, whatever the target.
     assert adapted_product(nearly, ones[:1], 2).condition == 1
+
+
+def test_of_several_splits_the_best_conditioned_is_taken() -> None:
+    """With the leading part of E, -e_1 e_1', first, the identity would become nearly singular."""
+    ones = [torch.eye(4, dtype=F64)] * 2
+    target = torch.diag(torch.tensor([1e-7, 1.5, 1, 1], dtype=F64))
+    found = adapted_product(target, ones, 1)
+    assert found.condition == pytest.approx(1.5) and found.distance <= 1e-12
 
 
 def test_wrong_shapes_and_numbers_are_named() -> None:

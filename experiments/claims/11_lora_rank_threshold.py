@@ -1,0 +1,293 @@
+"""Claim 11: from a certain rank on, LoRA turns a deep ReLU network into a given one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from theory.claims import Claim, Evidence, Threshold
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from theory.expressive_rank import ReLUNetwork
+
+WIDTH, LAYERS, RADIUS, INPUTS = 12, 2, 2, 400
+DEPTHS = (1, 2, 3)  # frozen layers for each layer of the target
+MISSING = (6, WIDTH)  # rank of target - product of the frozen layers
+SEEDS = (0, 1, 2)
+BITS, EXACT_INPUTS = 8, 24  # weights are multiples of 2^-BITS, so that fractions stay short
+TRAINED = 6  # the missing rank that training is tried on
+ITERATIONS, REACHED = 1500, 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class _Case:
+    """A frozen network and the factors of the target's differences, rounded to fractions.
+
+    Attributes:
+        depth: M, frozen layers for each layer of the target.
+        missing: rank of the differences.
+        seed: of everything.
+        frozen: W_l.
+        factors: (B, A) of each group; the target's weight is W_M ... W_1 + B A.
+        biases: of the target.
+        inputs: in the ball of `RADIUS`, (inputs, n).
+    """
+
+    depth: int
+    missing: int
+    seed: int
+    frozen: list[Tensor]
+    factors: list[tuple[Tensor, Tensor]]
+    biases: list[Tensor]
+    inputs: Tensor
+
+    @property
+    def name(self) -> str:
+        return f"{self.depth} for 1, missing rank {self.missing}, seed {self.seed}"
+
+    def group(self, index: int) -> list[Tensor]:
+        """The frozen layers that stand for a layer of the target."""
+        return self.frozen[index * self.depth : (index + 1) * self.depth]
+
+    def target(self) -> ReLUNetwork:
+        """In floating point."""
+        from theory.expressive_rank import ReLUNetwork, product
+
+        weights = [product(self.group(i)) + B @ A for i, (B, A) in enumerate(self.factors)]
+        return ReLUNetwork(weights, self.biases)
+
+    def error(self, network: Any) -> float:
+        """Relative error of the outputs, in floating point."""
+        wanted = self.target()(self.inputs)
+        return float((network(self.inputs) - wanted).norm() / wanted.norm())
+
+
+@cache
+def _cases() -> list[_Case]:
+    return [_case(d, m, s) for d in DEPTHS for m in MISSING for s in SEEDS]
+
+
+def _case(depth: int, missing: int, seed: int) -> _Case:
+    import torch
+
+    generator = torch.Generator().manual_seed(1000 * seed + 10 * depth + missing)
+
+    def normal(*shape: int) -> Tensor:
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return (drawn / math.sqrt(shape[-1]) * 2**BITS).round() / 2**BITS
+
+    frozen = [normal(WIDTH, WIDTH) for _ in range(depth * LAYERS)]
+    factors = [(normal(WIDTH, missing), normal(missing, WIDTH)) for _ in range(LAYERS)]
+    z = normal(INPUTS, WIDTH)
+    z = (0.99 * RADIUS * z / z.norm(dim=1, keepdim=True) * 2**BITS).round() / 2**BITS
+    return _Case(depth, missing, seed, frozen, factors, [normal(WIDTH) for _ in range(LAYERS)], z)
+
+
+def _exact(rows: Tensor | Sequence[Sequence[Any]]) -> Any:
+    """A matrix of fractions, equal to the floating-point one."""
+    from sympy import QQ
+    from sympy.polys.matrices import DomainMatrix
+
+    table = [[QQ(*float(v).as_integer_ratio()) for v in row] for row in rows]
+    return DomainMatrix(table, (len(table), len(table[0])), QQ)
+
+
+def _product(maps: Sequence[Any]) -> Any:
+    from sympy import QQ
+    from sympy.polys.matrices import DomainMatrix
+
+    result = DomainMatrix.eye(WIDTH, QQ)
+    for matrix in maps:
+        result = matrix * result
+    return result
+
+
+def _exact_error(case: _Case, rank: int) -> float:
+    """The theorem's construction in fractions: relative error of the outputs, zero or not.
+
+    Raises:
+        AssertionError: a change has a rank above ``rank``.
+    """
+    inputs = _exact(case.inputs[:EXACT_INPUTS]).transpose()
+    reached = wanted = inputs
+    radius = RADIUS
+    for index, (B, A) in enumerate(case.factors):
+        frozen, bias = [_exact(w) for w in case.group(index)], _exact(case.biases[index][:, None])
+        columns, rows = _exact(B), _exact(A)
+        changed: list[Any] = []
+        for layer, weight in enumerate(frozen):
+            run = range(min(layer * rank, case.missing), min((layer + 1) * rank, case.missing))
+            every = range(WIDTH)
+            part = columns.extract(every, run) * rows.extract(run, every)
+            after = _product(frozen[layer + 1 :])
+            change = after.inv() * part * _product(changed).inv()
+            if change.rank() > rank:
+                raise AssertionError(f"a change has rank {change.rank()}, above {rank}")
+            changed.append(weight + change)
+        reached, size = _passed(changed, bias, reached, radius)
+        wanted = _relu(_shifted(_product([*frozen]) * wanted + columns * rows * wanted, bias))
+        radius = size
+    off, whole = _numbers(reached - wanted), _numbers(wanted)
+    return math.hypot(*off) / math.hypot(*whole)
+
+
+def _passed(changed: list[Any], bias: Any, states: Any, radius: float) -> tuple[Any, float]:
+    """States behind a group of layers: all ReLUs but the last are kept active by large biases.
+
+    Also an upper bound of their norm, from row sums in the place of row norms.
+    """
+    whole = _product(changed)
+    last = radius * math.sqrt(WIDTH) * _row_sum(whole) + math.hypot(*_numbers(bias))
+    ones, shift = _exact([[1.0]] * WIDTH), 0.0
+    for layer, weight in enumerate(changed[:-1]):
+        needed = math.ceil(radius * _row_sum(_product(changed[: layer + 1])))
+        own = ones * _exact([[needed]]) - weight * ones * _exact([[shift]])
+        states, shift = _relu(_shifted(weight * states, own)), float(needed)
+    own = bias - changed[-1] * ones * _exact([[shift]])
+    return _relu(_shifted(changed[-1] * states, own)), float(math.ceil(last))
+
+
+def _shifted(states: Any, bias: Any) -> Any:
+    return states + bias * _exact([[1.0] * states.shape[1]])
+
+
+def _relu(states: Any) -> Any:
+    return states.applyfunc(lambda value: max(value, 0 * value))
+
+
+def _row_sum(matrix: Any) -> float:
+    return max(sum(abs(float(v)) for v in row) for row in matrix.to_list()) * (1 + 1e-9)
+
+
+def _numbers(matrix: Any) -> list[float]:
+    return [float(value) for row in matrix.to_list() for value in row]
+
+
+def _predict() -> dict[str, Any]:
+    """⌈rank(target - product) / M⌉, the largest over the groups, from the weights alone."""
+    return {
+        case.name: max(
+            math.ceil((_exact(B) * _exact(A)).rank() / case.depth) for B, A in case.factors
+        )
+        for case in _cases()
+    }
+
+
+def _constructed(case: _Case, rank: int) -> tuple[float, float]:
+    """The same in floating point, by singular parts: error, and the worst condition number."""
+    from theory.expressive_rank import adapted_network
+
+    network, groups = adapted_network(case.target(), case.frozen, rank, RADIUS)
+    return case.error(network), max(group.condition for group in groups)
+
+
+def _trained(case: _Case, rank: int, *, linear: bool) -> float:
+    """Relative error after L-BFGS on LoRA's factors and the biases, from the usual start.
+
+    Of the network's outputs, or ``linear``, of the product of the first group of maps.
+    """
+    import torch
+
+    from theory.expressive_rank import ReLUNetwork, product
+
+    generator = torch.Generator().manual_seed(case.seed)
+    frozen = torch.stack(case.group(0) if linear else case.frozen)
+    A = torch.randn(len(frozen), rank, WIDTH, generator=generator, dtype=torch.float64)
+    A = (A / math.sqrt(WIDTH)).requires_grad_()
+    B = torch.zeros(len(frozen), WIDTH, rank, dtype=torch.float64, requires_grad=True)
+    b = torch.zeros(len(frozen), WIDTH, dtype=torch.float64, requires_grad=True)
+    target = case.target()
+    wanted = target.weights[0] if linear else target(case.inputs)
+    optimiser = torch.optim.LBFGS(
+        [A, B] if linear else [A, B, b],
+        max_iter=ITERATIONS,
+        history_size=30,
+        tolerance_change=1e-14,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        maps = list(frozen + B @ A)
+        found = product(maps) if linear else ReLUNetwork(maps, list(b))(case.inputs)
+        loss = (found - wanted).square().sum() / wanted.square().sum()
+        loss.backward()
+        return loss.detach()
+
+    optimiser.step(closure)  # pyright: ignore[reportArgumentType]
+    return math.sqrt(float(closure()))
+
+
+def _knees(prediction: Mapping[str, Any], *, linear: bool) -> dict[str, Any]:
+    """Trained errors by rank around the threshold, and the first rank below `REACHED`."""
+    found = {}
+    for case in _cases():
+        if case.missing != TRAINED or (case.depth != 2 and not linear):
+            continue
+        threshold = prediction[case.name]
+        ranks = range(max(1, threshold - 2), threshold + 2)
+        errors = {rank: _trained(case, rank, linear=linear) for rank in ranks}
+        found[case.name] = {
+            "predicted threshold": threshold,
+            f"first rank trained to {REACHED:g}": next(
+                (rank for rank, error in errors.items() if error <= REACHED), None
+            ),
+            "trained errors": errors,
+        }
+    return found
+
+
+def _measure(prediction: Mapping[str, Any]) -> Evidence:
+    """The construction at the predicted rank, in fractions; in floats and trained beside it."""
+    errors = {case.name: _exact_error(case, prediction[case.name]) for case in _cases()}
+    floats = {case.name: _constructed(case, prediction[case.name]) for case in _cases()}
+    return Evidence(
+        value=max(errors.values()),
+        spread=(min(errors.values()), max(errors.values())),
+        details={
+            "errors at the threshold, in fractions": errors,
+            "errors in float64": {name: error for name, (error, _) in floats.items()},
+            "condition numbers": {name: condition for name, (_, condition) in floats.items()},
+            "trained products of maps": _knees(prediction, linear=True),
+            "trained networks": _knees(prediction, linear=False),
+        },
+        note=(
+            "ReLU networks of width 12, target of 2 layers, 1 to 3 frozen layers for each, missing "
+            "rank 6 or 12, three seeds; exact arithmetic, as large biases cost digits where the "
+            "frozen maps are nearly singular; a rank that training misses does not refute existence"
+        ),
+    )
+
+
+def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
+    """One rank less, with the nearest products that such changes reach."""
+    errors = {case.name: _constructed(case, prediction[case.name] - 1)[0] for case in _cases()}
+    exact = {case.name: _exact_error(case, prediction[case.name] - 1) for case in _cases()}
+    return Evidence(
+        value=min(*errors.values(), *exact.values()),
+        details={"nearest products, in float64": errors, "in fractions": exact},
+        note="the same constructions at one rank below the threshold; the least error of all cases",
+    )
+
+
+CLAIM = Claim(
+    id=11,
+    name="lora-rank-threshold",
+    title="LoRA reaches a target network from a predicted rank on",
+    statement=(
+        "if M frozen ReLU layers stand for each layer of a target network, LoRA of rank "
+        "⌈rank(target weight - product of the frozen weights) / M⌉ with free biases computes the "
+        "target exactly on a ball, provided the frozen weights and the partial sums are invertible"
+    ),
+    source="Zeng & Lee, ICLR 2024",
+    notebook="11_lora_rank_threshold",
+    threshold=Threshold("<=", 1e-9, "largest relative error of the outputs at the threshold"),
+    predict=_predict,
+    measure=_measure,
+    negative_control=_negative_control,
+)
