@@ -34,6 +34,13 @@
 # $n \bar L / L$: width times the ratio of the depths.
 
 # %% [markdown]
+# ## Assumptions
+#
+# - All maps are square and of one width; a target of another shape needs padding by zeros.
+# - $W_M \cdots W_1$ of every group and the partial sums are invertible: true of almost all weights.
+# - The biases of the frozen network may be chosen, and the inputs lie in a ball.
+
+# %% [markdown]
 # ## Derivation
 #
 # *Lower bound.* Change one factor after another: the product differs from $W_M \cdots W_1$ by $M$
@@ -60,6 +67,11 @@
 # *What it does not say.* That gradient descent finds these factors, nor that fewer ranks cannot do:
 # below the threshold the linear case has a positive least error, but a ReLU network may reach the
 # target on a ball in other ways.
+
+# %% [markdown]
+# ## Numerical check
+#
+# Distances of the constructed products, rank by rank, and the ranks of the changes.
 
 # %%
 import math

@@ -65,7 +65,14 @@
 # most the factor of the mean $p$: (1) again, with $m$ for $n$.
 #
 # *Without replacement.* Both (1) and (2) rest on the expectation of a convex function of the count;
-# it is at most that for independent rows (Hoeffding 1963, theorem 4). $\blacksquare$
+# it is at most that for independent rows (Hoeffding 1963, theorem 4). Rows drawn so from strata, in
+# proportion to their sizes, are a sum of unequal coins, where the same holds with their mean, as in
+# (3) for (1) and by Hoeffding 1956 for (2). $\blacksquare$
+
+# %% [markdown]
+# ## Numerical check
+#
+# Probabilities by summing over all counts of errors.
 
 # %%
 import itertools

@@ -30,8 +30,13 @@
 # 4. The stable rank $\|D\|_F^2 / s_1^2$ of a Gaussian matrix tends to
 #    $mn / (\sqrt m + \sqrt n)^2$, so that "low" has a yardstick.
 #
-# The claim measures the boxed relation where its assumption is not guaranteed: a Transformer, whose
-# Hessian is far from a multiple of the identity, trained for finitely many steps.
+# ## Assumptions
+#
+# - $W_0 + D$ minimises the loss, and so does LoRA among the changes of its rank;
+# - the loss is quadratic with a multiple of the identity as its Hessian.
+#
+# The claim measures the boxed relation where neither is guaranteed: a Transformer, trained for
+# finitely many steps.
 
 # %% [markdown]
 # ## Derivation
