@@ -306,12 +306,102 @@ def solvers(seeds: int = 3) -> Grid:
     return grid
 
 
+def spectra(seeds: int = 2) -> Grid:
+    grid: Grid = []
+    sites, ranks, steps = ("attention.query", "mlp.up"), (1, 4, 16), (10, 20)
+    index = np.arange(1, 33)
+    for task, decay in (("movie", 1.0), ("trec6", 0.7)):
+        for seed in range(seeds):
+            random = np.random.default_rng(seed)
+            modules, frames = [], []
+            for layer in range(2):
+                for site in sites:
+                    values = index**-decay * np.exp(0.02 * random.normal(size=len(index)))
+                    place = {"layer": layer, "site": site}
+                    frames.append(
+                        pd.DataFrame({**place, "index": index, "value": np.sort(values)[::-1]})
+                    )
+                    modules += [
+                        {
+                            **place,
+                            "step": step,
+                            "shape": [32, 64],
+                            "stable_rank": 1.5 + 0.1 * step / 10,
+                        }
+                        for step in steps
+                    ]
+            rows = [
+                {
+                    "rank": rank,
+                    "loss": 0.2 + 0.3 * rank**-0.5 + 0.01 * seed,
+                    "truncated_loss": 0.2 + 0.3 * rank**-0.8,
+                    "tail_share": rank**-0.5,
+                }
+                for rank in ranks
+            ]
+            overlaps = [
+                {
+                    "step": step,
+                    "rank": rank,
+                    "left": 0.2 + 0.01 * rank + 0.001 * step,
+                    "right": 0.1 + 0.01 * rank,
+                    "left_by_chance": rank / 32,
+                    "right_by_chance": rank / 64,
+                }
+                for step in steps
+                for rank in ranks
+            ]
+            ends = {"before": 0.7, "head": 0.5, "full": 0.2, "full_without_update": 0.5}
+            result = {"losses": ends, "ranks": rows, "modules": modules, "overlaps": overlaps}
+            config = {"model": "minilm-l3", "task": task, "seed": seed, "steps": steps[-1]}
+            grid.append((Synthetic(config), result, pd.concat(frames, ignore_index=True)))
+    return grid
+
+
+def threshold(seeds: int = 2) -> Grid:
+    grid: Grid = []
+    deltas = {("head",): 0.8, ("bitfit", "head"): 9.0, ("selected-modules:sites=block",): 3.0}
+    for seed in range(seeds):
+        random = np.random.default_rng(seed)
+        for names, stretch in ((None, 1.0), (("lora", "head"), 1.0), *deltas.items()):
+            tuned = (8, 32, 128) if names in deltas else ()
+            config: dict[str, Any] = {"exponent": 1.0, "size": 400, "seed": seed}
+            if names is not None:
+                config = {"model": "minilm-l3", "task": "movie", "deltas": list(names)}
+                config |= {"dimensions": list(tuned), "seed": seed}
+            cases, frames = [], []
+            for target, d in ((0.8, 15.0), (0.5, 40.0)):
+                kinds = ["quadratic"] if names is None else ["linearised", "fine-tuned"]
+                for kind in kinds[: 2 if tuned else 1]:
+                    factor = stretch if kind == "fine-tuned" else 1.0
+                    measured = d * factor * np.exp(random.normal(0, 0.03))
+                    case = {"kind": kind, "target": target, "predicted": d, "width": 4.0}
+                    case |= {"standard_error": 0.5, "published": 2 * d, "measured_width": 4.0}
+                    case |= {"measured": measured if measured < 128 else None, "draws": 4}
+                    case |= {"low": 0.9 * measured, "high": 1.1 * measured}
+                    cases.append(case)
+                dimension = np.arange(4, 60, 2)
+                share = 1 / (1 + np.exp(-(dimension - d) / 3))
+                row = {"kind": kinds[0], "target": target, "dimension": dimension}
+                frames.append(pd.DataFrame(row | {"predicted": share, "measured": share}))
+            for dimension in tuned:
+                for subspace in range(3):
+                    row = {"kind": "training", "dimension": dimension, "seed": subspace}
+                    loss = 0.7 * np.exp(-dimension / 40 / stretch) + random.uniform(0, 0.02)
+                    row |= {"loss": loss, "expected": 0.7 * np.exp(-dimension / 40)}
+                    frames.append(pd.DataFrame([row]))
+            result = {"cases": cases, "start": 0.7, "least": 0.2, "rank": 48}
+            grid.append((Synthetic(config), result, pd.concat(frames, ignore_index=True)))
+    return grid
+
+
 GRIDS: dict[str, Callable[[], Grid]] = {
     "performance": performance,
     "pontryagin": pontryagin,
     "reachability": reachability,
     "selection": selection,
     "solvers": solvers,
+    "spectra": spectra,
     "subspace": subspace,
 }
 
