@@ -114,8 +114,8 @@ class UpdateSpectra(Experiment):
         training in ``trials``; the curve is the spectrum of each module's final update.
 
         Raises:
-            InputError: no classification, too few rows, a rank above a site's width, or a
-                parametrisation that diverges at all of its rates.
+            InputError: no classification, too few rows, a site that is no linear map or narrower
+                than a rank, or a parametrisation that diverges at all of its rates.
         """
         from tqdm.auto import tqdm
 
@@ -220,6 +220,8 @@ class _Bench:
             for site in found.resolve((name,))
         }
         self.sites = {site.key: site for site in found.resolve(tuple(experiment.sites))}
+        for site in self.sites.values():
+            site.in_features  # noqa: B018 - refuses what is no linear map
         self.start = {key: _map(site).clone() for key, site in self.sites.items()}
         self.trials: list[dict[str, Any]] = []
         self.before = self.loss(self.base)

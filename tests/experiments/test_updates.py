@@ -108,3 +108,5 @@ def test_wrong_settings_are_named(minilm_l6: str, tmp_path) -> None:
     space = Workspace(tmp_path, progress=False)
     with pytest.raises(InputError, match="training rows"):
         UpdateSpectra(model=minilm_l6, **SMALL | {"train_rows": 10**6}).execute(space)
+    with pytest.raises(InputError, match="not a linear map"):
+        UpdateSpectra(model=minilm_l6, **SMALL | {"sites": ("attention",)}).execute(space)
