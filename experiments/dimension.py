@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from experiments.dimension_search import Search, Trial, climb, three_digits
+from experiments.dimension_search import Search, Trial, steadiest, three_digits
 from experiments.experiment import Digests, Experiment, Outcome, Workspace
 from experiments.finetune import FineTuning
 from theory.dimension import (
@@ -154,9 +154,7 @@ class DimensionSearch(Experiment):
             baseline: list[Trial] = []
             goal: float | Baseline = self.target or 0.0
             if self.target is None:
-                best = climb(self.first_rate(), runs.baseline)
-                seeds = range(1, self.baseline_seeds)
-                baseline = [best, *(runs.baseline(best.rate, seed) for seed in seeds)]
+                baseline = steadiest(self.first_rate(), runs.baseline, self.baseline_seeds)
                 goal = Baseline(tuple(t.performance for t in baseline), self.share)
             names = {f.name for f in fields(Search)} & {f.name for f in fields(DimensionSearch)}
             options = {name: getattr(self, name) for name in names - {"target"}}
@@ -188,7 +186,7 @@ class _Runs:
         self.chance = -math.inf
         self.full_dimension: float = math.inf
 
-    def baseline(self, rate: float, seed: int = 0) -> Trial:
+    def baseline(self, rate: float, seed: int) -> Trial:
         return self._done(self.spec.baseline_training(rate, seed), None, rate, rate, seed)
 
     def measure(self, d: int, move: float, seed: int) -> Trial:

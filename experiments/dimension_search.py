@@ -90,6 +90,38 @@ def climb(
     return found[best]
 
 
+def steadiest(start: float, known: Callable[[float, int], Trial], seeds: int) -> list[Trial]:
+    """The runs of all seeds at the rate with the best mean validation performance.
+
+    The climb is at seed 0. The other seeds run at the rate that it finds, and at another one only
+    where seed 0 did better there than the mean here: a rate at which only some seeds learn does not
+    win by one of them.
+
+    Args:
+        start: the rate to begin with.
+        known: trains with a rate and a seed.
+        seeds: how many.
+    """
+    tried: dict[float, Trial] = {}
+
+    def first(rate: float) -> Trial:
+        tried[rate] = known(rate, 0)
+        return tried[rate]
+
+    def mean(runs: list[Trial]) -> float:
+        return sum(trial.validation for trial in runs) / len(runs)
+
+    climb(start, first)
+    best: list[Trial] = []
+    for trial in sorted(tried.values(), key=_rank, reverse=True):
+        if best and trial.validation <= mean(best):
+            break
+        runs = [trial, *(known(trial.rate, seed) for seed in range(1, seeds))]
+        if not best or mean(runs) > mean(best):
+            best = runs
+    return best
+
+
 def _rank(trial: Trial) -> tuple[float, float]:
     return trial.validation, -trial.validation_loss
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from experiments.dimension import FineTuningDimension, estimate_from
-from experiments.dimension_search import Search, Trial, climb
+from experiments.dimension_search import Search, Trial, climb, steadiest
 from experiments.finetune import FineTuning
 from experiments.mnist import MnistDimension, MnistTraining, network
 from experiments.runs import RunStore
@@ -136,6 +136,27 @@ def test_climbing_finds_the_best_rate_and_tries_its_neighbours(best: float) -> N
     tried.clear()
     assert climb(1.0, known, tries=9, ways=(1,)).rate == pytest.approx(max(best, 1.0), rel=1e-2)
     assert min(tried) == 1.0
+
+
+def test_a_rate_at_which_only_some_seeds_learn_does_not_win() -> None:
+    done: list[tuple[float, int]] = []
+
+    def known(rate: float, seed: int) -> Trial:
+        done.append((rate, seed))
+        height = {1.0: 0.75, 3.16: 0.8 if seed != 1 else 0.5, 10.0: 0.4}.get(rate, 0.3)
+        return Trial(None, seed, rate, rate, height, height, 0.0, "completed", f"{rate}-{seed}")
+
+    found = steadiest(1.0, known, 3)
+    assert [(t.rate, t.seed) for t in found] == [(1.0, 0), (1.0, 1), (1.0, 2)]
+    assert len(done) == len(set(done)) == 7  # seeds 1 and 2 at the two best of three rates
+
+
+def test_a_steady_rate_is_not_doubted() -> None:
+    def known(rate: float, seed: int) -> Trial:
+        height = {1.0: 0.75, 3.16: 0.8 - 0.01 * seed}.get(rate, 0.3)
+        return Trial(None, seed, rate, rate, height, height, 0.0, "completed", f"{rate}-{seed}")
+
+    assert [(t.rate, t.seed) for t in steadiest(1.0, known, 3)] == [(3.16, s) for s in range(3)]
 
 
 def test_equal_accuracies_are_told_apart_by_the_loss() -> None:
