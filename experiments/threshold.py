@@ -7,7 +7,8 @@ Three kinds of measurement stand beside the prediction of `theory.gaussian_width
     fine-tuned   the real model itself, trained in subspaces ``theta = theta_0 + P z`` of the same
                  controls on the same rows, by L-BFGS over ``z``.
 
-The quadratic losses are predicted by Lanczos from products, the model from its tangent kernel.
+The quadratic losses are predicted by Lanczos from products, the model from its tangent kernel; the
+fine-tuned one also with its cross-entropy as it is, by `theory.cone_threshold`.
 """
 
 from __future__ import annotations
@@ -182,8 +183,9 @@ class ModelThreshold(Experiment):
     def execute(self, workspace: Workspace) -> Outcome:
         """Predict, solve, train.
 
-        The result holds ``cases``, one for each target and kind (see `_case`), the loss at the
-        start, D, the rank of the Gauss-Newton model, and ``displacement``: for each target the
+        The result holds ``cases``, one for each target and kind (see `_case`; those that are
+        fine-tuned have ``cone``, the dimension of `theory.cone_threshold`), the loss at the start,
+        D, the rank of the Gauss-Newton model, and ``displacement``: for each target the
         predicted root mean square of a parameter's change, beside that of the parameters
         themselves. The curve holds shares that reach each target, and the losses of all trainings
         beside the mean that the Gauss-Newton model predicts.
@@ -241,7 +243,8 @@ class ModelThreshold(Experiment):
             for share in self.targets:
                 found = loss.threshold((1 - share) * start)
                 crossings = _crossings(frame, share * start)
-                cases.append(_case("fine-tuned", share, found, crossings, None))
+                cone = _cone(initial, share * start)
+                cases.append(_case("fine-tuned", share, found, crossings, None) | cone)
         result = {
             "cases": cases,
             "start": start,
@@ -335,6 +338,20 @@ def _root_mean_square(initial: InitialModel) -> float:
     trainable = initial.controlled.trainable().values()
     total = sum(float(p.detach().double().square().sum()) for p in trainable)
     return math.sqrt(total / initial.num_parameters)
+
+
+def _cone(initial: InitialModel, target: float) -> dict[str, float]:
+    """d* of the cross-entropy itself, of logits that are linear: no quadratic in its place."""
+    import torch
+
+    from theory.cone_threshold import cross_entropy_threshold
+
+    logits = initial.logits(torch.arange(initial.rows))
+    left = torch.block_diag(*[initial.contrasts] * initial.rows)
+    size = initial.rows * initial.contrasts.shape[1]
+    kernel = left @ initial.kernel.total()[:size, :size] @ left.mT
+    found = cross_entropy_threshold(kernel, logits, initial.labels, target)
+    return {"cone": found.dimension, "cone_error": found.standard_error}
 
 
 def _expected_fall(loss: QuadraticLoss, dimension: int, rank: int) -> float:

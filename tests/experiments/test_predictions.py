@@ -230,8 +230,8 @@ def test_ranks_are_those_of_the_gradient_and_of_the_linear_step(full: InitialMod
     values = torch.linalg.svdvals(parts[name].view(32, 16))
     stable = float(values.square().sum() / values[0] ** 2)
     assert table.loc[name, "gradient_stable_rank"] == pytest.approx(stable, rel=1e-8)
-    assert bool((table["step_stable_rank"] >= 1).all())
-    assert bool((table["step_rank90"] <= 16).all())
+    assert min(table["step_stable_rank"]) >= 1
+    assert max(table["step_rank90"]) <= 16
 
 
 def test_records_of_thresholds(places: dict[str, str], tmp_path: Path) -> None:
@@ -251,6 +251,9 @@ def test_records_of_thresholds(places: dict[str, str], tmp_path: Path) -> None:
     linear = cases.loc["linearised"]
     error = (linear["measured"] - linear["predicted"]).abs().to_numpy()
     assert (error <= 1 + linear["width"].to_numpy()).all()
+    by_cone = [case for case in tuned.result["cases"] if case["kind"] == "fine-tuned"]
+    # A subspace of the head has 51 directions; the cross-entropy wants fewer than its quadratic.
+    assert [0 < case["cone"] < case["predicted"] + 3 for case in by_cone] == [True, True]
     # In the head's own directions the model is linear, and the loss the better the more there are.
     losses = tuned.curve.dropna(subset=["loss"]).groupby("dimension")["loss"].mean()
     assert losses.is_monotonic_decreasing and float(losses.iloc[-1]) < tuned.result["start"]
