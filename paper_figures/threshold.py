@@ -54,6 +54,8 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                     "high": _bound(case["high"]),
                     "draws": case["draws"],
                     "published": number(case["published"]),
+                    "cone": number(case.get("cone")),
+                    "cone_error": number(case.get("cone_error")),
                     "largest": max(config.get("dimensions") or [0]),
                     "run": record.id,
                 }
@@ -150,7 +152,8 @@ def caption(table: pd.DataFrame) -> str:
     text = (
         f"{TITLE}. (a) Predicted from the spectrum without training, measured as the median over "
         "subspaces, interval of the median; the band is ±20 %; arrows: reached in no dimension "
-        "that was trained. (b) Share of subspaces that reach the target, over the distance from "
+        "that was trained; hollow: predicted with the cross-entropy itself in the place of its "
+        "quadratic. (b) Share of subspaces that reach the target, over the distance from "
         "the prediction in widths; line: predicted. (c) Final training losses of the real model, "
         "a dot a subspace; dashed: what its Gauss-Newton model at the start expects, which is the "
         f"same for all. Largest error of exact solves: {joined(parts)}."
@@ -163,6 +166,9 @@ def caption(table: pd.DataFrame) -> str:
         if len(reached):
             ratios = reached["measured"] / reached["predicted"]
             found += f"{_range(ratios, 2)} times the predicted dimension"
+            if reached["cone"].notna().any():
+                ratios = reached["measured"] / reached["cone"]
+                found += f" ({_range(ratios, 2)} with the cross-entropy itself)"
         if missed:
             found += f"{', and ' if len(reached) else ''}{missed} of {len(cases)} targets not "
             found += f"reached up to d = {int(cases['largest'].max())}"
@@ -234,6 +240,10 @@ def _draw_thresholds(ax: Axes, table: pd.DataFrame, tuned: dict[str, Look]) -> N
         ax.errorbar(
             there["predicted"], there["measured"], yerr=error, fmt=look.marker, color=look.color,
             ms=3.5, lw=0.8, label=look.label,
+        )  # fmt: skip
+        ax.errorbar(
+            there["cone"], there["measured"], xerr=there["cone_error"], fmt=look.marker,
+            color=look.color, ms=3.5, lw=0.5, mfc="none",
         )  # fmt: skip
         beyond = cases[~np.isfinite(cases["measured"])]
         ax.plot(

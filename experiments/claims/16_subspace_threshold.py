@@ -55,6 +55,10 @@ def _isotropic(record: Any, case: Mapping[str, Any]) -> float:
     return result["rank"] * (1 - case["target"]) * start / (start - least)
 
 
+def _moves(record: Any) -> list[float]:
+    return [float(move) for move in record.result["displacement"]]
+
+
 def _judged(predicted: Callable[[Any, Mapping[str, Any]], float]) -> Evidence:
     import math
 
@@ -66,6 +70,8 @@ def _judged(predicted: Callable[[Any, Mapping[str, Any]], float]) -> Evidence:
         text = f"predicted {d:.4g} ± {case['width']:.3g}, measured {measured:.4g}"
         high = math.inf if case["high"] is None else case["high"]
         text += f" in [{case['low'] or math.inf:.4g}, {high:.4g}]"
+        if "cone" in case:
+            text += f"; with the cross-entropy itself {case['cone']:.4g} ± {case['cone_error']:.2g}"
         details[name] = text
         if case["predicted"] < LEAST:
             details[name] += " (too small to be judged)"
@@ -74,6 +80,14 @@ def _judged(predicted: Callable[[Any, Mapping[str, Any]], float]) -> Evidence:
         if kind == "fine-tuned":
             kind += f" {'+'.join(record.config['deltas'])}"
         worst.setdefault(kind, []).append(abs(d / measured - 1))
+    for record in _records():
+        if record.config.get("dimensions"):
+            name = f"change of a parameter at the optimum, {'+'.join(record.config['deltas'])}"
+            details[name] = (
+                "predicted root mean square for targets "
+                f"{record.config['targets']}: {[float(f'{x:.3g}') for x in _moves(record)]}, of "
+                f"the parameters themselves {record.result['parameters']:.3g}"
+            )
     value = max(max(errors) for errors in worst.values())
     summary = {f"errors, {kind}": sorted(errors) for kind, errors in worst.items()}
     everything = [e for errors in worst.values() for e in errors]
