@@ -32,6 +32,11 @@
 #    for Gaussian entries, $X_i = \partial z_i/\partial W$ and $K^W_{ij} = \operatorname{tr} M$:
 #    it is the kernel of full fine-tuning of $W$, up to a factor and $O(1/\sqrt r)$.
 #
+# 4. Away from its start LoRA has a second part: $K^{\mathrm{LoRA}}_{ij} = s^2\langle X_iA^\top,
+#    X_jA^\top\rangle + s^2\langle B^\top X_i, B^\top X_j\rangle$, and $\|B\|$ has to grow as
+#    $1/s$ for a given change of the outputs. LoRA of a small scale leaves its kernel although $W$
+#    hardly moves.
+#
 # Malladi et al. argue that a prompt makes the second case small: the task is then near to what was
 # trained before, and $\rho$ is small. A head that is drawn anew has to grow first.
 
@@ -56,7 +61,11 @@
 #    X_j A^\top\rangle = s^2 \sum_{k \le r} a_k^\top X_i^\top X_j a_k$, a sum over the rows of $A$.
 #    For one Gaussian row, $\mathbb{E}\,a^\top M a = \sigma^2\operatorname{tr} M$ and
 #    $\operatorname{Var} = \sigma^4(\operatorname{tr} MM^\top + \operatorname{tr} M^2)$ with
-#    $M = X_i^\top X_j$; the $r$ rows are independent. $\blacksquare$
+#    $M = X_i^\top X_j$; the $r$ rows are independent.
+#
+# 4. $\partial z_i/\partial A = s B^\top X_i$, which vanishes at the start. To first order
+#    $\Delta z = s\langle X, BA\rangle$: the scale divides $B$ by $s$, and the second part is free
+#    of $s$ while the first has $s^2$. $\blacksquare$
 
 # %%
 import torch
@@ -85,6 +94,24 @@ variance = s**4 * rank * sigma**4 * ((M * M).sum() + (M @ M).trace())
 print(f"mean {found.mean():.3f}, predicted {mean:.3f}; variance {found.var():.2f}, {variance:.2f}")
 assert abs(found.mean() - mean) < 4 * (variance / draws) ** 0.5
 assert abs(found.var() / variance - 1) < 0.15
+
+# %% [markdown]
+# *The second part*, for one linear output $z = \langle X, W + sBA\rangle$ brought to the same
+# change by LoRA of three scales, each trained by gradient descent.
+
+# %%
+drifts = {}
+for scale in (0.25, 1.0, 4.0):
+    A0 = normal(rank, width) / width**0.5
+    A, B = A0.clone(), torch.zeros(out, rank, dtype=F64)
+    first = scale**2 * (X @ A0.T).square().sum()
+    rate = 0.02 / first
+    while scale * (X * (B @ A)).sum() < 5.0:
+        A, B = A + rate * scale * B.T @ X, B + rate * scale * X @ A.T
+    kernel = scale**2 * ((X @ A.T).square().sum() + (B.T @ X).square().sum())
+    drifts[scale] = float(kernel / first - 1)
+    print(f"scale {scale:g}: the kernel grows by {drifts[scale]:.2f} of itself")
+assert drifts[0.25] > 2 * drifts[1.0] > 4 * drifts[4.0]
 
 # %% [markdown]
 # *Descent.* Two layers, a network that is linear in its last one and not in its first.
