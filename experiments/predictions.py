@@ -74,7 +74,7 @@ class DimensionPrediction:
 
     @property
     def text(self) -> str:
-        """Such as ``d* = 41 ± 3 (5 % to 95 % of subspaces: 33 to 50)``."""
+        """``d*`` ± its standard error, and the dimensions of 5 % and 95 %, or why there is none."""
         if math.isnan(self.dimension):
             return f"no d*: {self.reason}"
         text = f"d* = {self.dimension:.3g} ± {self.standard_error:.1g}"
@@ -120,8 +120,9 @@ def predict_dimension(
         InputError: as in `InitialModel`; a target that is no accuracy, or no positive loss.
 
     Example:
-        >>> predict_dimension("minilm-l3", "movie", target=0.6).text  # doctest: +SKIP
-        'd* = 12 ± 3 (5 % to 95 % of subspaces: 6 to 25)'
+        >>> predict_dimension("minilm-l3", "movie", target=0.55, max_length=32).text
+        ... # doctest: +SKIP
+        'd* = 9.9 ± 4'
     """
     columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
     classes = max(2, len(tasks.load(task, **columns).labels))
