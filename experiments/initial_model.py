@@ -81,6 +81,8 @@ class InitialModel:
         loaded = tasks.load(task, text_column=text_column, label_column=label_column)
         if loaded.kind != "classification":
             raise InputError(f"{task} is a {loaded.kind} task; a prediction needs classes")
+        if len(loaded.labels) < 2:
+            raise InputError(f"{task} has one class, {loaded.labels}; a prediction needs two")
         for name, wanted, split in (
             ("rows", rows, loaded.train),
             ("heldout", heldout, loaded.validation),
@@ -212,7 +214,9 @@ class InitialModel:
             logits = self.controlled(**without_labels(batch)).logits
             value = (logits * weights[done : done + len(logits)].to(logits)).sum()
             done += len(logits)
-            found = torch.autograd.grad(value, list(trainable.values()))
+            found = torch.autograd.grad(
+                value, list(trainable.values()), allow_unused=True, materialize_grads=True
+            )
             for name, gradient in zip(trainable, found, strict=True):
                 total[name] += gradient
         return total

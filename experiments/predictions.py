@@ -77,8 +77,10 @@ class DimensionPrediction:
         """``d*`` ± its standard error, and the dimensions of 5 % and 95 %, or why there is none."""
         if math.isnan(self.dimension):
             return f"no d*: {self.reason}"
+        if not self.dimension:
+            return f"d* = 0: {self.reason}"
         text = f"d* = {self.dimension:.3g} ± {self.standard_error:.1g}"
-        if math.isnan(self.low + self.high) or not self.dimension:
+        if math.isnan(self.low + self.high):
             return text
         return f"{text} (5 % to 95 % of subspaces: {self.low:.3g} to {self.high:.3g})"
 
@@ -179,7 +181,8 @@ def predict_ranks(initial: InitialModel, share: float = 0.9) -> pd.DataFrame:
     largest fall of the Gauss-Newton model, which is full fine-tuning's change as far as the model
     stays linear. Columns name, shape, and for both (gradient_, step_) stable_rank, participation
     and rank90, the least rank that keeps 90 % of the energy; then kernel_participation, the
-    number of directions of the examples that the matrix's own tangent kernel resolves.
+    number of directions of the examples that the matrix's own tangent kernel resolves. Matrices
+    with fewer than 8 rows or columns, or without a gradient, are left out.
 
     Args:
         initial: over all parameters.
@@ -204,7 +207,7 @@ def predict_ranks(initial: InitialModel, share: float = 0.9) -> pd.DataFrame:
     size = initial.rows * initial.contrasts.shape[1]
     rows = []
     for name, parameter in initial.controlled.trainable().items():
-        if parameter.ndim != 2 or min(parameter.shape) < 8:
+        if parameter.ndim != 2 or min(parameter.shape) < 8 or not changes["gradient"][name].any():
             continue
         row: dict[str, Any] = {"name": name, "shape": tuple(parameter.shape)}
         for kind, change in changes.items():
@@ -287,8 +290,6 @@ class _Subspaces:
             low = d
         else:
             return math.nan
-        if low == 0.0:
-            return 0.0
         while d - low > 0.01 * d:
             middle = 0.5 * (low + d)
             low, d = (low, middle) if self.probability(middle) >= share else (middle, d)

@@ -18,7 +18,12 @@ from transformers import (
 from deltas import parse
 from experiments.experiment import Workspace
 from experiments.initial_model import InitialModel
-from experiments.predictions import dimension_of, predict_dimension, predict_ranks
+from experiments.predictions import (
+    _Subspaces,
+    dimension_of,
+    predict_dimension,
+    predict_ranks,
+)
 from experiments.tangent_kernel import tangent_kernel, without_labels
 from experiments.threshold import ModelThreshold, QuadraticThreshold
 from theory.errors import InputError
@@ -212,6 +217,16 @@ def test_the_ends_of_the_scale(full: InitialModel, places: dict[str, str]) -> No
         max_length=12,
     ).text  # fmt: skip
     assert text.startswith("d* = 0") or text.startswith("no d*")
+
+
+@pytest.mark.parametrize("middle", [0.4, 1.0, 7.0, 20.0])
+def test_a_share_is_found_between_the_dimensions_of_the_curve(
+    full: InitialModel, monkeypatch: pytest.MonkeyPatch, middle: float
+) -> None:
+    subspaces = _Subspaces(full, torch.arange(ROWS), torch.arange(HELDOUT), 0.5, "accuracy")
+    monkeypatch.setattr(subspaces, "probability", lambda d: min(1.0, 0.5 * d / middle))
+    assert subspaces.quantile(0.5) == pytest.approx(middle, rel=0.01)
+    assert subspaces.quantile(0.0) == 0
 
 
 def test_ranks_are_those_of_the_gradient_and_of_the_linear_step(full: InitialModel) -> None:
