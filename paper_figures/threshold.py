@@ -56,6 +56,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                     "published": number(case["published"]),
                     "cone": number(case.get("cone")),
                     "cone_error": number(case.get("cone_error")),
+                    "smallest": min(config.get("dimensions") or [0]),
                     "largest": max(config.get("dimensions") or [0]),
                     "run": record.id,
                 }
@@ -152,11 +153,11 @@ def caption(table: pd.DataFrame) -> str:
     text = (
         f"{TITLE}. (a) Predicted from the spectrum without training, measured as the median over "
         "subspaces, interval of the median; the band is ±20 %; arrows: reached in no dimension "
-        "that was trained; hollow: predicted with the cross-entropy itself in the place of its "
-        "quadratic. (b) Share of subspaces that reach the target, over the distance from "
+        "that was trained (up), or in the least one (down); hollow: predicted with the "
+        "cross-entropy itself in the place of its quadratic. (b) Share of subspaces that reach the target, over the distance from "
         "the prediction in widths; line: predicted. (c) Final training losses of the real model, "
-        "a dot a subspace; dashed: what its Gauss-Newton model at the start expects, which is the "
-        f"same for all. Largest error of exact solves: {joined(parts)}."
+        "a dot a subspace, which ends a tenth below the lowest target; dashed: what its "
+        f"Gauss-Newton model at the start expects. Largest error of exact solves: {joined(parts)}."
     )
     tuned = table[table["kind"] == "fine-tuned"]
     for (of,), cases in groups(tuned, ["of"]):
@@ -246,10 +247,15 @@ def _draw_thresholds(ax: Axes, table: pd.DataFrame, tuned: dict[str, Look]) -> N
             color=look.color, ms=3.5, lw=0.5, mfc="none",
         )  # fmt: skip
         beyond = cases[~np.isfinite(cases["measured"])]
-        ax.plot(
-            beyond["predicted"], beyond["largest"], linestyle="", marker=r"$\uparrow$", ms=6,
-            color=look.color,
-        )  # fmt: skip
+        least = there[(there["kind"] == "fine-tuned") & (there["measured"] == there["smallest"])]
+        for bounded, at, arrow in (
+            (beyond, "largest", r"$\uparrow$"),
+            (least, "smallest", r"$\downarrow$"),
+        ):
+            position = bounded[at] * (1.15 if at == "largest" else 0.87)
+            ax.plot(
+                bounded["predicted"], position, linestyle="", marker=arrow, ms=6, color=look.color
+            )
     ax.set(xscale="log", yscale="log", xlim=(low, top), ylim=(low, top))
     ax.set_xlabel("predicted d*")
     ax.set_ylabel("measured dimension")

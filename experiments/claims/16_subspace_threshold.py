@@ -70,6 +70,8 @@ def _judged(predicted: Callable[[Any, Mapping[str, Any]], float]) -> Evidence:
         text = f"predicted {d:.4g} ± {case['width']:.3g}, measured {measured:.4g}"
         high = math.inf if case["high"] is None else case["high"]
         text += f" in [{case['low'] or math.inf:.4g}, {high:.4g}]"
+        if case["kind"] == "fine-tuned" and measured == record.config["dimensions"][0]:
+            text += ", the least dimension that was trained"
         if "cone" in case:
             text += f"; with the cross-entropy itself {case['cone']:.4g} ± {case['cone_error']:.2g}"
         details[name] = text
