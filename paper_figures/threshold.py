@@ -154,8 +154,9 @@ def caption(table: pd.DataFrame) -> str:
         f"{TITLE}. (a) Predicted from the spectrum without training, measured as the median over "
         "subspaces, interval of the median; the band is ±20 %; arrows: reached in no dimension "
         "that was trained (up), or in the least one (down); hollow: predicted with the "
-        "cross-entropy itself in the place of its quadratic. (b) Share of subspaces that reach the target, over the distance from "
-        "the prediction in widths; line: predicted. (c) Final training losses of the real model, "
+        "cross-entropy itself in the place of its quadratic. (b) Share of subspaces that reach the "
+        "target, over the distance from the prediction in widths; line: predicted. (c) Final "
+        "training losses of the real model, "
         "a dot a subspace, which ends a tenth below the lowest target; dashed: what its "
         f"Gauss-Newton model at the start expects. Largest error of exact solves: {joined(parts)}."
     )
