@@ -20,8 +20,7 @@ from paper_figures.marks import joined, method, number, percent, spread
 from theory.errors import InputError
 
 TITLE = "Delta methods at a glance"
-# With an annotation `names` does not list the figure: its records are not published yet.
-STUDY: str = "taxonomy"
+STUDY = "taxonomy"
 
 KEYS = ["model", "task", "method"]
 # Category: its order, its colour.
@@ -60,7 +59,7 @@ PLACES = {
     "ladder": "beside all blocks",
     "ia3": "k, v, mlp inner",
     "mam": "keys, values; mlp",
-    "unipelt": "q, v; keys, values; mlp",
+    "unipelt": "q, v; keys; mlp",
 }
 
 
@@ -85,6 +84,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                 "law": known[name].law,
                 "learning_rate": record.config["learning_rate"],
                 "seed": record.config["seed"],
+                "steps": record.config["steps"],
                 "num_trainable": record.result["num_trainable"] - record.result["num_head"]
                 if name != "head"
                 else record.result["num_head"],
@@ -171,7 +171,7 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     sizes.set_xlabel("parameters")
     for ax, task in zip(accuracies, tasks, strict=True):
         _draw_accuracy(ax, table[table["task"] == task], names, heights, colors)
-        ax.set_xlabel(f"{task}, accuracy (%)")
+        ax.set_xlabel(f"{task} (%)")
     for ax in (sizes, *accuracies):
         ax.tick_params(axis="y", left=False, labelleft=False)
         for line in _borders(firsts["category"]):
@@ -184,9 +184,10 @@ def caption(table: pd.DataFrame) -> str:
     seeds = table.groupby(KEYS)["seed"].nunique().max()
     sentences = [
         f"{TITLE}: {table['method'].nunique()} methods on {joined(sorted(table['model'].unique()))}"
-        f". Parameters without the head's, which every method trains. A dot is a seed ({seeds}), "
-        "the bar their mean; each method at the rate that validation rows chose; dashed: the "
-        "majority class."
+        f", {joined(sorted(map(str, table['steps'].unique())))} steps. Parameters without the "
+        f"head's, which every method trains. Test accuracy: a dot is a seed ({seeds}), the bar "
+        "their mean; each method at the rate that validation rows chose; dashed: the majority "
+        "class."
     ]
     for task in sorted(table["task"].unique()):
         means = 100 * table[table["task"] == task].groupby("method")["accuracy"].mean()

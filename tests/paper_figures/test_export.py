@@ -96,6 +96,7 @@ def test_captions_take_their_numbers_from_the_table(name: str, records: list[Rec
             "solvers": "AdamW 0.1 and 0.3 (0.3 and 1 given up)",
             "spectra": "On movie the stable rank is 1.7 on average, 15.5 % of a Gaussian matrix's",
             "subspace": "up to d = 20,000",
+            "taxonomy": "Best of each category on movie: houlsby (",
             "threshold": "subspaces of BitFit: 4 of 4 targets not reached up to d = 128",
         }[name]
     assert expected in figure.caption(table)
