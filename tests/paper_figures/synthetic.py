@@ -434,6 +434,7 @@ GRIDS: dict[str, Callable[[], Grid]] = {
     "spectra": spectra,
     "subspace": subspace,
     "threshold": threshold,
+    "taxonomy": taxonomy,
 }
 
 
