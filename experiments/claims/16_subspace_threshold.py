@@ -28,15 +28,17 @@ def _records() -> list[Any]:
 
 def _cases() -> dict[str, tuple[Any, dict[str, Any]]]:
     """Record and comparison, by name."""
-    found = {}
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
     for record in _records():
         config = record.config
         if record.kind == "quadratic-threshold":
             where = f"eigenvalues i^-{config['exponent']:g}"
         else:
-            where = f"{config['task']} {'+'.join(config['deltas'])}"
+            where = f"{config['rows']} rows of {config['task']}, {'+'.join(config['deltas'])}"
         for case in record.result["cases"]:
             name = f"{case['kind']}, {where}, target {case['target']:g}, seed {config['seed']}"
+            if name in found:
+                raise AssertionError(f"two comparisons are called {name}")
             found[name] = (record, case)
     return found
 
@@ -67,7 +69,7 @@ def _judged(predicted: Callable[[Any, Mapping[str, Any]], float]) -> Evidence:
     for name, (record, case) in _cases().items():
         d = predicted(record, case)
         measured = math.inf if case["measured"] is None else case["measured"]
-        text = f"predicted {d:.4g} ± {case['width']:.3g}, measured {measured:.4g}"
+        text = f"predicted {d:.4g} (width {case['width']:.3g}), measured {measured:.4g}"
         high = math.inf if case["high"] is None else case["high"]
         text += f" in [{case['low'] or math.inf:.4g}, {high:.4g}]"
         if case["kind"] == "fine-tuned" and measured == record.config["dimensions"][0]:
