@@ -157,7 +157,7 @@ def caption(table: pd.DataFrame) -> str:
         "cross-entropy itself in the place of its quadratic. (b) Share of subspaces that reach the "
         "target, over the distance from the prediction in widths; line: predicted. (c) Final "
         "training losses of the real model, "
-        "a dot a subspace, which ends a tenth below the lowest target; dashed: what its "
+        "a dot a subspace; trainings end a tenth below the lowest target; dashed: what its "
         f"Gauss-Newton model at the start expects. Largest error of exact solves: {joined(parts)}."
     )
     tuned = table[table["kind"] == "fine-tuned"]
