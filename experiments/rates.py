@@ -48,10 +48,16 @@ def default_rate(model: str, task: str, deltas: tuple[dict[str, Any], ...]) -> f
     entry they take the smallest of their defaults, so that none of them gets too large a rate.
     """
     names = sorted(delta["name"] for delta in deltas)
-    recorded = recorded_rates().get(f"{model}/{task}/{'+'.join(names)}")
+    keys = sorted(searched_name(delta) for delta in deltas)
+    recorded = recorded_rates().get(f"{model}/{task}/{'+'.join(keys)}")
     if recorded is not None:
         return recorded
     return min(DEFAULT_RATES.get(name, OTHER_RATE) for name in names)
+
+
+def searched_name(delta: dict[str, Any]) -> str:
+    """A delta's name in the recorded search; the rate of a subspace depends on its dimension."""
+    return delta["name"] + (f"/{delta['dimension']}" if delta["name"] == "subspace" else "")
 
 
 @cache

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable
 
 from experiments.finetune import FineTuning
-from experiments.rates import RATES_FILE, recorded_rates
+from experiments.rates import RATES_FILE, recorded_rates, searched_name
 from experiments.runs import Record, RunStore
 from theory.errors import InputError
 
@@ -127,9 +127,7 @@ def _trial(task: str, delta: str, rate: float, pretrained: bool = True) -> FineT
 def key(config: dict) -> str:
     """Name of a searched rate: model/task/delta, with the dimension of a subspace."""
     model = config["model"] + ("" if config["pretrained"] else "@random")
-    delta = config["deltas"][0]
-    name = delta["name"] + (f"/{delta['dimension']}" if delta["name"] == "subspace" else "")
-    return f"{model}/{config['task']}/{name}"
+    return f"{model}/{config['task']}/{searched_name(config['deltas'][0])}"
 
 
 def choose(records: Iterable[Record]) -> dict:

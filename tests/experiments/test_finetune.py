@@ -131,6 +131,15 @@ def test_the_configuration_names_the_rate(monkeypatch):
     assert mixed.learning_rate == rates.DEFAULT_RATES["lora"]
 
 
+def test_the_rate_of_a_subspace_is_that_of_its_dimension(monkeypatch):
+    monkeypatch.setattr(rates, "recorded_rates", lambda: {"m/t/subspace/50": 0.5})
+    found = [
+        FineTuning(model="m", task="t", deltas=(f"subspace:dimension={d}",)).learning_rate
+        for d in (50, 60)
+    ]
+    assert found == [0.5, rates.DEFAULT_RATES["subspace"]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
