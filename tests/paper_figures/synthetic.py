@@ -10,6 +10,7 @@ import pandas as pd
 from experiments.experiment import Experiment, Outcome, Workspace
 from experiments.records import Record
 from experiments.runs import RunStore
+from theory.dimension import Baseline, estimate_dimension
 
 STAGES = ["input", *(f"block.{i}" for i in range(6)), "readout"]
 
@@ -107,30 +108,54 @@ def pontryagin(seeds: int = 2) -> Grid:
     return grid
 
 
-def subspace(seeds: int = 3) -> Grid:
+def d90() -> Grid:
     grid: Grid = []
-    random = np.random.default_rng(1)
-    for pretrained, top, centre in ((True, 0.82, 60.0), (False, 0.66, 3000.0)):
-        for dimension in (None, 10, 50, 200, 1000, 5000, 20000):
-            for seed in range(seeds):
-                delta = {"name": "subspace", "dimension": dimension}
-                gain = 1.0 if dimension is None else dimension / (dimension + centre)
-                config = {
-                    "model": "minilm-l6",
-                    "task": "movie",
-                    "deltas": [{"name": "full"} if dimension is None else delta],
-                    "pretrained": pretrained,
-                    "seed": seed,
-                    "learning_rate": 1e-3,
-                }
-                result = {
-                    "accuracy": 0.52 + (top - 0.52) * gain + random.normal(0, 0.006),
-                    "majority_share": 0.52,
-                    "num_trainable": dimension or 22_700_000,
-                }
-                curve = pd.DataFrame({"step": [1, 2], "loss": [0.7, 0.6]})
-                grid.append((Synthetic(config), result, curve))
+    texts = [
+        (model, task, method, pretrained, centre)
+        for task in ("movie", "trec6")
+        for model, method, pretrained, centre in (
+            ("minilm-l3", "said", True, 2000.0),
+            ("minilm-l3", "did", True, 4000.0),
+            ("minilm-l6", "said", True, 500.0),
+            ("minilm-l6", "said", False, 3e7),
+        )
+    ]
+    for model, task, method, pretrained, centre in texts:
+        config = {
+            "model": model,
+            "task": task,
+            "method": method,
+            "pretrained": pretrained,
+            "target": None,
+        }
+        grid.append(_search(config, 0.8, 0.52, centre, (1000, 3162, 10_000, 100_000)))
+    for net, centre in (("fc", 60.0), ("lenet", 25.0)):
+        for target in (None, 0.9):
+            config = {"net": net, "target": target}
+            grid.append(_search(config, 0.95, 0.1, centre, (100, 200, 400, 800, 1600)))
     return grid
+
+
+def _search(
+    config: dict[str, Any], top: float, chance: float, centre: float, dimensions: tuple[int, ...]
+) -> tuple[Synthetic, dict[str, Any], pd.DataFrame]:
+    random, rows = np.random.default_rng(len(str(config))), []
+    for dimension in (None, *dimensions):
+        gain = 1.0 if dimension is None else dimension / (dimension + centre)
+        for seed in range(2):
+            accuracy = chance + (top - chance) * gain + random.normal(0, 0.004)
+            row = {"dimension": dimension, "seed": seed, "performance": accuracy, "rate": 0.1}
+            rows.append(row | {"used": True, "run": f"{dimension}-{seed}"})
+        rows.append(row | {"used": False, "performance": chance, "run": f"{dimension}-lost"})
+    curve = pd.DataFrame(rows).astype({"dimension": "Int64"})
+    used = curve[curve["used"]]
+    baseline = Baseline(tuple(used.loc[used["dimension"].isna(), "performance"]))
+    tried = used[used["dimension"].notna()]
+    goal = baseline if config["target"] is None else config["target"]
+    found = estimate_dimension(
+        tried["dimension"].to_numpy(float), tried["performance"].to_numpy(), goal, chance=chance
+    )
+    return Synthetic(config), found.to_dict() | {"chance": chance}, curve
 
 
 def reachability(seeds: int = 2) -> Grid:
@@ -426,13 +451,13 @@ def taxonomy() -> Grid:
 
 
 GRIDS: dict[str, Callable[[], Grid]] = {
+    "d90": d90,
     "performance": performance,
     "pontryagin": pontryagin,
     "reachability": reachability,
     "selection": selection,
     "solvers": solvers,
     "spectra": spectra,
-    "subspace": subspace,
     "threshold": threshold,
     "taxonomy": taxonomy,
 }

@@ -16,7 +16,7 @@ from theory.errors import InputError
 
 
 # The command is the same for every figure, so it is tested on the one that draws fastest.
-@pytest.fixture(scope="module", params=["subspace"])
+@pytest.fixture(scope="module", params=["d90"])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -1,0 +1,165 @@
+"""Claim 15: d90 falls with pre-training and with model size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from theory.claims import Claim, Evidence, Threshold
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from experiments.dimension import FineTuningDimension
+    from experiments.records import Record
+
+CONFIDENCE = 0.95
+# Aghajanyan et al., table 1: (base, large) of BERT and RoBERTa by SAID on MRPC and QQP.
+PUBLISHED_SIZES = ((1608, 1037), (8030, 1200), (896, 207), (896, 774))
+
+Pair = tuple["Record", "Record"]
+
+
+def _records(searches: list[FineTuningDimension]) -> dict[str, Record]:
+    """The records of the study behind the figure by task; those that are missing are computed."""
+    from pathlib import Path
+
+    from experiments.runs import RunStore
+    from experiments.sweeps import run
+
+    store = RunStore(Path("runs"))
+    found = {search.task: run(search, store, progress=False) for search in searches}
+    return {task: record for task, record in found.items() if record is not None}
+
+
+def _searches(model: str, *, pretrained: bool, method: Any = "said") -> dict[str, Record]:
+    from experiments.studies import d90
+
+    return _records([s for s in d90.starts(model, method) if s.pretrained is pretrained])
+
+
+def _pairs(before: dict[str, Record], after: dict[str, Record]) -> dict[str, Pair]:
+    return {task: (before[task], after[task]) for task in before if task in after}
+
+
+def _predict() -> dict[str, Any]:
+    """Both ratios are below one; the published sizes differ by this factor on average."""
+    logs = [math.log10(large / base) for base, large in PUBLISHED_SIZES]
+    return {"log10 ratio": 0.0, "published, base to large": sum(logs) / len(logs)}
+
+
+def _draws(record: Record, *, before: bool) -> np.ndarray:
+    """Bootstrap draws of d90, on the side that makes the ratio larger where they are bounds.
+
+    A draw beyond the searched dimensions is a bound only: as ``before``, "more than the largest"
+    counts as the largest and "less than the smallest" as one; after, as infinite and the smallest.
+    """
+    import numpy as np
+
+    from experiments.dimension import estimate_from
+    from theory.dimension import Baseline
+
+    config, result = record.config, record.result
+    found = estimate_from(
+        record.curve(),
+        Baseline(tuple(result["baseline"]), config["share"]),
+        chance=result["chance"],
+        confidence=result["confidence"],
+    )
+    smallest, largest = found.dimensions[0], found.dimensions[-1]
+    draws = np.array(found.draws or (found.dimension,))
+    draws = np.where(draws <= 0, 1.0 if before else smallest, draws)
+    return np.where(np.isinf(draws), largest, draws) if before else draws
+
+
+def _log_ratio(pairs: dict[str, Pair]) -> tuple[float, tuple[float, float], dict[str, Any]]:
+    """Mean over tasks of log10(d90 after / d90 before): median, interval, and each task's."""
+    import numpy as np
+
+    by_task, details = [], {}
+    for task, (before, after) in pairs.items():
+        first, second = _draws(before, before=True), _draws(after, before=False)
+        size = min(len(first), len(second))
+        by_task.append(np.log10(second[:size]) - np.log10(first[:size]))
+        details[task] = f"{before.result['text']} to {after.result['text']}"
+    size = min(map(len, by_task))
+    mean = np.mean([draws[:size] for draws in by_task], axis=0)
+    tails = [1 - CONFIDENCE, 0.5, CONFIDENCE]
+    low, middle, high = np.quantile(mean, tails, method="inverted_cdf")
+    return float(middle), (float(low), float(high)), details
+
+
+def _effects(method: str = "said") -> dict[str, dict[str, Pair]]:
+    from experiments.studies import d90
+
+    small = _searches(d90.SMALL, pretrained=True, method=method)
+    large = _searches(d90.LARGE, pretrained=True, method=method)
+    effects = {"size": _pairs(small, large)}
+    if method == "said":
+        random = _searches(d90.SMALL, pretrained=False)
+        effects = {"pre-training": _pairs(random, small), **effects}
+    return {name: pairs for name, pairs in effects.items() if pairs}
+
+
+def _measure(prediction: Mapping[str, Any]) -> Evidence:
+    """The upper ends of both mean log ratios; the greater one is judged."""
+    details: dict[str, Any] = dict(prediction)
+    upper, lower, met = {}, {}, True
+    for name, pairs in _effects().items():
+        middle, (low, high), tasks = _log_ratio(pairs)
+        upper[name], lower[name] = high, low
+        details[f"{name}, log10 ratio"] = f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+        details[f"{name}, by task"] = tasks
+        told = (record.result for pair in pairs.values() for record in pair)
+        met &= all(result["target"] > result["chance"] for result in told)
+    for name, pairs in _effects("did").items():
+        middle, (low, high), tasks = _log_ratio(pairs)
+        details[f"{name} by DID, log10 ratio"] = f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+        details[f"{name} by DID, by task"] = tasks
+    worst = max(upper, key=lambda name: upper[name])
+    return Evidence(
+        value=upper[worst],
+        spread=(lower[worst], upper[worst]),
+        details=details,
+        assumption_met=met,
+        note=(
+            f"{worst} decides. MiniLM of 3 layers by SAID, from pre-trained against random weights "
+            "(which need at least the largest dimension that they were given), and of 6 against 3 "
+            "layers, both pre-trained; target: 90 % of the pre-trained model's full fine-tuning"
+        ),
+    )
+
+
+def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
+    """Without pre-training: the same comparison of sizes from random weights."""
+    from experiments.studies import d90
+
+    pairs = _pairs(_searches(d90.SMALL, pretrained=False), _searches(d90.LARGE, pretrained=False))
+    middle, (low, high), tasks = _log_ratio(pairs)
+    return Evidence(
+        value=high,
+        spread=(low, high),
+        details={"log10 ratio": middle, "by task": tasks},
+        note="6 against 3 layers from random weights: size alone buys nothing",
+    )
+
+
+CLAIM = Claim(
+    id=15,
+    name="d90-falls",
+    title="d90 falls with pre-training and with model size",
+    statement=(
+        "the dimension of a random subspace in which a language model reaches 90 % of full "
+        "fine-tuning is less from pre-trained than from random weights, and less in a larger "
+        "pre-trained model, in geometric mean over tasks"
+    ),
+    source="Aghajanyan, Gupta & Zettlemoyer, ACL 2021, sections 4 and 5",
+    notebook="15_d90_falls",
+    threshold=Threshold(
+        "<", 0.0, "95 % upper end of the mean log10 ratio of d90, the greater of both"
+    ),
+    predict=_predict,
+    measure=_measure,
+    negative_control=_negative_control,
+)
