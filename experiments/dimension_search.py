@@ -5,8 +5,9 @@ move a step, so that one move serves many d.
 
 **Rates.** At seed 0, on validation rows, by climbing in factors of about three: at the first d up,
 then down; from the best move of a smaller d up, and from that of a greater one down, since the best
-move grows with d if it changes at all; between two dimensions that are tuned only their moves and
-those in between are tried. Other seeds take the chosen move. Test rows have no part in it: they
+move mostly grows with d; and down after all where the greater d does worse than the smaller one,
+which a subspace of more directions need not. Between two dimensions that are tuned only their moves
+and those in between are tried. Other seeds take the chosen move. Test rows have no part in it: they
 give the performance, and say where to look next.
 
 **Dimensions.** (1) From a first d by a stride, up or down, until the target is between two of them.
@@ -213,7 +214,18 @@ class Search:
             first = MOVE if nearest is None else self._chosen[nearest].move
             ways = (1, -1) if nearest is None else (1,) if nearest == below else (-1,)
             best = climb(first, lambda move: self._run(d, move, 0), min(TRIES, left), ways)
+            if below is not None:
+                best = self._not_worse(d, first, best, self._chosen[below])
         self._chosen[d] = best
+        return best
+
+    def _not_worse(self, d: int, move: float, best: Trial, smaller: Trial) -> Trial:
+        """The best trial of d, after smaller moves while it is worse than that of a smaller d."""
+        for _ in range(TRIES):
+            if _rank(best) >= _rank(smaller) or len(self.trials) >= self.budget:
+                break
+            move = three_digits(move / FACTOR)
+            best = max(best, self._run(d, move, 0), key=_rank)
         return best
 
     def _bracket(self) -> None:

@@ -121,6 +121,20 @@ def test_a_dimension_between_two_others_gets_a_move_between_theirs() -> None:
     assert {t.move for t in search.chosen() if t.dimension == 3162} == {10.0}
 
 
+def test_a_greater_dimension_that_does_worse_gets_smaller_moves() -> None:
+    """At the move of d = 1000 and above, d = 10,000 does not learn at all, nor a factor below."""
+
+    def measure(d: int, move: float, seed: int) -> Trial:
+        trial = curve(5000.0, noise=0.0, best_move=31.6 if d <= 1000 else 3.16)(d, move, seed)
+        broken = d > 1000 and move > 5
+        return replace(trial, performance=0.1, validation=0.1) if broken else trial
+
+    search = Search(measure, 0.7, budget=20)
+    assert search.run().verdict is DimensionVerdict.ESTIMATED
+    assert {t.move for t in search.chosen() if t.dimension == 10_000} == {3.16}
+    assert {t.move for t in search.chosen() if t.dimension == 1000} == {31.6}
+
+
 @pytest.mark.parametrize("best", [0.1, 1.0, 10.0, 100.0])
 def test_climbing_finds_the_best_rate_and_tries_its_neighbours(best: float) -> None:
     tried: list[float] = []
