@@ -30,6 +30,55 @@ def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
         stop: the step after the first one to do.
         root: ``S`` of that step, ``(1, n, n)``.
     """
+    small = terms.uniform and terms.Qf.shape[-1] < MEDIUM
+    return (_small_steps if small else _steps)(terms, stop, root)
+
+
+def _small_steps(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
+    """Small steps of equal sizes: what need not wait for the step after it is done for all."""
+    A, B, Q, R = (_matrices(part, stop) for part in (terms.A, terms.B, terms.Q, terms.R))
+    n, m = B.shape[-2:]
+    G, H = B.new_empty(stop, n, m + n), B.new_empty(stop, m + n, m + n)
+    H_uu, H_ux, H_xx = H[:, :m, :m], H[:, :m, m:], H[:, m:, m:]
+    torch.cat([B, A], -1, out=G)
+    torch.add(R, R.mT, out=H_uu)
+    torch.add(Q, Q.mT, out=H_xx)
+    if terms.N is None:
+        H_ux.zero_()
+    else:
+        torch.mul(_matrices(terms.N, stop).mT, 2, out=H_ux)
+    S = np.ascontiguousarray(root[0].numpy().T)
+    trmm, syrk = get_blas_funcs(("trmm", "syrk"), dtype=S.dtype)
+    (potrf,) = get_lapack_funcs(("potrf",), dtype=S.dtype)
+    G_T, H_T, roots, first = list(G.mT.numpy()), list(H.mT.numpy()), list(H_xx.numpy()), 0
+    for t in reversed(range(stop)):
+        # G' <- [B A]' S,  H <- H/2 + G'G,  H = L L', each in place.
+        trmm(1.0, S.T, G_T[t], side=1, lower=1, overwrite_b=1)
+        syrk(1.0, G_T[t], beta=0.5, c=H_T[t], lower=1, overwrite_c=1)
+        if potrf(H_T[t], lower=1, clean=0, overwrite_a=1)[1]:
+            first = t + 1
+            break
+        S = roots[t].copy()
+    # Beyond the triangles is what was in H.
+    S_T, C_T = ((X[first:] * X.new_ones(X.shape[1:]).triu())[:, None] for X in (H_xx, H_uu))
+    after = torch.cat([S_T[1:, 0], root]) if len(S_T) else S_T[:, 0]
+    bounds = (_norm(after) * _norm(B[first:])).square()
+    return QuickSteps(first, C_T.mT, gain(C_T.mT, H_ux[first:, None]), S_T.mT, bounds[:, None])
+
+
+def _matrices(terms: Steps, stop: int) -> Tensor:
+    """The matrices of the one problem, ``(stop, ., .)``."""
+    assert isinstance(terms, Tensor)
+    return terms[:stop, 0]
+
+
+def _norm(matrices: Tensor) -> Tensor:
+    """Frobenius norms."""
+    return torch.linalg.vector_norm(matrices.flatten(-2), dim=-1)
+
+
+def _steps(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
+    """Steps of any sizes, one after another."""
     A, B, Q, R = (_arrays(part) for part in (terms.A, terms.B, terms.Q, terms.R))
     N = None if terms.N is None else _arrays(terms.N)
     S = np.ascontiguousarray(root[0].numpy().T)
@@ -42,13 +91,10 @@ def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
         return [np.empty(shape, S.dtype) for shape in shapes]
 
     sizes = terms.sizes[:stop]
-    uniform = terms.uniform
-    clean = terms.Qf.shape[-1] < MEDIUM
-    small = uniform and clean
-    # Larger roots have memory of their own: what went back to the system costs time to get again.
-    roots = room([(n, n) for _, _, n in sizes], small)
-    lower = room([(m, m) for _, m, _ in sizes], uniform)
-    gains = room([(m, n) for _, m, n in sizes], uniform)
+    # Each root has memory of its own: what went back to the system costs time to get again.
+    roots = room([(n, n) for _, _, n in sizes], False)
+    lower = room([(m, m) for _, m, _ in sizes], terms.uniform)
+    gains = room([(m, n) for _, m, n in sizes], terms.uniform)
     bounds = np.empty((stop, 1), S.dtype)
     rooms, first = {}, 0
     for t in reversed(range(stop)):
@@ -63,28 +109,22 @@ def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
         np.add(Q[t], _transposed(Q[t]), out=H_xx)
         H_ux[...] = 0.0 if N is None else 2 * N[t].T
         bounds[t] = np.vdot(S, S) * np.vdot(B[t], B[t])
-        # G' <- [B A]' S,  H <- H/2 + G'G,  H = L L', each in place.
         trmm(1.0, S.T, G_T, side=1, lower=1, overwrite_b=1)
         syrk(1.0, G_T, beta=0.5, c=H_T, lower=1, overwrite_c=1)
-        if potrf(H_T, lower=1, clean=clean, overwrite_a=1)[1]:
+        if potrf(H_T, lower=1, clean=0, overwrite_a=1)[1]:
             first = t + 1
             break
-        if clean:
-            roots[t][...], lower[t][...] = H_xx, H_uu
-        else:  # beyond the triangle is what was in H; zeroing it here is quicker than by potrf
-            np.multiply(H_xx, of_x, out=roots[t])
-            np.multiply(H_uu, of_u, out=lower[t])
+        # Beyond the triangle is what was in H; zeroing it here is quicker than by potrf.
+        np.multiply(H_xx, of_x, out=roots[t])
+        np.multiply(H_uu, of_u, out=lower[t])
         gains[t][...] = H_ux
-        if m and not small:
+        if m:
             trsm(-1.0, lower[t].T, gains[t].T, side=1, lower=1, overwrite_b=1)
         S = roots[t]
-    C = each(lambda C: C.mT, _tensors(lower, first))
-    K = _tensors(gains, first)
     return QuickSteps(
         first=first,
-        lower=C,
-        # Many small systems at once are quicker by torch.
-        gains=each(gain, C, K) if small else K,
+        lower=each(lambda C: C.mT, _tensors(lower, first)),
+        gains=_tensors(gains, first),
         roots=each(lambda S: S.mT, _tensors(roots, first)),
         bounds=torch.from_numpy(bounds[first:]),
     )
