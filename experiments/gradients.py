@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from deltas.frozen_states import FrozenStates
+from experiments.resources import attention
 from theory.errors import InputError
 
 
@@ -58,7 +59,9 @@ def accumulate(
         known = nullcontext()
         if frozen is not None:
             known = frozen.passing(inputs.pop("examples"), inputs["attention_mask"])
-        with local, known:
+        device = accelerator.device.type
+        precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+        with local, known, attention(inputs, precision, device):
             outputs = model(**inputs)
             # A slice without a target has no mean loss; it still takes part in the backward pass.
             loss = outputs.loss * weight if weight else outputs.logits.sum() * 0.0

@@ -227,7 +227,10 @@ class Loop:
         labels = batch.pop("labels")
         if self.settings[0].kind == "causal-lm":
             batch["use_cache"] = False
-        with resources.autocast(self.precision, self.device):
+        with (
+            resources.autocast(self.precision, self.device),
+            resources.attention(batch, self.precision, self.device),
+        ):
             logits = self.stack.run(values, start, stop, batch).logits
             return self.stack.losses(logits, labels, stop - start)
 

@@ -1,30 +1,44 @@
 """How the contestants of a benchmark are measured: in turns, on one batch, in one process.
 
 A slow minute of the machine then slows all of them. Memory is the bytes that autograd keeps for the
-backward pass, which do not depend on the machine, and the peak of a process of its own.
+backward pass and the peak of what torch allocates; neither depends on the machine's load.
 """
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from experiments.resources import autocast
+from experiments.resources import attention, autocast
 
 
 def training_step(
-    model: nn.Module, batch: Mapping[str, Tensor], precision: str, device: str
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    precision: str,
+    device: str,
+    *,
+    as_trained: bool = False,
 ) -> Callable[[], None]:
-    """Forward, backward and AdamW on what the model trains."""
+    """Forward, backward and AdamW on what the model trains.
+
+    Attention is computed by torch's default kernel, or by that of `experiments.training`.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
 
     def step() -> None:
-        with autocast(precision, device):
+        kernel = attention(batch, precision, device) if as_trained else nullcontext()
+        with autocast(precision, device), kernel:
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()
@@ -48,6 +62,27 @@ def alternate(
             if turn >= warmup:
                 seconds[name].append(elapsed)
     return seconds
+
+
+def peak_allocated(step: Callable[[], None], device: str) -> int:
+    """Bytes that torch's allocator gave out at most at one time of a step, above what it had.
+
+    It counts allocations, not pages, so that it is the same number in every run.
+    """
+    step()  # which makes the optimiser's moments
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
+    return int(np.cumsum([size for _, size in sorted(changes, key=lambda c: c[0])]).max())
 
 
 def saved_bytes(

@@ -9,21 +9,18 @@
     caching   adapters in the last two blocks, with the states below kept and without
     together  K LoRA trainings in one pass against one after another
 
-Contestants take turns; see `contest`. Peaks of memory are taken in processes of their own.
+Contestants take turns; see `contest`.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
@@ -45,8 +42,14 @@ from deltas import (
 )
 from deltas.frozen_states import FrozenStates
 from experiments import models, provenance
-from experiments.benchmarks.contest import alternate, quartiles, saved_bytes, training_step
-from experiments.resources import PeakMemory, choose_device, choose_precision
+from experiments.benchmarks.contest import (
+    alternate,
+    peak_allocated,
+    quartiles,
+    saved_bytes,
+    training_step,
+)
+from experiments.resources import choose_device, choose_precision
 from experiments.together import Loop
 from experiments.training import Settings
 from theory.errors import InputError
@@ -106,7 +109,6 @@ class Benchmark:
         length: tokens of every example.
         turns: timed steps of each contestant.
         warmup: untimed steps of each.
-        peaks: processes of each whose median peak counts.
         threads: threads of torch; on the CPU only.
         precision: auto, fp32 or bf16.
         device: auto, cpu or cuda.
@@ -121,7 +123,6 @@ class Benchmark:
     length: int = 64
     turns: int = 20
     warmup: int = 3
-    peaks: int = 5
     threads: int = 2
     precision: str = "auto"
     device: str = "auto"
@@ -173,10 +174,7 @@ class Benchmark:
                 for w, m in contestants.items()
             }
             seconds = alternate(steps, self.turns, self.warmup)
-            del contestants, steps
-            # What the allocator makes of a process differs by a tenth from one to the next.
-            runs = [[self._alone(who, name) for who in ("ours", "peft")] for _ in range(self.peaks)]
-            peaks = dict(zip(("ours", "peft"), np.median(runs, axis=0).tolist(), strict=True))
+            peaks = {who: peak_allocated(step, device) for who, step in steps.items()}
             ratio = quartiles([a / b for a, b in zip(*seconds.values(), strict=True)])
             found[name] = {
                 "seconds": {who: quartiles(values) for who, values in seconds.items()},
@@ -192,22 +190,6 @@ class Benchmark:
             )
         return found
 
-    def peak_bytes(self, who: str, name: str) -> int:
-        """Peak of three training steps above the loaded model, in this process."""
-        torch.set_num_threads(self.threads)
-        precision, device = self._setting()
-        batch = self._batch(self.model, self.batch_size, self.length)
-        step = training_step(self._contestant(who, name), batch, precision, device)
-        memory = PeakMemory(device)
-        for _ in range(3):
-            step()
-        return memory.peak() - memory.baseline
-
-    def _alone(self, who: str, name: str) -> int:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(self.peak_bytes, who, name).result()
-
     def _contestant(self, who: str, name: str) -> nn.Module:
         if who == "ours":
             return self._attached(self.model, OURS[name], HeadTuning())
@@ -221,8 +203,11 @@ class Benchmark:
     # -- memory ----------------------------------------------------------------------------------
 
     def memory(self) -> dict[str, Any]:
-        """Bytes kept for backward by both, and their ratio, with an account by module."""
-        precision, device = self._setting()
+        """Bytes kept for backward by both, and their ratio, with an account by module.
+
+        In fp32: the copies that autocast makes of weights would be counted as kept.
+        """
+        precision, device = "fp32", self._setting()[1]
         found = {}
         for model in self._models():
             batch = self._batch(model, self.batch_size, self.length)
@@ -237,7 +222,7 @@ class Benchmark:
             totals = {name: sum(account.values()) for name, account in accounts.items()}
             ratio = totals["state-based"] / totals["lora"]
             found[model] = {"kept_bytes": accounts, "ratio": ratio}
-            print(f"\n{model}: kept for backward, MiB, by the module that ran")
+            print(f"\n{model}, fp32: kept for backward, MiB, by the module that ran")
             print(f"  {'':52} {'state-based':>12} {'lora, all maps':>14}")
             paths = sorted({path for account in accounts.values() for path in account})
             rows = [(p, [accounts[n].get(p, 0) / 2**20 for n in accounts]) for p in paths]
@@ -307,7 +292,7 @@ class Benchmark:
             group = loop.fastest_group()
             # The same step K times: K models would take more cache than trainings one by one do.
             single = self._attached(self.model, lora, HeadTuning())
-            step = training_step(single, batch, precision, device)
+            step = training_step(single, batch, precision, device, as_trained=True)
             seconds = alternate(
                 {
                     "one after another": lambda step=step, count=count: _again(step, count),

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from deltas import HeadTuning, LoRA, attach
 from experiments.benchmarks import deltas
-from experiments.benchmarks.contest import alternate, saved_bytes
+from experiments.benchmarks.contest import alternate, peak_allocated, saved_bytes
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,6 @@ def tiny(tmp_path_factory) -> str:
 def test_every_part_gives_its_numbers(tiny, tmp_path, monkeypatch, capsys) -> None:
     pytest.importorskip("peft")
     monkeypatch.setattr(deltas, "TOGETHER", ((3, 2, 8),))
-    monkeypatch.setattr(deltas.Benchmark, "_alone", lambda self, who, name: 7)
     out = tmp_path / "result.json"
     benchmark = deltas.Benchmark(
         methods=("lora", "ia3"), model=tiny, decoder="", batch_size=2, length=8, turns=2, warmup=1,
@@ -43,7 +42,8 @@ def test_every_part_gives_its_numbers(tiny, tmp_path, monkeypatch, capsys) -> No
     for name in ("lora", "ia3"):
         entry = result["peft"][name]
         sizes = entry["num_trainable"]
-        assert sizes["ours"] == sizes["peft"] and entry["peak_bytes"] == {"ours": 7, "peft": 7}
+        assert sizes["ours"] == sizes["peft"]
+        assert entry["peak_bytes"]["peft"] >= entry["peak_bytes"]["ours"] > 0
         assert 0 < entry["time_ratio"]["q25"] <= entry["time_ratio"]["q75"]
     memory = result["memory"][tiny]
     ours, lora = (sum(memory["kept_bytes"][n].values()) for n in ("state-based", "lora"))
@@ -53,6 +53,17 @@ def test_every_part_gives_its_numbers(tiny, tmp_path, monkeypatch, capsys) -> No
     (together,) = result["together"]
     assert together["copies"] == 3 and 1 <= together["group"] <= 3
     assert "times the throughput" in capsys.readouterr().out
+
+
+def test_the_peak_is_that_of_what_is_alive_at_one_time() -> None:
+    def step() -> None:
+        first = torch.empty(1000)
+        second = torch.empty(500)
+        del first
+        torch.empty(800)
+        del second
+
+    assert peak_allocated(step, "cpu") == 4 * 1500
 
 
 def test_what_is_kept_is_counted_once_and_without_parameters() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
@@ -353,6 +354,25 @@ def test_peak_memory_sees_an_allocation():
     del del_me
     if "VmHWM" in memory.method:
         assert memory.peak() - memory.baseline == pytest.approx(size, rel=0.2)
+
+
+def test_short_sequences_take_elementary_attention_on_the_cpu():
+    def is_fused(length: int, precision: str, device: str = "cpu") -> bool:
+        inputs = {"input_ids": torch.zeros(2, length), "labels": torch.zeros(2)}
+        with resources.attention(inputs, precision, device):
+            return torch.backends.cuda.flash_sdp_enabled()
+
+    assert [is_fused(n, "bf16") for n in (16, 128, 129)] == [False, False, True]
+    assert [is_fused(n, "fp32") for n in (16, 17)] == [False, True]
+    assert is_fused(16, "bf16", "cuda")
+    assert is_fused(129, "bf16")  # and after the context
+
+
+def test_the_kernel_of_attention_changes_nothing_but_rounding(monkeypatch):
+    found = fit(lora_model())
+    monkeypatch.setattr("experiments.gradients.attention", lambda *_: nullcontext())
+    fused = fit(lora_model())
+    assert found.curve["loss"].to_numpy() == pytest.approx(fused.curve["loss"].to_numpy(), rel=1e-5)
 
 
 def test_devices_and_precisions():
