@@ -273,10 +273,8 @@ def estimate_from(
 
 
 @dataclass(frozen=True)
-class FineTuningDimension(DimensionSearch):
-    """The dimension that a model needs for a task."""
-
-    kind: ClassVar[str] = "dimension"
+class _Trained:
+    """What is trained, and how: the fields that a command asks for before those of the search."""
 
     model: str = "minilm-l6"
     """A packaged model's name, a local folder, or an id on the hub."""
@@ -307,6 +305,13 @@ class FineTuningDimension(DimensionSearch):
     """Column of the labels in a task file."""
     task_kind: Literal["classification", "regression"] | None = None
     """What the labels of a task file are; inferred by default."""
+
+
+@dataclass(frozen=True)
+class FineTuningDimension(DimensionSearch, _Trained):
+    """The dimension that a model needs for a task."""
+
+    kind: ClassVar[str] = "dimension"
 
     def __post_init__(self) -> None:
         """Check the fields and write the delta in full."""
