@@ -61,14 +61,13 @@ def attention(inputs: Mapping[str, Any], precision: str, device: str) -> Abstrac
     half as long at 8 x 256; in fp32 2.5 times at 64 x 16, about as long from 32 tokens on (torch
     2.13, EPYC of the fourth generation, 12 heads of 32, forward and backward).
     """
-    longest = max((v.shape[1] for v in inputs.values() if _has_tokens(v)), default=math.inf)
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+    lengths = [value.shape[1] for value in tensors if value.dim() == 2]
+    # Of images and sounds the inputs do not tell the length.
+    longest = math.inf if any(value.dim() > 2 for value in tensors) else max(lengths, default=0)
     if device == "cpu" and longest <= (128 if precision == "bf16" else 16):
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
-
-
-def _has_tokens(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 1
 
 
 @dataclass

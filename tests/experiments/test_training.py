@@ -366,6 +366,8 @@ def test_short_sequences_take_elementary_attention_on_the_cpu():
     assert [is_fused(n, "fp32") for n in (16, 17)] == [False, True]
     assert is_fused(16, "bf16", "cuda")
     assert is_fused(129, "bf16")  # and after the context
+    with resources.attention({"pixel_values": torch.zeros(2, 3, 8, 8)}, "bf16", "cpu"):
+        assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_the_kernel_of_attention_changes_nothing_but_rounding(monkeypatch):
