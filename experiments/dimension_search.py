@@ -12,9 +12,10 @@ give the performance, and say where to look next.
 
 **Dimensions.** (1) From a first d by a stride, up or down, until the target is between two of them.
 (2) A second seed at the nearer one. (3) Until the runs are spent, or the interval is narrow enough
-and both ends of the crossing's gap have two seeds: where the crossing's bootstrap draws have most
-weight (share of the draws × log of the gap's width), in the middle of a gap that is wider than
-``resolution``, else another seed at one of its ends.
+and both ends of the crossing's gap have two seeds: beyond an end of the range at which the interval
+is open, else where the crossing's bootstrap draws have most weight (share of the draws × log of the
+gap's width), in the middle of a gap that is wider than ``resolution``, else another seed at one of
+its ends.
 
 The search is ours; `theory.dimension` has the estimate and its interval.
 """
@@ -262,8 +263,8 @@ class Search:
         # The crossing itself counts too: where the draws agree there is no weight elsewhere.
         draws = (*found.draws, found.dimension)
         gaps: list[tuple[float, int | None, int | None]] = [
-            (sum(x <= 0 for x in draws) * math.log(self.stride), None, d[0]),
-            (sum(math.isinf(x) for x in draws) * math.log(self.stride), d[-1], None),
+            (self._beyond(sum(x <= 0 for x in draws), len(draws)), None, d[0]),
+            (self._beyond(sum(math.isinf(x) for x in draws), len(draws)), d[-1], None),
         ]
         for low, high in zip(d, d[1:], strict=False):
             share = sum(low < x <= high for x in draws)
@@ -273,6 +274,14 @@ class Search:
                 return True
         self.stopped = "every dimension has its seeds"
         return False
+
+    def _beyond(self, number: int, draws: int) -> float:
+        """The weight of what is beyond an end of the searched range.
+
+        It comes first while so many draws are there that the interval is open.
+        """
+        is_open = number > (1 - self.confidence) / 2 * draws
+        return math.log(self.stride) * (number + (draws if is_open else 0))
 
     def _settled(self, found: DimensionEstimate, d: list[int]) -> bool:
         verdict = found.verdict

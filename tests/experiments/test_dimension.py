@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,6 +108,24 @@ def test_a_search_says_why_it_ended(truth: float, budget: int, verdict: str, wor
     found = search.run()
     assert found.verdict is verdict and words in search.stopped
     assert len(search.trials) <= budget
+
+
+def test_an_open_interval_is_closed_first() -> None:
+    """A plateau just above the target, below which single runs on it fall; further on it rises."""
+
+    def measure(d: int, move: float, seed: int, draw: int) -> Trial:
+        random = np.random.default_rng([draw, d, seed, round(100 * move)])
+        plateau = 0.72 + 0.01 * math.log10(d / 100)
+        clean = 0.57 + 0.07 * math.log10(d / 10) if d < 100 else plateau if d < 5000 else 0.77
+        test, validation = clean + 0.02 * random.standard_normal(2)
+        name = f"{d}-{move:g}-{seed}"
+        return Trial(d, seed, move, move, test, validation, 0.0, "completed", name)
+
+    for draw in range(20):
+        random = np.random.default_rng([draw, 99])
+        baseline = Baseline(tuple(0.7875 + 0.012 * random.standard_normal(4)))
+        search = Search(partial(measure, draw=draw), baseline, budget=16)
+        assert search.run().verdict is DimensionVerdict.ESTIMATED
 
 
 def test_a_dimension_between_two_others_gets_a_move_between_theirs() -> None:
