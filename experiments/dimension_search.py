@@ -169,7 +169,7 @@ class Search:
     def run(self) -> DimensionEstimate:
         """Search, and estimate from every trial with the move that was chosen."""
         self._bracket()
-        while len(self.trials) < self.budget and self._step():
+        while not self._is_spent and self._step():
             pass
         return self.estimate()
 
@@ -185,13 +185,18 @@ class Search:
         )
 
     def chosen(self) -> list[Trial]:
-        """The trials with the move of their dimension."""
-        return [t for t in self.trials if t.move == self._chosen[t.dimension or 0].move]
+        """The trials with the move of their dimension, where it has one."""
+        moves = {d: trial.move for d, trial in self._chosen.items()}
+        return [t for t in self.trials if moves.get(t.dimension or 0) == t.move]
 
     @property
     def goal(self) -> float:
         """The performance to reach."""
         return self.target.target if isinstance(self.target, Baseline) else self.target
+
+    @property
+    def _is_spent(self) -> bool:
+        return len(self.trials) >= self.budget
 
     def _run(self, d: int, move: float, seed: int) -> Trial:
         for trial in self.trials:
@@ -217,13 +222,15 @@ class Search:
             best = climb(first, lambda move: self._run(d, move, 0), min(TRIES, left), ways)
             if below is not None:
                 best = self._not_worse(d, first, best, self._chosen[below])
+                if _rank(best) < _rank(self._chosen[below]) and self._is_spent:
+                    return best  # its rate may be to blame: it says nothing of d
         self._chosen[d] = best
         return best
 
     def _not_worse(self, d: int, move: float, best: Trial, smaller: Trial) -> Trial:
         """The best trial of d, after smaller moves while it is worse than that of a smaller d."""
         for _ in range(TRIES):
-            if _rank(best) >= _rank(smaller) or len(self.trials) >= self.budget:
+            if _rank(best) >= _rank(smaller) or self._is_spent:
                 break
             move = three_digits(move / FACTOR)
             best = max(best, self._run(d, move, 0), key=_rank)
@@ -231,7 +238,7 @@ class Search:
 
     def _bracket(self) -> None:
         d: int | None = min(max(self.start, self.smallest), self.largest)
-        while d is not None and d not in self._chosen and len(self.trials) < self.budget:
+        while d is not None and d not in self._chosen and not self._is_spent:
             reached = self._tune(d).performance >= self.goal
             d = self._lower(d) if reached else self._higher(d)
 
@@ -304,6 +311,8 @@ class Search:
         if low is None or high is None:
             end = high if low is None else low
             assert end is not None
+            if self._count(end) < 2:
+                return self._reseed([end])
             further = self._lower(end) if low is None else self._higher(end)
             if further is None:
                 return self._reseed([end])

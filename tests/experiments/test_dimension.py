@@ -153,6 +153,11 @@ def test_a_greater_dimension_that_does_worse_gets_smaller_moves() -> None:
     assert {t.move for t in search.chosen() if t.dimension == 10_000} == {3.16}
     assert {t.move for t in search.chosen() if t.dimension == 1000} == {31.6}
 
+    search = Search(measure, 0.7, budget=6)  # spent before it has found that move
+    search.run()
+    assert {t.dimension for t in search.trials} == {1000, 10_000}
+    assert {t.dimension for t in search.chosen()} == {1000}
+
 
 @pytest.mark.parametrize("best", [0.1, 1.0, 10.0, 100.0])
 def test_climbing_finds_the_best_rate_and_tries_its_neighbours(best: float) -> None:
