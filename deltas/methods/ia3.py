@@ -106,8 +106,13 @@ class Gain(nn.Module):
 
     def scale_output(self, _inputs: tuple, output: Tensor) -> Tensor:
         """The scaled output of a module."""
-        return output * self.factor()
+        return self._scale(output)
 
     def scale_input(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of a module with its input scaled."""
-        return (args[0] * self.factor(), *args[1:]), kwargs
+        return (self._scale(args[0]), *args[1:]), kwargs
+
+    def _scale(self, h: Tensor) -> Tensor:
+        """h + h ⊙ u in the number format of h, rounded once, like a sum with what a path adds."""
+        u = self.spread(self.u) if self.spread else self.u
+        return torch.addcmul(h, h, u.to(h.dtype))
