@@ -113,6 +113,6 @@ class Gain(nn.Module):
         return (self._scale(args[0]), *args[1:]), kwargs
 
     def _scale(self, h: Tensor) -> Tensor:
-        """h + h ⊙ u in the number format of h, rounded once, like a sum with what a path adds."""
+        """The sum h + h ⊙ u in the number format of h, rounded once."""
         u = self.spread(self.u) if self.spread else self.u
         return torch.addcmul(h, h, u.to(h.dtype))
