@@ -113,6 +113,8 @@ class Gain(nn.Module):
         return (self._scale(args[0]), *args[1:]), kwargs
 
     def _scale(self, h: Tensor) -> Tensor:
-        """The sum h + h ⊙ u in the number format of h, rounded once."""
+        """The state times 1 + u; in a lower precision h + h ⊙ u in its format, rounded once."""
+        if h.dtype == self.u.dtype:
+            return h * self.factor()
         u = self.spread(self.u) if self.spread else self.u
         return torch.addcmul(h, h, u.to(h.dtype))
