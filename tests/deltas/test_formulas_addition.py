@@ -32,6 +32,7 @@ from deltas import (
     UniPELT,
     attach,
 )
+from deltas.methods.ia3 import Gain
 from tests.deltas.zoo import FAMILIES, H, L, assert_same, batch_of, d, m, move, out, snapshot
 
 Build = Callable[..., PreTrainedModel]
@@ -501,3 +502,14 @@ class TestCombined:
         assert all(g is not None and bool(g.isfinite().all()) for g in grads)
         controlled.detach()
         assert_same(before, snapshot(model))
+
+
+def test_ia3_scales_a_bfloat16_state_like_the_rounded_product() -> None:
+    gain = Gain(64)
+    torch.nn.init.uniform_(gain.u, -1, 1)
+    u = gain.u.detach().bfloat16()
+    state = torch.randn(50, 64).bfloat16()
+    found = gain.scale_output((), state)
+    wanted = (state.double() * (1 + u.double())).float()
+    assert found.dtype is torch.bfloat16
+    assert ((found.float() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-6).all()

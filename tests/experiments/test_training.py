@@ -371,7 +371,15 @@ def test_short_sequences_take_elementary_attention_on_the_cpu():
 
 
 def test_the_kernel_of_attention_changes_nothing_but_rounding(monkeypatch):
+    used = []
+
+    def seen(*arguments):
+        used.append(not isinstance(resources.attention(*arguments), nullcontext))
+        return resources.attention(*arguments)
+
+    monkeypatch.setattr("experiments.gradients.attention", seen)
     found = fit(lora_model())
+    assert used and all(used)
     monkeypatch.setattr("experiments.gradients.attention", lambda *_: nullcontext())
     fused = fit(lora_model())
     assert found.curve["loss"].to_numpy() == pytest.approx(fused.curve["loss"].to_numpy(), rel=1e-5)

@@ -31,6 +31,7 @@ from theory.lq.terms import (
     Steps,
     Terms,
     each,
+    frobenius,
     gain,
     gather,
     inverse_root,
@@ -159,7 +160,7 @@ class _Sweep:
         S, norms = root, []
         for t in reversed(range(stop)):
             F, F_u, F_x, G, G_T, H, H_uu, H_xu, H_xx = rooms[terms.sizes[t]]
-            norms.append(_norm(S))
+            norms.append(frobenius(S))
             F_u.copy_(B[t])
             F_x.copy_(A[t])
             torch.bmm(S.mT, F, out=G)
@@ -172,7 +173,7 @@ class _Sweep:
         failed = (codes != 0).any(-1).nonzero()
         first = int(failed[-1, 0]) + 1 if len(failed) else 0
         lower, W, roots = self._blocks(L[first:], first)
-        norms_B = each(_norm, terms.B[first:stop])
+        norms_B = each(frobenius, terms.B[first:stop])
         if not isinstance(norms_B, Tensor):
             norms_B = torch.stack(norms_B) if norms_B else terms.Qf.new_empty(0, len(root))
         bounds = (torch.stack(norms).flip(0)[first:] * norms_B).square()
@@ -288,11 +289,6 @@ class _Sweep:
             _inverse=self.inverse,
             _quick=quick,
         )
-
-
-def _norm(matrix: Tensor) -> Tensor:
-    """Frobenius norms; of many small matrices far quicker than `torch.linalg.matrix_norm`."""
-    return torch.linalg.vector_norm(matrix.flatten(-2), dim=-1)
 
 
 def _root(P: Tensor) -> Tensor | None:

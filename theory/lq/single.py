@@ -14,7 +14,7 @@ import torch
 from scipy.linalg import get_blas_funcs, get_lapack_funcs
 from torch import Tensor
 
-from theory.lq.terms import QuadraticTerms, QuickSteps, Steps, each, gain
+from theory.lq.terms import QuadraticTerms, QuickSteps, Steps, each, frobenius, gain
 
 __all__ = ["simulate", "sweep"]
 
@@ -62,7 +62,7 @@ def _small_steps(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
     # Beyond the triangles is what was in H.
     S_T, C_T = ((X[first:] * X.new_ones(X.shape[1:]).triu())[:, None] for X in (H_xx, H_uu))
     after = torch.cat([S_T[1:, 0], root]) if len(S_T) else S_T[:, 0]
-    bounds = (_norm(after) * _norm(B[first:])).square()
+    bounds = (frobenius(after) * frobenius(B[first:])).square()
     return QuickSteps(first, C_T.mT, gain(C_T.mT, H_ux[first:, None]), S_T.mT, bounds[:, None])
 
 
@@ -70,11 +70,6 @@ def _matrices(terms: Steps, stop: int) -> Tensor:
     """The matrices of the one problem, ``(stop, ., .)``."""
     assert isinstance(terms, Tensor)
     return terms[:stop, 0]
-
-
-def _norm(matrices: Tensor) -> Tensor:
-    """Frobenius norms."""
-    return torch.linalg.vector_norm(matrices.flatten(-2), dim=-1)
 
 
 def _steps(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
@@ -85,16 +80,16 @@ def _steps(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
     trmm, trsm, syrk = get_blas_funcs(("trmm", "trsm", "syrk"), dtype=S.dtype)
     (potrf,) = get_lapack_funcs(("potrf",), dtype=S.dtype)
 
-    def room(shapes: list[tuple[int, int]], together: bool) -> np.ndarray | list[np.ndarray]:
-        if together:
+    def room(shapes: list[tuple[int, int]]) -> np.ndarray | list[np.ndarray]:
+        if terms.uniform:
             return np.empty((stop, *shapes[0]), S.dtype)
         return [np.empty(shape, S.dtype) for shape in shapes]
 
     sizes = terms.sizes[:stop]
     # Each root has memory of its own: what went back to the system costs time to get again.
-    roots = room([(n, n) for _, _, n in sizes], False)
-    lower = room([(m, m) for _, m, _ in sizes], terms.uniform)
-    gains = room([(m, n) for _, m, n in sizes], terms.uniform)
+    roots = [np.empty((n, n), S.dtype) for _, _, n in sizes]
+    lower = room([(m, m) for _, m, _ in sizes])
+    gains = room([(m, n) for _, m, n in sizes])
     bounds = np.empty((stop, 1), S.dtype)
     rooms, first = {}, 0
     for t in reversed(range(stop)):
