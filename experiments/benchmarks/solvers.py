@@ -13,8 +13,9 @@ input. crocoddyl's is one backward and one forward pass of its DDP, in C++; mpc.
 iteration. Both are left out with a line where they are not installed: `pip install crocoddyl` and
 `pip install --no-deps mpc`, in an environment of their own.
 
-A batch is compared with a loop over its problems. The parallel scan over time, which computes the
-gains only, is compared with the recursion over horizons.
+A batch is compared with a loop over its problems; it runs in compiled kernels where numba is
+installed (`pip install "deltacontrol[fast]"`), else by torch. The parallel scan over time, which
+computes the gains only, is compared with the recursion over horizons.
 """
 
 from __future__ import annotations
@@ -228,7 +229,8 @@ class Benchmark:
                     for horizon in self.scan_horizons
                 ],
                 "hardware": provenance.hardware(),
-                "packages": provenance.package_versions() | _versions("scipy", "crocoddyl", "mpc"),
+                "packages": provenance.package_versions()
+                | _versions("scipy", "numba", "crocoddyl", "mpc"),
             }
         if self.out is not None:
             self.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -305,12 +305,13 @@ def test_a_packaged_model_that_cannot_be_fetched(
 
 
 def test_the_packaged_models_are_found() -> None:
-    assert list(models.available()) == ["minilm-l3", "minilm-l6", "smollm2-135m"]
+    assert list(models.available()) == ["minilm-l3", "minilm-l6", "mpnet-base", "smollm2-135m"]
 
 
-def test_minilm_l6_is_a_whole_bert(minilm_l6: str) -> None:
-    model, tokenizer = models.load(minilm_l6, kind="backbone")
-    assert sum(parameter.numel() for parameter in model.parameters()) == 22_713_216
+def check_similarity(name: str, parameters: int) -> None:
+    """Sentences that mean the same are near each other, as this model was trained for."""
+    model, tokenizer = models.load(name, kind="backbone")
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     batch = tokenizer(
         ["A splendid film.", "A wonderful movie.", "The train leaves at noon."],
         padding=True,
@@ -321,6 +322,19 @@ def test_minilm_l6_is_a_whole_bert(minilm_l6: str) -> None:
     means = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
     similar, unlike = means[0] @ means[1], means[0] @ means[2]
     assert similar > 0.7 > 0.3 > unlike
+
+
+def test_minilm_l6_is_a_whole_bert(minilm_l6: str) -> None:
+    check_similarity(minilm_l6, parameters=22_713_216)
+
+
+@pytest.mark.slow
+def test_mpnet_is_put_together_from_its_parts() -> None:
+    try:
+        models.resolve("mpnet-base")
+    except InputError as error:
+        pytest.skip(f"mpnet-base cannot be had here: {error}")
+    check_similarity("mpnet-base", parameters=109_486_464)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from theory.errors import InputError
-from theory.lq import single
+from theory.lq import compiled, single
 from theory.lq.policy import LQFactor, LQPolicy, UnboundedError, problem_number
 from theory.lq.terms import (
     QuadraticTerms,
@@ -153,6 +153,8 @@ class _Sweep:
         terms = self.terms
         if terms.lead.numel() == 1 and terms.Qf.device.type == "cpu":
             return single.sweep(terms, stop, root)
+        if compiled.serves(terms):
+            return compiled.sweep(terms, stop, root)
         A, B, Q, R = (unbind(part) for part in (terms.A, terms.B, terms.Q, terms.R))
         N = None if terms.N is None else unbind(terms.N)
         rooms = {size: self._workspace(*size) for size in set(terms.sizes)}

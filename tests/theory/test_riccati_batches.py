@@ -1,0 +1,185 @@
+"""Many linear-quadratic problems at once, and steps in parallel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.theory.lq_problems import (
+    ONE,
+    QUADRATIC,
+    batch_terms,
+    quadratic,
+)
+from tests.theory.problems import normal, varying
+from theory.errors import InputError
+from theory.lq import (
+    LQFactor,
+    UnboundedError,
+    compiled,
+    factorise,
+    factorise_by_scan,
+    riccati,
+)
+
+F64 = torch.float64
+
+
+@pytest.mark.parametrize(("lead", "m"), [((3,), 2), ((2, 3), 1), ((210,), 4)])
+def test_a_batch_equals_its_problems_one_by_one(lead: tuple[int, ...], m: int) -> None:
+    terms, x0 = batch_terms(*lead, m=m), normal(*lead, 4, seed=38)
+    batch = riccati(**terms)
+    trajectory = batch.simulate(x0)
+    for index in torch.cartesian_prod(*(torch.arange(size) for size in lead)).reshape(
+        -1, len(lead)
+    ):
+        at = tuple(index.tolist())
+        one = {k: v[at] if k in ("Qf", "qf") else v[:, *at] for k, v in terms.items()}
+        single = riccati(**one)
+        pairs = [(batch.gains, single.gains), (batch.feedforward, single.feedforward)]
+        pairs += [(batch.hessians, single.hessians), (batch.slopes, single.slopes)]
+        pairs += list(zip(trajectory, single.simulate(x0[at]), strict=True))
+        for many, alone in pairs:
+            for a, b in zip(many, alone, strict=True):
+                torch.testing.assert_close(a[at], b, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(batch.constants[:, *at], single.constants)
+        torch.testing.assert_close(batch.cost_to_go(2, x0)[at], single.cost_to_go(2, x0[at]))
+
+
+def test_batch_axes_broadcast() -> None:
+    """One system for many linear terms, many systems for one cost, many states for one law."""
+    terms, many = batch_terms(), batch_terms(3)
+    x0 = normal(3, 4, seed=40)
+    whole = riccati(**(terms | {"q": many["q"]}))
+    systems = riccati(**(terms | {"A": many["A"]}))
+    for i in range(3):
+        alone = riccati(**(terms | {"q": many["q"][:, i]})).simulate(x0[i])
+        for a, b in zip(whole.simulate(x0).controls, alone.controls, strict=True):
+            torch.testing.assert_close(a[i], b)
+        alone = riccati(**(terms | {"A": many["A"][:, i]})).simulate(x0[0])
+        for a, b in zip(systems.simulate(x0[0]).controls, alone.controls, strict=True):
+            torch.testing.assert_close(a[i], b)
+    law = riccati(**terms)
+    for a, b in zip(law.simulate(x0).states, law.simulate(x0[1]).states, strict=True):
+        torch.testing.assert_close(a[1], b)
+    crossed = systems.simulate(normal(5, 1, 4, seed=41))
+    assert crossed.states[0].shape == (5, 3, 4) and crossed.controls[0].shape == (5, 3, 2)
+    alone = riccati(**(terms | {"A": many["A"][:, 2]})).simulate(normal(5, 1, 4, seed=41)[4, 0])
+    torch.testing.assert_close(crossed.states[-1][4, 2], alone.states[-1])
+
+
+def test_an_unbounded_problem_in_a_batch_is_named() -> None:
+    R = torch.ones(3, 2, 4, 1, 1, dtype=F64)
+    R[2, 1, 3] = -9.0
+    ones = torch.ones(3, 1, 1, dtype=F64)
+    with pytest.raises(UnboundedError, match=r"at step 2 of problem \(1, 3\)"):
+        riccati(ones, ones, ones, R, ONE)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("lead", [(), (3,)])
+@pytest.mark.parametrize("horizon", [1, 2, 3, 6, 7, 8, 200])
+def test_the_parallel_scan_equals_the_recursion(
+    horizon: int, lead: tuple[int, ...], cross: bool
+) -> None:
+    terms = batch_terms(*lead, horizon=horizon)
+    quadratic = {name: terms[name] for name in (QUADRATIC if cross else QUADRATIC[:-1])}
+    by_scan, expected = factorise_by_scan(**quadratic), factorise(**quadratic)
+    for name in ("gains", "hessians"):
+        for a, b in zip(getattr(by_scan, name), getattr(expected, name), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    rest = {k: v for k, v in terms.items() if k not in QUADRATIC}
+    x0 = normal(*lead, 4, seed=38)
+    for a, b in zip(
+        by_scan.policy(**rest).simulate(x0).controls,
+        expected.policy(**rest).simulate(x0).controls,
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_the_scan_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(InputError, match="equal sizes"):
+        factorise_by_scan(*quadratic(varying(None)))
+    terms = {name: batch_terms()[name] for name in QUADRATIC}
+    with pytest.raises(InputError, match="positive definite"):
+        factorise_by_scan(**(terms | {"R": 0 * terms["R"], "N": None}))
+    stiff = {"Q": 0 * terms["Q"], "R": 1e-9 * terms["R"], "Qf": 1e12 * terms["Qf"], "N": None}
+    with pytest.raises(InputError, match="too inexact"):
+        factorise_by_scan(**(terms | stiff))
+
+
+# ---- kernels of numba
+
+LEAD = compiled.LANES + 3  # the last lanes are filled up
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The first steps of what the kernels were asked for."""
+    calls, sweep = [], compiled.sweep
+
+    def counted(*arguments):
+        quick = sweep(*arguments)
+        calls.append(quick.first)
+        return quick
+
+    monkeypatch.setattr(compiled, "sweep", counted)
+    return calls
+
+
+def by_torch(terms: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> LQFactor:
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "serves", lambda terms: False)
+        return factorise(**terms)
+
+
+@pytest.mark.parametrize(("n", "m", "cross"), [(4, 2, True), (4, 2, False), (3, 3, True)])
+def test_kernels_compute_what_torch_computes(
+    n: int, m: int, cross: bool, kernels: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = batch_terms(LEAD, n=n, m=m)
+    terms = {name: terms[name] for name in (QUADRATIC if cross else QUADRATIC[:-1])}
+    terms["Q"] = terms["Q"] + torch.ones(n, n, dtype=F64).triu(1)  # of which half counts
+    terms["A"] = terms["A"][:, :1].expand(-1, LEAD, -1, -1)  # the same for all problems
+    found, expected = factorise(**terms), by_torch(terms, monkeypatch)
+    assert kernels == [0]
+    a, b = found._quick, expected._quick
+    assert a is not None and b is not None
+    for name in ("lower", "gains", "roots", "bounds"):
+        x, y = getattr(a, name), getattr(b, name)
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_kernels_stop_where_one_problem_fails(
+    kernels: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``P_2`` of one problem is indefinite; the rest of the steps goes on in the general form."""
+    terms = {name: batch_terms(LEAD)[name].clone() for name in QUADRATIC[:-1]}
+    terms["Q"][2, 7] -= 20 * torch.eye(4, dtype=F64)
+    terms["A"][1, 7], terms["B"][1, 7] = 0, 0  # where it ends
+    found, expected = factorise(**terms), by_torch(terms, monkeypatch)
+    assert kernels == [3] and expected._quick is not None and expected._quick.first == 3
+    for a, b in zip(found.gains, expected.gains, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["A", "B", "Q", "R", "Qf"])
+def test_kernels_see_what_is_not_finite(name: str, kernels: list[int]) -> None:
+    terms = {name: part.clone() for name, part in batch_terms(LEAD).items()}
+    terms[name].reshape(-1)[0] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        riccati(**terms)
+    assert kernels or name == "Qf"
+
+
+def test_kernels_serve_many_small_problems_only(
+    kernels: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for lead, n, m in ((compiled.LANES - 1, 4, 2), (LEAD, compiled.LARGEST, 1), (LEAD, 4, 0)):
+        riccati(**batch_terms(lead, n=n, m=m))
+    riccati(**{name: part.float() for name, part in batch_terms(LEAD).items()})
+    monkeypatch.setattr(compiled, "_has_numba", lambda: False)
+    riccati(**batch_terms(LEAD))
+    assert not kernels

@@ -1,0 +1,206 @@
+"""The quick form of the Riccati recursion for many small problems on the CPU, by numba.
+
+Matrices of a few rows are too small for a call each: some problems at a time are laid side by side,
+so that every operation is one on vectors over problems. A kernel takes seconds to compile, once for
+each size: numba keeps it beside this file, or in the user's cache. Without numba, and for other
+problems, the batched form of `theory.lq.recursion` computes the same.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from theory.lq.terms import QuadraticTerms, QuickSteps
+
+__all__ = ["serves", "sweep"]
+
+LANES = 16
+PANEL = 4  # columns that are factorised before the rest is updated
+LARGEST = 16  # m + n, beyond which compiling takes long and torch's operations are quick
+
+
+def serves(terms: QuadraticTerms) -> bool:
+    """Whether there are many small problems in float64 on the CPU, and numba."""
+    return (
+        terms.uniform
+        and terms.lead.numel() >= LANES
+        and 0 < sum(terms.sizes[0][1:]) <= LARGEST
+        and terms.sizes[0][1] > 0
+        and terms.Qf.dtype == torch.float64
+        and terms.Qf.device.type == "cpu"
+        and _has_numba()
+    )
+
+
+@cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
+
+
+def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
+    """The steps from ``stop - 1`` down to the last one at which all factorisations succeed.
+
+    Args:
+        terms: of equal sizes.
+        stop: the step after the first one to do.
+        root: ``S`` of that step, ``(batch, n, n)``.
+    """
+    _, m, n = terms.sizes[0]
+    cross = terms.B if terms.N is None else terms.N  # which is not read without N
+    arrays = []
+    for part in (terms.A, terms.B, terms.Q, terms.R, cross):
+        assert isinstance(part, Tensor)
+        arrays.append(part[:stop].numpy())
+    batch = len(root)
+    lower, gains, roots = (
+        root.new_empty((stop, batch, *shape)) for shape in ((m, m), (m, n), (n, n))
+    )
+    bounds = root.new_empty((stop, batch))
+    good = torch.empty((stop, batch), dtype=torch.bool)
+    outputs = [part.numpy() for part in (lower, gains, roots, bounds, good)]
+    _kernel(n, m, terms.N is not None)(*arrays, root.numpy(), *outputs)
+    failed = (~good).any(-1).nonzero()
+    first = int(failed[-1, 0]) + 1 if len(failed) else 0
+    return QuickSteps(first, lower[first:], gains[first:], roots[first:], bounds[first:])
+
+
+@cache
+def _kernel(n: int, m: int, crossed: bool) -> Any:
+    """The sweep for ``n`` states and ``m`` controls; sizes that are known unroll the loops."""
+    import numba
+
+    k, lanes, panel = m + n, LANES, PANEL
+    padded = -(-k // panel) * panel
+
+    # Any strides, so that there is one kernel for all.
+    given = (numba.float64[:, :, :, :],) * 5 + (numba.float64[:, :, :],)
+    found = (numba.float64[:, :, :, ::1],) * 3 + (numba.float64[:, ::1], numba.boolean[:, ::1])
+
+    def kernel(A, B, Q, R, N, root, lower, gains, roots, bounds, good):  # pragma: no cover
+        F = np.empty((n, k, lanes))
+        G = np.empty((n, k, lanes))
+        H = np.zeros((padded, padded, lanes))
+        S = np.empty((n, n, lanes))
+        K = np.empty((m, n, lanes))
+        scale = np.empty(lanes)
+        norm_S = np.empty(lanes)
+        norm_B = np.empty(lanes)
+        fine = np.empty(lanes, np.bool_)
+        for start in range(0, root.shape[0], lanes):
+            count = min(lanes, root.shape[0] - start)
+            for w in range(lanes):
+                p = start + min(w, count - 1)
+                for i in range(n):
+                    for j in range(n):
+                        S[i, j, w] = root[p, i, j]
+            for t in range(A.shape[0] - 1, -1, -1):
+                for w in range(lanes):
+                    p = start + min(w, count - 1)
+                    for i in range(n):
+                        for j in range(m):
+                            F[i, j, w] = B[t, p, i, j]
+                        for j in range(n):
+                            F[i, m + j, w] = A[t, p, i, j]
+                    for i in range(m):
+                        for j in range(i + 1):
+                            H[i, j, w] = 0.5 * (R[t, p, i, j] + R[t, p, j, i])
+                    for i in range(n):
+                        for j in range(m):
+                            H[m + i, j, w] = N[t, p, i, j] if crossed else 0.0
+                        for j in range(i + 1):
+                            H[m + i, m + j, w] = 0.5 * (Q[t, p, i, j] + Q[t, p, j, i])
+                for i in range(k, padded):
+                    H[i, i] = 1.0
+                # bounds = ||S||^2 ||B||^2
+                norm_S[:] = 0.0
+                norm_B[:] = 0.0
+                for i in range(n):
+                    for j in range(i + 1):
+                        for w in range(lanes):
+                            norm_S[w] += S[i, j, w] * S[i, j, w]
+                    for j in range(m):
+                        for w in range(lanes):
+                            norm_B[w] += F[i, j, w] * F[i, j, w]
+                for w in range(count):
+                    bounds[t, start + w] = norm_S[w] * norm_B[w]
+                # G = S'F, H += G'G
+                for i in range(n):
+                    for j in range(k):
+                        for w in range(lanes):
+                            total = 0.0
+                            for h in range(n):
+                                total += S[h, i, w] * F[h, j, w]
+                            G[i, j, w] = total
+                for i in range(k):
+                    for j in range(i + 1):
+                        for w in range(lanes):
+                            total = H[i, j, w]
+                            for h in range(n):
+                                total += G[h, i, w] * G[h, j, w]
+                            H[i, j, w] = total
+                # H = L L', a panel of columns after another
+                fine[:] = True
+                for left in range(0, padded, panel):
+                    right = left + panel
+                    for c in range(left, right):
+                        for w in range(lanes):
+                            pivot = H[c, c, w]
+                            fine[w] &= pivot > 0.0
+                            H[c, c, w] = np.sqrt(pivot)
+                            scale[w] = 1.0 / H[c, c, w]
+                        for i in range(c + 1, padded):
+                            for w in range(lanes):
+                                H[i, c, w] *= scale[w]
+                            for j in range(c + 1, min(i + 1, right)):
+                                for w in range(lanes):
+                                    H[i, j, w] -= H[i, c, w] * H[j, c, w]
+                    for i in range(right, padded):
+                        for j in range(right, i + 1):
+                            for w in range(lanes):
+                                total = H[i, j, w]
+                                for h in range(panel):
+                                    total -= H[i, left + h, w] * H[j, left + h, w]
+                                H[i, j, w] = total
+                for w in range(count):
+                    good[t, start + w] = fine[w]
+                # K = -C^-T W
+                for i in range(m - 1, -1, -1):
+                    for w in range(lanes):
+                        scale[w] = -1.0 / H[i, i, w]
+                    for j in range(n):
+                        for w in range(lanes):
+                            total = H[m + j, i, w]
+                            for h in range(i + 1, m):
+                                total += H[h, i, w] * K[h, j, w]
+                            K[i, j, w] = total * scale[w]
+                for i in range(n):
+                    for j in range(n):
+                        for w in range(lanes):
+                            S[i, j, w] = H[m + i, m + j, w] if j <= i else 0.0
+                for w in range(count):
+                    for i in range(n):
+                        for j in range(n):
+                            roots[t, start + w, i, j] = S[i, j, w]
+                    for i in range(m):
+                        for j in range(m):
+                            lower[t, start + w, i, j] = H[i, j, w] if j <= i else 0.0
+                        for j in range(n):
+                            gains[t, start + w, i, j] = K[i, j, w]
+
+    options: dict[str, Any] = {
+        "nogil": True,
+        "error_model": "numpy",
+        # Not all of it: what is not finite must be seen by the pivots.
+        "fastmath": {"contract", "reassoc", "nsz"},
+    }
+    signature = numba.void(*given, *found)
+    try:
+        return numba.njit(signature, cache=True, **options)(kernel)
+    except RuntimeError:  # no folder that can be written
+        return numba.njit(signature, **options)(kernel)
