@@ -30,7 +30,7 @@ def serves(terms: QuadraticTerms) -> bool:
     return (
         terms.uniform
         and terms.lead.numel() >= LANES
-        and 0 < sum(terms.sizes[0][1:]) <= LARGEST
+        and sum(terms.sizes[0][1:]) <= LARGEST
         and terms.sizes[0][1] > 0
         and terms.Qf.dtype == torch.float64
         and terms.Qf.device.type == "cpu"
