@@ -5,10 +5,10 @@ move a step, so that one move serves many d.
 
 **Rates.** At seed 0, on validation rows, by climbing in factors of about three: at the first d up,
 then down; from the best move of a smaller d up, and from that of a greater one down, since the best
-move mostly grows with d; and down after all where the greater d does worse than the smaller one,
-which a subspace of more directions need not. Between two dimensions that are tuned only their moves
-and those in between are tried. Other seeds take the chosen move. Test rows have no part in it: they
-give the performance, and say where to look next.
+move mostly grows with d; but down first where that move does worse than at the smaller d, and down
+after all where the greater d does, which a subspace of more directions need not. Between two
+dimensions that are tuned only their moves and those in between are tried. Other seeds take the
+chosen move. Test rows have no part in it: they give the performance, and say where to look next.
 
 **Dimensions.** (1) From a first d by a stride, up or down, until the target is between two of them.
 (2) A second seed at the nearer one. (3) Until the runs are spent, or the interval is narrow enough
@@ -219,6 +219,11 @@ class Search:
             nearest = below if below is not None else above
             first = MOVE if nearest is None else self._chosen[nearest].move
             ways = (1, -1) if nearest is None else (1,) if nearest == below else (-1,)
+            if below is not None:
+                smaller = self._chosen[below]
+                # Too large a move for more directions: whatever is larger still fails alike.
+                if self._run(d, first, 0).validation < smaller.validation:
+                    ways = (-1, 1)
             best = climb(first, lambda move: self._run(d, move, 0), min(TRIES, left), ways)
             if below is not None:
                 best = self._not_worse(d, first, best, self._chosen[below])

@@ -159,6 +159,21 @@ def test_a_greater_dimension_that_does_worse_gets_smaller_moves() -> None:
     assert {t.dimension for t in search.chosen()} == {1000}
 
 
+def test_smaller_moves_come_first_where_that_of_a_smaller_dimension_fails() -> None:
+    """Moves that are too large fail alike, with losses that would lead to ever larger ones."""
+
+    def measure(d: int, move: float, seed: int) -> Trial:
+        trial = curve(5000.0, noise=0.0, best_move=31.6 if d <= 1000 else 10.0)(d, move, seed)
+        if d <= 1000 or move < 20:
+            return trial
+        return replace(trial, performance=0.1, validation=0.1, validation_loss=1 / move)
+
+    search = Search(measure, 0.7, budget=20)
+    assert search.run().verdict is DimensionVerdict.ESTIMATED
+    tried = [t.move for t in search.trials if t.dimension == 10_000 and t.seed == 0]
+    assert tried == [31.6, 9.99, 3.16]
+
+
 @pytest.mark.parametrize("best", [0.1, 1.0, 10.0, 100.0])
 def test_climbing_finds_the_best_rate_and_tries_its_neighbours(best: float) -> None:
     tried: list[float] = []
