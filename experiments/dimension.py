@@ -107,8 +107,10 @@ class DimensionSearch(Experiment):
             raise InputError(f"share is {self.share}; expected a number above 0, such as 0.9")
         if not 0 < self.confidence < 1:
             raise InputError(f"confidence is {self.confidence}; expected a number in (0, 1)")
-        if self.target is not None and not math.isfinite(self.target):
-            raise InputError(f"target is {self.target}; expected a finite number, or none")
+        if self.target is not None and not 0 < self.target < 1:
+            raise InputError(
+                f"target is {self.target}; expected a share between 0 and 1, such as 0.8, or none"
+            )
 
     @abstractmethod
     def training(self, dimension: int, rate: float, seed: int) -> Experiment:
@@ -127,8 +129,8 @@ class DimensionSearch(Experiment):
         """What a training gave."""
 
     @abstractmethod
-    def full_dimension(self, record: Record) -> int | None:
-        """D, from the record of a baseline, where that tells it."""
+    def extent(self) -> tuple[int, int]:
+        """The least and the greatest dimension that there is."""
 
     def to_config(self) -> dict[str, Any]:
         """The fields."""
@@ -149,6 +151,7 @@ class DimensionSearch(Experiment):
         from experiments.runs import RunStore
 
         store = RunStore(workspace.store or workspace.folder / "runs", keep_controls=False)
+        smallest, largest = self._range()
         with tqdm(desc=self.label, unit="run", disable=not workspace.progress) as bar:
             runs = _Runs(self, store, bar)
             baseline: list[Trial] = []
@@ -158,7 +161,7 @@ class DimensionSearch(Experiment):
                 goal = Baseline(tuple(t.performance for t in baseline), self.share)
             names = {f.name for f in fields(Search)} & {f.name for f in fields(DimensionSearch)}
             options = {name: getattr(self, name) for name in names - {"target"}}
-            options["largest"] = min(self.largest, runs.full_dimension)
+            options |= {"smallest": smallest, "largest": largest}
             search = Search(runs.measure, goal, **options)
             hopeless = isinstance(goal, Baseline) and goal.target <= runs.chance
             estimate = None if hopeless else search.run()
@@ -176,6 +179,17 @@ class DimensionSearch(Experiment):
         }
         return Outcome(status="completed", result=found, curve=_table(runs.trials, used))
 
+    def _range(self) -> tuple[int, int]:
+        """The dimensions to be searched."""
+        least, most = self.extent()
+        smallest, largest = max(self.smallest, least), min(self.largest, most)
+        if smallest >= largest:
+            raise InputError(
+                f"{self.label}: there are dimensions from {least:,} to {most:,} only, of which "
+                f"smallest = {self.smallest:,} and largest = {self.largest:,} leave no range"
+            )
+        return smallest, largest
+
 
 class _Runs:
     """The trainings of a search, each recorded, or found among the records."""
@@ -184,7 +198,6 @@ class _Runs:
         self.spec, self.store, self.bar = spec, store, bar
         self.trials: list[Trial] = []
         self.chance = -math.inf
-        self.full_dimension: float = math.inf
 
     def baseline(self, rate: float, seed: int) -> Trial:
         return self._done(self.spec.baseline_training(rate, seed), None, rate, rate, seed)
@@ -201,8 +214,6 @@ class _Runs:
         record = run(training, self.store, progress=False)
         assert record is not None
         read = self.spec.reading(record)
-        if d is None:
-            self.full_dimension = self.spec.full_dimension(record) or math.inf
         self.chance = max(self.chance, read.chance)
         trial = Trial(
             dimension=d,
@@ -337,12 +348,7 @@ class FineTuningDimension(DimensionSearch, _Trained):
 
     def training(self, dimension: int, rate: float, seed: int) -> FineTuning:
         """Fine-tuning in a subspace."""
-        delta = {
-            "name": METHODS[self.method],
-            "dimension": dimension,
-            "projection": self.projection,
-            "of": self.delta.replace(",", ";"),
-        }
+        delta = self._subspace(self.method, dimension)
         return self._tuning(delta, rate, seed, self.pretrained)
 
     def baseline_training(self, rate: float, seed: int) -> FineTuning:
@@ -372,11 +378,29 @@ class FineTuningDimension(DimensionSearch, _Trained):
             result["majority_share"] or 0.0,
         )
 
-    def full_dimension(self, record: Record) -> int | None:
-        """All that the baseline trains, but for the head where a delta has one beside it."""
-        if self.delta and self.baseline != "delta":
-            return None
-        return record.result["num_trainable"] - bool(self.delta) * record.result["num_head"]
+    def extent(self) -> tuple[int, int]:
+        """One beside the gains of the method, and all parameters that the subspace is of."""
+        from deltas.coordinates import Coordinates
+        from deltas.methods.said import ScaledCoordinates
+
+        def laid(method: str, dimension: int, kind: type[Any]) -> Any:
+            delta = self._subspace(method, dimension)
+            tuned = self._tuning(delta, 1.0, 0, self.pretrained).load()[0]
+            return next(module for module in tuned.modules() if isinstance(module, kind))
+
+        most = laid("did", 1, Coordinates).full_dim
+        if self.method == "did":
+            return 1, most
+        gains = laid("said", min(most, 1000), ScaledCoordinates).gains
+        return len(gains) + 1, most
+
+    def _subspace(self, method: str, dimension: int) -> dict[str, Any]:
+        return {
+            "name": METHODS[method],
+            "dimension": dimension,
+            "projection": self.projection,
+            "of": self.delta.replace(",", ";"),
+        }
 
     def _tuning(self, delta: Any, rate: float, seed: int, pretrained: bool) -> FineTuning:
         return FineTuning(

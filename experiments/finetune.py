@@ -14,8 +14,11 @@ from experiments.schedules import SCHEDULES
 from theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from deltas import DeltaModel
     from experiments.data import Encoded
+    from experiments.tasks import Task
 
 METRICS = {
     "classification": ("accuracy", "macro_f1", "loss"),
@@ -220,19 +223,11 @@ class FineTuning(Experiment):
             ) from error
 
     def _execute(self, workspace: Workspace) -> Outcome:
-        from experiments import data, models, stages, tasks, training
+        from experiments import data, stages, training
         from experiments.evaluation import MONITORED, evaluate
         from experiments.resources import autocast
 
-        task = tasks.load(self.task, **self._columns())
-        base, tokenizer = models.load(
-            self.model,
-            kind=task.kind,
-            num_labels=len(task.labels) if task.kind == "classification" else None,
-            pretrained=self.pretrained,
-            seed=self.seed,
-        )
-        check_length(self.max_length, base, self.model)
+        model, tokenizer, task = self.load()
         encoded = data.encode(
             task,
             tokenizer,
@@ -240,7 +235,6 @@ class FineTuning(Experiment):
             train_limit=self.train_limit,
             eval_limit=self.eval_limit,
         )
-        model = self.attached(base, task.kind)
 
         def metrics(module: Any, split: str) -> dict[str, float]:
             return evaluate(module, encoded.eval_batches(split, self.batch_size), task.kind)
@@ -289,6 +283,25 @@ class FineTuning(Experiment):
             message=trained.message,
             earlier_seconds=trained.earlier_seconds,
         )
+
+    def load(self) -> tuple[DeltaModel, PreTrainedTokenizerBase, Task]:
+        """The model with its deltas before training, its tokenizer, and the task.
+
+        Raises:
+            InputError: from loading either, or from attaching the deltas; max_length is too long.
+        """
+        from experiments import models, tasks
+
+        task = tasks.load(self.task, **self._columns())
+        base, tokenizer = models.load(
+            self.model,
+            kind=task.kind,
+            num_labels=len(task.labels) if task.kind == "classification" else None,
+            pretrained=self.pretrained,
+            seed=self.seed,
+        )
+        check_length(self.max_length, base, self.model)
+        return self.attached(base, task.kind), tokenizer, task
 
     def attached(self, base: Any, kind: str) -> DeltaModel:
         """`base` with the deltas, and with the head where none of them trains it."""

@@ -227,9 +227,9 @@ class MnistDimension(DimensionSearch):
             found["majority_share"],
         )
 
-    def full_dimension(self, record: Record) -> int:
-        """All parameters."""
-        return record.result["num_total"]
+    def extent(self) -> tuple[int, int]:
+        """All parameters at most."""
+        return 1, sum(p.numel() for p in network(self.net, 0).parameters())
 
     def _training(self, dimension: int | None, rate: float, seed: int) -> MnistTraining:
         return MnistTraining(

@@ -14,7 +14,7 @@ iteration. Both are left out with a line where they are not installed: `pip inst
 `pip install --no-deps mpc`, in an environment of their own.
 
 A batch is compared with a loop over its problems; it runs in compiled kernels where numba is
-installed (`pip install "deltacontrol[fast]"`), else by torch. The parallel scan over time, which
+installed (`pip install -e ".[fast]"`), else by torch. The parallel scan over time, which
 computes the gains only, is compared with the recursion over horizons.
 """
 

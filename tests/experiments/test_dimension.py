@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
+from experiments import models
 from experiments.dimension import FineTuningDimension, estimate_from
 from experiments.dimension_search import Search, Trial, climb, steadiest
 from experiments.finetune import FineTuning
@@ -302,11 +302,37 @@ def test_an_interrupted_search_goes_on(
     assert len(made_up) == total
 
 
-def test_no_dimension_is_above_the_number_of_parameters(
-    made_up: list[MnistTraining], tmp_path: Path
+@pytest.mark.parametrize(("share", "end"), [(2.0, 5000), (0.4, 15)])
+def test_no_dimension_is_outside_of_those_that_there_are(
+    share: float,
+    end: int,
+    made_up: list[MnistTraining],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run(MnistDimension(share=2.0), RunStore(tmp_path), progress=False)
-    assert max(t.dimension or 0 for t in made_up) == 5000
+    monkeypatch.setattr(MnistDimension, "extent", lambda self: (15, 5000))
+    run(MnistDimension(share=share), RunStore(tmp_path), progress=False)
+    tried = {t.dimension for t in made_up if t.dimension}
+    assert end in tried and min(tried) >= 15 and max(tried) <= 5000
+    with pytest.raises(InputError, match="from 15 to 5,000 only, of which smallest = 6,000"):
+        run(MnistDimension(smallest=6000), RunStore(tmp_path), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "extent"),
+    [
+        ({}, (6, 17_390_594)),
+        ({"method": "did"}, (1, 17_390_594)),
+        ({"delta": "bitfit", "method": "did"}, (1, 13_440)),
+        ({"delta": "bitfit"}, (5, 13_440)),
+    ],
+)
+def test_dimensions_end_with_the_parameters(fields: dict, extent: tuple[int, int]) -> None:
+    try:
+        models.resolve("minilm-l3")
+    except InputError as error:
+        pytest.skip(f"minilm-l3 cannot be had here: {error}")
+    assert FineTuningDimension(model="minilm-l3", **fields).extent() == extent
 
 
 def test_rules_share_their_trainings(made_up: list[MnistTraining], tmp_path: Path) -> None:
@@ -353,9 +379,6 @@ def test_what_a_fine_tuning_search_trains() -> None:
     assert not own.baseline_training(0.1, 0).pretrained
     assert replace(own, baseline="pretrained").baseline_training(0.1, 0).pretrained
     json.dumps(spec.to_config(), allow_nan=False)
-    record: Any = SimpleNamespace(result={"num_trainable": 700, "num_head": 20})
-    assert spec.full_dimension(record) == 680 and own.full_dimension(record) is None
-    assert FineTuningDimension().full_dimension(record) == 700
 
 
 @pytest.mark.parametrize(
@@ -367,6 +390,8 @@ def test_what_a_fine_tuning_search_trains() -> None:
         ({"confidence": 1.0}, "confidence is 1.0"),
         ({"share": 0.0}, "share is 0.0"),
         ({"target": math.nan}, "target is nan"),
+        ({"target": 80.0}, "target is 80.0; expected a share between 0 and 1, such as 0.8"),
+        ({"target": -1.0}, "target is -1.0"),
         ({"method": "dad"}, "said or did"),
         ({"baseline": "delta"}, "no delta is given"),
         ({"delta": "lorra"}, "nearest: lora"),

@@ -14,6 +14,7 @@ from tests.theory.dense import flat, hessian, unflatten
 from tests.theory.problems import (
     CASES,
     Case,
+    deep_residual_network,
     embedding_problem,
     forgetful_problem,
     low_rank,
@@ -290,6 +291,16 @@ def test_newton_reaches_1e_8_on_twelve_layers_within_30_iterations(
     assert solution.status is Status.CONVERGED, solution.message
     residuals = solution.history["residual"]
     assert residuals[-1] < 1e-2 * residuals[-2]  # superlinear at the end
+
+
+@pytest.mark.parametrize(
+    ("width", "seed"),
+    [(16, 0), (16, 1), *(pytest.param(w, 0, marks=pytest.mark.slow) for w in (64, 128, 256))],
+)
+def test_newton_reaches_1e_8_where_the_loss_stays_large(width: int, seed: int) -> None:
+    problem = deep_residual_network(width, seed=seed)
+    solution = solve(problem, NewtonCG(), problem.zero_controls(), max_steps=30, tol=1e-8)
+    assert solution.status is Status.CONVERGED, solution.message
 
 
 @pytest.mark.parametrize("width", [16, pytest.param(256, marks=pytest.mark.slow)])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+
+import numba
 import pytest
 import torch
 from torch import Tensor
@@ -117,8 +121,9 @@ LEAD = compiled.LANES + 3  # the last lanes are filled up
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The first steps of what the kernels were asked for."""
+    """The first steps of what the kernels were asked for; any number of steps is enough."""
     calls, sweep = [], compiled.sweep
+    monkeypatch.setattr(compiled, "MANY", 1)
 
     def counted(*arguments):
         quick = sweep(*arguments)
@@ -152,34 +157,88 @@ def test_kernels_compute_what_torch_computes(
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("lead", "failing"), [(LEAD, 7), (3 * LEAD, 7), (3 * LEAD, 0)])
 def test_kernels_stop_where_one_problem_fails(
-    kernels: list[int], monkeypatch: pytest.MonkeyPatch
+    lead: int, failing: int, kernels: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``P_2`` of one problem is indefinite; the rest of the steps goes on in the general form."""
-    terms = {name: batch_terms(LEAD)[name].clone() for name in QUADRATIC[:-1]}
-    terms["Q"][2, 7] -= 20 * torch.eye(4, dtype=F64)
-    terms["A"][1, 7], terms["B"][1, 7] = 0, 0  # where it ends
+    terms = {name: batch_terms(lead)[name].clone() for name in QUADRATIC[:-1]}
+    terms["Q"][2, failing] -= 20 * torch.eye(4, dtype=F64)
+    terms["A"][1, failing], terms["B"][1, failing] = 0, 0  # where it ends
     found, expected = factorise(**terms), by_torch(terms, monkeypatch)
     assert kernels == [3] and expected._quick is not None and expected._quick.first == 3
     for a, b in zip(found.gains, expected.gains, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["A", "B", "Q", "R", "Qf"])
-def test_kernels_see_what_is_not_finite(name: str, kernels: list[int]) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", QUADRATIC)
+def test_kernels_see_what_is_not_finite(name: str, value: float, kernels: list[int]) -> None:
     terms = {name: part.clone() for name, part in batch_terms(LEAD).items()}
-    terms[name].reshape(-1)[0] = float("nan")
+    terms[name].reshape(-1)[0] = value
     with pytest.raises(InputError, match="not finite"):
         riccati(**terms)
     assert kernels or name == "Qf"
 
 
-def test_kernels_serve_many_small_problems_only(
-    kernels: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pivots_that_drown_are_seen_in_a_batch(kernels: list[int]) -> None:
+    """``R = 0`` and a ``B`` of rank one leave rounding errors for pivots."""
+    terms = {name: batch_terms(LEAD, horizon=1)[name].clone() for name in QUADRATIC[:-1]}
+    terms["R"][0, 5] = 0
+    terms["B"][0, 5, :, 1] = 3 * terms["B"][0, 5, :, 0]
+    factor = factorise(**terms)
+    assert kernels and list(factor.null) == [0] and factor._quick is not None
+    assert factor._quick.first == 1
+
+
+def test_kernels_serve_many_small_problems_only(kernels: list[int]) -> None:
     for lead, n, m in ((compiled.LANES - 1, 4, 2), (LEAD, compiled.LARGEST, 1), (LEAD, 4, 0)):
         riccati(**batch_terms(lead, n=n, m=m))
     riccati(**{name: part.float() for name, part in batch_terms(LEAD).items()})
-    monkeypatch.setattr(compiled, "_has_numba", lambda: False)
+    compiled.MANY = 6 * LEAD  # put back by the fixture
     riccati(**batch_terms(LEAD))
+    assert not kernels
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """No kernel is at hand, before and after."""
+    compiled._kernel.cache_clear()
+    yield
+    compiled._kernel.cache_clear()
+
+
+def test_without_numba_torch_computes(
+    fresh: None, kernels: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)  # importing it raises ImportError
+    riccati(**batch_terms(LEAD))
+    assert not kernels
+
+
+@pytest.mark.parametrize("error", [OSError, EOFError, RuntimeError])
+def test_a_cache_that_cannot_be_used_is_done_without(
+    error: type[Exception], fresh: None, kernels: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ = numba.njit
+
+    def njit(*signature, cache=False, **options):
+        if cache:
+            raise error("the cache")
+        return compile_(*signature, **options)
+
+    monkeypatch.setattr(numba, "njit", njit)
+    riccati(**batch_terms(LEAD))
+    assert kernels == [0]
+
+
+def test_a_compiler_that_fails_is_told_and_done_without(
+    fresh: None, kernels: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def njit(*_, **__):
+        raise ValueError("no code for this processor")
+
+    monkeypatch.setattr(numba, "njit", njit)
+    with pytest.warns(UserWarning, match="torch computes it: no code for this processor"):
+        riccati(**batch_terms(LEAD))
     assert not kernels

@@ -18,7 +18,7 @@ from tests.theory.problems import (
     scalar,
     varying,
 )
-from theory.costs import SquaredErrorCost
+from theory.costs import QuadraticCost, SquaredErrorCost
 from theory.errors import InputError
 from theory.problem import ControlProblem, Controls
 from theory.solvers import MSA, Iterate, Shooting, Solution, Solver, Status, solve
@@ -26,6 +26,7 @@ from theory.solvers.emsa import ExtendedMSA
 from theory.solvers.gauss_newton import GaussNewton, NewtonCG
 from theory.solvers.ilqr import DDP, ILQR
 from theory.solvers.riccati import Riccati
+from theory.systems import LinearDynamics
 
 F64 = torch.float64
 
@@ -243,6 +244,60 @@ def test_controls_keep_their_dtype_and_the_start_is_left_alone(entry: Entry) -> 
     assert solution.status is Status.CONVERGED, solution.message
     assert all(u.dtype == torch.float32 and u.shape == (3,) for u in solution.controls)
     assert not any(u.any() for u in start)
+
+
+FALLING = [entry for entry in GENERAL if entry.name != "msa"]  # they look whether J falls
+
+
+@pytest.mark.parametrize("entry", FALLING, ids=lambda entry: entry.name)
+def test_a_concave_problem_is_unbounded_for_the_right_reason(entry: Entry) -> None:
+    one, zero = torch.ones(1, 1, dtype=F64), torch.zeros(1, 1, dtype=F64)
+    cost = QuadraticCost(Q=[zero] * 3, R=[-one] * 3, Qf=zero, qf=one[0])
+    problem = ControlProblem(LinearDynamics.constant(3, one, one), cost, one[0])
+    start = problem.zero_controls()
+    solution = solve(problem, entry.make(problem, start), start, max_steps=500, tol=1e-8)
+    assert solution.status is Status.UNBOUNDED, solution.message
+    assert "raise the running cost" in solution.message
+    assert "callback" not in solution.message
+
+
+@pytest.mark.parametrize("entry", FALLING, ids=lambda entry: entry.name)
+def test_rounding_errors_end_a_solve_in_float32(entry: Entry) -> None:
+    """No solver claims more than float32 resolves, or asks for more steps there.
+
+    Plain MSA has no line search that could tell, and takes the steps that it is given.
+    """
+    network = residual_network()
+    dynamics = type(network.dynamics).random(5, 4, 6, 3, seed=1, dtype=torch.float32)
+    cost = SquaredErrorCost(network.cost.target.float(), weight_decay=1.0)
+    problem = ControlProblem(dynamics, cost, network.x0.float())
+    start = problem.zero_controls()
+    solution = solve(problem, entry.make(problem, start), start, max_steps=400, tol=1e-12)
+    assert solution.residual.norm < 1e-4
+    assert solution.status is Status.LINE_SEARCH_FAILED, solution.message
+    assert solution.iterations < 300 and "float64" in solution.message
+
+
+@pytest.mark.parametrize("entry", GENERAL, ids=lambda entry: entry.name)
+def test_controls_of_their_own_are_those_of_each_example_alone(entry: Entry) -> None:
+    network = residual_network()
+    examples = 3
+    whole = ControlProblem(
+        network.dynamics,
+        SquaredErrorCost(network.cost.target[:examples], weight_decay=1.0),
+        network.x0[:examples],
+    )
+    start = whole.zero_controls(per_example=True)
+    options = {"max_steps": entry.max_steps, "tol": 1e-7}
+    together = solve(whole, entry.make(whole, start), start, **options)
+    assert together.status is Status.CONVERGED, together.message
+    for i in range(examples):
+        cost = SquaredErrorCost(network.cost.target[i], weight_decay=1.0)
+        alone = ControlProblem(network.dynamics, cost, network.x0[i])
+        start = alone.zero_controls()
+        solution = solve(alone, entry.make(alone, start), start, **options)
+        for u, v in zip(together.controls, solution.controls, strict=True):
+            torch.testing.assert_close(u[i], v, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("entry", GENERAL, ids=lambda entry: entry.name)

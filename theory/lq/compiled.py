@@ -2,14 +2,14 @@
 
 Matrices of a few rows are too small for a call each: some problems at a time are laid side by side,
 so that every operation is one on vectors over problems. A kernel takes seconds to compile, once for
-each size: numba keeps it beside this file, or in the user's cache. Without numba, and for other
-problems, the batched form of `theory.lq.recursion` computes the same.
+each size: numba keeps it beside this file, or in the user's cache. Without numba, where it fails,
+and for other problems, the batched form of `theory.lq.recursion` computes the same.
 """
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -23,24 +23,17 @@ __all__ = ["serves", "sweep"]
 LANES = 16
 PANEL = 4  # columns that are factorised before the rest is updated
 LARGEST = 16  # m + n, beyond which compiling takes long and torch's operations are quick
+MANY = 4000  # steps of all problems, below which torch takes some milliseconds
 
 
 def serves(terms: QuadraticTerms) -> bool:
-    """Whether there are many small problems in float64 on the CPU, and numba."""
-    return (
-        terms.uniform
-        and terms.lead.numel() >= LANES
-        and sum(terms.sizes[0][1:]) <= LARGEST
-        and terms.sizes[0][1] > 0
-        and terms.Qf.dtype == torch.float64
-        and terms.Qf.device.type == "cpu"
-        and _has_numba()
-    )
-
-
-@cache
-def _has_numba() -> bool:
-    return find_spec("numba") is not None
+    """Whether there are many small problems in float64 on the CPU, and a kernel for them."""
+    if not terms.uniform or terms.Qf.dtype != torch.float64 or terms.Qf.device.type != "cpu":
+        return False
+    (_, m, n), batch = terms.sizes[0], terms.lead.numel()
+    if batch < LANES or batch * len(terms.sizes) < MANY or m == 0 or m + n > LARGEST:
+        return False
+    return _kernel(n, m, terms.N is not None) is not None
 
 
 def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
@@ -72,8 +65,11 @@ def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
 
 @cache
 def _kernel(n: int, m: int, crossed: bool) -> Any:
-    """The sweep for ``n`` states and ``m`` controls; sizes that are known unroll the loops."""
-    import numba
+    """The sweep for ``n`` states and ``m`` controls, or None; known sizes unroll the loops."""
+    try:
+        import numba
+    except ImportError:  # or a numba that does not fit the NumPy
+        return None
 
     k, lanes, panel = m + n, LANES, PANEL
     padded = -(-k // panel) * panel
@@ -116,6 +112,7 @@ def _kernel(n: int, m: int, crossed: bool) -> Any:
                         for j in range(i + 1):
                             H[m + i, m + j, w] = 0.5 * (Q[t, p, i, j] + Q[t, p, j, i])
                 for i in range(k, padded):
+                    H[i, :i] = 0.0  # a problem that failed left NaN
                     H[i, i] = 1.0
                 # bounds = ||S||^2 ||B||^2
                 norm_S[:] = 0.0
@@ -202,5 +199,14 @@ def _kernel(n: int, m: int, crossed: bool) -> Any:
     signature = numba.void(*given, *found)
     try:
         return numba.njit(signature, cache=True, **options)(kernel)
-    except RuntimeError:  # no folder that can be written
+    except Exception:  # the cache: no folder that can be written, a full disk, a damaged file
+        pass
+    try:
         return numba.njit(signature, **options)(kernel)
+    except Exception as error:
+        warnings.warn(
+            f"numba {numba.__version__} could not compile the Riccati recursion, so that torch "
+            f"computes it: {str(error).strip().splitlines()[0]}",
+            stacklevel=2,
+        )
+        return None

@@ -272,7 +272,7 @@ class _Recorder:
         finite = math.isfinite(value) and math.isfinite(residual.norm)
         known, self.resumed = self.resumed, False
         if known:
-            self.check_same_problem(value)
+            self.check_same_problem(value, evaluation.objective.dtype)
             # This work is in the history already.
             self.sweeps_before -= self.meter.steps / max(self.problem.dynamics.horizon, 1)
         else:
@@ -298,11 +298,13 @@ class _Recorder:
         horizon = max(self.problem.dynamics.horizon, 1)
         return self.sweeps_before + self.meter.steps / horizon
 
-    def check_same_problem(self, value: float) -> None:
+    def check_same_problem(self, value: float, dtype: torch.dtype) -> None:
         """Refuse a checkpoint whose controls do not give the objective that it holds."""
         kept = self.history["objective"][-1]
         # Another machine may round differently; another problem gives another number.
-        if not math.isclose(value, kept, rel_tol=1e-3, abs_tol=1e-6):
+        rounding = torch.finfo(dtype).eps ** 0.5
+        scale = abs(self.history["objective"][0])
+        if not math.isclose(value, kept, rel_tol=rounding, abs_tol=rounding * scale):
             raise InputError(
                 f"{self.checkpoint} is a checkpoint of another problem: its controls had J = "
                 f"{kept:.6g} and have {value:.6g} here; delete it to start anew, or name another "

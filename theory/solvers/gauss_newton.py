@@ -263,7 +263,9 @@ def _evaluate(
     if not resolved:
         slopes = (flatten(now.gradient) + flatten(gradient)) @ step
         ratio = -0.5 * float(slopes) / predicted
-        if not ratio >= ACCEPT:
+        # Rounding errors in the gradient let a step pass now and then, which leads nowhere.
+        falls = flatten(gradient).norm() < flatten(now.gradient).norm()
+        if not (ratio >= ACCEPT and bool(falls)):
             return None, ratio
     return Evaluation(states, costates, objective, gradient), ratio
 

@@ -65,10 +65,13 @@ class Shooting(Solver):
             now = evaluate(z)
             return float(now.objective), _flat(now.gradient)
 
+        stopped = False
+
         def after_iteration(intermediate_result: optimize.OptimizeResult) -> None:
+            nonlocal stopped
             z = intermediate_result.x
-            now = evaluate(z)
-            if report(_split(z, u0), now):
+            stopped = report(_split(z, u0), evaluate(z))
+            if stopped:
                 raise StopIteration
 
         start = _flat(u0)
@@ -90,6 +93,8 @@ class Shooting(Solver):
                 "maxfun": _UNLIMITED,
             },
         )
+        if stopped:
+            return None
         return Ending(Status.LINE_SEARCH_FAILED, f"L-BFGS stopped: {result.message}")
 
 
