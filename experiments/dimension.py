@@ -261,6 +261,7 @@ def estimate_from(
     *,
     chance: float | None = None,
     confidence: float = 0.9,
+    seed: int = 0,
 ) -> DimensionEstimate:
     """The dimension of any target, from the runs of a recorded search.
 
@@ -269,6 +270,7 @@ def estimate_from(
         target: as in `theory.dimension.estimate_dimension`; likewise chance and confidence.
         chance: see there.
         confidence: see there.
+        seed: of the bootstrap; draws of two searches with one seed are not independent.
 
     Raises:
         InputError: the search trained at no dimension.
@@ -280,6 +282,7 @@ def estimate_from(
         target,
         chance=chance,
         confidence=confidence,
+        seed=seed,
     )
 
 
@@ -301,7 +304,7 @@ class _Trained:
     projection: str = "fastfood"
     """The kind of P: fastfood, dense, gaussian, sparse-sign, srht or kronecker."""
     pretrained: bool = True
-    """False starts from a random model of the same architecture."""
+    """Whether to start from pre-trained weights, or from random ones of the same architecture."""
     steps: int = 100
     """Updates of a training."""
     batch_size: int = 16

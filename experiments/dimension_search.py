@@ -17,7 +17,10 @@ is open, else where the crossing's bootstrap draws have most weight (share of th
 gap's width), in the middle of a gap that is wider than ``resolution``, else another seed at one of
 its ends.
 
-The search is ours; `theory.dimension` has the estimate and its interval.
+The search is ours; `theory.dimension` has the estimate and its interval. Where to train next
+follows from the performances, which costs some coverage: of straight curves (tests) intervals of
+90 % hold the dimension in about 85 % of searches. They tell of the spread over seeds, not of which
+test rows there are.
 """
 
 from __future__ import annotations

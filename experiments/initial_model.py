@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class InitialModel:
         dtype: of the parameters; float64 for kernels that are exact.
         text_column: of a task file.
         label_column: of a task file.
+        task_kind: what the labels of a task file are; inferred by default.
 
     Attributes:
         controlled: the model with the deltas.
@@ -74,11 +75,14 @@ class InitialModel:
         dtype: str = "float32",
         text_column: str = "text",
         label_column: str = "label",
+        task_kind: Literal["classification", "regression"] | None = None,
     ) -> None:
         from deltas import FullFineTuning, HeadTuning, attach, parse
         from deltas.coordinates import SubspaceDelta
 
-        loaded = tasks.load(task, text_column=text_column, label_column=label_column)
+        loaded = tasks.load(
+            task, kind=task_kind, text_column=text_column, label_column=label_column
+        )
         if loaded.kind != "classification":
             raise InputError(f"{task} is a {loaded.kind} task; a prediction needs classes")
         if len(loaded.labels) < 2:

@@ -99,6 +99,7 @@ def predict_dimension(
     seed: int = 0,
     text_column: str = "text",
     label_column: str = "label",
+    task_kind: Literal["classification", "regression"] | None = None,
 ) -> DimensionPrediction:
     """The dimension that a model will need for a task.
 
@@ -117,6 +118,7 @@ def predict_dimension(
         seed: of the weights that are drawn.
         text_column: of a task file.
         label_column: of a task file.
+        task_kind: what the labels of a task file are; inferred by default.
 
     Raises:
         InputError: as in `InitialModel`; a target that is no accuracy, or no positive loss.
@@ -127,12 +129,12 @@ def predict_dimension(
         'd* = 9.9 ± 4'
     """
     columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
-    classes = max(2, len(tasks.load(task, **columns).labels))
+    classes = max(2, len(tasks.load(task, kind=task_kind, **columns).labels))
     most = max(LEAST_ROWS, OUTPUTS // (classes - 1))
     rows, heldout = min(rows, most), min(heldout, most)
     initial = InitialModel(
         model, task, deltas, rows=rows, heldout=heldout, max_length=max_length,
-        pretrained=pretrained, seed=seed, **columns,
+        pretrained=pretrained, seed=seed, task_kind=task_kind, **columns,
     )  # fmt: skip
     return dimension_of(initial, target, metric)
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     Factors = dict[str, tuple[Tensor, Tensor]]  # by site: B (out, r) and Aᵀ (in, r)
     Decompositions = dict[str, tuple[Tensor, Tensor, Tensor]]  # by site: U, s, V of D = U s Vᵀ
 
+MORE_RATES = 5  # tried at most beyond those that are given
+
 
 @dataclass(frozen=True)
 class UpdateSpectra(Experiment):
@@ -51,7 +53,8 @@ class UpdateSpectra(Experiment):
         batch_size: examples per update.
         max_length: tokens of a text at most.
         train_rows: the first so many training rows; the losses are means over them.
-        full_rates, lora_rates, head_rates: peak learning rates; the one of least loss counts.
+        full_rates, lora_rates, head_rates: peak learning rates; the one of least loss counts. While
+            that is the first or the last of several, one more follows beyond it.
         scale: s = scale/√r, which keeps the size of LoRA's change from depending on the rank.
         seed: of the head, of A, and of the batches.
     """
@@ -65,9 +68,9 @@ class UpdateSpectra(Experiment):
     batch_size: int = 16
     max_length: int = 32
     train_rows: int = 512
-    full_rates: Sequence[float] = (1e-4, 3e-4)
-    lora_rates: Sequence[float] = (2e-3, 4e-3, 8e-3)
-    head_rates: Sequence[float] = (1e-2, 1e-1)
+    full_rates: Sequence[float] = (3e-4, 1e-3)
+    lora_rates: Sequence[float] = (4e-3, 8e-3)
+    head_rates: Sequence[float] = (1e-1, 3e-1)
     scale: float = 4.0
     seed: int = 0
 
@@ -90,8 +93,9 @@ class UpdateSpectra(Experiment):
             )
         for name in ("full_rates", "lora_rates", "head_rates"):
             rates = list(getattr(self, name))
-            if not rates or not all(0 < rate < math.inf for rate in rates):
-                raise InputError(f"{name} are {rates}; expected one or more positive numbers")
+            positive = all(0 < rate < math.inf for rate in rates)
+            if not rates or not positive or rates != sorted(set(rates)):
+                raise InputError(f"{name} are {rates}; expected increasing positive numbers")
 
     def to_config(self) -> dict[str, Any]:
         """The fields."""
@@ -109,9 +113,10 @@ class UpdateSpectra(Experiment):
     def execute(self, workspace: Workspace) -> Outcome:
         """Train them all and compare.
 
-        The result holds ``losses`` (before, full, head), one row per rank in ``ranks``, one row per
-        snapshot and module in ``modules``, one per snapshot and rank in ``overlaps``, and every
-        training in ``trials``; the curve is the spectrum of each module's final update.
+        The result holds ``losses`` (before, full, head), one row per rank in ``ranks``, one per
+        snapshot and module in ``modules``, one per snapshot and rank in ``overlaps``, all trainings
+        in ``trials``, in ``at_the_end`` what was best at the last rate that was tried; the curve
+        is the spectrum of each module's final update.
 
         Raises:
             InputError: no classification, too few rows, a site that is no linear map or narrower
@@ -163,13 +168,14 @@ class UpdateSpectra(Experiment):
             ],
             "overlaps": overlaps,
             "trials": bench.trials,
+            "at_the_end": bench.at_the_end,
         }
         return Outcome("completed", result, bench.spectrum(last))
 
 
 @dataclass(frozen=True, eq=False)
 class _Trained:
-    """The best of the trainings of one parametrisation.
+    """A training of one parametrisation.
 
     Attributes:
         loss: over the training rows, at the end.
@@ -224,6 +230,7 @@ class _Bench:
             site.in_features  # noqa: B018 - refuses what is no linear map
         self.start = {key: _map(site).clone() for key, site in self.sites.items()}
         self.trials: list[dict[str, Any]] = []
+        self.at_the_end: list[str] = []
         self.before = self.loss(self.base)
 
     def batch(self, step: int) -> dict[str, Any]:
@@ -245,34 +252,55 @@ class _Bench:
         bar: Any,
     ) -> _Trained:
         """Train at every rate; of least loss, with what ``look`` saw at the snapshots."""
+        found = {rate: self.trained(name, deltas, rate, look) for rate in rates}
+        bar.update(len(found))
+
+        def best() -> float:
+            return min(found, key=lambda rate: found[rate].loss)
+
+        ratio = rates[-1] / rates[-2] if len(rates) > 1 else 1.0
+        for _ in range(MORE_RATES):
+            at = best()
+            if len(found) == 1 or min(found) < at < max(found):
+                break
+            rate = float(f"{at * ratio if at == max(found) else at / ratio:.3g}")
+            found[rate] = self.trained(name, deltas, rate, look)
+            bar.total += 1
+            bar.update()
+        if not found[best()].seen:
+            raise InputError(f"{name} diverged at every rate of {sorted(found)}; give smaller ones")
+        if len(found) > 1 and best() in (min(found), max(found)):
+            self.at_the_end.append(name)
+        return found[best()]
+
+    def trained(
+        self, name: str, deltas: Sequence[Delta], rate: float, look: Callable[[DeltaModel], Any]
+    ) -> _Trained:
+        """Train at one rate; without anything seen after a divergence."""
         from deltas import attach
         from experiments.training import Settings, train
 
-        e, best = self.experiment, _Trained()
+        e = self.experiment
         every = e.steps // e.snapshots
-        for rate in rates:
-            settings = Settings(
-                e.steps, rate, seed=e.seed, precision="fp32", eval_every=every, monitor="snapshots"
-            )
-            seen: dict[int, Any] = {}
-            controlled = attach(self.base, *deltas, seed=e.seed)
+        settings = Settings(
+            e.steps, rate, seed=e.seed, precision="fp32", eval_every=every, monitor="snapshots"
+        )
+        seen: dict[int, Any] = {}
+        controlled = attach(self.base, *deltas, seed=e.seed)
 
-            def note(_: Any, controlled: DeltaModel = controlled, seen: Any = seen) -> Any:
-                seen[every * (len(seen) + 1)] = look(controlled)
-                return {"snapshots": float(len(seen))}
+        def note(_: Any) -> Any:
+            seen[every * (len(seen) + 1)] = look(controlled)
+            return {"snapshots": float(len(seen))}
 
-            try:
-                trained = train(controlled, self, settings, evaluate=note, progress=False)
-                loss = self.loss(controlled) if trained.status == "completed" else math.inf
-            finally:
-                controlled.detach()
-            self.trials.append({"trained": name, "rate": rate, "loss": loss})
-            if loss < best.loss:
-                best = _Trained(loss, rate, trained.controls, seen)
-            bar.update()
-        if not best.seen:
-            raise InputError(f"{name} diverged at every rate of {list(rates)}; give smaller ones")
-        return best
+        try:
+            trained = train(controlled, self, settings, evaluate=note, progress=False)
+            loss = self.loss(controlled) if trained.status == "completed" else math.inf
+        finally:
+            controlled.detach()
+        self.trials.append({"trained": name, "rate": rate, "loss": loss})
+        if not math.isfinite(loss):
+            return _Trained(rate=rate)
+        return _Trained(loss, rate, trained.controls, seen)
 
     def changes(self, controlled: DeltaModel) -> Changes:
         """D of every site, where the weights themselves are trained."""

@@ -13,7 +13,9 @@ convex. Either is applied to ``v`` by a sweep forward, which gives ``dx``, and o
     q_L = Hess Phi dx_L,   q_t = A_t'q_{t+1} + c_t^x,   (G v)_t = B_t'q_{t+1} + c_t^u.
 
 No Jacobian of a state is formed. Controls are one flat vector here, ``(sum_t m_t,)``, or ``(sum_t
-batch m_t,)`` where each example has its own.
+batch m_t,)`` where each example has its own. Libraries of curvature operators, such as curvlinops,
+take a model of parameters and data; here ``J`` has running costs, and one rollout serves all
+products.
 
 Source: Schraudolph, *Fast curvature matrix-vector products for second-order gradient descent*,
 Neural Computation 14(7), 2002; Dunn & Bertsekas, *Efficient dynamic programming implementations of

@@ -19,7 +19,8 @@ class Claims:
     that was written down before. A negative control breaks an assumption on purpose: the check must
     fail there, or it proves nothing.
 
-    Example:
+    For example
+
         deltacontrol claims run 1 2
 
     Attributes:

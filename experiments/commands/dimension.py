@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +27,11 @@ class Dimension(FineTuningDimension):
     performance reaches the target: by default 90 % of full fine-tuning, d90. Where the runs do not
     tell, the verdict says so, and what to change.
 
-    Every training is recorded. The same command again computes nothing; a killed one goes on.
+    Every training is recorded. The same command again computes nothing; a killed one goes on. The
+    exit code is 1 where no dimension could be told.
 
-    Examples:
+    For example
+
         deltacontrol dimension --model minilm-l3 --task trec6
         deltacontrol dimension --task movie --method did --budget 40 --width 1.5
         deltacontrol dimension --task movie --delta lora:rank=8 --baseline delta --largest 50000
@@ -36,7 +39,8 @@ class Dimension(FineTuningDimension):
     """
 
     predict: bool = True
-    """Predict the dimension beside it, from the untrained model (its gradients at a few rows)."""
+    """Whether to predict the dimension beside it, from the untrained model's gradients at a few
+    rows; of a subspace without gains, also where said adds them."""
     predict_rows: int = 256
     """Training rows, and as many validation rows, from which it is predicted."""
     runs: Path = Path("runs")
@@ -92,6 +96,7 @@ class Dimension(FineTuningDimension):
                 heldout=min(self.predict_rows, len(task.validation)),
                 max_length=experiment.max_length,
                 pretrained=experiment.pretrained,
+                task_kind=experiment.task_kind,
                 **columns,
             )
         except InputError as error:
@@ -130,6 +135,12 @@ def print_record(experiment: FineTuningDimension, record: Record) -> None:
     title = "d" if experiment.target is not None else f"d{100 * experiment.share:g}"
     print(f"{experiment.label}: {title} = {found['text']} ({found['verdict']})")
     print(f"  {found['reason']}")
+    low, high = (math.nan if found[end] is None else found[end] for end in ("low", "high"))
+    if found["verdict"] == "estimated" and high > experiment.width * low > 0:
+        print(
+            f"  its ends are a factor of {high / low:.2g} apart, not {experiment.width:g}; a "
+            "larger --budget narrows it"
+        )
     rows = record.curve()
     for d, runs in rows[rows["used"]].groupby("dimension", sort=True):
         values = runs["performance"]

@@ -18,7 +18,8 @@ class ExportPeft:
     What peft has no word for is rewritten where that is exact (LoRA on a slice of a fused matrix,
     several ranks, a principal start), and refused with the reason where it is not.
 
-    Example:
+    For example
+
         deltacontrol export-peft 3f2a --out adapter/
 
     Attributes:

@@ -32,7 +32,8 @@ class Finetune(FineTuning):
     A run is recorded under the hash of its configuration; the same command again prints the record,
     and a killed run goes on from its checkpoint.
 
-    Examples:
+    For example
+
         deltacontrol finetune --model minilm-l6 --task movie --delta lora
         deltacontrol finetune --delta lora:rank=16,sites=attention.query+mlp.up bitfit --seed 1
         deltacontrol finetune --task reviews.csv --text-column review --label-column stars

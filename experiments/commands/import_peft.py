@@ -32,7 +32,8 @@ class ImportPeft(ImportedAdapter):
     Every field and every tensor of the adapter must be known and fit the model; what does not is
     listed. The run holds the deltas that the adapter is, and their controls.
 
-    Examples:
+    For example
+
         deltacontrol import-peft adapter/ --model minilm-l6 --task movie
         deltacontrol import-peft adapter/
     """

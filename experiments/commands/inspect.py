@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Inspect:
     """Print a model's tree with the controls that deltas put on it, and the parameter counts.
 
-    Example:
+    For example
+
         deltacontrol inspect --model minilm-l6 --delta lora:rank=16 bitfit
 
     Attributes:

@@ -94,6 +94,26 @@ def test_the_search_covers_the_truth_within_its_budget(truth: float) -> None:
     assert hits >= 7
 
 
+@pytest.mark.slow
+def test_intervals_cover_as_often_as_is_told() -> None:
+    """90 % nominally; a search that looks at its results covers a little less."""
+    hits = []
+    for trial in range(200):
+        random = np.random.default_rng([trial, 8])
+        truth = 10 ** random.uniform(1.5, 4.5)
+        baseline = Baseline(tuple(0.7 / 0.9 + 0.015 * random.standard_normal(4)))
+
+        def measure(d: int, move: float, seed: int, truth: float = truth, trial: int = trial):
+            noise = np.random.default_rng([trial, d, seed, round(100 * move)]).standard_normal(2)
+            test, validation = 0.7 + 0.2 * math.log10(d / truth) + 0.015 * noise
+            return Trial(d, seed, move, move, test, validation, 0.0, "completed", "")
+
+        found = Search(measure, baseline, budget=16).run()
+        if found.verdict is DimensionVerdict.ESTIMATED:
+            hits.append(found.low <= truth <= found.high)
+    assert len(hits) > 150 and 0.78 < np.mean(hits) < 0.95
+
+
 @pytest.mark.parametrize(
     ("truth", "budget", "verdict", "words"),
     [

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from deltas import FullFineTuning
 from experiments.experiment import Outcome, Workspace
-from experiments.updates import UpdateSpectra, _Bench, _decomposed, _overlaps, _tail_share
+from experiments.updates import UpdateSpectra, _Bench, _decomposed, _overlaps, _tail_share, _Trained
 from theory.errors import InputError
 
 SMALL: dict[str, Any] = {
@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {
     "batch_size": 4,
     "max_length": 8,
     "train_rows": 16,
-    "full_rates": (3e-4, 1e-9),
+    "full_rates": (1e-9, 3e-4),
     "lora_rates": (1e-2,),
     "head_rates": (1e-2,),
 }
@@ -40,11 +40,37 @@ def outcome(small: UpdateSpectra, tmp_path_factory: pytest.TempPathFactory) -> O
 
 def test_the_best_rate_counts_and_is_recorded(outcome: Outcome) -> None:
     losses = {(t["trained"], t["rate"]): t["loss"] for t in outcome.result["trials"]}
-    assert len(losses) == 5
+    assert len(losses) == 6 and losses["full", 90.0] > losses["full", 3e-4]  # one beyond the best
     ends = outcome.result["losses"]
     assert ends["full"] == losses["full", 3e-4] < losses["full", 1e-9]
     assert losses["full", 1e-9] == pytest.approx(ends["before"], abs=1e-4)
-    assert outcome.result["full_rate"] == 3e-4
+    assert outcome.result["full_rate"] == 3e-4 and outcome.result["at_the_end"] == []
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "at_the_end"),
+    [
+        (1.0, [1.0, 3.0, 0.333], []),
+        (27.0, [1.0, 3.0, 9.0, 27.0, 81.0], []),
+        (0.1, [1.0, 3.0, 0.333, 0.111, 0.037], []),
+        (1e9, [1.0, 3.0, 9.0, 27.0, 81.0, 243.0, 729.0], ["lora"]),
+    ],
+)
+def test_rates_follow_until_the_best_lies_between_two(
+    best: float, tried: list[float], at_the_end: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = object.__new__(_Bench)
+    bench.at_the_end, seen = [], []
+
+    def trained(name: str, deltas: Any, rate: float, look: Any) -> _Trained:
+        seen.append(rate)
+        return _Trained(abs(math.log(rate / best)), rate, {}, {1: None})
+
+    monkeypatch.setattr(bench, "trained", trained)
+    with tqdm(total=2, disable=True) as bar:
+        found = bench.best("lora", [], (1.0, 3.0), lambda _: None, bar)
+    assert seen == tried and bench.at_the_end == at_the_end
+    assert found.loss == min(abs(math.log(rate / best)) for rate in tried)
 
 
 def test_cutting_at_the_full_rank_leaves_the_loss_of_full_fine_tuning(outcome: Outcome) -> None:
@@ -101,6 +127,7 @@ def test_wrong_settings_are_named(minilm_l6: str, tmp_path) -> None:
         ({"ranks": (4, 2)}, "increasing"),
         ({"steps": 10, "snapshots": 4}, "no 4 equal parts"),
         ({"full_rates": ()}, "full_rates"),
+        ({"lora_rates": (2e-3, 1e-3)}, "increasing positive numbers"),
         ({"train_rows": 0}, "train_rows 0"),
     ):
         with pytest.raises(InputError, match=words):

@@ -509,3 +509,12 @@ def test_projections_by_name() -> None:
         P = kind(40, 7, 3, F64)
         assert P.lift(normal(7, seed=1)).shape == (40,), name
         assert P.draws >= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", RANDOM_PROJECTIONS)
+def test_a_gpu_lifts_as_its_dense_matrix(name: str) -> None:
+    P = RANDOM_PROJECTIONS[name](100, 33, 0, F64, torch.device("cuda"))
+    matrix, z, v = P.dense(), normal(33, seed=1).cuda(), normal(100, seed=2).cuda()
+    torch.testing.assert_close(P.lift(z), matrix @ z, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(P.adjoint(v), matrix.mT @ v, rtol=1e-12, atol=1e-13)

@@ -114,6 +114,24 @@ def test_the_scan_refuses_what_it_cannot_do() -> None:
         factorise_by_scan(**(terms | stiff))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("singular", [False, True])
+def test_a_gpu_computes_the_same(singular: bool) -> None:
+    terms, x0 = batch_terms(7), normal(7, 4, seed=38)
+    if singular:  # in the general form
+        terms |= {
+            "R": 0 * terms["R"],
+            "B": 0 * terms["B"],
+            "N": 0 * terms["N"],
+            "r": 0 * terms["r"],
+        }
+    found = riccati(**{name: part.cuda() for name, part in terms.items()}).simulate(x0.cuda())
+    expected = riccati(**terms).simulate(x0)
+    for many, alone in zip(found, expected, strict=True):
+        for a, b in zip(many, alone, strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-10, atol=1e-10)
+
+
 # ---- kernels of numba
 
 LEAD = compiled.LANES + 3  # the last lanes are filled up

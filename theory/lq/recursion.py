@@ -260,7 +260,8 @@ class _Sweep:
             raise UnboundedError(
                 f"unbounded at step {t}{problem_number(where, terms.lead)}: R + B'PB has the "
                 f"eigenvalue {float(values[where].min()):.3g}, along whose direction the cost "
-                "falls without end; add or raise the running cost of the controls",
+                "falls without end; add or raise the running cost of the controls (if Q, R and Qf "
+                "have no negative eigenvalue this is a rounding error: rescale the terms)",
                 t,
             )
         null = vectors * (values <= noise)[:, None]
