@@ -118,9 +118,23 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
 
 def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
     """The spectrum ignored: all curved directions alike."""
+    import math
     from dataclasses import replace
+    from statistics import median
 
-    return replace(_judged(_isotropic), note="d* = rank × share of the largest fall")
+    apart: dict[str, list[float]] = {}
+    for record, case in _cases().values():
+        if case["predicted"] >= LEAST:
+            ratio = abs(math.log(_isotropic(record, case) / case["predicted"]))
+            apart.setdefault(case["kind"], []).append(ratio)
+    told = ", ".join(f"{math.exp(median(logs)):.3g} ({kind})" for kind, logs in apart.items())
+    return replace(
+        _judged(_isotropic),
+        note=(
+            f"d* = rank × share of the largest fall, which is the prediction times or over {told} "
+            f"in median: kinds where that is within {1 + ERROR:g} do not tell the two apart"
+        ),
+    )
 
 
 CLAIM = Claim(
