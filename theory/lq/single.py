@@ -50,20 +50,23 @@ def _small_steps(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
     S = np.ascontiguousarray(root[0].numpy().T)
     trmm, syrk = get_blas_funcs(("trmm", "syrk"), dtype=S.dtype)
     (potrf,) = get_lapack_funcs(("potrf",), dtype=S.dtype)
-    G_T, H_T, roots, first = list(G.mT.numpy()), list(H.mT.numpy()), list(H_xx.numpy()), 0
-    for t in reversed(range(stop)):
-        # G' <- [B A]' S,  H <- H/2 + G'G,  H = L L', each in place.
-        trmm(1.0, S.T, G_T[t], side=1, lower=1, overwrite_b=1)
-        syrk(1.0, G_T[t], beta=0.5, c=H_T[t], lower=1, overwrite_c=1)
-        if potrf(H_T[t], lower=1, clean=0, overwrite_a=1)[1]:
+    rooms, first = [list(X.numpy()) for X in (G.mT, H.mT, H_xx)], 0
+    backward = zip(reversed(range(stop)), *map(reversed, rooms), strict=True)
+    for t, G_T, H_T, S_T in backward:
+        # G' <- [B A]' S,  H <- H/2 + G'G,  H = L L', each in place; by position, which is quicker.
+        trmm(1.0, S.T, G_T, 1, 1, 0, 0, 1)  # side, lower, trans_a, diag, overwrite_b
+        syrk(1.0, G_T, 0.5, H_T, 0, 1, 1)  # trans, lower, overwrite_c
+        if potrf(H_T, 1, 0, 1)[1]:  # lower, clean, overwrite_a
             first = t + 1
             break
-        S = roots[t].copy()
-    # Beyond the triangles is what was in H.
-    S_T, C_T = ((X[first:] * X.new_ones(X.shape[1:]).triu())[:, None] for X in (H_xx, H_uu))
-    after = torch.cat([S_T[1:, 0], root]) if len(S_T) else S_T[:, 0]
-    bounds = (frobenius(after) * frobenius(B[first:])).square()
-    return QuickSteps(first, C_T.mT, gain(C_T.mT, H_ux[first:, None]), S_T.mT, bounds[:, None])
+        S = S_T.copy()
+    H_xx, H_uu, H_ux = H_xx[first:], H_uu[first:], H_ux[first:]
+    for X in (H_xx, H_uu):  # beyond the triangles is what was in H
+        X *= X.new_ones(X.shape[1:]).triu()
+    norms = torch.cat([frobenius(H_xx), frobenius(root)])[1:]
+    bounds = (norms * frobenius(B[first:])).square()
+    S, C = H_xx[:, None].mT, H_uu[:, None].mT
+    return QuickSteps(first, C, gain(C, H_ux[:, None]), S, bounds[:, None])
 
 
 def _matrices(terms: Steps, stop: int) -> Tensor:
@@ -144,15 +147,17 @@ def simulate(
         states = [np.empty(n, x.dtype) for n in (len(x), *(len(step) for step in A_))]
         controls = [np.empty(len(gain), x.dtype) for gain in K_]
     states[0][...] = x
-    for t in range(len(A_)):
-        x, u, x_next = states[t], controls[t], states[t + 1]
-        np.dot(K_[t], x, out=u)
+    dot, ahead = np.dot, iter(states)
+    x = next(ahead)
+    for t, (A_t, B_t, K_t, u, x_next) in enumerate(zip(A_, B_, K_, controls, ahead, strict=True)):
+        dot(K_t, x, out=u)
         if feedforward is not None:
             u += feedforward[t]
-        np.dot(A_[t], x, out=x_next)
-        x_next += np.dot(B_[t], u)
+        dot(A_t, x, out=x_next)
+        x_next += dot(B_t, u)
         if offsets is not None:
             x_next += offsets[t]
+        x = x_next
 
     def shaped(found: np.ndarray | list[np.ndarray]) -> Steps:
         if isinstance(found, np.ndarray):
