@@ -8,7 +8,9 @@ then down; from the best move of a smaller d up, and from that of a greater one 
 move mostly grows with d; but down first where that move does worse than at the smaller d, and down
 after all where the greater d does, which a subspace of more directions need not. Between two
 dimensions that are tuned only their moves and those in between are tried. Other seeds take the
-chosen move. Test rows have no part in it: they give the performance, and say where to look next.
+chosen move; where one does worse than at two smaller dimensions, the move that is best in the mean
+over its seeds is chosen anew. Test rows have no part in it: they give the performance, and say
+where to look next.
 
 **Dimensions.** (1) From a first d by a stride, up or down, until the target is between two of them.
 (2) A second seed at the nearer one. (3) Until the runs are spent, or the interval is narrow enough
@@ -264,8 +266,24 @@ class Search:
         d = min(dimensions, key=self._count)
         if self._count(d) >= self.seeds:
             return False
-        self._run(d, self._chosen[d].move, self._count(d))
+        found = self._run(d, self._chosen[d].move, self._count(d))
+        better = [x for x, t in self._chosen.items() if x < d and t.validation > found.validation]
+        if len(better) > 1:  # its move fails with some seeds
+            self._chosen[d] = self._steadiest(d)
         return True
+
+    def _steadiest(self, d: int) -> Trial:
+        """The trial at seed 0 with the move that is best in the mean over its seeds so far."""
+        found: dict[float, list[Trial]] = {}
+        for trial in self.trials:
+            if trial.dimension == d:
+                found.setdefault(trial.move, []).append(trial)
+
+        def mean(runs: list[Trial]) -> tuple[float, bool]:
+            at_hand = runs[0].move == self._chosen[d].move  # which a tie leaves alone
+            return sum(trial.validation for trial in runs) / len(runs), at_hand
+
+        return max(found.values(), key=mean)[0]
 
     def _step(self) -> bool:
         """One more dimension or seed; False where there is nothing to gain."""

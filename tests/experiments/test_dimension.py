@@ -194,6 +194,28 @@ def test_smaller_moves_come_first_where_that_of_a_smaller_dimension_fails() -> N
     assert tried == [31.6, 9.99, 3.16]
 
 
+def test_a_move_that_fails_with_some_seeds_is_chosen_anew() -> None:
+    """At d = 1000 the chosen one of two moves that learn alike does not learn with seed 1."""
+
+    def measure(d: int, move: float, seed: int) -> Trial:
+        value = 0.2 * math.log10(d) + 0.001 * (move > 20)
+        if d == 1000 and move < 40 and seed == 1:
+            value = 0.1
+        return Trial(d, seed, move, move, value, value, 0.0, "completed", "")
+
+    search = Search(measure, 0.5, budget=30)
+    for d in (10, 100, 1000):
+        search._tune(d)
+    assert search._chosen[1000].move == 31.6
+    search._reseed([1000])
+    assert search._chosen[1000].move == 99.9 and search._count(1000) == 1
+    search._reseed([1000])
+    found = [t.performance for t in search.chosen() if t.dimension == 1000]
+    assert found == pytest.approx([0.601, 0.601])
+    search._reseed([100])
+    assert search._chosen[100].move == 31.6  # nothing failed there
+
+
 @pytest.mark.parametrize("best", [0.1, 1.0, 10.0, 100.0])
 def test_climbing_finds_the_best_rate_and_tries_its_neighbours(best: float) -> None:
     tried: list[float] = []
