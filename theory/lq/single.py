@@ -60,13 +60,13 @@ def _small_steps(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
             first = t + 1
             break
         S = S_T.copy()
-    H_xx, H_uu, H_ux = H_xx[first:], H_uu[first:], H_ux[first:]
-    for X in (H_xx, H_uu):  # beyond the triangles is what was in H
-        X *= X.new_ones(X.shape[1:]).triu()
-    norms = torch.cat([frobenius(H_xx), frobenius(root)])[1:]
+    # Beyond the triangles is what was in H.
+    C_T, S_T = (X[first:] * X.new_ones(X.shape[1:]).triu() for X in (H_uu, H_xx))
+    W = H_ux[first:].contiguous()
+    norms = torch.cat([frobenius(S_T), frobenius(root)])[1:]
     bounds = (norms * frobenius(B[first:])).square()
-    S, C = H_xx[:, None].mT, H_uu[:, None].mT
-    return QuickSteps(first, C, gain(C, H_ux[:, None]), S, bounds[:, None])
+    C, S = C_T[:, None].mT, S_T[:, None].mT
+    return QuickSteps(first, C, gain(C, W[:, None]), S, bounds[:, None])
 
 
 def _matrices(terms: Steps, stop: int) -> Tensor:
