@@ -68,7 +68,9 @@ def gain(lower: Tensor, W: Tensor) -> Tensor:
     """``K = -C^{-T} W = -H_uu^{-1} H_ux``; of many small systems row by row, all at once."""
     m = lower.shape[-1]
     if not (m <= SMALL and lower.shape[:-2].numel() >= MANY):
-        return torch.linalg.solve_triangular(lower.mT, W, upper=True).neg_()
+        # K'C = -W': LAPACK reads C and W' of our layouts as they are.
+        K_T = torch.linalg.solve_triangular(lower, W.mT, upper=False, left=False)
+        return K_T.mT.neg_()
     scale = lower.diagonal(dim1=-2, dim2=-1).reciprocal().neg()
     K = torch.empty_like(W, memory_format=torch.contiguous_format)
     for i in reversed(range(m)):
