@@ -1,0 +1,59 @@
+"""What is said of speed and memory is what the committed records measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import experiments.benchmarks
+
+RECORDS = Path(experiments.benchmarks.__path__[0]) / "records"
+
+
+def record(name: str) -> dict[str, Any]:
+    return json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_riccati_beside_other_implementations() -> None:
+    found = record("solvers")
+    ratios = {row["n"]: row["time_over_deltacontrol"] for row in found["single"]}
+    assert ratios[128]["numpy"]["median"] >= 1.0 and ratios[512]["numpy"]["median"] >= 1.0
+    # As quick as NumPy, to the spread of the machine.
+    assert ratios[37]["numpy"]["q25"] <= 1.0 <= ratios[37]["numpy"]["q75"]
+    assert ratios[37]["mpc.pytorch"]["median"] >= 5.0
+    batch = found["batch"]
+    assert (batch["problems"], batch["n"], batch["m"], batch["horizon"]) == (256, 8, 4, 50)
+    assert batch["time_over_deltacontrol"]["loop"]["median"] >= 20.0
+    differences = [*found["single"], *found["scan"], batch]
+    assert all(d < 1e-10 for row in differences for d in row["gain_difference"].values())
+
+
+def test_the_recursion_is_quicker_than_the_scan_on_a_processor() -> None:
+    found = record("solvers")["scan"]
+    ratios = {
+        (row["n"], row["horizon"]): row["time_over_recursion"]["scan"]["median"] for row in found
+    }
+    assert min(ratios.values()) > 1.0
+    assert ratios[2, 4096] < ratios[2, 64] and ratios[16, 4096] > ratios[2, 4096]
+
+
+def test_a_gauss_newton_step_on_twelve_layers_of_gpt2_size() -> None:
+    found = record("gauss_newton")
+    assert found["state_entries"] == 98_304 and found["layers"] == 12
+    assert found["gauss_newton"]["products"] <= 50 and found["peak_bytes_ratio"] <= 3.0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_projections_in_copies_of_their_vector(threads: int) -> None:
+    found = record("projections")[f"threads_{threads}"]
+    fast = found["products"]["fastfood 1000"]
+    assert max(fast["lift"]["median"], fast["adjoint"]["median"]) <= 25.0
+    assert found["reference"]["speed_up"]["median"] >= 8.0
+    for name, numbers in found["products"].items():
+        if name.startswith("fastfood"):
+            assert numbers["held"] < 1.0 and numbers["at_work"] < 1.0
+    steps = record("projections_step")[f"threads_{threads}"]["step"]  # more turns
+    assert max(steps[f"{kind}_ratio"]["median"] for kind in ("did", "said")) <= 1.5
