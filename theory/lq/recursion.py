@@ -222,8 +222,10 @@ class _Sweep:
         good = each(_exceeds, pivots, R, B, quick.bounds)
         good = good if isinstance(good, Tensor) else torch.stack(good)
         good[0] &= torch.isfinite(quick.roots[0]).all()  # no later step would notice
+        if bool(good.all()):
+            return quick
         wrong = (~good).any(-1).nonzero()
-        return quick.since(first + int(wrong[-1, 0]) + 1) if len(wrong) else quick
+        return quick.since(first + int(wrong[-1, 0]) + 1)
 
     def _general(self, t: int) -> None:
         """One step in the general form."""

@@ -249,6 +249,8 @@ class Layout:
 def flatten(terms: Tensor, lead: torch.Size, axes: int) -> Tensor:
     """``(L, ..., the last axes)`` with the axes between broadcast to ``lead`` and made one."""
     last = terms.shape[terms.ndim - axes :]
+    if terms.shape[1 : terms.ndim - axes] == lead:
+        return terms.detach().reshape(terms.shape[0], lead.numel(), *last)
     ones = (1,) * (len(lead) - (terms.ndim - 1 - axes))
     spread = terms.detach().reshape(terms.shape[0], *ones, *terms.shape[1:])
     return spread.expand(terms.shape[0], *lead, *last).reshape(terms.shape[0], lead.numel(), *last)
