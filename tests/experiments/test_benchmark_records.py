@@ -20,9 +20,7 @@ def record(name: str) -> dict[str, Any]:
 def test_riccati_beside_other_implementations() -> None:
     found = record("solvers")
     ratios = {row["n"]: row["time_over_deltacontrol"] for row in found["single"]}
-    assert ratios[128]["numpy"]["median"] >= 1.0 and ratios[512]["numpy"]["median"] >= 1.0
-    # As quick as NumPy, to the spread of the machine.
-    assert ratios[37]["numpy"]["q25"] <= 1.0 <= ratios[37]["numpy"]["q75"]
+    assert all(ratios[n]["numpy"]["median"] >= 1.0 for n in (37, 128, 512))
     assert ratios[37]["mpc.pytorch"]["median"] >= 5.0
     batch = found["batch"]
     assert (batch["problems"], batch["n"], batch["m"], batch["horizon"]) == (256, 8, 4, 50)
