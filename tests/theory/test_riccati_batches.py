@@ -250,13 +250,14 @@ def test_a_cache_that_cannot_be_used_is_done_without(
     assert kernels == [0]
 
 
+@pytest.mark.parametrize("reason", ["no code for this processor", ""])
 def test_a_compiler_that_fails_is_told_and_done_without(
-    fresh: None, kernels: list[int], monkeypatch: pytest.MonkeyPatch
+    reason: str, fresh: None, kernels: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def njit(*_, **__):
-        raise ValueError("no code for this processor")
+        raise ValueError(reason)
 
     monkeypatch.setattr(numba, "njit", njit)
-    with pytest.warns(UserWarning, match="torch computes it: no code for this processor"):
+    with pytest.warns(UserWarning, match=f"torch computes it: {reason or 'ValueError'}"):
         riccati(**batch_terms(LEAD))
     assert not kernels

@@ -233,12 +233,16 @@ def test_nan_is_divergence(entry: Entry) -> None:
     assert "initial controls" in solution.message
 
 
-@pytest.mark.parametrize("entry", GENERAL, ids=lambda entry: entry.name)
-def test_controls_keep_their_dtype_and_the_start_is_left_alone(entry: Entry) -> None:
+def float32_network() -> ControlProblem:
     network = residual_network()
     dynamics = type(network.dynamics).random(5, 4, 6, 3, seed=1, dtype=torch.float32)
     cost = SquaredErrorCost(network.cost.target.float(), weight_decay=1.0)
-    problem = ControlProblem(dynamics, cost, network.x0.float())
+    return ControlProblem(dynamics, cost, network.x0.float())
+
+
+@pytest.mark.parametrize("entry", GENERAL, ids=lambda entry: entry.name)
+def test_controls_keep_their_dtype_and_the_start_is_left_alone(entry: Entry) -> None:
+    problem = float32_network()
     start = problem.zero_controls()
     solution = solve(problem, entry.make(problem, start), start, max_steps=200, tol=1e-4)
     assert solution.status is Status.CONVERGED, solution.message
@@ -267,10 +271,7 @@ def test_rounding_errors_end_a_solve_in_float32(entry: Entry) -> None:
 
     Plain MSA has no line search that could tell, and takes the steps that it is given.
     """
-    network = residual_network()
-    dynamics = type(network.dynamics).random(5, 4, 6, 3, seed=1, dtype=torch.float32)
-    cost = SquaredErrorCost(network.cost.target.float(), weight_decay=1.0)
-    problem = ControlProblem(dynamics, cost, network.x0.float())
+    problem = float32_network()
     start = problem.zero_controls()
     solution = solve(problem, entry.make(problem, start), start, max_steps=400, tol=1e-12)
     assert solution.residual.norm < 1e-4

@@ -206,7 +206,7 @@ def _kernel(n: int, m: int, crossed: bool) -> Any:
     except Exception as error:
         warnings.warn(
             f"numba {numba.__version__} could not compile the Riccati recursion, so that torch "
-            f"computes it: {str(error).strip().splitlines()[0]}",
+            f"computes it: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             stacklevel=2,
         )
         return None
