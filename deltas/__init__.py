@@ -1,55 +1,57 @@
 """Delta methods as controls on a frozen Transformer.
 
-    from deltas import LoRA, attach
+    from deltacontrol.deltas import LoRA, attach
     controlled = attach(model, LoRA(rank=8))   # the base is frozen, the controls are trainable
     controlled.detach()                        # the base again, bit for bit
 
 A delta is a configuration (a frozen dataclass); ``attach`` builds its controllers at the sites that
-it targets. ``deltas.dynamics`` shows the same object to theory as a discrete dynamical system.
+it targets. ``deltacontrol.deltas.dynamics.transformer`` shows the same object to theory as a
+discrete dynamical system.
 
 Feedback laws, which look at each example's states at inference, are another type:
-``attach_feedback`` of ``deltas.feedback``, ``calibrate`` of ``deltas.calibration``,
-``steer`` of ``deltas.steering``.
+``attach_feedback`` of ``deltacontrol.deltas.feedback.laws``, ``calibrate`` of
+``deltacontrol.deltas.feedback.calibration``, ``steer`` of
+``deltacontrol.deltas.feedback.steering``.
 """
 
-from deltas.base import Delta
-from deltas.methods.adalora import AdaLoRA
-from deltas.methods.adapterdrop import AdapterDrop
-from deltas.methods.attention_control import AttentionControl
-from deltas.methods.bitfit import BitFit
-from deltas.methods.compacter import Compacter
-from deltas.methods.diff_pruning import DiffPruning
-from deltas.methods.dora import DoRA
-from deltas.methods.fisher_mask import FisherMask
-from deltas.methods.full import FullFineTuning
-from deltas.methods.head import HeadTuning
-from deltas.methods.houlsby import HoulsbyAdapter
-from deltas.methods.ia3 import IA3
-from deltas.methods.intrinsic_prompt import IntrinsicPrompt
-from deltas.methods.ladder import LadderSideTuning
-from deltas.methods.last_layers import LastLayers
-from deltas.methods.layer_norm import LayerNormTuning
-from deltas.methods.loha import LoHa
-from deltas.methods.lokr import LoKr
-from deltas.methods.lora import LoRA
-from deltas.methods.lottery_ticket import LotteryTicket
-from deltas.methods.low_rank_adapter import LowRankAdapter
-from deltas.methods.mam import MixAndMatch
-from deltas.methods.mixture_of_control import MixtureOfControl
-from deltas.methods.p_tuning import PTuning
-from deltas.methods.parallel import ParallelAdapter, StateBasedTuning
-from deltas.methods.pfeiffer import PfeifferAdapter
-from deltas.methods.prefix import PrefixTuning
-from deltas.methods.prompt import PromptTuning
-from deltas.methods.random_mask import RandomMask
-from deltas.methods.said import StructuredSubspace
-from deltas.methods.selected_modules import SelectedModules
-from deltas.methods.subspace import Subspace
-from deltas.methods.unipelt import UniPELT
-from deltas.methods.vera import VeRA
-from deltas.model import DeltaModel, attach
-from deltas.registry import available, from_dict, parse
-from deltas.stack import DeltaStack, attach_many
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.ensemble.stack import DeltaStack, attach_many
+from deltacontrol.deltas.methods.adalora import AdaLoRA
+from deltacontrol.deltas.methods.adapterdrop import AdapterDrop
+from deltacontrol.deltas.methods.attention_control import AttentionControl
+from deltacontrol.deltas.methods.bitfit import BitFit
+from deltacontrol.deltas.methods.compacter import Compacter
+from deltacontrol.deltas.methods.diff_pruning import DiffPruning
+from deltacontrol.deltas.methods.dora import DoRA
+from deltacontrol.deltas.methods.fisher_mask import FisherMask
+from deltacontrol.deltas.methods.full import FullFineTuning
+from deltacontrol.deltas.methods.head import HeadTuning
+from deltacontrol.deltas.methods.houlsby import HoulsbyAdapter
+from deltacontrol.deltas.methods.ia3 import IA3
+from deltacontrol.deltas.methods.intrinsic_prompt import IntrinsicPrompt
+from deltacontrol.deltas.methods.ladder import LadderSideTuning
+from deltacontrol.deltas.methods.last_layers import LastLayers
+from deltacontrol.deltas.methods.layer_norm import LayerNormTuning
+from deltacontrol.deltas.methods.loha import LoHa
+from deltacontrol.deltas.methods.lokr import LoKr
+from deltacontrol.deltas.methods.lora import LoRA
+from deltacontrol.deltas.methods.lottery_ticket import LotteryTicket
+from deltacontrol.deltas.methods.low_rank_adapter import LowRankAdapter
+from deltacontrol.deltas.methods.mam import MixAndMatch
+from deltacontrol.deltas.methods.mixture_of_control import MixtureOfControl
+from deltacontrol.deltas.methods.p_tuning import PTuning
+from deltacontrol.deltas.methods.parallel import ParallelAdapter, StateBasedTuning
+from deltacontrol.deltas.methods.pfeiffer import PfeifferAdapter
+from deltacontrol.deltas.methods.prefix import PrefixTuning
+from deltacontrol.deltas.methods.prompt import PromptTuning
+from deltacontrol.deltas.methods.random_mask import RandomMask
+from deltacontrol.deltas.methods.said import StructuredSubspace
+from deltacontrol.deltas.methods.selected_modules import SelectedModules
+from deltacontrol.deltas.methods.subspace import Subspace
+from deltacontrol.deltas.methods.unipelt import UniPELT
+from deltacontrol.deltas.methods.vera import VeRA
+from deltacontrol.deltas.model import DeltaModel, attach
+from deltacontrol.deltas.registry import available, from_dict, parse
 
 __all__ = [
     "AdaLoRA",

@@ -1,8 +1,8 @@
 """A delta: the configuration of a control law, and how it is laid on a frozen model.
 
 A delta is a frozen dataclass. ``build(host)`` creates its controllers at the sites that it targets.
-Everything it may do to a model goes through :class:`deltas.host.Host`, which records how to undo
-it. A new method is one file in ``deltas/methods``; it is found by itself.
+Everything it may do to a model goes through :class:`deltacontrol.deltas.editing.host.Host`, which
+records how to undo it. A new method is one file in ``deltas/methods``; it is found by itself.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import dataclasses
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args, get_type_hints
 
-from theory.errors import InputError, unknown
+from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
-    from deltas.host import Host
+    from deltacontrol.deltas.editing.host import Host
 
 Category = Literal["addition", "specification", "reparametrisation", "combined"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltas.base import Delta
-from deltas.host import Host, Losses
-from deltas.merging import check_ties, merged_values
-from theory.errors import InputError, unknown
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host, Losses
+from deltacontrol.deltas.editing.merging import check_ties, merged_values
+from deltacontrol.theory.errors import InputError, unknown
 
 _MARK = "deltacontrol_attached"
 Request = TypeVar("Request")
@@ -275,7 +275,7 @@ def attach(model: PreTrainedModel, *deltas: Delta, seed: int = 0) -> DeltaModel:
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> from deltas import LoRA, attach
+        >>> from deltacontrol.deltas import LoRA, attach
         >>> config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         ...                     intermediate_size=64, vocab_size=100)
         >>> attach(BertModel(config), LoRA(rank=2)).num_trainable == 2 * 2 * 2 * (32 + 32)

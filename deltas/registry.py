@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from deltas import methods
-from deltas.base import Delta
-from theory.errors import InputError, unknown
+from deltacontrol.deltas import methods
+from deltacontrol.deltas.base import Delta
+from deltacontrol.theory.errors import InputError, unknown
 
 
 @cache

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from theory.errors import InputError
+from deltacontrol.theory.errors import InputError
 
 CACHE_VARIABLE = "DELTACONTROL_CACHE"
 

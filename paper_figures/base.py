@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from experiments.experiment import canonical_json
-from experiments.records import Record
-from theory.errors import InputError, unknown
+from deltacontrol.experiments.runs.experiment import canonical_json
+from deltacontrol.experiments.runs.record import Record
+from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ class FigureModule(Protocol):
 
     Attributes:
         TITLE: One line that says what the figure shows.
-        STUDY: The module of `experiments.studies` whose records it is drawn from.
+        STUDY: The module of `deltacontrol.experiments.studies` whose records it is drawn from.
     """
 
     TITLE: str

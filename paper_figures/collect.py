@@ -6,11 +6,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import studies
-from experiments.experiment import Experiment, canonical_json
-from experiments.records import CURVE_FILE, RUN_FILE, Record
-from experiments.runs import RunStore
-from theory.errors import InputError
+from deltacontrol.experiments import studies
+from deltacontrol.experiments.runs.experiment import Experiment, canonical_json
+from deltacontrol.experiments.runs.record import CURVE_FILE, RUN_FILE, Record
+from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.theory.errors import InputError
 
 
 def study(name: str, preset: str) -> list[Experiment]:
@@ -31,7 +31,7 @@ def committed(folder: Path, experiments: Sequence[Experiment]) -> list[Record]:
     Raises:
         InputError: Some are missing, or one configuration has several records.
     """
-    from deltas.registry import completed  # imports torch
+    from deltacontrol.deltas.registry import completed  # imports torch
 
     found: dict[tuple[str, str], Record] = {}
     for record in RunStore(folder).records():
@@ -76,7 +76,7 @@ def computed(
             shutil.rmtree(store.path(experiment), ignore_errors=True)
     missing = [e for e in experiments if store.find(e) is None]
     if missing:
-        from experiments.sweeps import run_all  # imports torch
+        from deltacontrol.experiments.runs.sweep import run_all  # imports torch
 
         run_all(missing, store, workers=workers)
     records = [store.find(e) for e in experiments]

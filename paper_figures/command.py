@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from experiments.runs import RunStore
-from paper_figures import base, collect
-from theory.errors import InputError
+from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.paper_figures import base, collect
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Figures:
             )
 
     def _draw(self, name: str, figure: base.FigureModule) -> None:
-        from paper_figures.export import export
+        from deltacontrol.paper_figures.export import export
 
         experiments = collect.study(figure.STUDY, self.preset)
         folder = base.RECORDS / figure.STUDY

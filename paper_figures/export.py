@@ -14,9 +14,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.records import Record
-from paper_figures.base import STYLE, FigureModule
-from theory.errors import InputError
+from deltacontrol.experiments.runs.record import Record
+from deltacontrol.paper_figures.base import STYLE, FigureModule
+from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

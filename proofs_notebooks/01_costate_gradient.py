@@ -99,7 +99,7 @@ for t in range(2):
 # %%
 import torch
 
-from theory import (
+from deltacontrol.theory import (
     Claim,
     ControlProblem,
     CrossEntropyCost,

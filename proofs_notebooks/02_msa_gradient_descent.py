@@ -131,7 +131,7 @@ assert sp.diff(H1, v, 2) == -1
 # %%
 import torch
 
-from theory import (
+from deltacontrol.theory import (
     MSA,
     Claim,
     ControlProblem,

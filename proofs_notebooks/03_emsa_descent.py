@@ -111,7 +111,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from theory import (
+from deltacontrol.theory import (
     MSA,
     Claim,
     ControlProblem,
@@ -127,8 +127,8 @@ from theory import (
     judge,
     solve,
 )
-from theory.solvers.emsa import ExtendedMSA, step_change
-from theory.solvers.minimisers import ExactArgmin, InnerLBFGS
+from deltacontrol.theory.solvers.emsa import ExtendedMSA, step_change
+from deltacontrol.theory.solvers.minimisers import ExactArgmin, InnerLBFGS
 
 generator = torch.Generator().manual_seed(0)
 

@@ -149,7 +149,7 @@ import math
 
 import torch
 
-from theory import (
+from deltacontrol.theory import (
     Claim,
     ControlProblem,
     Dynamics,
@@ -160,7 +160,7 @@ from theory import (
     Verdict,
     judge,
 )
-from theory.solvers.emsa import step_change
+from deltacontrol.theory.solvers.emsa import step_change
 
 generator = torch.Generator().manual_seed(0)
 

@@ -103,8 +103,8 @@ for t, u in enumerate((u0, u1)):
 # %%
 import torch
 
-from theory import ControlProblem, LowRankDynamics, ResidualNetwork, SquaredErrorCost
-from theory.solvers.quadratic_model import QuadraticModel, sweep
+from deltacontrol.theory import ControlProblem, LowRankDynamics, ResidualNetwork, SquaredErrorCost
+from deltacontrol.theory.solvers.quadratic_model import QuadraticModel, sweep
 
 generator = torch.Generator().manual_seed(0)
 

@@ -86,8 +86,14 @@ assert sp.simplify(schur - v / (1 + v * (beta.T * R.inv() * beta)[0])) == 0
 # %%
 import torch
 
-from theory import ControlProblem, LinearDynamics, LowRankDynamics, QuadraticCost, ResidualNetwork
-from theory.solvers.quadratic_model import QuadraticModel, sweep
+from deltacontrol.theory import (
+    ControlProblem,
+    LinearDynamics,
+    LowRankDynamics,
+    QuadraticCost,
+    ResidualNetwork,
+)
+from deltacontrol.theory.solvers.quadratic_model import QuadraticModel, sweep
 
 generator = torch.Generator().manual_seed(0)
 depth, width, size, batch = 6, 5, 2, 4

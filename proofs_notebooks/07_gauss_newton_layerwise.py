@@ -108,7 +108,7 @@ assert sp.simplify(neglected - x0 * (x1 - target) * sp.Matrix([[0, 1], [1, 0]]))
 # %%
 import torch
 
-from theory import (
+from deltacontrol.theory import (
     Claim,
     ControlProblem,
     Evidence,
@@ -120,9 +120,9 @@ from theory import (
     judge,
     solve,
 )
-from theory.curvature import GaussNewtonCurvature, HessianCurvature
-from theory.layerwise import layerwise_step
-from theory.solvers.gauss_newton import NewtonCG, damped_step
+from deltacontrol.theory.linear.curvature import GaussNewtonCurvature, HessianCurvature
+from deltacontrol.theory.solvers.gauss_newton import NewtonCG, damped_step
+from deltacontrol.theory.solvers.layerwise import layerwise_step
 
 generator = torch.Generator().manual_seed(0)
 

@@ -88,7 +88,7 @@ assert sp.expand(hessian - gauss_newton - (final - y) * sp.diff(final, u, 2)) ==
 import numpy as np
 import torch
 
-from theory import (
+from deltacontrol.theory import (
     Claim,
     ControlProblem,
     Evidence,
@@ -101,8 +101,8 @@ from theory import (
     Verdict,
     judge,
 )
-from theory.curvature import GaussNewtonCurvature, HessianCurvature, unflatten
-from theory.solvers.gauss_newton import damped_step
+from deltacontrol.theory.linear.curvature import GaussNewtonCurvature, HessianCurvature, unflatten
+from deltacontrol.theory.solvers.gauss_newton import damped_step
 
 generator = torch.Generator().manual_seed(0)
 

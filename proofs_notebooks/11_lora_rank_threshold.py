@@ -78,7 +78,7 @@ import math
 
 import torch
 
-from theory.expressive_rank import (
+from deltacontrol.theory.rank.expressive_rank import (
     ReLUNetwork,
     adapted_network,
     adapted_product,

@@ -103,7 +103,7 @@ for multiplicity in (1, 2, 3, 4):
 # distance to the global minimum is computed, not guessed from the best run.
 
 # %%
-from experiments.low_rank_minima import LinearLoRA, needed_rank
+from deltacontrol.experiments.measures.low_rank_minima import LinearLoRA, needed_rank
 
 N, starts = 5, 6
 needed = needed_rank(N)

@@ -75,8 +75,8 @@ assert sp.simplify(count.subs({lam: a * lam, kappa: a * kappa}, simultaneous=Tru
 # %%
 import torch
 
-from theory.gaussian_width import QuadraticLoss
-from theory.random_subspaces import measured_threshold
+from deltacontrol.theory.dimension.gaussian_width import QuadraticLoss
+from deltacontrol.theory.dimension.random_subspaces import measured_threshold
 
 F64 = torch.float64
 n, seeds = 120, range(30)
@@ -127,8 +127,8 @@ assert torch.allclose(spectrum, expected, atol=1e-12)
 # %%
 import math
 
-from theory.dimension import estimate_dimension
-from theory.projections import DenseProjection
+from deltacontrol.theory.dimension.estimate import estimate_dimension
+from deltacontrol.theory.dimension.projections import DenseProjection
 
 wanted = torch.arange(1.0, 11.0, dtype=F64)
 

@@ -115,8 +115,8 @@ assert sp.simplify((1 - r2 / (R**2 + r2)) - lam_i / (lam_i + 2 * eps / R**2)) ==
 # %%
 import torch
 
-from theory.gaussian_width import QuadraticLoss, published_threshold
-from theory.random_subspaces import measured_threshold
+from deltacontrol.theory.dimension.gaussian_width import QuadraticLoss, published_threshold
+from deltacontrol.theory.dimension.random_subspaces import measured_threshold
 
 F64 = torch.float64
 generator = torch.Generator().manual_seed(0)
@@ -159,8 +159,8 @@ for sign in (-1, 0, 1):
 import numpy as np
 from scipy.optimize import minimize
 
-from theory.cone_threshold import cross_entropy_threshold
-from theory.model_curvature import softmax_factor
+from deltacontrol.theory.dimension.cone_threshold import cross_entropy_threshold
+from deltacontrol.theory.linear.model_curvature import softmax_factor
 
 count, size = 30, 60
 R = torch.randn(2 * count, size, generator=generator, dtype=F64)

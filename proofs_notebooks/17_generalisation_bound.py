@@ -82,7 +82,7 @@ import numpy as np
 import torch
 from scipy.stats import binom, hypergeom
 
-from theory.bounds import (
+from deltacontrol.theory.bounds import (
     binary_kl,
     code_length,
     countable_class_bound,

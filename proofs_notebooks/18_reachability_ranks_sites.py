@@ -110,12 +110,12 @@ assert sp.limit(gain, lam, 0) == k**2 / (2 * h)
 # %%
 import torch
 
-from theory.linearisation import Linearisation
-from theory.output_map import linear_quadratic_gain
-from theory.problem import ControlProblem, Cost
-from theory.reachability import Reachability
-from theory.solvers import Shooting, Status, solve
-from theory.systems import ResidualNetwork
+from deltacontrol.theory.control.problem import ControlProblem, Cost
+from deltacontrol.theory.control.systems import ResidualNetwork
+from deltacontrol.theory.linear.linearisation import Linearisation
+from deltacontrol.theory.linear.output_map import linear_quadratic_gain
+from deltacontrol.theory.linear.reachability import Reachability
+from deltacontrol.theory.solvers import Shooting, Status, solve
 
 F64 = torch.float64
 generator = torch.Generator().manual_seed(0)

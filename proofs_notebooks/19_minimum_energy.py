@@ -85,11 +85,11 @@ assert sp.simplify(surplus - (u - best) ** 2 * (a**2 + b**2) / (2 * b**2)) == 0
 # %%
 import torch
 
-from theory.costs import CrossEntropyCost
-from theory.linearisation import Linearisation
-from theory.problem import ControlProblem
-from theory.reachability import Reachability
-from theory.systems import LowRankDynamics, ResidualNetwork
+from deltacontrol.theory.control.costs import CrossEntropyCost
+from deltacontrol.theory.control.problem import ControlProblem
+from deltacontrol.theory.control.systems import LowRankDynamics, ResidualNetwork
+from deltacontrol.theory.linear.linearisation import Linearisation
+from deltacontrol.theory.linear.reachability import Reachability
 
 F64 = torch.float64
 generator = torch.Generator().manual_seed(0)

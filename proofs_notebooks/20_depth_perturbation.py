@@ -94,8 +94,16 @@ import math
 
 import torch
 
-from theory import Claim, Evidence, LinearDynamics, ResidualNetwork, Threshold, Verdict, judge
-from theory.perturbation import example_norms, growth_bound, segment_norms
+from deltacontrol.theory import (
+    Claim,
+    Evidence,
+    LinearDynamics,
+    ResidualNetwork,
+    Threshold,
+    Verdict,
+    judge,
+)
+from deltacontrol.theory.depth.perturbation import example_norms, growth_bound, segment_norms
 
 F64 = torch.float64
 BATCH, DEPTH, WIDTH = 200, 6, 4
@@ -208,7 +216,7 @@ assert largest / observed > 1.5**depth
 # depth. The slack, bound over actual, is given after each block.
 
 # %%
-from experiments import scoreboard
+from deltacontrol.experiments.claims import scoreboard
 
 outcome = scoreboard.stored(scoreboard.find(20))
 if outcome is None:

@@ -97,9 +97,16 @@ import dataclasses
 import torch
 from scipy import linalg
 
-from theory import ControlProblem, LinearDynamics, QuadraticCost, ResidualNetwork, Status, solve
-from theory.solvers.ilqr import DDP
-from theory.turnpike import SteadyState, two_sided_rate
+from deltacontrol.theory import (
+    ControlProblem,
+    LinearDynamics,
+    QuadraticCost,
+    ResidualNetwork,
+    Status,
+    solve,
+)
+from deltacontrol.theory.depth.turnpike import SteadyState, two_sided_rate
+from deltacontrol.theory.solvers.ilqr import DDP
 
 depth, width = 40, 3
 generator = torch.Generator().manual_seed(3)

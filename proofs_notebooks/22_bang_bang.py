@@ -48,7 +48,7 @@
 # ## Derivation
 #
 # **A.** $H_t = \mathrm{const} + \langle \partial_u H_t, u \rangle$ in $u$, and stationarity in a
-# box (`theory.problem`) says $-\nabla_u H_t \in N_U(u_t)$: where
+# box (`deltacontrol.theory.control.problem`) says $-\nabla_u H_t \in N_U(u_t)$: where
 # $\partial H_t / \partial u_{t,i} > 0$ the control is at $-c$, where it is negative at $c$.
 # $\blacksquare$
 #
@@ -93,8 +93,8 @@ import numpy as np
 import torch
 from scipy import optimize
 
-from theory import Box, ControlProblem, LinearDynamics, QuadraticCost, Status, solve
-from theory.solvers.ilqr import DDP
+from deltacontrol.theory import Box, ControlProblem, LinearDynamics, QuadraticCost, Status, solve
+from deltacontrol.theory.solvers.ilqr import DDP
 
 generator = torch.Generator().manual_seed(0)
 bound, width, size = 0.5, 3, 2

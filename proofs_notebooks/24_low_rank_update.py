@@ -57,7 +57,7 @@
 # %%
 import torch
 
-from theory.low_rank import singular_values, stable_rank, tail_energy, truncated
+from deltacontrol.theory.rank.low_rank import singular_values, stable_rank, tail_energy, truncated
 
 F64 = torch.float64
 generator = torch.Generator().manual_seed(0)

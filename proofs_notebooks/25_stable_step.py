@@ -100,7 +100,7 @@ import math
 
 import torch
 
-from theory import (
+from deltacontrol.theory import (
     Claim,
     ControlProblem,
     Evidence,
@@ -112,8 +112,8 @@ from theory import (
     Verdict,
     judge,
 )
-from theory.curvature import GaussNewtonCurvature, flatten, unflatten
-from theory.linearisation import Linearisation
+from deltacontrol.theory.linear.curvature import GaussNewtonCurvature, flatten, unflatten
+from deltacontrol.theory.linear.linearisation import Linearisation
 
 F64 = torch.float64
 generator = torch.Generator().manual_seed(0)
@@ -287,7 +287,7 @@ assert table[-1][1] < 0.6, "the prediction at the start fails where the residual
 # bilinear control with a small frozen factor does, from a prediction that is wrong at the start.
 
 # %%
-from experiments import scoreboard
+from deltacontrol.experiments.claims import scoreboard
 
 outcome = scoreboard.stored(scoreboard.find(25))
 if outcome is None:

@@ -121,17 +121,13 @@ assert sp.simplify(value - alpha / (1 + alpha * a.dot(a) / r) * m**2 / 2) == 0
 # %%
 import torch
 
-from theory.affine_subspace import AffineSubspace
-from theory.closed_loop import (
-    AdditiveControl,
-    PIDGains,
-    ProjectionCorrection,
-)
-from theory.costs import QuadraticCost
-from theory.feedback import closed_loop
-from theory.problem import ControlProblem
-from theory.steering import steer_output
-from theory.systems import LinearDynamics
+from deltacontrol.theory.control.costs import QuadraticCost
+from deltacontrol.theory.control.problem import ControlProblem
+from deltacontrol.theory.control.systems import LinearDynamics
+from deltacontrol.theory.feedback.affine_subspace import AffineSubspace
+from deltacontrol.theory.feedback.correction import AdditiveControl, PIDGains, ProjectionCorrection
+from deltacontrol.theory.feedback.laws import closed_loop
+from deltacontrol.theory.feedback.steering import steer_output
 
 F64 = torch.float64
 generator = torch.Generator().manual_seed(0)

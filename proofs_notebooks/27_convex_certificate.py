@@ -82,8 +82,8 @@
 import numpy as np
 import torch
 
-from theory.convex import ConvexTuning, GroupLasso, NuclearNorm, Ridge
-from theory.problem import Box
+from deltacontrol.theory.control.problem import Box
+from deltacontrol.theory.convex import ConvexTuning, GroupLasso, NuclearNorm, Ridge
 
 torch.manual_seed(0)
 N, K, sizes = 20, 3, (6, 6, 6, 6)

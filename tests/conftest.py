@@ -38,8 +38,8 @@ def float64() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def minilm_l6() -> str:
     """Return the name of the real 6-layer BERT, fetched and converted; skip where it cannot be."""
-    from experiments import models
-    from theory.errors import InputError
+    from deltacontrol.experiments import models
+    from deltacontrol.theory.errors import InputError
 
     try:
         models.resolve("minilm-l6")

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("theory", "deltas", "experiments", "paper_figures")
 FILES = [file for layer in LAYERS for file in sorted((ROOT / layer).rglob("*.py"))]
 LIGHT = [
-    "experiments/cli.py",
-    "experiments/runs.py",
+    "experiments/cli/main.py",
+    "experiments/runs/store.py",
     "experiments/sources.py",
     "experiments/models/*.py",
     "experiments/studies/*.py",

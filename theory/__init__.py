@@ -17,11 +17,11 @@ symbol                     meaning                                         shape
 =========================  ==============================================  =========================
 
 The sign is that of minimisation (``p_L = +grad Phi``, the control minimises ``H``);
-`theory.problem` says how the literature's maximum principle follows from it. This package knows
-tensors, never Transformers, and imports none of the packages above it.
+`deltacontrol.theory.control.problem` says how the literature's maximum principle follows from it.
+This package knows tensors, never Transformers, and imports none of the packages above it.
 
-The names below are imported on first use, so that `theory.errors` and `theory.claims` cost no
-import of torch.
+The names below are imported on first use, so that `deltacontrol.theory.errors` and
+`deltacontrol.theory.claims` cost no import of torch.
 """
 
 from __future__ import annotations
@@ -30,21 +30,51 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from theory.affine_subspace import AffineSubspace
-    from theory.claims import Claim, Evidence, Outcome, Threshold, Verdict, judge
-    from theory.closed_loop import PIDCorrection, PIDGains, ProjectionCorrection
-    from theory.continuous import ContinuousDepth
-    from theory.convex import ConvexTuning, GroupLasso, NormBall, NuclearNorm, Ridge, solve_convex
-    from theory.costs import CrossEntropyCost, QuadraticCost, SquaredErrorCost
-    from theory.curvature import GaussNewtonCurvature, HessianCurvature
-    from theory.errors import InputError, unknown
-    from theory.feedback import AffineFeedback, FeedbackLaw, closed_loop
-    from theory.linearisation import Linearisation
-    from theory.lq import LQPolicy, riccati
-    from theory.problem import Box, ControlProblem, Controls, Cost, Dynamics, Evaluation, Residual
-    from theory.projections import DenseProjection, FastfoodProjection, Projection
-    from theory.reachability import Reachability
-    from theory.solvers import (
+    from deltacontrol.theory.claims import Claim, Evidence, Outcome, Threshold, Verdict, judge
+    from deltacontrol.theory.control.costs import CrossEntropyCost, QuadraticCost, SquaredErrorCost
+    from deltacontrol.theory.control.problem import (
+        Box,
+        ControlProblem,
+        Controls,
+        Cost,
+        Dynamics,
+        Evaluation,
+        Residual,
+    )
+    from deltacontrol.theory.control.systems import (
+        LinearDynamics,
+        LowRankDynamics,
+        ResidualNetwork,
+        Segment,
+    )
+    from deltacontrol.theory.convex import (
+        ConvexTuning,
+        GroupLasso,
+        NormBall,
+        NuclearNorm,
+        Ridge,
+        solve_convex,
+    )
+    from deltacontrol.theory.depth.continuous import ContinuousDepth
+    from deltacontrol.theory.dimension.projections import (
+        DenseProjection,
+        FastfoodProjection,
+        Projection,
+    )
+    from deltacontrol.theory.errors import InputError, unknown
+    from deltacontrol.theory.feedback.affine_subspace import AffineSubspace
+    from deltacontrol.theory.feedback.correction import (
+        PIDCorrection,
+        PIDGains,
+        ProjectionCorrection,
+    )
+    from deltacontrol.theory.feedback.laws import AffineFeedback, FeedbackLaw, closed_loop
+    from deltacontrol.theory.feedback.steering import OutputSteering, steer_output
+    from deltacontrol.theory.linear.curvature import GaussNewtonCurvature, HessianCurvature
+    from deltacontrol.theory.linear.linearisation import Linearisation
+    from deltacontrol.theory.linear.reachability import Reachability
+    from deltacontrol.theory.lq import LQPolicy, riccati
+    from deltacontrol.theory.solvers import (
         DDP,
         ILQR,
         MSA,
@@ -62,12 +92,10 @@ if TYPE_CHECKING:
         Status,
         solve,
     )
-    from theory.steering import OutputSteering, steer_output
-    from theory.systems import LinearDynamics, LowRankDynamics, ResidualNetwork, Segment
 
 _HOME = {
-    "theory.affine_subspace": ("AffineSubspace",),
-    "theory.claims": (
+    "deltacontrol.theory.feedback.affine_subspace": ("AffineSubspace",),
+    "deltacontrol.theory.claims": (
         "Claim",
         "Evidence",
         "Outcome",
@@ -75,13 +103,13 @@ _HOME = {
         "Verdict",
         "judge",
     ),
-    "theory.closed_loop": (
+    "deltacontrol.theory.feedback.correction": (
         "PIDCorrection",
         "PIDGains",
         "ProjectionCorrection",
     ),
-    "theory.continuous": ("ContinuousDepth",),
-    "theory.convex": (
+    "deltacontrol.theory.depth.continuous": ("ContinuousDepth",),
+    "deltacontrol.theory.convex": (
         "ConvexTuning",
         "GroupLasso",
         "NormBall",
@@ -89,30 +117,30 @@ _HOME = {
         "Ridge",
         "solve_convex",
     ),
-    "theory.costs": (
+    "deltacontrol.theory.control.costs": (
         "CrossEntropyCost",
         "QuadraticCost",
         "SquaredErrorCost",
     ),
-    "theory.curvature": (
+    "deltacontrol.theory.linear.curvature": (
         "GaussNewtonCurvature",
         "HessianCurvature",
     ),
-    "theory.errors": (
+    "deltacontrol.theory.errors": (
         "InputError",
         "unknown",
     ),
-    "theory.feedback": (
+    "deltacontrol.theory.feedback.laws": (
         "AffineFeedback",
         "FeedbackLaw",
         "closed_loop",
     ),
-    "theory.linearisation": ("Linearisation",),
-    "theory.lq": (
+    "deltacontrol.theory.linear.linearisation": ("Linearisation",),
+    "deltacontrol.theory.lq": (
         "LQPolicy",
         "riccati",
     ),
-    "theory.problem": (
+    "deltacontrol.theory.control.problem": (
         "Box",
         "ControlProblem",
         "Controls",
@@ -121,13 +149,13 @@ _HOME = {
         "Evaluation",
         "Residual",
     ),
-    "theory.projections": (
+    "deltacontrol.theory.dimension.projections": (
         "DenseProjection",
         "FastfoodProjection",
         "Projection",
     ),
-    "theory.reachability": ("Reachability",),
-    "theory.solvers": (
+    "deltacontrol.theory.linear.reachability": ("Reachability",),
+    "deltacontrol.theory.solvers": (
         "DDP",
         "ILQR",
         "MSA",
@@ -145,11 +173,11 @@ _HOME = {
         "Status",
         "solve",
     ),
-    "theory.steering": (
+    "deltacontrol.theory.feedback.steering": (
         "OutputSteering",
         "steer_output",
     ),
-    "theory.systems": (
+    "deltacontrol.theory.control.systems": (
         "LinearDynamics",
         "LowRankDynamics",
         "ResidualNetwork",

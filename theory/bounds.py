@@ -26,7 +26,7 @@ from scipy.optimize import brentq
 from scipy.special import gammaln, rel_entr, xlogy
 from torch import Tensor
 
-from theory.errors import InputError
+from deltacontrol.theory.errors import InputError
 
 __all__ = [
     "Quantised",

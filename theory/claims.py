@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from theory.errors import InputError, unknown
+from deltacontrol.theory.errors import InputError, unknown
 
 __all__ = ["Claim", "Evidence", "Outcome", "Threshold", "Verdict", "judge"]
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.interop.format import Attached, Format, Plan, Slot
-from deltas.interop.targets import as_sites, saved_modules
-from deltas.methods.bitfit import BitFit
-from deltas.methods.head import HeadTuning
-from deltas.methods.layer_norm import LayerNormTuning
-from deltas.methods.selected_modules import SelectedModules
-from theory.errors import InputError
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.interop.format import Attached, Format, Plan, Slot
+from deltacontrol.deltas.interop.targets import as_sites, saved_modules
+from deltacontrol.deltas.methods.bitfit import BitFit
+from deltacontrol.deltas.methods.head import HeadTuning
+from deltacontrol.deltas.methods.layer_norm import LayerNormTuning
+from deltacontrol.deltas.methods.selected_modules import SelectedModules
+from deltacontrol.theory.errors import InputError
 
 EXTRAS: tuple[type[Delta], ...] = (BitFit, HeadTuning, SelectedModules, LayerNormTuning)
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deltas.host import Host
-from deltas.interop.format import Attached, Slot
-from deltas.paths import widths
-from deltas.sites import Site
-from theory.errors import InputError
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.paths import widths
+from deltacontrol.deltas.editing.sites import Site
+from deltacontrol.deltas.interop.format import Attached, Slot
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)

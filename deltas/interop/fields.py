@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from theory.errors import InputError
+from deltacontrol.theory.errors import InputError
 
 
 def _is_integer(value: Any) -> bool:

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.interop.fields import Fields
-from theory.errors import InputError
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.interop.fields import Fields
+from deltacontrol.theory.errors import InputError
 
 
 def _one(value: Tensor) -> tuple[Tensor, ...]:

@@ -21,16 +21,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from deltas.host import Host
-from deltas.interop import extras, formats
-from deltas.interop.adapter import Adapter, read, write
-from deltas.interop.fields import checked
-from deltas.interop.format import Attached, Format, Plan
-from deltas.interop.targets import task_type
-from deltas.methods.layer_norm import LayerNormTuning
-from deltas.methods.selected_modules import SelectedModules
-from deltas.model import DeltaModel, attach
-from theory.errors import InputError, unknown
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.interop import extras, formats
+from deltacontrol.deltas.interop.adapter import Adapter, read, write
+from deltacontrol.deltas.interop.fields import checked
+from deltacontrol.deltas.interop.format import Attached, Format, Plan
+from deltacontrol.deltas.interop.targets import task_type
+from deltacontrol.deltas.methods.layer_norm import LayerNormTuning
+from deltacontrol.deltas.methods.selected_modules import SelectedModules
+from deltacontrol.deltas.model import DeltaModel, attach
+from deltacontrol.theory.errors import InputError, unknown
 
 
 @cache

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from deltas.host import Host
-from deltas.sites import SEMANTIC
-from theory.errors import InputError
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.sites import SEMANTIC
+from deltacontrol.theory.errors import InputError
 
 # A classification adapter of peft trains the modules of these names, whatever its configuration.
 CLASSIFIERS = ("classifier", "score")

@@ -1,1 +1,1 @@
-"""One delta method a file; :func:`deltas.registry.available` finds them."""
+"""One delta method a file; :func:`deltacontrol.deltas.registry.available` finds them."""

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltas.adapters import Bottleneck, check_activation, output_sites
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.passes import Carried
-from deltas.sites import Site
-from theory.errors import InputError
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.passes import Carried
+from deltacontrol.deltas.editing.sites import Site
+from deltacontrol.deltas.methods.parts.adapters import Bottleneck, check_activation, output_sites
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)

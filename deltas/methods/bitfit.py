@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.sites import whole_paths
-from theory.errors import InputError
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.sites import whole_paths
+from deltacontrol.theory.errors import InputError
 
 _PARTS = {
     "attention": ("attention.query", "attention.key", "attention.value", "attention.output"),

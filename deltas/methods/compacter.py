@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from deltas.adapters import check_activation, output_sites
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.sites import Site
-from theory.errors import InputError
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.sites import Site
+from deltacontrol.deltas.methods.parts.adapters import check_activation, output_sites
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)

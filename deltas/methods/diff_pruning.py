@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.masks import check_density, largest, maskable, num_kept
-from theory.errors import InputError
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.methods.parts.masks import check_density, largest, maskable, num_kept
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)

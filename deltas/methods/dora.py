@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 from transformers.pytorch_utils import Conv1D
 
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.paths import check_dropout, low_rank_sites
-from deltas.sites import Site, add_change
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.paths import check_dropout, low_rank_sites
+from deltacontrol.deltas.editing.sites import Site, add_change
 
 
 @dataclass(frozen=True)

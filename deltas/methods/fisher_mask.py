@@ -7,10 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltas.base import Delta
-from deltas.host import Host, Losses
-from deltas.masks import SparseChange, check_density, largest, maskable, num_kept
-from theory.errors import InputError
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host, Losses
+from deltacontrol.deltas.methods.parts.masks import (
+    SparseChange,
+    check_density,
+    largest,
+    maskable,
+    num_kept,
+)
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)

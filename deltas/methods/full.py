@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltas.base import Delta
-from deltas.host import Host
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
 
 
 @dataclass(frozen=True)

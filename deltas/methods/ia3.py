@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.sites import Site
-from theory.errors import InputError
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.sites import Site
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)

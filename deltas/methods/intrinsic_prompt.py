@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.methods.prompt import lay_prompt
-from theory.errors import InputError
-from theory.projections import DenseProjection
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.methods.prompt import lay_prompt
+from deltacontrol.theory.dimension.projections import DenseProjection
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)

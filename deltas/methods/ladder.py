@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
-from deltas.adapters import check_activation
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.passes import Carried
-from deltas.spans import state_width
-from theory.errors import InputError
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.passes import Carried
+from deltacontrol.deltas.editing.spans import state_width
+from deltacontrol.deltas.methods.parts.adapters import check_activation
+from deltacontrol.theory.errors import InputError
 
 _EXPANSION = 4  # inner width of a side block, in side widths
 

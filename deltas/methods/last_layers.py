@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltas.base import Delta
-from deltas.host import Host
-from theory.errors import InputError
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)

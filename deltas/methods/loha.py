@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.paths import WeightPath, check_dropout, lay, low_rank_sites
-from deltas.sites import Site
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.paths import WeightPath, check_dropout, lay, low_rank_sites
+from deltacontrol.deltas.editing.sites import Site
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.paths import WeightPath, check_dropout, lay, low_rank_sites, widths
-from deltas.sites import Site
-from theory.errors import InputError
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.paths import WeightPath, check_dropout, lay, low_rank_sites, widths
+from deltacontrol.deltas.editing.sites import Site
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
-from deltas.adapters import check_activation, check_inner, output_sites
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.sites import Site
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.sites import Site
+from deltacontrol.deltas.methods.parts.adapters import check_activation, check_inner, output_sites
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.methods.parallel import ParallelAdapter
-from deltas.methods.prefix import PrefixTuning
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.methods.parallel import ParallelAdapter
+from deltacontrol.deltas.methods.prefix import PrefixTuning
 
 
 @dataclass(frozen=True)

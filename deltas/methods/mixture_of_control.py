@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from deltas.adapters import check_inner
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.spans import Around, Span, act_across, find_spans
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.spans import Around, Span, act_across, find_spans
+from deltacontrol.deltas.methods.parts.adapters import check_inner
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.methods.prompt import lay_prompt
-from theory.errors import unknown
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.methods.prompt import lay_prompt
+from deltacontrol.theory.errors import unknown
 
 
 @dataclass(frozen=True)

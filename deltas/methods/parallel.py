@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
-from deltas.adapters import check_activation, check_inner
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.spans import Around, Span, act_across, find_spans
-from theory.errors import InputError
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.spans import Around, Span, act_across, find_spans
+from deltacontrol.deltas.methods.parts.adapters import check_activation, check_inner
+from deltacontrol.theory.errors import InputError
 
 _SUBLAYERS: tuple[Around, ...] = ("attention", "mlp")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltas.adapters import OutputAdapter
+from deltacontrol.deltas.methods.parts.adapters import OutputAdapter
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.positions import shift_positions
-from deltas.sites import Site
-from deltas.spans import state_width
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.positions import shift_positions
+from deltacontrol.deltas.editing.sites import Site
+from deltacontrol.deltas.editing.spans import state_width
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.masks import SparseChange, check_density, maskable, num_kept, random_places
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.methods.parts.masks import (
+    SparseChange,
+    check_density,
+    maskable,
+    num_kept,
+    random_places,
+)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deltas.coordinates import Coordinates, Moved, SubspaceDelta
-from deltas.host import Host
-from theory.errors import InputError
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.methods.parts.coordinates import Coordinates, Moved, SubspaceDelta
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class StructuredSubspace(SubspaceDelta):
 
     Attributes:
         dimension: d.
-        projection: the kind of P; see `deltas.coordinates.SubspaceDelta`.
+        projection: the kind of P; see
+        `deltacontrol.deltas.methods.parts.coordinates.SubspaceDelta`.
         projection_seed: seed of P; None takes it from the seed of ``attach``.
         of: the delta whose parameters θ is; empty means all parameters of the model.
     """

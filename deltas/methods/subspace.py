@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltas.coordinates import Coordinates, SubspaceDelta
-from deltas.host import Host
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.methods.parts.coordinates import Coordinates, SubspaceDelta
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Subspace(SubspaceDelta):
 
     Attributes:
         dimension: d.
-        projection: the kind of P; see `deltas.coordinates.SubspaceDelta`.
+        projection: the kind of P; see
+        `deltacontrol.deltas.methods.parts.coordinates.SubspaceDelta`.
         projection_seed: seed of P; None takes it from the seed of ``attach``.
         of: the delta whose parameters θ is; empty means all parameters of the model.
     """

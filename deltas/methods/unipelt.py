@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
-from deltas.adapters import check_activation, check_inner
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.methods.prefix import key_value_heads
-from deltas.sites import Site
-from deltas.spans import by_layer
-from deltas.visibility import Visibility
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.sites import Site
+from deltacontrol.deltas.editing.spans import by_layer
+from deltacontrol.deltas.editing.visibility import Visibility
+from deltacontrol.deltas.methods.parts.adapters import check_activation, check_inner
+from deltacontrol.deltas.methods.prefix import key_value_heads
 
 
 @dataclass(frozen=True)

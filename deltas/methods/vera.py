@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from deltas.base import Delta
-from deltas.host import Host
-from deltas.paths import WeightPath, check_dropout, lay
-from deltas.sites import Site
+from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.paths import WeightPath, check_dropout, lay
+from deltacontrol.deltas.editing.sites import Site
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from experiments.resources import attention, autocast
+from deltacontrol.experiments.training.devices import attention, autocast
 
 
 def training_step(
@@ -31,7 +31,8 @@ def training_step(
 ) -> Callable[[], None]:
     """Forward, backward and AdamW on what the model trains.
 
-    Attention is computed by torch's default kernel, or by that of `experiments.training`.
+    Attention is computed by torch's default kernel, or by that of
+    `deltacontrol.experiments.training.loop`.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True)

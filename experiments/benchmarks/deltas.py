@@ -1,7 +1,7 @@
 """Time and memory of deltas: against the real ``peft``, and what frozen work can be saved.
 
-    python -m experiments.benchmarks.deltas
-    python -m experiments.benchmarks.deltas --parts peft memory
+    python -m deltacontrol.experiments.benchmarks.deltas
+    python -m deltacontrol.experiments.benchmarks.deltas --parts peft memory
 
     peft      LoRA, DoRA, VeRA, (IA)³, prefix and prompt: ratios to peft, same model and batch
     memory    state-based control of whole blocks against LoRA at all linear maps: what autograd
@@ -26,7 +26,7 @@ import tyro
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltas import (
+from deltacontrol.deltas import (
     IA3,
     Delta,
     DoRA,
@@ -40,19 +40,20 @@ from deltas import (
     attach,
     attach_many,
 )
-from deltas.frozen_states import FrozenStates
-from experiments import models, provenance
-from experiments.benchmarks.contest import (
+from deltacontrol.deltas.dynamics.frozen_states import FrozenStates
+from deltacontrol.experiments import models
+from deltacontrol.experiments.benchmarks.contest import (
     alternate,
     peak_allocated,
     quartiles,
     saved_bytes,
     training_step,
 )
-from experiments.resources import choose_device, choose_precision
-from experiments.together import Loop
-from experiments.training import Settings
-from theory.errors import InputError
+from deltacontrol.experiments.runs import provenance
+from deltacontrol.experiments.training.devices import choose_device, choose_precision
+from deltacontrol.experiments.training.ensemble import Loop
+from deltacontrol.experiments.training.loop import Settings
+from deltacontrol.theory.errors import InputError
 
 Part = Literal["peft", "memory", "caching", "together"]
 RANK, LENGTH, VERA_RANK = 8, 16, 64

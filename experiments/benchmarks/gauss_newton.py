@@ -1,6 +1,6 @@
 """One Gauss-Newton step on a 12-layer GPT-2 with LoRA: products, memory and time.
 
-    python -m experiments.benchmarks.gauss_newton
+    python -m deltacontrol.experiments.benchmarks.gauss_newton
 
 The model has the sizes of GPT-2 and random weights, since only its cost is measured. The state
 entering a block has ``tokens * 768`` entries; no Jacobian of it is formed. The step solves the
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import tyro
 
-from experiments import provenance
-from experiments.resources import PeakMemory
+from deltacontrol.experiments.runs import provenance
+from deltacontrol.experiments.training.devices import PeakMemory
 
 RECORD = Path(__file__).parent / "records" / "gauss_newton.json"
 
@@ -90,9 +90,9 @@ class Benchmark:
 
     def gauss_newton_step(self) -> dict[str, Any]:
         """One step from the controls of the model: gradient, solve, and J behind it."""
-        from deltas.dynamics import control_problem
-        from theory.curvature import GaussNewtonCurvature, flatten, unflatten
-        from theory.solvers.gauss_newton import damped_step
+        from deltacontrol.deltas.dynamics.transformer import control_problem
+        from deltacontrol.theory.linear.curvature import GaussNewtonCurvature, flatten, unflatten
+        from deltacontrol.theory.solvers.gauss_newton import damped_step
 
         torch.set_num_threads(self.threads)
         controlled, batch = self._model()
@@ -142,7 +142,7 @@ class Benchmark:
     def _model(self) -> tuple[Any, dict[str, torch.Tensor]]:
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        from deltas import LoRA, attach
+        from deltacontrol.deltas import LoRA, attach
 
         torch.manual_seed(0)
         config = GPT2Config(n_layer=self.layers, n_embd=self.width, n_positions=self.tokens)

@@ -1,7 +1,7 @@
 """Time and memory of projections, in copies of the vector that they make.
 
-    python -m experiments.benchmarks.projections
-    python -m experiments.benchmarks.projections --threads 1 --parts products
+    python -m deltacontrol.experiments.benchmarks.projections
+    python -m deltacontrol.experiments.benchmarks.projections --threads 1 --parts products
 
     products   lift and adjoint of each kind at D = 22.7 million, beside a copy of that vector
     reference  Fastfood against the plain loop of butterflies, the same map
@@ -26,11 +26,12 @@ import tyro
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltas import FullFineTuning, StructuredSubspace, Subspace, attach
-from experiments import models, provenance
-from experiments.benchmarks.contest import alternate, quartiles, training_step
-from experiments.resources import PeakMemory
-from theory.projections import (
+from deltacontrol.deltas import FullFineTuning, StructuredSubspace, Subspace, attach
+from deltacontrol.experiments import models
+from deltacontrol.experiments.benchmarks.contest import alternate, quartiles, training_step
+from deltacontrol.experiments.runs import provenance
+from deltacontrol.experiments.training.devices import PeakMemory
+from deltacontrol.theory.dimension.projections import (
     RANDOM_PROJECTIONS,
     FastfoodProjection,
     Projection,

@@ -1,6 +1,6 @@
 """Linear-quadratic problems: the Riccati recursion against NumPy, crocoddyl and mpc.pytorch.
 
-    python -m experiments.benchmarks.solvers
+    python -m deltacontrol.experiments.benchmarks.solvers
 
 A contestant computes the gains of all steps and the optimal trajectory of one random problem. All
 take turns, one solve each, in one process with a fixed number of threads, so that a slow minute of
@@ -36,8 +36,8 @@ import tyro
 from scipy.linalg import cho_factor, cho_solve
 from torch import Tensor
 
-from experiments import provenance
-from theory.lq import factorise, factorise_by_scan, riccati
+from deltacontrol.experiments.runs import provenance
+from deltacontrol.theory.lq import factorise, factorise_by_scan, riccati
 
 Solve: TypeAlias = Callable[[], np.ndarray]  # the gain K_0
 
@@ -86,7 +86,7 @@ class Problem:
 
 
 def ours(problem: Problem) -> Solve:
-    """`theory.lq.riccati` and its simulation."""
+    """`deltacontrol.theory.lq.riccati` and its simulation."""
 
     def solve() -> np.ndarray:
         policy = riccati(*problem.quadratic)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 DELTAS = ("lora", "houlsby", "prefix", "prompt", "bitfit")
 
@@ -16,8 +16,8 @@ def _predict() -> dict[str, Any]:
 
 
 def _problems():
-    from deltas import parse
-    from experiments.problems import fixed_problem, perturbed
+    from deltacontrol.deltas import parse
+    from deltacontrol.experiments.measures.problems import fixed_problem, perturbed
 
     for name in DELTAS:
         fixed = fixed_problem((parse(name),), weight_decay=1e-3)
@@ -39,7 +39,7 @@ def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
     """Costates of another trajectory: the controls they belong to are 1 % away."""
     import torch
 
-    from experiments.problems import perturbed
+    from deltacontrol.experiments.measures.problems import perturbed
 
     found = {}
     for name, fixed, u in _problems():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 ITERATIONS = 20
 STEP_SIZE = 0.1
@@ -17,8 +17,8 @@ def _predict() -> dict[str, Any]:
 
 
 def _problem():
-    from deltas import LoRA
-    from experiments.problems import fixed_problem, perturbed
+    from deltacontrol.deltas import LoRA
+    from deltacontrol.experiments.measures.problems import fixed_problem, perturbed
 
     fixed = fixed_problem((LoRA(rank=8),), num_examples=6, max_length=20, weight_decay=1e-3)
     return fixed, perturbed(fixed.dynamics.controls(), 0.1)
@@ -55,7 +55,7 @@ def _distance(first: list[Any], second: list[Any]) -> tuple[float, float]:
 
 def _measure(prediction: Mapping[str, Any]) -> Evidence:
     """MSA by costates against SGD by autograd, all iterates."""
-    from theory.solvers import MSA, solve
+    from deltacontrol.theory.solvers import MSA, solve
 
     fixed, start = _problem()
     iterates: list[Any] = []

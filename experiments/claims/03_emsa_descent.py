@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 # Powers of eight. Of each family, the first half of the seeds fits rho*, the second half tests it.
 GRID = tuple(8.0**k for k in range(-5, 5))
@@ -25,9 +25,9 @@ def _problem(family: str, seed: int) -> tuple[Any, Any]:
     """A problem of the family, and controls from which to start."""
     import torch
 
-    from theory.costs import SquaredErrorCost
-    from theory.problem import ControlProblem
-    from theory.systems import LowRankDynamics, ResidualNetwork
+    from deltacontrol.theory.control.costs import SquaredErrorCost
+    from deltacontrol.theory.control.problem import ControlProblem
+    from deltacontrol.theory.control.systems import LowRankDynamics, ResidualNetwork
 
     generator = torch.Generator().manual_seed(1000 + seed)
 
@@ -49,10 +49,10 @@ def _problem(family: str, seed: int) -> tuple[Any, Any]:
 
 def _minilm(seed: int) -> tuple[Any, Any]:
     """LoRA in the last blocks of MiniLM, on three snippets of movie."""
-    from deltas import LoRA
-    from experiments.problems import fixed_problem, perturbed
-    from theory.problem import ControlProblem
-    from theory.systems import Segment
+    from deltacontrol.deltas import LoRA
+    from deltacontrol.experiments.measures.problems import fixed_problem, perturbed
+    from deltacontrol.theory.control.problem import ControlProblem
+    from deltacontrol.theory.control.systems import Segment
 
     fixed = fixed_problem(
         (LoRA(rank=2),), num_examples=3, max_length=8, weight_decay=1e-3, seed=seed
@@ -72,10 +72,10 @@ def _ascents(family: str, problem: Any, start: Any, rho: float) -> tuple[int, in
     import math
     from itertools import pairwise
 
-    from theory.solvers.base import solve
-    from theory.solvers.emsa import ExtendedMSA
-    from theory.solvers.minimisers import InnerLBFGS
-    from theory.solvers.msa import MSA
+    from deltacontrol.theory.solvers.emsa import ExtendedMSA
+    from deltacontrol.theory.solvers.minimisers import InnerLBFGS
+    from deltacontrol.theory.solvers.msa import MSA
+    from deltacontrol.theory.solvers.solve import solve
 
     inner = InnerLBFGS(INNER_STEPS[family])
     solver = ExtendedMSA(rho, inner, adaptive=False) if rho else MSA(inner)

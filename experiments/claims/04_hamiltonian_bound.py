@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 # Seeds of the controls, LoRA and head of MiniLM, from which steps are made.
 FIT, HELD_OUT = range(3), range(3, 6)
@@ -45,7 +45,7 @@ class _Step:
 
 def _moved(u: Any, gradient: Any, kind: str, size: float, seed: int) -> Any:
     """Controls at a relative distance ``size`` from ``u``."""
-    from experiments.problems import perturbed
+    from deltacontrol.experiments.measures.problems import perturbed
 
     if kind == "gradient":
         sign = 1 if seed % 2 else -1
@@ -68,9 +68,9 @@ def _steps(
 
     import torch
 
-    from deltas import LoRA
-    from experiments.problems import fixed_problem, perturbed
-    from theory.solvers.emsa import step_change
+    from deltacontrol.deltas import LoRA
+    from deltacontrol.experiments.measures.problems import fixed_problem, perturbed
+    from deltacontrol.theory.solvers.emsa import step_change
 
     for base in bases:
         fixed = fixed_problem(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 ITERATIONS = 10
 STEP_SIZE = 0.1
@@ -20,9 +20,9 @@ def _problems() -> dict[str, Any]:
     """Exact problems, each with controls at which every block of the Hessian is positive."""
     import torch
 
-    from theory.costs import CrossEntropyCost, SquaredErrorCost
-    from theory.problem import ControlProblem
-    from theory.systems import LowRankDynamics, ResidualNetwork
+    from deltacontrol.theory.control.costs import CrossEntropyCost, SquaredErrorCost
+    from deltacontrol.theory.control.problem import ControlProblem
+    from deltacontrol.theory.control.systems import LowRankDynamics, ResidualNetwork
 
     generator = torch.Generator().manual_seed(0)
 
@@ -52,7 +52,7 @@ def _problems() -> dict[str, Any]:
 
 def _swept(problem: Any, u: Any, **changes: Any) -> Any:
     """The open-loop steps of one backward sweep of DDP."""
-    from theory.solvers.quadratic_model import QuadraticModel, sweep
+    from deltacontrol.theory.solvers.quadratic_model import QuadraticModel, sweep
 
     model = QuadraticModel.of(problem, u, problem.evaluate(u), second_order=True)
     return tuple(k[0] for k in sweep(model, **changes).k)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 DEPTH, WIDTH, CONTROL, BATCH = 8, 6, 3, 5
 RELATIVE = 1e-10
@@ -27,7 +27,7 @@ def _one_logit(tracking: float):
     """``Phi = 1/2 (g'x - 1)²``, ``l = 1/2 ||u||² + tracking/2 ||x||²``."""
     import torch
 
-    from theory.costs import QuadraticCost
+    from deltacontrol.theory.control.costs import QuadraticCost
 
     g = _normal(WIDTH, seed=1)
     return QuadraticCost(
@@ -39,7 +39,7 @@ def _one_logit(tracking: float):
 
 
 def _linear():
-    from theory.systems import LinearDynamics
+    from deltacontrol.theory.control.systems import LinearDynamics
 
     return LinearDynamics(
         A=_normal(DEPTH, WIDTH, WIDTH, seed=2) / WIDTH**0.5,
@@ -49,7 +49,7 @@ def _linear():
 
 def _binary_classifier():
     """The same layers and a readout without control to two logits, whose Hessian has rank one."""
-    from theory.systems import LinearDynamics
+    from deltacontrol.theory.control.systems import LinearDynamics
 
     layers = _linear()
     return LinearDynamics(
@@ -65,8 +65,8 @@ def _ranks(dynamics: Any, cost: Any, *, second_order: bool = True) -> list[int]:
     """
     import torch
 
-    from theory.problem import ControlProblem
-    from theory.solvers.quadratic_model import QuadraticModel, sweep
+    from deltacontrol.theory.control.problem import ControlProblem
+    from deltacontrol.theory.solvers.quadratic_model import QuadraticModel, sweep
 
     problem = ControlProblem(dynamics, cost, _normal(BATCH, WIDTH, seed=6))
     u = tuple(0.1 * _normal(BATCH, m, seed=7 + t) for t, m in enumerate(dynamics.control_sizes))
@@ -83,8 +83,8 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
     """Second-order sweeps through linear layers; the largest rank of all."""
     import torch
 
-    from theory.costs import CrossEntropyCost
-    from theory.systems import ResidualNetwork
+    from deltacontrol.theory.control.costs import CrossEntropyCost
+    from deltacontrol.theory.control.systems import ResidualNetwork
 
     labels = torch.arange(BATCH) % 2
     network = ResidualNetwork.random(DEPTH, WIDTH, 8, CONTROL, seed=8)
@@ -104,8 +104,8 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
 
 def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
     """Each assumption broken in turn; the smallest of the ranks that are reached at ``t = 0``."""
-    from theory.costs import SquaredErrorCost
-    from theory.systems import ResidualNetwork
+    from deltacontrol.theory.control.costs import SquaredErrorCost
+    from deltacontrol.theory.control.systems import ResidualNetwork
 
     network = ResidualNetwork.random(DEPTH, WIDTH, 8, CONTROL, seed=8)
     found = {
@@ -128,8 +128,8 @@ def _bilinear():
     """Layers linear in the state whose control multiplies it, and one logit at the end."""
     import torch
 
-    from theory.costs import QuadraticCost
-    from theory.systems import LowRankDynamics
+    from deltacontrol.theory.control.costs import QuadraticCost
+    from deltacontrol.theory.control.systems import LowRankDynamics
 
     dynamics = LowRankDynamics(list(_normal(DEPTH, WIDTH, WIDTH, seed=2) / WIDTH**0.5), rank=1)
     g = _normal(WIDTH, seed=1)

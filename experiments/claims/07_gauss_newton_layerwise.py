@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 DAMPINGS = (0.01, 0.1, 1.0)
 
@@ -19,10 +19,10 @@ def _problems() -> Iterator[tuple[str, Any, Any]]:
     """Problems whose batch fits one dense state, and controls away from their start."""
     import torch
 
-    from experiments.problems import perturbed
-    from theory.costs import SquaredErrorCost
-    from theory.problem import ControlProblem
-    from theory.systems import LowRankDynamics, ResidualNetwork
+    from deltacontrol.experiments.measures.problems import perturbed
+    from deltacontrol.theory.control.costs import SquaredErrorCost
+    from deltacontrol.theory.control.problem import ControlProblem
+    from deltacontrol.theory.control.systems import LowRankDynamics, ResidualNetwork
 
     generator = torch.Generator().manual_seed(7)
 
@@ -48,8 +48,8 @@ def _small_bert() -> Any:
     import torch
     import transformers as hf
 
-    from deltas import HeadTuning, LoRA, attach
-    from deltas.dynamics import control_problem
+    from deltacontrol.deltas import HeadTuning, LoRA, attach
+    from deltacontrol.deltas.dynamics.transformer import control_problem
 
     sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 12, "vocab_size": 40, "max_position_embeddings": 16}
@@ -70,8 +70,8 @@ def _differences(layerwise: Callable[..., Any]) -> dict[str, float]:
     """Relative distance of the two steps, for each problem and damping."""
     import torch
 
-    from theory.curvature import GaussNewtonCurvature
-    from theory.solvers.gauss_newton import damped_step
+    from deltacontrol.theory.linear.curvature import GaussNewtonCurvature
+    from deltacontrol.theory.solvers.gauss_newton import damped_step
 
     found = {}
     for name, problem, u in _problems():
@@ -85,7 +85,7 @@ def _differences(layerwise: Callable[..., Any]) -> dict[str, float]:
 
 def _measure(prediction: Mapping[str, Any]) -> Evidence:
     """Conjugate gradients by products against Riccati on the stacked batch."""
-    from theory.layerwise import layerwise_step
+    from deltacontrol.theory.solvers.layerwise import layerwise_step
 
     found = _differences(layerwise_step)
     return Evidence(
@@ -97,7 +97,7 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
 
 def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
     """The layerwise problem with half the damping: another quadratic model."""
-    from theory.layerwise import layerwise_step
+    from deltacontrol.theory.solvers.layerwise import layerwise_step
 
     found = _differences(lambda problem, u, damping: layerwise_step(problem, u, damping / 2))
     return Evidence(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 SEEDS = (0, 1, 2)
 STEPS = tuple(2.0**-k for k in range(13))
@@ -23,10 +23,15 @@ def _line(seed: int, elsewhere: float) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from deltas import LoRA
-    from experiments.problems import fixed_problem, perturbed
-    from theory.curvature import GaussNewtonCurvature, HessianCurvature, flatten, unflatten
-    from theory.solvers.gauss_newton import damped_step
+    from deltacontrol.deltas import LoRA
+    from deltacontrol.experiments.measures.problems import fixed_problem, perturbed
+    from deltacontrol.theory.linear.curvature import (
+        GaussNewtonCurvature,
+        HessianCurvature,
+        flatten,
+        unflatten,
+    )
+    from deltacontrol.theory.solvers.gauss_newton import damped_step
 
     fixed = fixed_problem(
         (LoRA(rank=8),), num_examples=8, max_length=16, weight_decay=1e-2, seed=seed

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 if TYPE_CHECKING:
-    from experiments.attention_probe import Attention
+    from deltacontrol.experiments.measures.attention_probe import Attention
 
 LENGTHS = (1, 2, 5)
 SEEDS = (0, 1)
@@ -42,7 +42,7 @@ def _left_over(plain: Attention, controlled: Attention) -> float:
 
 def _measure(prediction: Mapping[str, Any]) -> Evidence:
     """Every layer of MiniLM by itself, at the inputs that real text gives it."""
-    from experiments.attention_probe import Probe, each_layer
+    from deltacontrol.experiments.measures.attention_probe import Probe, each_layer
 
     attention, span, gates = {}, {}, []
     for name, plain, controlled in each_layer(Probe.load(), LENGTHS, SCALE, SEEDS):
@@ -67,8 +67,8 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
 
 def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
     """Prefixes in all layers: they change the inputs of the later ones, and so both statements."""
-    from deltas import PrefixTuning
-    from experiments.attention_probe import Probe
+    from deltacontrol.deltas import PrefixTuning
+    from deltacontrol.experiments.measures.attention_probe import Probe
 
     probe = Probe.load()
     plain = probe.run()

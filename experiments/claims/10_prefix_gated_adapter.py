@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from experiments.attention_probe import Attention
+    from deltacontrol.experiments.measures.attention_probe import Attention
 
 LENGTHS = (1, 5, 16)
 SEEDS = (0, 1)
@@ -49,7 +49,7 @@ def _difference(controlled: Attention, formula: Tensor) -> float:
 
 def _measure(prediction: Mapping[str, Any]) -> Evidence:
     """Every layer of MiniLM by itself, at the inputs that real text gives it."""
-    from experiments.attention_probe import Probe, each_layer
+    from deltacontrol.experiments.measures.attention_probe import Probe, each_layer
 
     exact, gates = {}, []
     for name, plain, controlled in each_layer(Probe.load(), LENGTHS, SCALE, SEEDS):
@@ -72,7 +72,7 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
 
 def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
     """The adapter with the best gate that does not depend on the state: one number for a head."""
-    from experiments.attention_probe import Probe, each_layer
+    from deltacontrol.experiments.measures.attention_probe import Probe, each_layer
 
     constant, none = {}, {}
     for name, plain, controlled in each_layer(Probe.load(), LENGTHS, SCALE, SEEDS):

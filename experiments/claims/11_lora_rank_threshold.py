@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from theory.expressive_rank import ReLUNetwork
+    from deltacontrol.theory.rank.expressive_rank import ReLUNetwork
 
 WIDTH, LAYERS, RADIUS, INPUTS = 12, 2, 2, 400
 DEPTHS = (1, 2, 3)  # frozen layers for each layer of the target
@@ -56,7 +56,7 @@ class _Case:
 
     def target(self) -> ReLUNetwork:
         """In floating point."""
-        from theory.expressive_rank import ReLUNetwork, product
+        from deltacontrol.theory.rank.expressive_rank import ReLUNetwork, product
 
         weights = [product(self.group(i)) + B @ A for i, (B, A) in enumerate(self.factors)]
         return ReLUNetwork(weights, self.biases)
@@ -180,7 +180,7 @@ def _predict() -> dict[str, Any]:
 
 def _constructed(case: _Case, rank: int) -> tuple[float, float]:
     """The same in floating point, by singular parts: error, and the worst condition number."""
-    from theory.expressive_rank import adapted_network
+    from deltacontrol.theory.rank.expressive_rank import adapted_network
 
     network, groups = adapted_network(case.target(), case.frozen, rank, RADIUS)
     return case.error(network), max(group.condition for group in groups)
@@ -193,7 +193,7 @@ def _trained(case: _Case, rank: int, *, linear: bool) -> float:
     """
     import torch
 
-    from theory.expressive_rank import ReLUNetwork, product
+    from deltacontrol.theory.rank.expressive_rank import ReLUNetwork, product
 
     generator = torch.Generator().manual_seed(case.seed)
     frozen = torch.stack(case.group(0) if linear else case.frozen)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 if TYPE_CHECKING:
-    from experiments.low_rank_minima import LinearLoRA, Minimum, RealLoRA
+    from deltacontrol.experiments.measures.low_rank_minima import LinearLoRA, Minimum, RealLoRA
 
 MODEL, TASK = "minilm-l3", "movie"
 EXAMPLES, TOKENS, HEAD_ROWS = 12, 16, 256
@@ -26,8 +26,8 @@ SPREAD = 0.05  # of the real model's final objectives over seeds, over the most 
 
 @cache
 def _real(place: tuple[str, int]) -> RealLoRA:
-    from experiments.low_rank_minima import RealLoRA
-    from experiments.margins import margin_data
+    from deltacontrol.experiments.measures.low_rank_minima import RealLoRA
+    from deltacontrol.experiments.measures.margins import margin_data
 
     data = margin_data(
         MODEL, TASK, kind="classification", num_examples=EXAMPLES, max_length=TOKENS,
@@ -38,7 +38,7 @@ def _real(place: tuple[str, int]) -> RealLoRA:
 
 @cache
 def _linear(place: tuple[str, int], loss: Any, share: float) -> LinearLoRA:
-    from experiments.low_rank_minima import LinearLoRA
+    from deltacontrol.experiments.measures.low_rank_minima import LinearLoRA
 
     real = _real(place)
     rows, margins = real.rows()
@@ -78,7 +78,7 @@ def _ends(place: tuple[str, int]) -> dict[int, list[Minimum]]:
 
 def _predict() -> dict[str, Any]:
     """From how many examples there are."""
-    from experiments.low_rank_minima import needed_rank
+    from deltacontrol.experiments.measures.low_rank_minima import needed_rank
 
     return {"rank": needed_rank(EXAMPLES), "examples": EXAMPLES, "outputs": 1}
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 if TYPE_CHECKING:
-    from experiments.kernel_regime import Followed
-    from experiments.margins import MarginData
+    from deltacontrol.experiments.measures.kernel_regime import Followed
+    from deltacontrol.experiments.measures.margins import MarginData
 
 MODEL, TASK = "smollm2-135m", "movie"
 SEEDS = (0, 1)  # of the examples, of A, and of the head without a prompt
@@ -25,8 +25,8 @@ DISTANCE = 0.25  # of LoRA's kernel from that of full fine-tuning of the same ma
 
 @cache
 def _data(seed: int, prompted: bool) -> MarginData:
-    from experiments.kernel_regime import unprompted
-    from experiments.margins import margin_data
+    from deltacontrol.experiments.measures.kernel_regime import unprompted
+    from deltacontrol.experiments.measures.margins import margin_data
 
     data = margin_data(
         MODEL, TASK, kind="causal-lm", num_examples=SHOTS, max_length=TOKENS, test_rows=UNSEEN,
@@ -38,8 +38,8 @@ def _data(seed: int, prompted: bool) -> MarginData:
 @cache
 def _followed(seed: int, head: str) -> Followed:
     """With a prompt ("none" has a head of its own), or a drawn head that is trained or frozen."""
-    from deltas import HeadTuning, LoRA
-    from experiments.kernel_regime import follow
+    from deltacontrol.deltas import HeadTuning, LoRA
+    from deltacontrol.experiments.measures.kernel_regime import follow
 
     trained = [HeadTuning()] if head == "trained" else []
     return follow(
@@ -50,9 +50,9 @@ def _followed(seed: int, head: str) -> Followed:
 @cache
 def _full(seed: int) -> Followed:
     """With a prompt, the matrices that LoRA acts on trained themselves."""
-    from deltas import LoRA
-    from deltas.methods.selected_modules import SelectedModules
-    from experiments.kernel_regime import follow
+    from deltacontrol.deltas import LoRA
+    from deltacontrol.deltas.methods.selected_modules import SelectedModules
+    from deltacontrol.experiments.measures.kernel_regime import follow
 
     delta = SelectedModules(sites=LoRA().sites)
     return follow(_data(seed, True), [delta], fall=FALL, steps=STEPS, seed=seed)
@@ -61,9 +61,9 @@ def _full(seed: int) -> Followed:
 @cache
 def _distances(seed: int) -> dict[int, float]:
     """LoRA's kernel against that of the matrices it acts on, by rank."""
-    from deltas import LoRA, attach
-    from deltas.methods.selected_modules import SelectedModules
-    from experiments.kernel_regime import kernel_distance, kernel_of
+    from deltacontrol.deltas import LoRA, attach
+    from deltacontrol.deltas.methods.selected_modules import SelectedModules
+    from deltacontrol.experiments.measures.kernel_regime import kernel_distance, kernel_of
 
     data, kernels = _data(seed, True), {}
     deltas: dict[int, Any] = {rank: LoRA(rank=rank) for rank in RANKS}

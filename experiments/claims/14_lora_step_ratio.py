@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 WIDTHS = (64, 128, 256, 512, 1024)
 SEEDS = tuple(range(10, 16))
@@ -17,7 +17,7 @@ def _predict() -> dict[str, Any]:
 
 
 def _slope(*, scaled: bool) -> tuple[float, tuple[float, float], dict[str, Any]]:
-    from experiments.lora_widths import WidthStudy, slope_interval
+    from deltacontrol.experiments.measures.lora_widths import WidthStudy, slope_interval
 
     study = WidthStudy(scaled=scaled)
     ratios, least, edges = [], {}, 0

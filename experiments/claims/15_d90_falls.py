@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from experiments.dimension import FineTuningDimension
-    from experiments.records import Record
+    from deltacontrol.experiments.runs.record import Record
+    from deltacontrol.experiments.studies.d90.dimension import FineTuningDimension
 
 CONFIDENCE = 0.95
 # Aghajanyan et al., table 1: (base, large) of BERT and RoBERTa by SAID on MRPC and QQP.
@@ -25,8 +25,8 @@ def _records(searches: list[FineTuningDimension]) -> dict[str, Record]:
     """The records of the study behind the figure by task; those that are missing are computed."""
     from pathlib import Path
 
-    from experiments.runs import RunStore
-    from experiments.sweeps import run
+    from deltacontrol.experiments.runs.store import RunStore
+    from deltacontrol.experiments.runs.sweep import run
 
     store = RunStore(Path("runs"))
     found = {search.task: run(search, store, progress=False) for search in searches}
@@ -34,7 +34,7 @@ def _records(searches: list[FineTuningDimension]) -> dict[str, Record]:
 
 
 def _searches(model: str, *, pretrained: bool, method: Any = "said") -> dict[str, Record]:
-    from experiments.studies import d90
+    from deltacontrol.experiments.studies.d90 import grid as d90
 
     return _records([s for s in d90.starts(model, method) if s.pretrained is pretrained])
 
@@ -61,8 +61,8 @@ def _draws(
     """
     import numpy as np
 
-    from experiments.dimension import estimate_from
-    from theory.dimension import Baseline
+    from deltacontrol.experiments.studies.d90.dimension import estimate_from
+    from deltacontrol.theory.dimension.estimate import Baseline
 
     config, result = record.config, record.result
     found = estimate_from(
@@ -105,7 +105,7 @@ def _log_ratio(
 
 
 def _effects(method: str = "said") -> dict[str, dict[str, Pair]]:
-    from experiments.studies import d90
+    from deltacontrol.experiments.studies.d90 import grid as d90
 
     small = _searches(d90.SMALL, pretrained=True, method=method)
     large = _searches(d90.LARGE, pretrained=True, method=method)
@@ -118,7 +118,7 @@ def _effects(method: str = "said") -> dict[str, dict[str, Pair]]:
 
 def _beside() -> dict[str, dict[str, Pair]]:
     """What is told beside the judged effects: other rules, methods and models."""
-    from experiments.studies import d90
+    from deltacontrol.experiments.studies.d90 import grid as d90
 
     small, large, wide = (
         _searches(model, pretrained=True) for model in (d90.SMALL, d90.LARGE, d90.WIDE)
@@ -136,7 +136,7 @@ def _beside() -> dict[str, dict[str, Pair]]:
 
 def _measure(prediction: Mapping[str, Any]) -> Evidence:
     """The upper ends of both mean log ratios; the greater one is judged."""
-    from experiments.studies import d90
+    from deltacontrol.experiments.studies.d90 import grid as d90
 
     details: dict[str, Any] = dict(prediction)
     upper, lower, met = {}, {}, True
@@ -186,7 +186,7 @@ def _mean(values: list[float]) -> float:
 
 def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
     """Nothing differs: every search from pre-trained weights against itself."""
-    from experiments.studies import d90
+    from deltacontrol.experiments.studies.d90 import grid as d90
 
     pairs = {
         f"{model}, {task}": (record, record)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 # Fixed before the measurement.
 ERROR = 0.2  # relative, of the predicted dimension against the measured median
@@ -18,9 +18,9 @@ def _records() -> list[Any]:
     """The records of the study behind the figure; those that are missing are computed."""
     from pathlib import Path
 
-    from experiments import studies
-    from experiments.runs import RunStore
-    from experiments.sweeps import run
+    from deltacontrol.experiments import studies
+    from deltacontrol.experiments.runs.store import RunStore
+    from deltacontrol.experiments.runs.sweep import run
 
     store = RunStore(Path("runs"))
     return [run(e, store, progress=False) for e in studies.experiments("threshold", "paper")]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 SMALL = "subspace:dimension=50,of=selected-modules:sites=bert.pooler+classifier"
 # Task, seeds, and what differs from the defaults of the experiment.
@@ -24,9 +24,9 @@ def _run(random_labels: bool) -> dict[str, list[dict[str, Any]]]:
     """Results by task, one a seed; the runs that are missing are computed."""
     from pathlib import Path
 
-    from experiments.bounds import GeneralisationBound
-    from experiments.runs import RunStore
-    from experiments.sweeps import run
+    from deltacontrol.experiments.measures.bounds import GeneralisationBound
+    from deltacontrol.experiments.runs.store import RunStore
+    from deltacontrol.experiments.runs.sweep import run
 
     store, results = RunStore(Path("runs")), {}
     for task, seeds, options in [(*CONTROL, {})] if random_labels else SETTINGS:

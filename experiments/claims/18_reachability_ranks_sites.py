@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from experiments.experiment import Experiment
+    from deltacontrol.experiments.runs.experiment import Experiment
 
 RESAMPLES = 2000
 
@@ -19,8 +19,8 @@ def _records(experiments: Sequence[Experiment]) -> list[Any]:
     """The records of the study behind the figure; those that are missing are computed."""
     from pathlib import Path
 
-    from experiments.runs import RunStore
-    from experiments.sweeps import run
+    from deltacontrol.experiments.runs.store import RunStore
+    from deltacontrol.experiments.runs.sweep import run
 
     store = RunStore(Path("runs"))
     return [run(experiment, store, progress=False) for experiment in experiments]
@@ -28,7 +28,7 @@ def _records(experiments: Sequence[Experiment]) -> list[Any]:
 
 def _scores(pretrained: bool) -> dict[str, Any]:
     """For each (layer, site) the mean of every score over the seeds, and the judged one by seed."""
-    from experiments.studies import reachability
+    from deltacontrol.experiments.studies.reachability import grid as reachability
 
     found = _records(reachability.predictions(pretrained=pretrained))
     by_seed = []
@@ -53,7 +53,7 @@ def _gains() -> tuple[pd.DataFrame, list[pd.DataFrame]]:
     """Measured gains: their means over the seeds, and those of each seed."""
     import pandas as pd
 
-    from experiments.studies import reachability
+    from deltacontrol.experiments.studies.reachability import grid as reachability
 
     curves = [record.curve() for record in _records(reachability.measurements())]
     return pd.concat(curves).groupby(level=0).mean(numeric_only=True), curves

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltas.dynamics import TransformerDynamics
-    from theory.linearisation import Linearisation
-    from theory.output_map import OutputMap
-    from theory.problem import ControlProblem, Controls
+    from deltacontrol.deltas.dynamics.transformer import TransformerDynamics
+    from deltacontrol.theory.control.problem import ControlProblem, Controls
+    from deltacontrol.theory.linear.linearisation import Linearisation
+    from deltacontrol.theory.linear.output_map import OutputMap
 
 DELTAS = ("lora", "houlsby", "bitfit", "prefix")
 SEEDS = (0, 1, 2)
@@ -41,10 +41,10 @@ class _Setting:
 
 
 def _settings() -> Iterator[_Setting]:
-    from deltas import parse
-    from experiments.problems import fixed_problem
-    from theory.linearisation import Linearisation
-    from theory.reachability import Reachability
+    from deltacontrol.deltas import parse
+    from deltacontrol.experiments.measures.problems import fixed_problem
+    from deltacontrol.theory.linear.linearisation import Linearisation
+    from deltacontrol.theory.linear.reachability import Reachability
 
     for name in DELTAS:
         for seed in SEEDS:

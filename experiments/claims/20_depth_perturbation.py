@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from theory.problem import Controls
-    from theory.systems import Segment
+    from deltacontrol.theory.control.problem import Controls
+    from deltacontrol.theory.control.systems import Segment
 
 DELTAS = ("lora", "houlsby", "bitfit", "prefix")
 EXAMPLES, TOKENS = 6, 12  # the first rows of the task are longer than that: no padding
@@ -22,8 +22,8 @@ FACTORS = (2, 4, 8)
 
 
 def _fixed(name: str | None):
-    from deltas import parse
-    from experiments.problems import fixed_problem
+    from deltacontrol.deltas import parse
+    from deltacontrol.experiments.measures.problems import fixed_problem
 
     deltas = () if name is None else (parse(name),)
     return fixed_problem(deltas, num_examples=EXAMPLES, max_length=TOKENS)
@@ -33,7 +33,7 @@ def _base() -> tuple[Segment, list[Tensor]]:
     """The blocks of the model without a delta, and the states x_0..x_6 between them."""
     import torch
 
-    from theory.systems import Segment
+    from deltacontrol.theory.control.systems import Segment
 
     fixed = _fixed(None)
     with torch.no_grad():
@@ -69,10 +69,10 @@ def _perturbed(base: Segment, x: list[Tensor]) -> dict[str, tuple[list[Tensor], 
     """
     import torch
 
-    from theory.continuous import ContinuousDepth
-    from theory.linearisation import Linearisation
-    from theory.perturbation import example_norms, spectral_norm
-    from theory.systems import Segment
+    from deltacontrol.theory.control.systems import Segment
+    from deltacontrol.theory.depth.continuous import ContinuousDepth
+    from deltacontrol.theory.depth.perturbation import example_norms, spectral_norm
+    from deltacontrol.theory.linear.linearisation import Linearisation
 
     found: dict[str, tuple[list[Tensor], dict[str, Any]]] = {}
     for name in DELTAS:
@@ -109,7 +109,7 @@ def _perturbed(base: Segment, x: list[Tensor]) -> dict[str, tuple[list[Tensor], 
 
 def _sampled_constants(base: Segment, x: list[Tensor], y: list[Tensor]) -> list[Tensor]:
     """Spectral norms at points of the segments from x_t to y_t, (points, batch) for each block."""
-    from theory.perturbation import segment_norms
+    from deltacontrol.theory.depth.perturbation import segment_norms
 
     return [
         segment_norms(
@@ -129,8 +129,8 @@ def _mean_gains(base: Segment, x: list[Tensor]) -> list[Tensor]:
     """Root mean square of |A_t v| over random unit v, of which |A_t|_2 is the supremum."""
     import torch
 
-    from theory.linearisation import Linearisation
-    from theory.perturbation import example_norms
+    from deltacontrol.theory.depth.perturbation import example_norms
+    from deltacontrol.theory.linear.linearisation import Linearisation
 
     none = tuple(x[0].new_zeros(m) for m in base.control_sizes)
     lin = Linearisation(base, x, none, keep=True)
@@ -149,7 +149,7 @@ def _mean_gains(base: Segment, x: list[Tensor]) -> list[Tensor]:
 def _evidence(*, broken: bool) -> Evidence:
     import torch
 
-    from theory.perturbation import example_norms, growth_bound
+    from deltacontrol.theory.depth.perturbation import example_norms, growth_bound
 
     base, x = _base()
     details: dict[str, Any] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 DEPTH = 60
 OUTER = 10
@@ -25,9 +25,9 @@ def _problem(seed: int, tracking: float):
     """
     import torch
 
-    from theory.costs import QuadraticCost
-    from theory.problem import ControlProblem
-    from theory.systems import ResidualNetwork
+    from deltacontrol.theory.control.costs import QuadraticCost
+    from deltacontrol.theory.control.problem import ControlProblem
+    from deltacontrol.theory.control.systems import ResidualNetwork
 
     generator = torch.Generator().manual_seed(500 + seed)
     weight = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
@@ -52,7 +52,7 @@ def _problem(seed: int, tracking: float):
 def _steady(seed: int):
     import torch
 
-    from theory.turnpike import SteadyState
+    from deltacontrol.theory.depth.turnpike import SteadyState
 
     problem = _problem(seed, TRACKING)
     return SteadyState.of(problem, torch.zeros_like(problem.x0))
@@ -67,10 +67,10 @@ def _fitted(seed: int, tracking: float) -> dict[str, Any]:
     """The rate at which the optimal controls approach those of the steady problem."""
     import torch
 
-    from theory.solvers.base import solve
-    from theory.solvers.ilqr import DDP
-    from theory.systems import ResidualNetwork
-    from theory.turnpike import two_sided_rate
+    from deltacontrol.theory.control.systems import ResidualNetwork
+    from deltacontrol.theory.depth.turnpike import two_sided_rate
+    from deltacontrol.theory.solvers.ilqr import DDP
+    from deltacontrol.theory.solvers.solve import solve
 
     problem = _problem(seed, tracking)
     solution = solve(problem, DDP(), problem.zero_controls(), max_steps=60, tol=TOLERANCE)

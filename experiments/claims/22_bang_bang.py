@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 DEPTHS = (4, 8, 16, 32)
 SEEDS = range(5)
@@ -28,9 +28,9 @@ def _problem(depth: int, seed: int, weight_decay: float):
     """One control for four examples, a squared error at the end, ``|u| ≤ 1/2``."""
     import torch
 
-    from theory.costs import SquaredErrorCost
-    from theory.problem import Box, ControlProblem
-    from theory.systems import ResidualNetwork
+    from deltacontrol.theory.control.costs import SquaredErrorCost
+    from deltacontrol.theory.control.problem import Box, ControlProblem
+    from deltacontrol.theory.control.systems import ResidualNetwork
 
     generator = torch.Generator().manual_seed(700 + seed)
     x0, target = torch.randn(2, EXAMPLES, WIDTH, generator=generator, dtype=torch.float64)
@@ -64,8 +64,8 @@ def _solved(depth: int, seed: int, weight_decay: float) -> dict[str, float]:
     """The optimum in the box, the binary controls nearest to it, and what they lose."""
     import torch
 
-    from theory.solvers.base import solve
-    from theory.solvers.ilqr import DDP
+    from deltacontrol.theory.solvers.ilqr import DDP
+    from deltacontrol.theory.solvers.solve import solve
 
     problem = _problem(depth, seed, weight_decay)
     zero = problem.zero_controls()

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltas import DeltaModel
+    from deltacontrol.deltas import DeltaModel
 
 DELTAS = ("lora:rank=1", "lora:rank=8,sites=attention.query+mlp.up", "bitfit", "last-layers")
 TASKS = ("movie", "trec6")
@@ -51,8 +51,8 @@ def _cases() -> tuple[_Case, ...]:
 def _all_cases() -> Iterator[_Case]:
     import torch
 
-    from deltas import FullFineTuning, HeadTuning, attach, parse
-    from experiments import models, tasks
+    from deltacontrol.deltas import FullFineTuning, HeadTuning, attach, parse
+    from deltacontrol.experiments import models, tasks
 
     for task in TASKS:
         data = tasks.load(task)
@@ -105,7 +105,7 @@ def _nearest(controlled: DeltaModel, start: Parameters, best: Parameters) -> Par
     """The point of Im ψ next to θ⁺: base parameters that the delta trains, and low-rank parts."""
     import torch
 
-    from deltas import LoRA
+    from deltacontrol.deltas import LoRA
 
     nearest = dict(start)
     for attachment in controlled.attachments:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 # Fixed before the measurement; the judged number is the largest of measured / limit.
 STABLE_RANK = 0.1  # mean over the modules of stable rank / that of a Gaussian matrix of the shape
@@ -20,9 +20,9 @@ def _records() -> list[Any]:
     """The records of the study behind the figure; those that are missing are computed."""
     from pathlib import Path
 
-    from experiments import studies
-    from experiments.runs import RunStore
-    from experiments.sweeps import run
+    from deltacontrol.experiments import studies
+    from deltacontrol.experiments.runs.store import RunStore
+    from deltacontrol.experiments.runs.sweep import run
 
     store = RunStore(Path("runs"))
     return [run(e, store, progress=False) for e in studies.experiments("spectra", "paper")]
@@ -36,7 +36,7 @@ def _gaussian(shape: tuple[int, int]) -> tuple[float, list[float]]:
     """Stable rank and shares of the tail energy of a Gaussian matrix."""
     import torch
 
-    from theory.low_rank import singular_values, stable_rank, tail_energy
+    from deltacontrol.theory.rank.low_rank import singular_values, stable_rank, tail_energy
 
     values = singular_values(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     tails = tail_energy(values)

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from theory.problem import ControlProblem, Controls
+    from deltacontrol.theory.control.problem import ControlProblem, Controls
 
 RUNS = (("lora", 0), ("lora", 1), ("houlsby", 0), ("houlsby", 1), ("bitfit", 0))
 EXAMPLES, TOKENS = 6, 12
@@ -31,7 +31,7 @@ def _fitted_head() -> Tensor:
     """Weight and bias, flat, of the ridge regression of ±1 targets on the head's frozen input."""
     import torch
 
-    from experiments.problems import fixed_problem
+    from deltacontrol.experiments.measures.problems import fixed_problem
 
     fixed = fixed_problem((), num_examples=EXAMPLES + HEAD_ROWS, max_length=TOKENS)
     (head,) = fixed.controlled.host.sites.head_paths()
@@ -54,7 +54,7 @@ def _targets(problem: ControlProblem) -> Tensor:
     import torch
     from torch.nn.functional import one_hot
 
-    from theory.costs import CrossEntropyCost
+    from deltacontrol.theory.control.costs import CrossEntropyCost
 
     assert isinstance(problem.cost, CrossEntropyCost)
     return 2.0 * one_hot(problem.cost.labels).to(torch.float64) - 1.0
@@ -65,10 +65,10 @@ def _start(name: str, seed: int) -> tuple[ControlProblem, Controls, Tensor]:
     """The problem in squared error, the delta's initial controls, and a mask without the head."""
     import torch
 
-    from deltas import parse
-    from experiments.problems import fixed_problem
-    from theory.costs import SquaredErrorCost
-    from theory.problem import ControlProblem
+    from deltacontrol.deltas import parse
+    from deltacontrol.experiments.measures.problems import fixed_problem
+    from deltacontrol.theory.control.costs import SquaredErrorCost
+    from deltacontrol.theory.control.problem import ControlProblem
 
     fixed = fixed_problem((parse(name),), num_examples=EXAMPLES, max_length=TOKENS, seed=seed)
     cost = SquaredErrorCost(_targets(fixed.problem))
@@ -106,7 +106,7 @@ def _lambda_max(
     problem: ControlProblem, u: Controls, mask: Tensor, *, exact: bool = False
 ) -> float:
     """λ_max of the Gauss-Newton matrix, or of the Hessian, in the controls of the mask."""
-    from theory.curvature import GaussNewtonCurvature, HessianCurvature
+    from deltacontrol.theory.linear.curvature import GaussNewtonCurvature, HessianCurvature
 
     curvature = (HessianCurvature if exact else GaussNewtonCurvature)(problem, u)
     return _largest_eigenvalue(lambda v: mask * curvature.product(mask * v), len(mask))
@@ -116,8 +116,8 @@ def _mean_eigenvalue(name: str, seed: int) -> float:
     """The mean of the eigenvalues of G that are not zero: of the (outputs x outputs) ZZ'/n."""
     import torch
 
-    from theory.curvature import flatten
-    from theory.linearisation import Linearisation
+    from deltacontrol.theory.linear.curvature import flatten
+    from deltacontrol.theory.linear.linearisation import Linearisation
 
     problem, u, mask = _start(name, seed)
     lin = Linearisation.of(problem, u, keep=True)
@@ -152,7 +152,7 @@ def _descended(name: str, seed: int, step: float) -> Controls | None:
 
     None if the loss exceeds its initial value at one of them, or is not finite.
     """
-    from theory.curvature import flatten, unflatten
+    from deltacontrol.theory.linear.curvature import flatten, unflatten
 
     problem, u, mask = _start(name, seed)
     now = problem.evaluate(u)

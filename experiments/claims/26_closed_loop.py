@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 SEEDS = (0, 1, 2)
 LEAST_LOST = 0.1  # an attack that costs less accuracy than this leaves nothing to restore
@@ -24,9 +24,9 @@ def _predict() -> dict[str, Any]:
 @cache
 def _results() -> list[dict[str, Any]]:
     """One classifier, calibration, choice and measurement for each seed."""
-    from experiments.robustness import Robustness
-    from experiments.runs import RunStore
-    from experiments.sweeps import run
+    from deltacontrol.experiments.measures.robustness import Robustness
+    from deltacontrol.experiments.runs.store import RunStore
+    from deltacontrol.experiments.runs.sweep import run
 
     records = [run(Robustness(seed=seed), RunStore(RUNS)) for seed in SEEDS]
     return [{**r.result, "curve": r.curve()} for r in records if r is not None]

@@ -13,9 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from experiments.models.base import PackagedModel, ResolvedModel, folder_digest
-from experiments.models.loading import build
-from theory.errors import InputError, unknown
+from deltacontrol.experiments.models.base import PackagedModel, ResolvedModel, folder_digest
+from deltacontrol.experiments.models.loading import build
+from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.sources import PackageFile, build_once, cache_dir, extract, sha256_of
+from deltacontrol.experiments.sources import PackageFile, build_once, cache_dir, extract, sha256_of
 
 # Part of every packaged model's digest: raise it when a conversion changes.
 CONVERSION = 1

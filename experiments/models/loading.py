@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from experiments.models.base import ResolvedModel
-from theory.errors import InputError, unknown
+from deltacontrol.experiments.models.base import ResolvedModel
+from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def build(
     dtype: str | torch.dtype,
     attn_implementation: str,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Build what `experiments.models.load` describes."""
+    """Build what `deltacontrol.experiments.models.load` describes."""
     import torch
     import transformers
     from safetensors import SafetensorError

@@ -13,10 +13,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.models import minilm_l6
-from experiments.models.base import PackagedModel
-from experiments.sources import PackageFile
-from theory.errors import InputError
+from deltacontrol.experiments.models import minilm_l6
+from deltacontrol.experiments.models.base import PackagedModel
+from deltacontrol.experiments.sources import PackageFile
+from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np

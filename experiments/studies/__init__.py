@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Protocol
 
-from experiments.experiment import Experiment
-from theory.errors import unknown
+from deltacontrol.experiments.runs.experiment import Experiment
+from deltacontrol.theory.errors import unknown
 
 PRESETS = ("quick", "paper")
 

@@ -9,9 +9,9 @@ import importlib
 import pkgutil
 from functools import cache
 
-from experiments.tasks.base import Kind, PackagedTask, Task
-from experiments.tasks.files import file_digest, is_file_name, load_file
-from theory.errors import InputError, unknown
+from deltacontrol.experiments.tasks.base import Kind, PackagedTask, Task
+from deltacontrol.experiments.tasks.files import file_digest, is_file_name, load_file
+from deltacontrol.theory.errors import InputError, unknown
 
 __all__ = ["Kind", "PackagedTask", "Task", "available", "digest", "load"]
 

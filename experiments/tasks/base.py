@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from experiments.sources import PackageFile, build_once, cache_dir, read
-from experiments.tasks.splits import SPLIT_SEED, split
+from deltacontrol.experiments.sources import PackageFile, build_once, cache_dir, read
+from deltacontrol.experiments.tasks.splits import SPLIT_SEED, split
 
 if TYPE_CHECKING:
     import pandas as pd

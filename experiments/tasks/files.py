@@ -7,10 +7,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.sources import sha256_of
-from experiments.tasks.base import CONVERSION, KINDS, Kind, Task, parts_of
-from experiments.tasks.splits import SPLIT_SEED, SPLITS, carve_validation, split
-from theory.errors import InputError, unknown
+from deltacontrol.experiments.sources import sha256_of
+from deltacontrol.experiments.tasks.base import CONVERSION, KINDS, Kind, Task, parts_of
+from deltacontrol.experiments.tasks.splits import SPLIT_SEED, SPLITS, carve_validation, split
+from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
     import pandas as pd

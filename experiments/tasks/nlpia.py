@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from experiments.sources import PackageFile
+from deltacontrol.experiments.sources import PackageFile
 
 if TYPE_CHECKING:
     import pandas as pd

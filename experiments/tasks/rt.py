@@ -6,8 +6,8 @@ import bz2
 import io
 from typing import TYPE_CHECKING
 
-from experiments.sources import PackageFile
-from experiments.tasks.base import PackagedTask
+from deltacontrol.experiments.sources import PackageFile
+from deltacontrol.experiments.tasks.base import PackagedTask
 
 if TYPE_CHECKING:
     import pandas as pd

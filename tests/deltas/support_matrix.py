@@ -11,8 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-from deltas import registry
-from deltas.base import Category
+from deltacontrol.deltas import registry
+from deltacontrol.deltas.base import Category
 from tests.deltas.zoo import FAMILIES, METHODS, REFUSED
 
 README = Path(__file__).resolve().parents[2] / "README.md"

@@ -15,7 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from deltas import (
+from deltacontrol.deltas import (
     BitFit,
     DeltaModel,
     FullFineTuning,
@@ -28,6 +28,7 @@ from deltas import (
     Subspace,
     attach,
 )
+from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import (
     FAMILIES,
     METHODS,
@@ -42,7 +43,6 @@ from tests.deltas.zoo import (
     out,
     snapshot,
 )
-from theory.errors import InputError
 
 Build = Callable[..., PreTrainedModel]
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
-from deltas import Delta, attach
+from deltacontrol.deltas import Delta, attach
+from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import (
     FAMILIES,
     METHODS,
@@ -22,7 +23,6 @@ from tests.deltas.zoo import (
     out,
     snapshot,
 )
-from theory.errors import InputError
 
 Build = Callable[..., PreTrainedModel]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from transformers import PreTrainedModel
 
-from deltas import Delta, DeltaModel
+from deltacontrol.deltas import Delta, DeltaModel
 from tests.deltas.zoo import (
     DEEP,
     FAMILIES,

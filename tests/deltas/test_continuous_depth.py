@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from deltas import LoRA, attach
-from deltas.dynamics import TransformerDynamics
+from deltacontrol.deltas import LoRA, attach
+from deltacontrol.deltas.dynamics.transformer import TransformerDynamics
+from deltacontrol.theory.control.costs import SquaredErrorCost
+from deltacontrol.theory.control.problem import ControlProblem
+from deltacontrol.theory.control.systems import Segment
+from deltacontrol.theory.depth.continuous import ContinuousDepth
+from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import batch_of, move
-from theory.continuous import ContinuousDepth
-from theory.costs import SquaredErrorCost
-from theory.errors import InputError
-from theory.problem import ControlProblem
-from theory.systems import Segment
 
 Build = Callable[..., PreTrainedModel]
 

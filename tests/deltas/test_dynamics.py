@@ -15,7 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from deltas import (
+from deltacontrol.deltas import (
     BitFit,
     DeltaModel,
     FullFineTuning,
@@ -25,7 +25,10 @@ from deltas import (
     Subspace,
     attach,
 )
-from deltas.dynamics import TransformerDynamics, control_problem
+from deltacontrol.deltas.dynamics.transformer import TransformerDynamics, control_problem
+from deltacontrol.theory.control.costs import SquaredErrorCost
+from deltacontrol.theory.control.problem import ControlProblem
+from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import (
     DEEP,
     FAMILIES,
@@ -40,9 +43,6 @@ from tests.deltas.zoo import (
     relative,
     snapshot,
 )
-from theory.costs import SquaredErrorCost
-from theory.errors import InputError
-from theory.problem import ControlProblem
 
 Build = Callable[..., PreTrainedModel]
 # What reaches a later block beside the state: a bias of relative positions, which the first block

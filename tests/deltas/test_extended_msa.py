@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from deltas import LoRA, attach
-from deltas.dynamics import control_problem
+from deltacontrol.deltas import LoRA, attach
+from deltacontrol.deltas.dynamics.transformer import control_problem
+from deltacontrol.theory.solvers import solve
+from deltacontrol.theory.solvers.emsa import ExtendedMSA, step_change
+from deltacontrol.theory.solvers.minimisers import InnerLBFGS
 from tests.deltas.zoo import batch_of, move
-from theory.solvers import solve
-from theory.solvers.emsa import ExtendedMSA, step_change
-from theory.solvers.minimisers import InnerLBFGS
 
 Build = Callable[..., PreTrainedModel]
 

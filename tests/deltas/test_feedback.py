@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from deltas import LoRA, PromptTuning, attach
-from deltas.calibration import Calibration, calibrate
-from deltas.dynamics import TransformerDynamics
-from deltas.feedback import attach_feedback, attended, run
-from deltas.passes import first_tensor
+from deltacontrol.deltas import LoRA, PromptTuning, attach
+from deltacontrol.deltas.dynamics.transformer import TransformerDynamics
+from deltacontrol.deltas.editing.passes import first_tensor
+from deltacontrol.deltas.feedback.calibration import Calibration, calibrate
+from deltacontrol.deltas.feedback.laws import attach_feedback, attended, run
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.feedback.affine_subspace import AffineSubspace
+from deltacontrol.theory.feedback.correction import PIDCorrection, ProjectionCorrection
+from deltacontrol.theory.feedback.laws import AffineFeedback
 from tests.deltas import zoo
-from theory.affine_subspace import AffineSubspace
-from theory.closed_loop import PIDCorrection, ProjectionCorrection
-from theory.errors import InputError
-from theory.feedback import AffineFeedback
 
 F64 = torch.float64
 each_family = pytest.mark.parametrize("family", zoo.ONE_STACK)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AlbertConfig, AlbertForSequenceClassification, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from deltas import (
+from deltacontrol.deltas import (
     BitFit,
     FullFineTuning,
     HeadTuning,
@@ -21,8 +21,8 @@ from deltas import (
     Subspace,
     attach,
 )
+from deltacontrol.theory.dimension.projections import DenseProjection, FastfoodProjection
 from tests.deltas.zoo import FAMILIES, TEXT, H, L, V, batch_of, d, m, move, out
-from theory.projections import DenseProjection, FastfoodProjection
 
 Build = Callable[..., PreTrainedModel]
 ATTENTION = ("attention.query", "attention.key", "attention.value", "attention.output")

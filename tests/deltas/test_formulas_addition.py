@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, relu
 from transformers import PreTrainedModel
 
-from deltas import (
+from deltacontrol.deltas import (
     IA3,
     AdapterDrop,
     AttentionControl,
@@ -32,7 +32,7 @@ from deltas import (
     UniPELT,
     attach,
 )
-from deltas.methods.ia3 import Gain
+from deltacontrol.deltas.methods.ia3 import Gain
 from tests.deltas.zoo import FAMILIES, H, L, assert_same, batch_of, d, m, move, out, snapshot
 
 Build = Callable[..., PreTrainedModel]

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from deltas import AdaLoRA, DeltaModel, DoRA, LoHa, LoKr, LoRA, VeRA, attach
+from deltacontrol.deltas import AdaLoRA, DeltaModel, DoRA, LoHa, LoKr, LoRA, VeRA, attach
+from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import FAMILIES, H, L, batch_of, d, gradients, m, move, out
-from theory.errors import InputError
 
 Build = Callable[..., PreTrainedModel]
 Factors = dict[str, Tensor]

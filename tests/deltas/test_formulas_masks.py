@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltas import (
+from deltacontrol.deltas import (
     BitFit,
     DeltaModel,
     DiffPruning,
@@ -20,9 +20,9 @@ from deltas import (
     SelectedModules,
     attach,
 )
-from deltas.masks import random_places
+from deltacontrol.deltas.methods.parts.masks import random_places
+from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import FAMILIES, L, attached, batch_of, d, m, move, out
-from theory.errors import InputError
 
 Build = Callable[..., PreTrainedModel]
 

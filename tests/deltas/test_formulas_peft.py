@@ -9,9 +9,9 @@ import torch
 from torch.func import functional_call, jvp, vmap
 from transformers import PreTrainedModel
 
-from deltas import LoRA, PrefixTuning, PromptTuning, attach
+from deltacontrol.deltas import LoRA, PrefixTuning, PromptTuning, attach
+from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import FAMILIES, V, batch_of, d, gradients, move, out
-from theory.errors import InputError
 
 Build = Callable[..., PreTrainedModel]
 EMBEDDING = LoRA(rank=3, alpha=5.0, sites=("embedding",))

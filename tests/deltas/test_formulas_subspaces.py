@@ -9,10 +9,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltas import DeltaModel, IntrinsicPrompt, PromptTuning, StructuredSubspace, attach
+from deltacontrol.deltas import (
+    DeltaModel,
+    IntrinsicPrompt,
+    PromptTuning,
+    StructuredSubspace,
+    attach,
+)
+from deltacontrol.theory.dimension.projections import DenseProjection, FastfoodProjection
+from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import FAMILIES, L, batch_of, d, move, out
-from theory.errors import InputError
-from theory.projections import DenseProjection, FastfoodProjection
 
 Build = Callable[..., PreTrainedModel]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltas import (
+from deltacontrol.deltas import (
     BitFit,
     Delta,
     HeadTuning,
@@ -21,9 +21,9 @@ from deltas import (
     Subspace,
     attach,
 )
-from deltas.frozen_states import FrozenStates
+from deltacontrol.deltas.dynamics.frozen_states import FrozenStates
+from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import FAMILIES, TEXT, assert_same, batch_of, move, out, snapshot, texts
-from theory.errors import InputError
 
 Build = Callable[..., PreTrainedModel]
 UPPER: list[Delta] = [

@@ -12,7 +12,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from deltas import (
+from deltacontrol.deltas import (
     AttentionControl,
     Delta,
     DeltaModel,
@@ -26,8 +26,8 @@ from deltas import (
     UniPELT,
     attach,
 )
+from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import FAMILIES, V, move
-from theory.errors import InputError
 
 Build = Callable[..., PreTrainedModel]
 NEW = 8

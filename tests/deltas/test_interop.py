@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import deltas.interop
-from deltas import BitFit, DoRA, HeadTuning, LayerNormTuning, LoRA, SelectedModules
-from deltas.interop import export_peft, import_peft
+import deltacontrol.deltas.interop
+from deltacontrol.deltas import BitFit, DoRA, HeadTuning, LayerNormTuning, LoRA, SelectedModules
+from deltacontrol.deltas.interop import export_peft, import_peft
 from tests.deltas.peft_models import logits, peft, same, save
 from tests.deltas.zoo import batch_of, out
 
@@ -234,7 +234,7 @@ def test_generates_what_peft_generates(build: Build, tmp_path, family):
 
 def test_needs_no_peft():
     """The library is a test's reference, never a dependency."""
-    for path in Path(deltas.interop.__file__).parent.rglob("*.py"):
+    for path in Path(deltacontrol.deltas.interop.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

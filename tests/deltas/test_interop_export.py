@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from deltas import (
+from deltacontrol.deltas import (
     IA3,
     AdaLoRA,
     BitFit,
@@ -31,10 +31,10 @@ from deltas import (
     VeRA,
     attach,
 )
-from deltas.interop import export_peft, import_peft
+from deltacontrol.deltas.interop import export_peft, import_peft
+from deltacontrol.theory.errors import InputError
 from tests.deltas.peft_models import logits, same
 from tests.deltas.zoo import assert_same, batch_of, move, out, snapshot
-from theory.errors import InputError
 
 Build = Callable[..., PreTrainedModel]
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from deltas import LoRA, attach
-from deltas.interop import import_peft
+from deltacontrol.deltas import LoRA, attach
+from deltacontrol.deltas.interop import import_peft
+from deltacontrol.theory.errors import InputError
 from tests.deltas.peft_models import peft, save
 from tests.deltas.zoo import assert_same, snapshot
-from theory.errors import InputError
 
 Build = Callable[..., PreTrainedModel]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -7,7 +7,17 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from deltas import DoRA, HeadTuning, LastLayers, LoRA, PrefixTuning, Subspace, VeRA, attach
+from deltacontrol.deltas import (
+    DoRA,
+    HeadTuning,
+    LastLayers,
+    LoRA,
+    PrefixTuning,
+    Subspace,
+    VeRA,
+    attach,
+)
+from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import (
     FAMILIES,
     METHODS,
@@ -19,7 +29,6 @@ from tests.deltas.zoo import (
     out,
     snapshot,
 )
-from theory.errors import InputError
 
 Build = Callable[..., PreTrainedModel]
 MERGEABLE = [n for n, (delta, _) in METHODS.items() if not delta.unmergeable]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltas import (
+from deltacontrol.deltas import (
     AdaLoRA,
     Delta,
     DoRA,

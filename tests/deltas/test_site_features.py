@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, jvp
 
-from deltas.site_features import bias_features, weight_features
-from deltas.sites import SiteMap
+from deltacontrol.deltas.dynamics.logit_features import bias_features, weight_features
+from deltacontrol.deltas.editing.sites import SiteMap
+from deltacontrol.theory.convex import OuterProducts
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.linearisation import differentiable_attention
 from tests.deltas.zoo import batch_of, build
-from theory.convex import OuterProducts
-from theory.errors import InputError
-from theory.linearisation import differentiable_attention
 
 SITES = ("attention.query", "attention.key", "attention.value", "attention.output")
 SITES += ("mlp.up", "mlp.down")

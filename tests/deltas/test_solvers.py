@@ -8,11 +8,20 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from deltas import DeltaModel, HeadTuning, LoRA, attach
-from deltas.dynamics import TransformerDynamics, control_problem
+from deltacontrol.deltas import DeltaModel, HeadTuning, LoRA, attach
+from deltacontrol.deltas.dynamics.transformer import TransformerDynamics, control_problem
+from deltacontrol.theory.control.problem import ControlProblem, Controls
+from deltacontrol.theory.solvers import (
+    DDP,
+    ILQR,
+    GaussNewton,
+    NewtonCG,
+    Shooting,
+    Solver,
+    Status,
+    solve,
+)
 from tests.deltas.zoo import batch_of, move
-from theory.problem import ControlProblem, Controls
-from theory.solvers import DDP, ILQR, GaussNewton, NewtonCG, Shooting, Solver, Status, solve
 
 Build = Callable[..., PreTrainedModel]
 
@@ -64,7 +73,7 @@ def test_lora_on_a_tiny_transformer(
 )
 def test_lora_on_real_blocks(minilm_l6: str, solver: Solver, converges: bool) -> None:
     """Nearly separated examples have little Gauss-Newton curvature, so that GN only descends."""
-    from experiments.problems import fixed_problem
+    from deltacontrol.experiments.measures.problems import fixed_problem
 
     fixed = fixed_problem((LoRA(rank=4),), num_examples=4, max_length=12, weight_decay=1e-2)
     start = fixed.dynamics.controls()

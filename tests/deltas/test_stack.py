@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltas import (
+from deltacontrol.deltas import (
     BitFit,
     Delta,
     DeltaStack,
@@ -19,7 +19,8 @@ from deltas import (
     PromptTuning,
     attach_many,
 )
-from deltas.stack import unstackable
+from deltacontrol.deltas.ensemble.stack import unstackable
+from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import (
     DEEP,
     FAMILIES,
@@ -32,7 +33,6 @@ from tests.deltas.zoo import (
     snapshot,
     texts,
 )
-from theory.errors import InputError
 
 Build = Callable[..., PreTrainedModel]
 SEEDS = (5, 0, 3)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltas import LoRA, attach
-from deltas.dynamics import control_problem
-from deltas.feedback import attach_feedback, attended
-from deltas.steering import steer
+from deltacontrol.deltas import LoRA, attach
+from deltacontrol.deltas.dynamics.transformer import control_problem
+from deltacontrol.deltas.feedback.laws import attach_feedback, attended
+from deltacontrol.deltas.feedback.steering import steer
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.feedback.correction import AdditiveControl
+from deltacontrol.theory.feedback.steering import steer_output
 from tests.deltas import zoo
-from theory.closed_loop import AdditiveControl
-from theory.errors import InputError
-from theory.steering import steer_output
 
 F64 = torch.float64
 Build = Callable[..., PreTrainedModel]
@@ -173,7 +173,7 @@ def test_nothing_is_left_behind(build: Build) -> None:
 
 def test_steers_the_real_model(minilm_l6: str) -> None:
     """The margin of MiniLM's untrained head."""
-    from experiments import models
+    from deltacontrol.experiments import models
 
     model, tokenizer = models.load(minilm_l6, kind="classification", num_labels=2)
     batch = dict(tokenizer(["a fine film", "dull"], padding=True, return_tensors="pt"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, T5ForConditionalGeneration
 
-from deltas import (
+from deltacontrol.deltas import (
     IA3,
     AdaLoRA,
     AdapterDrop,
@@ -50,9 +50,9 @@ from deltas import (
     from_dict,
     parse,
 )
-from deltas.registry import completed
+from deltacontrol.deltas.registry import completed
+from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import FAMILIES, METHODS, P, V, assert_same, batch_of, d, out, snapshot
-from theory.errors import InputError
 
 Build = Callable[..., PreTrainedModel]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltas import (
+from deltacontrol.deltas import (
     BitFit,
     Delta,
     DeltaModel,
@@ -23,10 +23,10 @@ from deltas import (
     attach,
     parse,
 )
-from deltas.coordinates import held
+from deltacontrol.deltas.methods.parts.coordinates import held
+from deltacontrol.theory.dimension.projections import RANDOM_PROJECTIONS
+from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import METHODS, REFUSED, batch_of, move, out
-from theory.errors import InputError
-from theory.projections import RANDOM_PROJECTIONS
 
 Build = Callable[..., PreTrainedModel]
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import pytest
 from transformers import PreTrainedModel
 
-from deltas import attach, registry
+from deltacontrol.deltas import attach, registry
+from deltacontrol.theory.errors import InputError
 from tests.deltas import support_matrix
 from tests.deltas.zoo import FAMILIES, METHODS, PAIRS, REFUSED, assert_same, snapshot
-from theory.errors import InputError
 
 
 @pytest.mark.parametrize(("family", "method"), REFUSED, ids=lambda value: value)

@@ -13,7 +13,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from deltas import (
+from deltacontrol.deltas import (
     IA3,
     AdaLoRA,
     AdapterDrop,

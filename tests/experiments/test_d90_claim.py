@@ -44,7 +44,7 @@ def made_record(truth: float, baseline: float = 0.8) -> Any:
 def test_claim_15_takes_bounds_on_the_side_against_it(
     before: float, after: float, expected: float
 ) -> None:
-    claim: Any = import_module("experiments.claims.15_d90_falls")
+    claim: Any = import_module("deltacontrol.experiments.claims.15_d90_falls")
     middle, (low, high), details = claim._log_ratio(
         {"a": (made_record(before), made_record(after))}
     )
@@ -58,7 +58,7 @@ def test_claim_15_takes_bounds_on_the_side_against_it(
 
 def test_claim_15_tells_both_targets() -> None:
     """By its own target the second needs ten times as much; by that of the first, the same."""
-    claim: Any = import_module("experiments.claims.15_d90_falls")
+    claim: Any = import_module("deltacontrol.experiments.claims.15_d90_falls")
     pairs = {"a": (made_record(300.0), made_record(300.0, baseline=0.92 / 0.9))}
     own, (_, _), _ = claim._log_ratio(pairs, seed=1)
     common, (low, high), details = claim._log_ratio(pairs, common=True, seed=1)
@@ -68,7 +68,7 @@ def test_claim_15_tells_both_targets() -> None:
 
 
 def test_claim_15_finds_nothing_where_nothing_differs() -> None:
-    claim: Any = import_module("experiments.claims.15_d90_falls")
+    claim: Any = import_module("deltacontrol.experiments.claims.15_d90_falls")
     record = made_record(300.0)
     middle, (low, high), _ = claim._log_ratio({"a": (record, record)}, seed=1)
     assert low < 0 < high and abs(middle) < 0.01

@@ -7,9 +7,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from experiments.data import IGNORED, Encoded, encode
-from experiments.tasks import Task
-from theory.errors import InputError
+from deltacontrol.experiments.tasks import Task
+from deltacontrol.experiments.tasks.encoding import IGNORED, Encoded, encode
+from deltacontrol.theory.errors import InputError
 
 PAD = 0
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from deltas import HeadTuning, LoRA, attach
-from experiments.benchmarks import deltas
-from experiments.benchmarks.contest import alternate, peak_allocated, saved_bytes
+from deltacontrol.deltas import HeadTuning, LoRA, attach
+from deltacontrol.experiments.benchmarks import deltas
+from deltacontrol.experiments.benchmarks.contest import alternate, peak_allocated, saved_bytes
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,16 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import models
-from experiments.dimension import FineTuningDimension, estimate_from
-from experiments.dimension_search import Search, Trial, climb, steadiest
-from experiments.finetune import FineTuning
-from experiments.mnist import MnistDimension, MnistTraining, network
-from experiments.runs import RunStore
-from experiments.sweeps import run
-from theory.dimension import Baseline, DimensionVerdict
-from theory.errors import InputError
-from theory.projections import DenseProjection
+from deltacontrol.experiments import models
+from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.experiments.runs.sweep import run
+from deltacontrol.experiments.studies.d90.dimension import FineTuningDimension, estimate_from
+from deltacontrol.experiments.studies.d90.mnist import MnistDimension, MnistTraining, network
+from deltacontrol.experiments.studies.d90.search import Search, Trial, climb, steadiest
+from deltacontrol.experiments.training.finetune import FineTuning
+from deltacontrol.theory.dimension.estimate import Baseline, DimensionVerdict
+from deltacontrol.theory.dimension.projections import DenseProjection
+from deltacontrol.theory.errors import InputError
 
 Measure = Callable[[int, float, int], Trial]
 
@@ -274,7 +274,7 @@ def test_the_networks_have_the_published_sizes() -> None:
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> list[MnistTraining]:
     """Let trainings be read off a curve; lists those that were executed."""
-    from experiments.experiment import Outcome
+    from deltacontrol.experiments.runs.experiment import Outcome
 
     done: list[MnistTraining] = []
 
@@ -458,7 +458,7 @@ def test_mistakes_in_digits_are_named() -> None:
 
 @pytest.mark.slow
 def test_digits_are_learned_in_a_subspace(tmp_path: Path) -> None:
-    from experiments.experiment import Workspace
+    from deltacontrol.experiments.runs.experiment import Workspace
 
     run_ = MnistTraining(net="lenet", dimension=200, learning_rate=0.7, steps=150)
     first = run_.execute(Workspace(tmp_path, progress=False))
@@ -469,7 +469,7 @@ def test_digits_are_learned_in_a_subspace(tmp_path: Path) -> None:
 
 
 def test_a_loss_is_no_performance() -> None:
-    from experiments.records import Record
+    from deltacontrol.experiments.runs.record import Record
 
     record = Record("x", "fine-tuning", {}, {"loss": 3.0, "perplexity": 20.0}, {}, "completed")
     with pytest.raises(InputError, match="no classification or regression"):

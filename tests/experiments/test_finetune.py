@@ -18,13 +18,13 @@ import safetensors.torch
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from deltas import LoRA
-from experiments import rates
-from experiments.experiment import Workspace
-from experiments.finetune import FineTuning
-from experiments.runs import RunStore
-from experiments.sweeps import run, run_all
-from theory.errors import InputError
+from deltacontrol.deltas import LoRA
+from deltacontrol.experiments.runs.experiment import Workspace
+from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.experiments.runs.sweep import run, run_all
+from deltacontrol.experiments.training import rates
+from deltacontrol.experiments.training.finetune import FineTuning
+from deltacontrol.theory.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("good", "bad", "fine", "poor", "the", "film", "was", "a", "very", "so")
@@ -175,9 +175,9 @@ def test_too_long_texts_and_unknown_names(places, store):
 
 SWEEP = """
     import sys
-    from experiments.finetune import FineTuning
-    from experiments.runs import RunStore
-    from experiments.sweeps import run_all
+    from deltacontrol.experiments.training.finetune import FineTuning
+    from deltacontrol.experiments.runs.store import RunStore
+    from deltacontrol.experiments.runs.sweep import run_all
     if __name__ == "__main__":
         import json
         configs = json.loads(sys.argv[2])

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deltas import HeadTuning, LoRA
-from experiments.kernel_regime import follow, kernel_distance
-from experiments.margins import MarginData, margin_data
-from theory.errors import InputError
+from deltacontrol.deltas import HeadTuning, LoRA
+from deltacontrol.experiments.measures.kernel_regime import follow, kernel_distance
+from deltacontrol.experiments.measures.margins import MarginData, margin_data
+from deltacontrol.theory.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.low_rank_minima import LinearLoRA, Loss, RealLoRA, needed_rank
-from experiments.margins import MarginData, margin_data
-from theory.errors import InputError
+from deltacontrol.experiments.measures.low_rank_minima import (
+    LinearLoRA,
+    Loss,
+    RealLoRA,
+    needed_rank,
+)
+from deltacontrol.experiments.measures.margins import MarginData, margin_data
+from deltacontrol.theory.errors import InputError
 
 F64 = torch.float64
 SIGNS = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0], dtype=F64)

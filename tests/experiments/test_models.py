@@ -22,8 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from experiments import models, sources
-from theory.errors import InputError
+from deltacontrol.experiments import models, sources
+from deltacontrol.theory.errors import InputError
 
 SIZE = {
     "vocab_size": 40,
@@ -342,7 +342,7 @@ def test_minilm_l3_computes_what_its_graph_computes(tmp_path: Path) -> None:
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    from experiments.models import minilm_l3
+    from deltacontrol.experiments.models import minilm_l3
 
     try:
         model, tokenizer = models.load("minilm-l3", kind="backbone")

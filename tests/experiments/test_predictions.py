@@ -15,20 +15,23 @@ from transformers import (
     BertTokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
-from deltas import parse
-from experiments.experiment import Workspace
-from experiments.initial_model import InitialModel
-from experiments.predictions import (
+from deltacontrol.deltas import parse
+from deltacontrol.experiments.measures.initial_model import InitialModel
+from deltacontrol.experiments.measures.tangent_kernel import tangent_kernel, without_labels
+from deltacontrol.experiments.runs.experiment import Workspace
+from deltacontrol.experiments.studies.threshold.measurement import (
+    ModelThreshold,
+    QuadraticThreshold,
+)
+from deltacontrol.experiments.studies.threshold.predictions import (
     _Subspaces,
     dimension_of,
     predict_dimension,
     predict_ranks,
 )
-from experiments.tangent_kernel import tangent_kernel, without_labels
-from experiments.threshold import ModelThreshold, QuadraticThreshold
-from theory.errors import InputError
-from theory.model_curvature import ModelCurvature
-from theory.random_subspaces import falls
+from deltacontrol.theory.dimension.random_subspaces import falls
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.model_curvature import ModelCurvature
 
 WORDS = ("good", "bad", "fine", "poor", "the", "film", "was", "a", "very", "so")
 ROWS, HELDOUT = 24, 12
@@ -179,7 +182,7 @@ def test_accuracies_are_those_of_solved_subspaces(full: InitialModel) -> None:
     rows = curvature(full, batch).pull(torch.eye(2 * ROWS, dtype=torch.float64))
     others = curvature(full, held).pull(torch.eye(2 * HELDOUT, dtype=torch.float64))
     assert len(examples) == len(every)
-    from theory.model_curvature import softmax_factor
+    from deltacontrol.theory.linear.model_curvature import softmax_factor
 
     factor, s = softmax_factor(full.logits(torch.arange(ROWS)), full.labels)
     left = torch.block_diag(*torch.einsum("nka,kc->nac", factor, full.contrasts))

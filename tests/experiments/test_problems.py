@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from deltas import parse
-from experiments.pontryagin import PontryaginTrace
-from experiments.problems import fixed_problem, perturbed
-from theory.errors import InputError
-from theory.solvers import MSA, solve
+from deltacontrol.deltas import parse
+from deltacontrol.experiments.measures.problems import fixed_problem, perturbed
+from deltacontrol.experiments.studies.pontryagin.trace import PontryaginTrace
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.solvers import MSA, solve
 
 DELTAS = ("lora", "houlsby", "prefix", "prompt", "bitfit")
 
@@ -47,7 +47,7 @@ def test_msa_with_a_gradient_step_is_gradient_descent_on_the_real_model(minilm_l
 
 @pytest.mark.parametrize("optimiser", ["lbfgs", "adamw"])
 def test_a_trace_records_every_stage(minilm_l6: str, tmp_path, optimiser: str) -> None:
-    from experiments.experiment import Workspace
+    from deltacontrol.experiments.runs.experiment import Workspace
 
     trace = PontryaginTrace(
         model=minilm_l6, optimiser=optimiser, num_examples=2, max_length=6, steps=3

@@ -7,7 +7,7 @@ import json
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
-from experiments.benchmarks.projections import Benchmark
+from deltacontrol.experiments.benchmarks.projections import Benchmark
 
 
 def test_every_part_gives_its_numbers(tmp_path, monkeypatch, capsys) -> None:

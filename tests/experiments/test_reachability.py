@@ -11,12 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from deltas import LoRA, attach
-from experiments.experiment import Workspace
-from experiments.margins import MarginData, logistic_derivatives, logistic_loss, margin_data
-from experiments.reachability import SITES, SiteGramians, SiteTuning
-from experiments.site_maps import SiteTuner, attach_everywhere, margin_map
-from theory.errors import InputError
+from deltacontrol.deltas import LoRA, attach
+from deltacontrol.experiments.measures.margins import (
+    MarginData,
+    logistic_derivatives,
+    logistic_loss,
+    margin_data,
+)
+from deltacontrol.experiments.measures.site_maps import SiteTuner, attach_everywhere, margin_map
+from deltacontrol.experiments.runs.experiment import Workspace
+from deltacontrol.experiments.studies.reachability.measurement import (
+    SITES,
+    SiteGramians,
+    SiteTuning,
+)
+from deltacontrol.theory.errors import InputError
 
 FEW = ("attention.value", "mlp.up")
 

@@ -11,15 +11,20 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from deltas.feedback import attach_feedback, run
-from experiments.attacks import EmbeddingAttack, corrupted, perturbed
-from experiments.robustness import Correction, Robustness, candidates, recovered
-from experiments.runs import RunStore
-from experiments.sweeps import run as run_experiment
+from deltacontrol.deltas.feedback.laws import attach_feedback, run
+from deltacontrol.experiments.measures.attacks import EmbeddingAttack, corrupted, perturbed
+from deltacontrol.experiments.measures.robustness import (
+    Correction,
+    Robustness,
+    candidates,
+    recovered,
+)
+from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.experiments.runs.sweep import run as run_experiment
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.feedback.affine_subspace import AffineSubspace
+from deltacontrol.theory.feedback.correction import ProjectionCorrection
 from tests.deltas import zoo
-from theory.affine_subspace import AffineSubspace
-from theory.closed_loop import ProjectionCorrection
-from theory.errors import InputError
 
 
 def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:

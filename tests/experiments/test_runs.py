@@ -15,9 +15,9 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import runs
-from experiments.runs import Digests, Experiment, Outcome, RunStore, Workspace
-from theory.errors import InputError
+from deltacontrol.experiments.runs import store as runs
+from deltacontrol.experiments.runs.store import Digests, Experiment, Outcome, RunStore, Workspace
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -144,5 +144,5 @@ def test_full_disk_leaves_nothing(store, monkeypatch):
 
 
 def test_reading_records_needs_no_torch():
-    code = "import sys, experiments.runs; sys.exit('torch' in sys.modules)"
+    code = "import sys, deltacontrol.experiments.runs.store; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

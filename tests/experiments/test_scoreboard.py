@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import claims, scoreboard
-from theory.claims import Claim, Evidence, Threshold
-from theory.errors import InputError
+from deltacontrol.experiments import claims
+from deltacontrol.experiments.claims import scoreboard
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.experiment import Workspace
-from experiments.frozen_classifier import FrozenClassifier, loss_and_accuracy
-from experiments.selection import Selection, _picked, _sets
-from theory.errors import InputError
+from deltacontrol.experiments.measures.frozen_classifier import FrozenClassifier, loss_and_accuracy
+from deltacontrol.experiments.runs.experiment import Workspace
+from deltacontrol.experiments.studies.selection.measurement import Selection, _picked, _sets
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)

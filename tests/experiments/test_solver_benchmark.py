@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.benchmarks.solvers import CONTESTANTS, Benchmark, Problem
+from deltacontrol.experiments.benchmarks.solvers import CONTESTANTS, Benchmark, Problem
 
 
 def test_contestants_find_the_same_gain() -> None:

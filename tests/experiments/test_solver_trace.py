@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.experiment import Workspace
-from experiments.solver_trace import RATES, SOLVERS, SolverTrace
-from theory.errors import InputError
+from deltacontrol.experiments.runs.experiment import Workspace
+from deltacontrol.experiments.studies.solvers.trace import RATES, SOLVERS, SolverTrace
+from deltacontrol.theory.errors import InputError
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import sources
-from experiments.sources import PackageFile
-from theory.errors import InputError
+from deltacontrol.experiments import sources
+from deltacontrol.experiments.sources import PackageFile
+from deltacontrol.theory.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 WHEEL = "tiny_texts-1.0-py3-none-any.whl"
@@ -217,7 +217,7 @@ def test_a_cache_that_cannot_be_written(
 
 def test_a_killed_build_is_done_again(cache: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from experiments.sources import build_once\n"
+        "import sys, time; from pathlib import Path; from deltacontrol.experiments.sources import build_once\n"
         "def build(folder):\n"
         "    (folder / 'half').touch(); Path(sys.argv[2]).touch(); time.sleep(60)\n"
         "build_once(Path(sys.argv[1]), build)\n"

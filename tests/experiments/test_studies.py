@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from experiments import rates, studies
-from experiments.finetune import FineTuning
-from experiments.records import Record
-from experiments.studies import learning_rates
-from theory.errors import InputError
+from deltacontrol.experiments import studies
+from deltacontrol.experiments.runs.record import Record
+from deltacontrol.experiments.studies.learning_rates import grid as learning_rates
+from deltacontrol.experiments.training import rates
+from deltacontrol.experiments.training.finetune import FineTuning
+from deltacontrol.theory.errors import InputError
 
 
 def record(rate: float, accuracy: float | None, loss: float | None = 0.5, **config) -> Record:
@@ -66,7 +67,7 @@ def test_the_best_rate_has_the_best_validation_accuracy_then_the_least_loss() ->
 
 
 def test_the_written_rates_are_what_the_records_say() -> None:
-    from experiments.runs import RunStore
+    from deltacontrol.experiments.runs.store import RunStore
 
     store = RunStore(rates.RATES_FILE.parent / "records")
     chosen = learning_rates.choose(store.records())

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.runs import RunStore
-from experiments.sweeps import run, run_all, threads_each
-from theory.errors import InputError
+from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.experiments.runs.sweep import run, run_all, threads_each
+from deltacontrol.theory.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,8 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 import pandas as pd
-from experiments.runs import Experiment, Outcome
-from theory.errors import InputError
+from deltacontrol.experiments.runs.store import Experiment, Outcome
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 SWEEP = """
     import sys
-    from experiments.runs import RunStore
-    from experiments import sweeps
+    from deltacontrol.experiments.runs.store import RunStore
+    from deltacontrol.experiments.runs import sweep as sweeps
     from toy_experiments import Toy
     sweeps.PRELOADED = ("torch",)
     if __name__ == "__main__":

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import tasks
-from experiments.tasks import splits
-from experiments.tasks.base import Task
-from theory.errors import InputError
+from deltacontrol.experiments import tasks
+from deltacontrol.experiments.tasks import splits
+from deltacontrol.experiments.tasks.base import Task
+from deltacontrol.theory.errors import InputError
 
 # Train (validation included) and test rows, classes, share of the largest class in the whole.
 # Splits are stratified, so the test split has that share too, up to whole documents.

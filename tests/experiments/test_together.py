@@ -15,7 +15,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from deltas import (
+from deltacontrol.deltas import (
     IA3,
     AdaLoRA,
     BitFit,
@@ -26,10 +26,10 @@ from deltas import (
     StateBasedTuning,
     Subspace,
 )
-from experiments import together
-from experiments.together import join, train_many
-from experiments.training import Settings
-from theory.errors import InputError
+from deltacontrol.experiments.training import ensemble as together
+from deltacontrol.experiments.training.ensemble import join, train_many
+from deltacontrol.experiments.training.loop import Settings
+from deltacontrol.theory.errors import InputError
 
 VOCABULARY, WIDTH, STEPS = 50, 16, 6
 SETTINGS = Settings(steps=STEPS, learning_rate=1e-3, weight_decay=0.05, precision="fp32")

@@ -18,7 +18,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from deltas import (
+from deltacontrol.deltas import (
     AdaLoRA,
     DiffPruning,
     FisherMask,
@@ -28,12 +28,13 @@ from deltas import (
     LotteryTicket,
     attach,
 )
-from experiments import checkpoints, resources
-from experiments.evaluation import evaluate
-from experiments.gradients import step_seed
-from experiments.schedules import learning_rate
-from experiments.training import Settings, train
-from theory.errors import InputError
+from deltacontrol.experiments.training import checkpoints
+from deltacontrol.experiments.training import devices as resources
+from deltacontrol.experiments.training.evaluation import evaluate
+from deltacontrol.experiments.training.gradients import step_seed
+from deltacontrol.experiments.training.loop import Settings, train
+from deltacontrol.experiments.training.schedules import learning_rate
+from deltacontrol.theory.errors import InputError
 
 VOCABULARY, WIDTH = 50, 16
 
@@ -377,10 +378,12 @@ def test_the_kernel_of_attention_changes_nothing_but_rounding(monkeypatch):
         used.append(not isinstance(resources.attention(*arguments), nullcontext))
         return resources.attention(*arguments)
 
-    monkeypatch.setattr("experiments.gradients.attention", seen)
+    monkeypatch.setattr("deltacontrol.experiments.training.gradients.attention", seen)
     found = fit(lora_model())
     assert used and all(used)
-    monkeypatch.setattr("experiments.gradients.attention", lambda *_: nullcontext())
+    monkeypatch.setattr(
+        "deltacontrol.experiments.training.gradients.attention", lambda *_: nullcontext()
+    )
     fused = fit(lora_model())
     assert found.curve["loss"].to_numpy() == pytest.approx(fused.curve["loss"].to_numpy(), rel=1e-5)
 

@@ -13,7 +13,7 @@ RANKS = [1, 2, 4, 8]
 
 @pytest.fixture
 def claim(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return import_module("experiments.claims.24_low_rank_update")
+    return import_module("deltacontrol.experiments.claims.24_low_rank_update")
 
 
 def made_record(tails: list[float], gaps: list[float], stable_rank: float) -> Any:

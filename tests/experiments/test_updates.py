@@ -9,10 +9,17 @@ import pytest
 import torch
 from tqdm.auto import tqdm
 
-from deltas import FullFineTuning
-from experiments.experiment import Outcome, Workspace
-from experiments.updates import UpdateSpectra, _Bench, _decomposed, _overlaps, _tail_share, _Trained
-from theory.errors import InputError
+from deltacontrol.deltas import FullFineTuning
+from deltacontrol.experiments.runs.experiment import Outcome, Workspace
+from deltacontrol.experiments.studies.spectra.updates import (
+    UpdateSpectra,
+    _Bench,
+    _decomposed,
+    _overlaps,
+    _tail_share,
+    _Trained,
+)
+from deltacontrol.theory.errors import InputError
 
 SMALL: dict[str, Any] = {
     "sites": ("attention.value",),

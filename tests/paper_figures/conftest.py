@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.records import Record
-from experiments.runs import RunStore
+from deltacontrol.experiments.runs.record import Record
+from deltacontrol.experiments.runs.store import RunStore
 from tests.paper_figures.synthetic import GRIDS, Grid, write
 
 

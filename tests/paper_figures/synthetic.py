@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from experiments.experiment import Experiment, Outcome, Workspace
-from experiments.records import Record
-from experiments.runs import RunStore
-from theory.dimension import Baseline, estimate_dimension
+from deltacontrol.experiments.runs.experiment import Experiment, Outcome, Workspace
+from deltacontrol.experiments.runs.record import Record
+from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.theory.dimension.estimate import Baseline, estimate_dimension
 
 STAGES = ["input", *(f"block.{i}" for i in range(6)), "readout"]
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-import experiments.sweeps
-from experiments.experiment import Experiment
-from experiments.records import Record
-from experiments.runs import RunStore
-from paper_figures import base, collect
-from paper_figures.command import Figures
+import deltacontrol.experiments.runs.sweep
+from deltacontrol.experiments.runs.experiment import Experiment
+from deltacontrol.experiments.runs.record import Record
+from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.paper_figures import base, collect
+from deltacontrol.paper_figures.command import Figures
+from deltacontrol.theory.errors import InputError
 from tests.paper_figures.synthetic import GRIDS, Grid, write
-from theory.errors import InputError
 
 
 # The command is the same for every figure, so it is tested on the one that draws fastest.
@@ -40,7 +40,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
         asked.append(len(wanted))
         return write(store, [answers[repr(e.to_config())] for e in wanted])
 
-    monkeypatch.setattr(experiments.sweeps, "run_all", run_all)
+    monkeypatch.setattr(deltacontrol.experiments.runs.sweep, "run_all", run_all)
     return asked
 
 

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from experiments.records import Record
-from paper_figures import base
-from paper_figures.export import Exported, export, to_csv, to_latex
+from deltacontrol.experiments.runs.record import Record
+from deltacontrol.paper_figures import base
+from deltacontrol.paper_figures.export import Exported, export, to_csv, to_latex
 
 
 @pytest.fixture(scope="module")

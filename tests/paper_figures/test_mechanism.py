@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.runs import RunStore
-from paper_figures import base
+from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.paper_figures import base
+from deltacontrol.theory.errors import InputError
 from tests.paper_figures.synthetic import GRIDS, Synthetic, performance, write
-from theory.errors import InputError
 
 
 def test_every_figure_has_synthetic_records() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.runs import RunStore
-from paper_figures import solvers
+from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.paper_figures.figures import solvers
 from tests.paper_figures import synthetic
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from theory.costs import QuadraticCost
-from theory.problem import ControlProblem, Controls
-from theory.systems import LinearDynamics
+from deltacontrol.theory.control.costs import QuadraticCost
+from deltacontrol.theory.control.problem import ControlProblem, Controls
+from deltacontrol.theory.control.systems import LinearDynamics
 
 
 def flat(controls: Controls) -> Tensor:

@@ -8,15 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.control.costs import QuadraticCost
+from deltacontrol.theory.control.problem import ControlProblem, Controls
+from deltacontrol.theory.control.systems import LinearDynamics
+from deltacontrol.theory.lq import LQPolicy, riccati
 from tests.theory.dense import flat
 from tests.theory.problems import normal, positive
-from theory.costs import QuadraticCost
-from theory.lq import (
-    LQPolicy,
-    riccati,
-)
-from theory.problem import ControlProblem, Controls
-from theory.systems import LinearDynamics
 
 F64 = torch.float64
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from theory.costs import CrossEntropyCost, QuadraticCost, SquaredErrorCost
-from theory.problem import Box, ControlProblem, Controls, Cost, Dynamics
-from theory.systems import LinearDynamics, LowRankDynamics, ResidualNetwork
+from deltacontrol.theory.control.costs import CrossEntropyCost, QuadraticCost, SquaredErrorCost
+from deltacontrol.theory.control.problem import Box, ControlProblem, Controls, Cost, Dynamics
+from deltacontrol.theory.control.systems import LinearDynamics, LowRankDynamics, ResidualNetwork
 
 F64 = torch.float64
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, binom, hypergeom
 
-from theory.bounds import (
+from deltacontrol.theory.bounds import (
     binary_kl,
     code_length,
     countable_class_bound,
@@ -21,7 +21,7 @@ from theory.bounds import (
     pac_bayes_bound,
     quantise,
 )
-from theory.errors import InputError
+from deltacontrol.theory.errors import InputError
 
 
 def test_the_divergence_of_two_coins() -> None:

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
+from deltacontrol.theory.control.problem import Box, ControlProblem, Controls
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.solvers import MSA, Shooting, Solver, Status, solve
 from tests.theory.dense import flat, hessian
 from tests.theory.problems import residual_network, scalar, varying
-from theory.errors import InputError
-from theory.problem import Box, ControlProblem, Controls
-from theory.solvers import MSA, Shooting, Solver, Status, solve
 
 F64 = torch.float64
 

@@ -12,18 +12,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deltacontrol.theory.control.costs import QuadraticCost, SquaredErrorCost
+from deltacontrol.theory.control.problem import Box, ControlProblem, Controls
+from deltacontrol.theory.control.systems import LinearDynamics
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.solvers import solve as base
+from deltacontrol.theory.solvers.emsa import ExtendedMSA
+from deltacontrol.theory.solvers.minimisers import ExactArgmin, InnerLBFGS
+from deltacontrol.theory.solvers.msa import MSA
+from deltacontrol.theory.solvers.shooting import Shooting
+from deltacontrol.theory.solvers.solve import Iterate, Solver, Status, solve
 from tests.theory.dense import flat
 from tests.theory.problems import Case, low_rank, normal, residual_network, scalar, varying
-from theory.costs import QuadraticCost, SquaredErrorCost
-from theory.errors import InputError
-from theory.problem import Box, ControlProblem, Controls
-from theory.solvers import base
-from theory.solvers.base import Iterate, Solver, Status, solve
-from theory.solvers.emsa import ExtendedMSA
-from theory.solvers.minimisers import ExactArgmin, InnerLBFGS
-from theory.solvers.msa import MSA
-from theory.solvers.shooting import Shooting
-from theory.systems import LinearDynamics
 
 F64 = torch.float64
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from theory.claims import Claim, Evidence, Outcome, Threshold, Verdict, judge
-from theory.errors import InputError
+from deltacontrol.theory.claims import Claim, Evidence, Outcome, Threshold, Verdict, judge
+from deltacontrol.theory.errors import InputError
 
 SMALL = Threshold("<=", 1e-12, "relative difference")
 
@@ -163,5 +163,5 @@ def test_verdicts_are_words() -> None:
 
 
 def test_claims_and_errors_do_not_import_torch() -> None:
-    code = "import sys, theory.claims, theory.errors; sys.exit('torch' in sys.modules)"
+    code = "import sys, deltacontrol.theory.claims, deltacontrol.theory.errors; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,22 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.theory.dense import kkt
-from tests.theory.problems import normal, residual_network
-from theory.affine_subspace import AffineSubspace, Moments
-from theory.closed_loop import (
+from deltacontrol.theory.control.costs import QuadraticCost
+from deltacontrol.theory.control.problem import ControlProblem
+from deltacontrol.theory.control.systems import LinearDynamics
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.feedback.affine_subspace import AffineSubspace, Moments
+from deltacontrol.theory.feedback.correction import (
     AdditiveControl,
     PIDCorrection,
     PIDGains,
     ProjectionCorrection,
 )
-from theory.costs import QuadraticCost
-from theory.errors import InputError
-from theory.feedback import AffineFeedback, closed_loop
-from theory.problem import ControlProblem
-from theory.solvers.base import solve
-from theory.solvers.riccati import Riccati
-from theory.systems import LinearDynamics
+from deltacontrol.theory.feedback.laws import AffineFeedback, closed_loop
+from deltacontrol.theory.solvers.riccati import Riccati
+from deltacontrol.theory.solvers.solve import solve
+from tests.theory.dense import kkt
+from tests.theory.problems import normal, residual_network
 
 F64 = torch.float64
 WIDTH, RANK, HORIZON = 5, 2, 6

@@ -11,10 +11,10 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from theory.cone_threshold import cross_entropy_threshold
-from theory.errors import InputError
-from theory.gaussian_width import QuadraticLoss
-from theory.model_curvature import softmax_factor
+from deltacontrol.theory.dimension.cone_threshold import cross_entropy_threshold
+from deltacontrol.theory.dimension.gaussian_width import QuadraticLoss
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.model_curvature import softmax_factor
 
 F64 = torch.float64
 

@@ -9,14 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.control.costs import QuadraticCost, SquaredErrorCost
+from deltacontrol.theory.control.problem import ControlProblem, Controls, Cost, Dynamics, Evaluation
+from deltacontrol.theory.control.systems import LinearDynamics, ResidualNetwork, Segment
+from deltacontrol.theory.depth.continuous import (
+    ContinuousDepth,
+    DepthInterpolation,
+    RefinedDynamics,
+)
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.solvers import Shooting, Status, solve
 from tests.theory.dense import flat
 from tests.theory.problems import Forgetful, normal, varying
-from theory.continuous import ContinuousDepth, DepthInterpolation, RefinedDynamics
-from theory.costs import QuadraticCost, SquaredErrorCost
-from theory.errors import InputError
-from theory.problem import ControlProblem, Controls, Cost, Dynamics, Evaluation
-from theory.solvers import Shooting, Status, solve
-from theory.systems import LinearDynamics, ResidualNetwork, Segment
 
 F64 = torch.float64
 LAYERS = 2

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.theory.problems import normal
-from theory.convex import (
+from deltacontrol.theory.control.costs import CrossEntropyCost, SquaredErrorCost
+from deltacontrol.theory.control.problem import Box, ControlProblem
+from deltacontrol.theory.control.systems import LinearDynamics, ResidualNetwork
+from deltacontrol.theory.convex import (
     ConvexStatus,
     ConvexTuning,
     DenseFeatures,
@@ -22,13 +24,11 @@ from theory.convex import (
     logit_jacobians,
     program,
 )
-from theory.convex.features import contrasts
-from theory.convex.penalties import Penalty
-from theory.costs import CrossEntropyCost, SquaredErrorCost
-from theory.errors import InputError
-from theory.problem import Box, ControlProblem
-from theory.solvers import Shooting, solve
-from theory.systems import LinearDynamics, ResidualNetwork
+from deltacontrol.theory.convex.features import contrasts
+from deltacontrol.theory.convex.penalties import Penalty
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.solvers import Shooting, solve
+from tests.theory.problems import normal
 
 F64 = torch.float64
 N, K, SIZES = 12, 3, (4, 2, 5)
@@ -406,7 +406,7 @@ def test_contrasts_keep_all_but_the_mean() -> None:
 
 
 def test_kernel_in_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    from theory.convex import features
+    from deltacontrol.theory.convex import features
 
     factored = outer_products(4, 5, 6, seed=20)
     whole = factored.kernel()

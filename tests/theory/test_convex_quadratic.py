@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
+from deltacontrol.theory.control.costs import QuadraticCost
+from deltacontrol.theory.control.problem import Box, ControlProblem
+from deltacontrol.theory.control.systems import LinearDynamics
+from deltacontrol.theory.convex import ConvexStatus, QuadraticSolution, solve_convex
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.solvers import Shooting, solve
 from tests.theory.dense import flat, kkt
 from tests.theory.problems import CASES, Case, normal, positive, residual_network, scalar, varying
-from theory.convex import ConvexStatus, QuadraticSolution, solve_convex
-from theory.costs import QuadraticCost
-from theory.errors import InputError
-from theory.problem import Box, ControlProblem
-from theory.solvers import Shooting, solve
-from theory.systems import LinearDynamics
 
 F64 = torch.float64
 LINEAR_QUADRATIC = [case for case in CASES if case.linear_quadratic]
@@ -67,7 +67,7 @@ def test_box_against_projected_residual_and_l_bfgs(per_example: bool) -> None:
 
 def test_gap_bounds_the_error_of_any_controls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted early, the solver's controls are bad and the certificate says how bad."""
-    from theory.convex import program
+    from deltacontrol.theory.convex import program
 
     problem, exact = boxed(False)
     monkeypatch.setitem(program._TIGHT, "OSQP", {"max_iter": 5, "eps_abs": 1e-12})

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from deltacontrol.theory.control.costs import CrossEntropyCost, QuadraticCost, SquaredErrorCost
+from deltacontrol.theory.control.systems import LinearDynamics, LowRankDynamics, ResidualNetwork
+from deltacontrol.theory.errors import InputError
 from tests.theory.problems import normal
-from theory.costs import CrossEntropyCost, QuadraticCost, SquaredErrorCost
-from theory.errors import InputError
-from theory.systems import LinearDynamics, LowRankDynamics, ResidualNetwork
 
 F64 = torch.float64
 

@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 from sklearn.isotonic import IsotonicRegression
 
-from theory.dimension import Baseline, DimensionVerdict, crossing, estimate_dimension
-from theory.errors import InputError
+from deltacontrol.theory.dimension.estimate import (
+    Baseline,
+    DimensionVerdict,
+    crossing,
+    estimate_dimension,
+)
+from deltacontrol.theory.errors import InputError
 
 GRID = np.array([10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0])
 

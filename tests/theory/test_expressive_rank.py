@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from theory.errors import InputError
-from theory.expressive_rank import (
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.rank.expressive_rank import (
     ReLUNetwork,
     adapted_network,
     adapted_product,

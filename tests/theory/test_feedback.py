@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deltacontrol.theory.control.costs import QuadraticCost
+from deltacontrol.theory.control.problem import ControlProblem
+from deltacontrol.theory.control.systems import LinearDynamics
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.feedback.laws import AffineFeedback, closed_loop
+from deltacontrol.theory.lq import LQPolicy, riccati
+from deltacontrol.theory.solvers import MSA, solve
+from deltacontrol.theory.solvers.riccati import Riccati
 from tests.theory.dense import flat, kkt
 from tests.theory.problems import normal, residual_network, varying
-from theory.costs import QuadraticCost
-from theory.errors import InputError
-from theory.feedback import AffineFeedback, closed_loop
-from theory.lq import LQPolicy, riccati
-from theory.problem import ControlProblem
-from theory.solvers import MSA, solve
-from theory.solvers.riccati import Riccati
-from theory.systems import LinearDynamics
 
 F64 = torch.float64
 

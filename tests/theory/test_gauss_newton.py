@@ -10,6 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.control.costs import CrossEntropyCost, QuadraticCost, SquaredErrorCost
+from deltacontrol.theory.control.problem import ControlProblem, Controls, Cost, Dynamics
+from deltacontrol.theory.control.systems import LinearDynamics, LowRankDynamics
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.curvature import Curvature, GaussNewtonCurvature, HessianCurvature
+from deltacontrol.theory.linear.linearisation import Linearisation
+from deltacontrol.theory.solvers import Iterate, Solver, Status, solve
+from deltacontrol.theory.solvers.gauss_newton import GaussNewton, NewtonCG, damped_step
+from deltacontrol.theory.solvers.truncated_cg import End, minimise_model
 from tests.theory.dense import flat, hessian, unflatten
 from tests.theory.problems import (
     CASES,
@@ -22,15 +31,6 @@ from tests.theory.problems import (
     reachable_residual_network,
     residual_network,
 )
-from theory.costs import CrossEntropyCost, QuadraticCost, SquaredErrorCost
-from theory.curvature import Curvature, GaussNewtonCurvature, HessianCurvature
-from theory.errors import InputError
-from theory.linearisation import Linearisation
-from theory.problem import ControlProblem, Controls, Cost, Dynamics
-from theory.solvers import Iterate, Solver, Status, solve
-from theory.solvers.gauss_newton import GaussNewton, NewtonCG, damped_step
-from theory.solvers.truncated_cg import End, minimise_model
-from theory.systems import LinearDynamics, LowRankDynamics
 
 F64 = torch.float64
 PROBLEMS = (*CASES, Case("embedding", embedding_problem), Case("forgetful", forgetful_problem))

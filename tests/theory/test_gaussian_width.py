@@ -9,10 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from theory.errors import InputError
-from theory.gaussian_width import EscapeThreshold, QuadraticLoss, published_threshold
-from theory.lanczos import quadrature, spectral_density
-from theory.random_subspaces import MeasuredThreshold, falls, measured_threshold
+from deltacontrol.theory.dimension.gaussian_width import (
+    EscapeThreshold,
+    QuadraticLoss,
+    published_threshold,
+)
+from deltacontrol.theory.dimension.random_subspaces import (
+    MeasuredThreshold,
+    falls,
+    measured_threshold,
+)
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.krylov import quadrature, spectral_density
 
 F64 = torch.float64
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from theory.errors import InputError
-from theory.hadamard import (
+from deltacontrol.theory.dimension.hadamard import (
     butterfly_reference,
     hadamard_transform,
     orthonormal_transform,
     transform_columns,
 )
+from deltacontrol.theory.errors import InputError
 
 F64 = torch.float64
 

@@ -10,6 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.control.costs import QuadraticCost, SquaredErrorCost
+from deltacontrol.theory.control.problem import ControlProblem, Controls, Dynamics
+from deltacontrol.theory.control.systems import LinearDynamics, ResidualNetwork
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.solvers import Shooting, Solution, Solver, Status, solve
+from deltacontrol.theory.solvers.box_qp import box_qp
+from deltacontrol.theory.solvers.ilqr import DDP, ILQR
+from deltacontrol.theory.solvers.quadratic_model import (
+    IndefiniteError,
+    Policy,
+    QuadraticModel,
+    sweep,
+)
 from tests.theory.dense import box_optimum, flat, hessian, unflatten
 from tests.theory.problems import (
     TerminalOnly,
@@ -27,14 +40,6 @@ from tests.theory.problems import (
     scalar,
     varying,
 )
-from theory.costs import QuadraticCost, SquaredErrorCost
-from theory.errors import InputError
-from theory.problem import ControlProblem, Controls, Dynamics
-from theory.solvers import Shooting, Solution, Solver, Status, solve
-from theory.solvers.box_qp import box_qp
-from theory.solvers.ilqr import DDP, ILQR
-from theory.solvers.quadratic_model import IndefiniteError, Policy, QuadraticModel, sweep
-from theory.systems import LinearDynamics, ResidualNetwork
 
 F64 = torch.float64
 BOTH = pytest.mark.parametrize("solver", [ILQR(), DDP()], ids=["ilqr", "ddp"])

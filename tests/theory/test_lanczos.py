@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from theory.errors import InputError
-from theory.lanczos import quadrature, spectral_density
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.krylov import quadrature, spectral_density
 
 F64 = torch.float64
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.curvature import GaussNewtonCurvature
+from deltacontrol.theory.solvers.gauss_newton import damped_step
+from deltacontrol.theory.solvers.layerwise import layerwise_step
 from tests.theory.dense import flat
 from tests.theory.problems import (
     CASES,
@@ -14,10 +18,6 @@ from tests.theory.problems import (
     residual_network,
 )
 from tests.theory.test_gauss_newton import dense_gauss_newton
-from theory.curvature import GaussNewtonCurvature
-from theory.errors import InputError
-from theory.layerwise import layerwise_step
-from theory.solvers.gauss_newton import damped_step
 
 F64 = torch.float64
 SHARED = (

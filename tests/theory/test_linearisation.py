@@ -8,6 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.control.problem import ControlProblem, Controls, Cost, Dynamics
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.linearisation import Linearisation, differentiable_attention
+from deltacontrol.theory.linear.step_graph import SecondDerivative, StepGraph
 from tests.theory.dense import flat
 from tests.theory.problems import (
     CASES,
@@ -19,10 +23,6 @@ from tests.theory.problems import (
     residual_network,
     varying,
 )
-from theory.errors import InputError
-from theory.linearisation import Linearisation, differentiable_attention
-from theory.problem import ControlProblem, Controls, Cost, Dynamics
-from theory.step_graph import SecondDerivative, StepGraph
 
 F64 = torch.float64
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from theory.errors import InputError
-from theory.low_rank import (
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.rank.low_rank import (
     numerical_rank,
     participation_ratio,
     principal_angles,

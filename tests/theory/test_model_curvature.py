@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from theory.errors import InputError
-from theory.model_curvature import ModelCurvature, softmax_factor
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.model_curvature import ModelCurvature, softmax_factor
 
 F64 = torch.float64
 

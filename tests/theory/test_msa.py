@@ -10,6 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deltacontrol.theory.control.costs import CrossEntropyCost, QuadraticCost, SquaredErrorCost
+from deltacontrol.theory.control.problem import Box, ControlProblem, Controls, Dynamics
+from deltacontrol.theory.control.systems import LinearDynamics
+from deltacontrol.theory.control.work import metered
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.solvers.emsa import ExtendedMSA, step_change
+from deltacontrol.theory.solvers.minimisers import ExactArgmin, GradientStep, InnerLBFGS
+from deltacontrol.theory.solvers.msa import MSA
+from deltacontrol.theory.solvers.shooting import Shooting
+from deltacontrol.theory.solvers.solve import Status, solve
 from tests.theory.dense import flat, hessian, kkt
 from tests.theory.problems import (
     CASES,
@@ -22,16 +32,6 @@ from tests.theory.problems import (
     scalar_exact,
     varying,
 )
-from theory.costs import CrossEntropyCost, QuadraticCost, SquaredErrorCost
-from theory.errors import InputError
-from theory.problem import Box, ControlProblem, Controls, Dynamics
-from theory.solvers.base import Status, solve
-from theory.solvers.emsa import ExtendedMSA, step_change
-from theory.solvers.minimisers import ExactArgmin, GradientStep, InnerLBFGS
-from theory.solvers.msa import MSA
-from theory.solvers.shooting import Shooting
-from theory.systems import LinearDynamics
-from theory.work import metered
 
 F64 = torch.float64
 

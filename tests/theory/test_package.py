@@ -7,8 +7,8 @@ import importlib
 
 import pytest
 
-import theory
-from theory.errors import InputError, unknown
+import deltacontrol.theory
+from deltacontrol.theory.errors import InputError, unknown
 
 
 def test_every_name_is_there() -> None:
@@ -19,7 +19,14 @@ def test_every_name_is_there() -> None:
         _ = theory.Adam
 
 
-@pytest.mark.parametrize("module", ["theory.errors", "theory.claims", "theory.solvers.base"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "deltacontrol.theory.errors",
+        "deltacontrol.theory.claims",
+        "deltacontrol.theory.solvers.solve",
+    ],
+)
 def test_examples(module: str) -> None:
     results = doctest.testmod(importlib.import_module(module))
     assert results.attempted > 0 and results.failed == 0

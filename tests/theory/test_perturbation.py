@@ -4,11 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.control.problem import Dynamics
+from deltacontrol.theory.control.systems import LinearDynamics, ResidualNetwork
+from deltacontrol.theory.depth.perturbation import (
+    example_norms,
+    growth_bound,
+    segment_norms,
+    spectral_norm,
+)
+from deltacontrol.theory.errors import InputError
 from tests.theory.problems import normal
-from theory.errors import InputError
-from theory.perturbation import example_norms, growth_bound, segment_norms, spectral_norm
-from theory.problem import Dynamics
-from theory.systems import LinearDynamics, ResidualNetwork
 
 F64 = torch.float64
 

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from deltacontrol.theory.control.problem import ControlProblem, Controls, Cost, Dynamics, Residual
+from deltacontrol.theory.errors import InputError
 from tests.theory.dense import flat, kkt, unflatten
 from tests.theory.problems import (
     CASES,
@@ -16,8 +18,6 @@ from tests.theory.problems import (
     scalar,
     varying,
 )
-from theory.errors import InputError
-from theory.problem import ControlProblem, Controls, Cost, Dynamics, Residual
 
 F64 = torch.float64
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

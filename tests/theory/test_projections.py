@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from theory.errors import InputError
-from theory.hadamard import butterfly_reference
-from theory.projections import (
+from deltacontrol.theory.dimension.hadamard import butterfly_reference
+from deltacontrol.theory.dimension.projections import (
     RANDOM_PROJECTIONS,
     BlockDiagonalProjection,
     DenseProjection,
@@ -26,6 +25,7 @@ from theory.projections import (
     Projection,
     SparseSignProjection,
 )
+from deltacontrol.theory.errors import InputError
 
 F64 = torch.float64
 SIZES = [(1, 1), (7, 1), (8, 8), (50, 3), (64, 16), (100, 33), (129, 64), (40, 40)]
@@ -211,7 +211,7 @@ class TestCounterGaussian(RandomNorms):
 
     def test_numbers_do_not_depend_on_the_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Blocks of one row, of several and of all, across the edges of tiles."""
-        monkeypatch.setattr("theory.projections.gaussian._TILE", 16)
+        monkeypatch.setattr("deltacontrol.theory.dimension.projections.gaussian._TILE", 16)
         one, some, whole = (GaussianProjection(40, 7, 3, F64, block=b) for b in (1, 50, 10**6))
         assert torch.equal(one.dense(), whole.dense())
         assert torch.equal(some.dense(), whole.dense())
@@ -444,7 +444,9 @@ class TestFastfood(RandomNorms):
         """The same draw whole and in chunks gives the same map."""
         z, v = normal(6, seed=1), normal(150, seed=2)
         whole = self.make(150, 6)
-        monkeypatch.setattr("theory.projections.fastfood._CHUNK", {"cpu": 32})
+        monkeypatch.setattr(
+            "deltacontrol.theory.dimension.projections.fastfood._CHUNK", {"cpu": 32}
+        )
         parts = self.make(150, 6)
         assert isinstance(whole, FastfoodProjection) and isinstance(parts, FastfoodProjection)
         assert len(list(whole._pieces())) < len(list(parts._pieces()))

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.control.problem import ControlProblem, Controls
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.linearisation import Linearisation
+from deltacontrol.theory.linear.output_map import OutputMap, linear_quadratic_gain
+from deltacontrol.theory.linear.reachability import Reachability
+from deltacontrol.theory.linear.sketching import hutchpp, leading_spectrum
 from tests.theory.dense import flat
 from tests.theory.problems import CASES, F64, Case, Embedding, embedding_problem, normal, scalar
-from theory.errors import InputError
-from theory.linearisation import Linearisation
-from theory.output_map import OutputMap, linear_quadratic_gain
-from theory.problem import ControlProblem, Controls
-from theory.reachability import Reachability
-from theory.sketching import hutchpp, leading_spectrum
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -127,8 +127,8 @@ def test_scalar_closed_form() -> None:
 
 def test_unreachable_targets_are_named() -> None:
     """A control that acts along (1, 0) alone reaches nothing along (0, 1)."""
-    from theory.costs import SquaredErrorCost
-    from theory.systems import LinearDynamics
+    from deltacontrol.theory.control.costs import SquaredErrorCost
+    from deltacontrol.theory.control.systems import LinearDynamics
 
     A, B = torch.eye(2, dtype=F64), torch.tensor([[2.0], [0.0]], dtype=F64)
     problem = ControlProblem(

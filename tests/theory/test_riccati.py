@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.lq import UnboundedError, factorise, recursion, riccati
 from tests.theory.dense import flat, kkt, stacked
 from tests.theory.lq_problems import (
     ONE,
@@ -22,13 +24,6 @@ from tests.theory.lq_problems import (
     with_terms,
 )
 from tests.theory.problems import double_integrator, normal, positive, varying
-from theory.errors import InputError
-from theory.lq import (
-    UnboundedError,
-    factorise,
-    recursion,
-    riccati,
-)
 
 F64 = torch.float64
 

@@ -10,15 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.theory.lq_problems import (
-    ONE,
-    QUADRATIC,
-    batch_terms,
-    quadratic,
-)
-from tests.theory.problems import normal, varying
-from theory.errors import InputError
-from theory.lq import (
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.lq import (
     LQFactor,
     UnboundedError,
     compiled,
@@ -26,6 +19,13 @@ from theory.lq import (
     factorise_by_scan,
     riccati,
 )
+from tests.theory.lq_problems import (
+    ONE,
+    QUADRATIC,
+    batch_terms,
+    quadratic,
+)
+from tests.theory.problems import normal, varying
 
 F64 = torch.float64
 

@@ -8,6 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from deltacontrol.theory.control.costs import QuadraticCost
+from deltacontrol.theory.control.problem import ControlProblem
+from deltacontrol.theory.control.systems import LinearDynamics
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.lq import riccati
+from deltacontrol.theory.solvers import Status, solve
+from deltacontrol.theory.solvers.riccati import Riccati
 from tests.theory.dense import kkt, stacked
 from tests.theory.lq_problems import (
     ONE,
@@ -18,15 +25,6 @@ from tests.theory.lq_problems import (
     with_terms,
 )
 from tests.theory.problems import residual_network
-from theory.costs import QuadraticCost
-from theory.errors import InputError
-from theory.lq import (
-    riccati,
-)
-from theory.problem import ControlProblem
-from theory.solvers import Status, solve
-from theory.solvers.riccati import Riccati
-from theory.systems import LinearDynamics
 
 F64 = torch.float64
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from deltacontrol.theory.control.costs import SquaredErrorCost
+from deltacontrol.theory.control.problem import ControlProblem
+from deltacontrol.theory.control.systems import ResidualNetwork, Segment
+from deltacontrol.theory.errors import InputError
 from tests.theory.problems import normal, residual_network
-from theory.costs import SquaredErrorCost
-from theory.errors import InputError
-from theory.problem import ControlProblem
-from theory.systems import ResidualNetwork, Segment
 
 
 def test_segments_in_a_row_are_the_whole() -> None:

@@ -9,6 +9,15 @@ import cvxpy
 import pytest
 import torch
 
+from deltacontrol.theory.control.costs import QuadraticCost, SquaredErrorCost
+from deltacontrol.theory.control.problem import ControlProblem, Controls
+from deltacontrol.theory.control.systems import LinearDynamics
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.solvers import MSA, Iterate, Shooting, Solution, Solver, Status, solve
+from deltacontrol.theory.solvers.emsa import ExtendedMSA
+from deltacontrol.theory.solvers.gauss_newton import GaussNewton, NewtonCG
+from deltacontrol.theory.solvers.ilqr import DDP, ILQR
+from deltacontrol.theory.solvers.riccati import Riccati
 from tests.theory.dense import flat, hessian, kkt, stacked
 from tests.theory.problems import (
     CASES,
@@ -18,15 +27,6 @@ from tests.theory.problems import (
     scalar,
     varying,
 )
-from theory.costs import QuadraticCost, SquaredErrorCost
-from theory.errors import InputError
-from theory.problem import ControlProblem, Controls
-from theory.solvers import MSA, Iterate, Shooting, Solution, Solver, Status, solve
-from theory.solvers.emsa import ExtendedMSA
-from theory.solvers.gauss_newton import GaussNewton, NewtonCG
-from theory.solvers.ilqr import DDP, ILQR
-from theory.solvers.riccati import Riccati
-from theory.systems import LinearDynamics
 
 F64 = torch.float64
 

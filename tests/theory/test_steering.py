@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.control.costs import QuadraticCost
+from deltacontrol.theory.control.problem import ControlProblem
+from deltacontrol.theory.control.systems import LinearDynamics
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.feedback.correction import AdditiveControl
+from deltacontrol.theory.feedback.laws import AffineFeedback, closed_loop
+from deltacontrol.theory.feedback.steering import OutputSteering, steer_output
+from deltacontrol.theory.solvers.riccati import Riccati
+from deltacontrol.theory.solvers.solve import solve
 from tests.theory.dense import kkt
 from tests.theory.problems import normal, residual_network
-from theory.closed_loop import AdditiveControl
-from theory.costs import QuadraticCost
-from theory.errors import InputError
-from theory.feedback import AffineFeedback, closed_loop
-from theory.problem import ControlProblem
-from theory.solvers.base import solve
-from theory.solvers.riccati import Riccati
-from theory.steering import OutputSteering, steer_output
-from theory.systems import LinearDynamics
 
 F64 = torch.float64
 BATCH, WIDTH, HORIZON = 3, 5, 6

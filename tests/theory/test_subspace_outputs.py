@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from theory.errors import InputError
-from theory.subspace_outputs import LinearisedRows, eliminate
+from deltacontrol.theory.dimension.subspace_outputs import LinearisedRows, eliminate
+from deltacontrol.theory.errors import InputError
 
 F64 = torch.float64
 

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
-from theory.costs import QuadraticCost
-from theory.errors import InputError
-from theory.problem import ControlProblem
-from theory.solvers import solve
-from theory.solvers.ilqr import DDP
-from theory.systems import LinearDynamics
-from theory.turnpike import SteadyState, two_sided_rate
+from deltacontrol.theory.control.costs import QuadraticCost
+from deltacontrol.theory.control.problem import ControlProblem
+from deltacontrol.theory.control.systems import LinearDynamics
+from deltacontrol.theory.depth.turnpike import SteadyState, two_sided_rate
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.solvers import solve
+from deltacontrol.theory.solvers.ilqr import DDP
 
 F64 = torch.float64
 

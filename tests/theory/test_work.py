@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from deltacontrol.theory.control.work import metered
+from deltacontrol.theory.linear.linearisation import Linearisation
+from deltacontrol.theory.solvers import MSA, Iterate, solve
 from tests.theory.problems import residual_network
-from theory.linearisation import Linearisation
-from theory.solvers import MSA, Iterate, solve
-from theory.work import metered
 
 
 def test_what_a_rollout_a_gradient_and_products_count() -> None:

@@ -1,6 +1,6 @@
 """From the features of groups to the blocks that a penalty's norms act on.
 
-This is where the exact reductions of `theory.convex.features` are applied.
+This is where the exact reductions of `deltacontrol.theory.convex.features` are applied.
 """
 
 from __future__ import annotations
@@ -12,9 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from theory.convex.features import DenseFeatures, Features, as_array, orthonormal, rotation
-from theory.convex.penalties import BoxedRidge, Penalty
-from theory.errors import InputError
+from deltacontrol.theory.convex.features import (
+    DenseFeatures,
+    Features,
+    as_array,
+    orthonormal,
+    rotation,
+)
+from deltacontrol.theory.convex.penalties import BoxedRidge, Penalty
+from deltacontrol.theory.errors import InputError
 
 __all__ = ["Block", "as_matrix", "blocks", "named_groups"]
 
@@ -161,5 +167,5 @@ def check_memory(name: str, features: Features, limit: int, dense: bool = False)
             f"the features of {name} take {8 * numbers / 2**30:.1f} GiB and memory_limit is "
             f"{limit / 2**30:.1f} GiB; take fewer examples, hand the weight of a linear map over "
             "as OuterProducts (its factors), or rotate each group to the rank of its features "
-            "first (theory.convex.rotation), which is exact for Ridge, NormBall and GroupLasso"
+            "first (deltacontrol.theory.convex.rotation), which is exact for Ridge, NormBall and GroupLasso"
         )

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from theory.errors import InputError
+from deltacontrol.theory.errors import InputError
 
 __all__ = ["DenseFeatures", "Features", "OuterProducts", "contrasts", "orthonormal", "rotation"]
 

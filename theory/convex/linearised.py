@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from theory.convex.tuning import ConvexTuning
-from theory.costs import CrossEntropyCost, SquaredErrorCost
-from theory.errors import InputError
-from theory.linearisation import Linearisation
-from theory.problem import ControlProblem, Controls
+from deltacontrol.theory.control.costs import CrossEntropyCost, SquaredErrorCost
+from deltacontrol.theory.control.problem import ControlProblem, Controls
+from deltacontrol.theory.convex.tuning import ConvexTuning
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.linearisation import Linearisation
 
 __all__ = ["linearised_tuning", "logit_jacobians"]
 

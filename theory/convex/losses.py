@@ -5,8 +5,8 @@ A loss is a mean over ``N`` examples of a convex function of the ``K`` logits,
     L(z) = 1/N sum_i l(z_i; y_i).
 
 Its Fenchel conjugate ``l*(a; y) = sup_z <a, z> - l(z; y)`` makes the lower bound of
-`theory.convex.tuning`; the gradient ``a_i = grad l(z_i; y_i)`` at any ``z`` is a point of its
-domain, and there ``l(z) + l*(a) = <a, z>`` (Fenchel's equality).
+`deltacontrol.theory.convex.tuning`; the gradient ``a_i = grad l(z_i; y_i)`` at any ``z`` is a point
+of its domain, and there ``l(z) + l*(a) = <a, z>`` (Fenchel's equality).
 
 ``smoothness`` is a constant ``S`` with ``||grad l(z) - grad l(z')|| <= S ||z - z'||``; then ``l*``
 is ``1/S``-strongly convex.
@@ -24,7 +24,7 @@ import torch
 from scipy.special import log_softmax, softmax, xlogy
 from torch import Tensor
 
-from theory.errors import InputError, unknown
+from deltacontrol.theory.errors import InputError, unknown
 
 __all__ = ["CrossEntropy", "Loss", "SquaredError", "named"]
 

@@ -1,7 +1,7 @@
 """Regularisers of the linearised problem, their conjugates, and the Euclidean ones.
 
 A regulariser ``R`` of weight ``lambda`` acts on blocks of controls ``u_g``. Its conjugate
-``R*(v) = sup_u <u, v> - R(u)`` closes the dual problem of `theory.convex.tuning`:
+``R*(v) = sup_u <u, v> - R(u)`` closes the dual problem of `deltacontrol.theory.convex.tuning`:
 
 ==============  ================================  ================================================
 penalty         ``R(u)``                          ``R*(v)``
@@ -13,7 +13,7 @@ penalty         ``R(u)``                          ``R*(v)``
 `NuclearNorm`   ``lambda sum_g w_g ||U_g||_*``    0 where ``||V_g||_2 <= lambda w_g`` for all g
 ==============  ================================  ================================================
 
-The last two are in `theory.convex.selection`.
+The last two are in `deltacontrol.theory.convex.selection`.
 
 Source: Boyd & Vandenberghe, *Convex Optimization*, 2004, section 3.3.
 """

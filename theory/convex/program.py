@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from theory.convex.losses import Loss
-from theory.convex.penalties import Penalty
-from theory.errors import unknown
+from deltacontrol.theory.convex.losses import Loss
+from deltacontrol.theory.convex.penalties import Penalty
+from deltacontrol.theory.errors import unknown
 
 __all__ = ["Program", "Restricted", "run_solvers", "solver_order"]
 

@@ -34,12 +34,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from theory.convex.program import run_solvers, solver_order
-from theory.convex.solution import ConvexStatus
-from theory.costs import QuadraticCost
-from theory.errors import InputError
-from theory.problem import ControlProblem, Controls
-from theory.systems import LinearDynamics
+from deltacontrol.theory.control.costs import QuadraticCost
+from deltacontrol.theory.control.problem import ControlProblem, Controls
+from deltacontrol.theory.control.systems import LinearDynamics
+from deltacontrol.theory.convex.program import run_solvers, solver_order
+from deltacontrol.theory.convex.solution import ConvexStatus
+from deltacontrol.theory.errors import InputError
 
 __all__ = ["QuadraticSolution", "solve_convex"]
 
@@ -100,7 +100,7 @@ def solve_convex(
     Example:
         ``J(u) = 1/2 (1 + u)^2 + 1/2 u^2`` on ``u >= -1/4``:
 
-        >>> from theory.problem import Box
+        >>> from deltacontrol.theory.control.problem import Box
         >>> one = torch.ones(1, 1, dtype=torch.float64)
         >>> cost = QuadraticCost.constant(1, Q=0 * one, R=one, Qf=one)
         >>> problem = ControlProblem(

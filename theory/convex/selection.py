@@ -24,8 +24,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from theory.convex.penalties import ROUNDING, Blocks, Penalty, Working
-from theory.errors import InputError
+from deltacontrol.theory.convex.penalties import ROUNDING, Blocks, Penalty, Working
+from deltacontrol.theory.errors import InputError
 
 __all__ = ["GroupLasso", "NuclearNorm"]
 

@@ -21,8 +21,8 @@ is convex. Fenchel's dual of it is ``max_a D(a)`` with
 its multipliers of the equation that defines the logits are another estimate of ``a``, moved by
 rounding into that domain. For both, ``R*(v)`` may still be infinite, because some ``||v_g||_o``
 exceeds ``lambda w_g`` a little. For every ``0 <= s <= 1`` the multiple ``s a`` is in the domain of
-``l*`` too (`theory.convex.losses`), so ``s = min(1, lambda / max_g ||v_g||_o / w_g)`` makes
-feasible points. ``D`` is evaluated at both and ``P(u) - D`` of the better one is reported: whatever
+``l*`` too (`deltacontrol.theory.convex.losses`), so ``s = min(1, lambda / max_g ||v_g||_o / w_g)``
+makes feasible points. ``D`` is evaluated at both and ``P(u) - D`` of the better one is reported: whatever
 the solver returns, it is a proof, and never the solver's word.
 
 *The largest weight.* ``u = 0`` is optimal exactly if ``a = grad l(z)`` has ``R*(v) = 0``, that is
@@ -49,14 +49,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from theory.convex.blocks import as_matrix, blocks, check_memory, named_groups
-from theory.convex.features import Features, as_array, contrasts
-from theory.convex.losses import named
-from theory.convex.penalties import BoxedRidge, Penalty, Ridge, Working
-from theory.convex.program import Program, Restricted
-from theory.convex.solution import ACTIVE, ConvexSolution, ConvexStatus
-from theory.errors import InputError
-from theory.problem import Box
+from deltacontrol.theory.control.problem import Box
+from deltacontrol.theory.convex.blocks import as_matrix, blocks, check_memory, named_groups
+from deltacontrol.theory.convex.features import Features, as_array, contrasts
+from deltacontrol.theory.convex.losses import named
+from deltacontrol.theory.convex.penalties import BoxedRidge, Penalty, Ridge, Working
+from deltacontrol.theory.convex.program import Program, Restricted
+from deltacontrol.theory.convex.solution import ACTIVE, ConvexSolution, ConvexStatus
+from deltacontrol.theory.errors import InputError
 
 __all__ = ["ConvexTuning"]
 

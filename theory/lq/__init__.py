@@ -30,9 +30,9 @@ Source: Bertsekas, *Dynamic Programming and Optimal Control*, vol. 1, 4th ed., 2
 Bryson & Ho, *Applied Optimal Control*, 1975, sections 2.2 and 5.2.
 """
 
-from theory.lq.policy import LQFactor, LQPolicy, UnboundedError
-from theory.lq.recursion import factorise, riccati
-from theory.lq.scan import factorise_by_scan
+from deltacontrol.theory.lq.policy import LQFactor, LQPolicy, UnboundedError
+from deltacontrol.theory.lq.recursion import factorise, riccati
+from deltacontrol.theory.lq.scan import factorise_by_scan
 
 __all__ = [
     "LQFactor",

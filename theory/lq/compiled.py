@@ -3,7 +3,7 @@
 Matrices of a few rows are too small for a call each: some problems at a time are laid side by side,
 so that every operation is one on vectors over problems. A kernel takes seconds to compile, once for
 each size: numba keeps it beside this file, or in the user's cache. Without numba, where it fails,
-and for other problems, the batched form of `theory.lq.recursion` computes the same.
+and for other problems, the batched form of `deltacontrol.theory.lq.recursion` computes the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from theory.lq.terms import QuadraticTerms, QuickSteps
+from deltacontrol.theory.lq.terms import QuadraticTerms, QuickSteps
 
 __all__ = ["serves", "sweep"]
 

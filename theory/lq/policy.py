@@ -1,4 +1,4 @@
-"""The law and the cost to go of a linear-quadratic problem; formulas in `theory.lq`."""
+"""The law and the cost to go of a linear-quadratic problem; formulas in `deltacontrol.theory.lq`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from theory.errors import InputError
-from theory.feedback import FeedbackLaw, Trajectory
-from theory.lq import single
-from theory.lq.terms import (
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.feedback.laws import FeedbackLaw, Trajectory
+from deltacontrol.theory.lq import single
+from deltacontrol.theory.lq.terms import (
     Layout,
     QuickSteps,
     Steps,

@@ -1,4 +1,4 @@
-"""The Riccati recursion; formulas in `theory.lq`.
+"""The Riccati recursion; formulas in `deltacontrol.theory.lq`.
 
 Two forms of the same step. The quick one needs ``P_{t+1} = S S'``, ``S`` lower triangular, and
 
@@ -6,9 +6,9 @@ Two forms of the same step. The quick one needs ``P_{t+1} = S S'``, ``S`` lower 
 
 positive definite; its Cholesky factor ``[C 0; W' S_t]`` then holds all at once: ``H_uu = C C'``,
 ``W = C^{-1} H_ux`` and ``P_t = S_t S_t'``. That is three operations a step, by torch for a batch,
-by LAPACK (`theory.lq.single`) for one problem on the CPU, and by kernels of numba, where it is
-installed, for many small ones (`theory.lq.compiled`). The general one forms the ``P_t``, which
-may be singular or indefinite, and takes a spectral decomposition where ``H_uu`` is singular. The
+by LAPACK (`deltacontrol.theory.lq.single`) for one problem on the CPU, and by kernels of numba,
+where it is installed, for many small ones (`deltacontrol.theory.lq.compiled`). The general one
+forms the ``P_t``, which may be singular or indefinite, and takes a spectral decomposition where ``H_uu`` is singular. The
 quick form runs as far as it goes, and the general one takes over where a pivot of ``H_uu`` drowns
 in rounding errors or the factorisation breaks down.
 
@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from theory.errors import InputError
-from theory.lq import compiled, single
-from theory.lq.policy import LQFactor, LQPolicy, UnboundedError, problem_number
-from theory.lq.terms import (
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.lq import compiled, single
+from deltacontrol.theory.lq.policy import LQFactor, LQPolicy, UnboundedError, problem_number
+from deltacontrol.theory.lq.terms import (
     QuadraticTerms,
     QuickSteps,
     Steps,

@@ -27,9 +27,16 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from theory.errors import InputError
-from theory.lq.policy import LQFactor
-from theory.lq.terms import QuadraticTerms, QuickSteps, Terms, gain, inverse_root, symmetric
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.lq.policy import LQFactor
+from deltacontrol.theory.lq.terms import (
+    QuadraticTerms,
+    QuickSteps,
+    Terms,
+    gain,
+    inverse_root,
+    symmetric,
+)
 
 __all__ = ["factorise_by_scan"]
 
@@ -40,7 +47,7 @@ _Elements: TypeAlias = tuple[Tensor, ...]
 def factorise_by_scan(
     A: Terms, B: Terms, Q: Terms, R: Terms, Qf: Tensor, N: Terms | None = None
 ) -> LQFactor:
-    """`theory.lq.factorise` by a parallel scan, for steps of equal sizes.
+    """`deltacontrol.theory.lq.factorise` by a parallel scan, for steps of equal sizes.
 
     The result is held against the recursion itself: from each ``P_{t+1}`` one step is made, which
     gives the gain and must give back ``P_t``.

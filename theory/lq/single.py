@@ -1,7 +1,8 @@
 """The quick form of the Riccati recursion for one problem on the CPU, by BLAS and LAPACK.
 
 The routines that know a triangle (``trmm``, ``syrk``, ``potrf``) do half the work of general
-products, and a call costs less than one of torch; `theory.lq.recursion` is the batched form. What
+products, and a call costs less than one of torch; `deltacontrol.theory.lq.recursion` is the batched
+form. What
 numpy sees in rows LAPACK sees in columns: ``X.T`` is the matrix as it reads it.
 """
 
@@ -14,7 +15,7 @@ import torch
 from scipy.linalg import get_blas_funcs, get_lapack_funcs
 from torch import Tensor
 
-from theory.lq.terms import QuadraticTerms, QuickSteps, Steps, each, frobenius, gain
+from deltacontrol.theory.lq.terms import QuadraticTerms, QuickSteps, Steps, each, frobenius, gain
 
 __all__ = ["simulate", "sweep"]
 

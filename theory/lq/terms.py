@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from theory.errors import InputError
+from deltacontrol.theory.errors import InputError
 
 __all__ = [
     "Layout",

@@ -16,14 +16,23 @@ solver           for                                                    converge
 ===============  =====================================================  ==========================
 """
 
-from theory.solvers.base import Ending, Iterate, Memory, Report, Solution, Solver, Status, solve
-from theory.solvers.emsa import ExtendedMSA
-from theory.solvers.gauss_newton import GaussNewton, NewtonCG
-from theory.solvers.ilqr import DDP, ILQR
-from theory.solvers.minimisers import ExactArgmin, GradientStep, InnerLBFGS
-from theory.solvers.msa import MSA
-from theory.solvers.riccati import Riccati
-from theory.solvers.shooting import Shooting
+from deltacontrol.theory.solvers.emsa import ExtendedMSA
+from deltacontrol.theory.solvers.gauss_newton import GaussNewton, NewtonCG
+from deltacontrol.theory.solvers.ilqr import DDP, ILQR
+from deltacontrol.theory.solvers.minimisers import ExactArgmin, GradientStep, InnerLBFGS
+from deltacontrol.theory.solvers.msa import MSA
+from deltacontrol.theory.solvers.riccati import Riccati
+from deltacontrol.theory.solvers.shooting import Shooting
+from deltacontrol.theory.solvers.solve import (
+    Ending,
+    Iterate,
+    Memory,
+    Report,
+    Solution,
+    Solver,
+    Status,
+    solve,
+)
 
 __all__ = [
     "DDP",

@@ -35,12 +35,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from theory.errors import InputError
-from theory.linearisation import differentiable_attention
-from theory.problem import ControlProblem, Controls, Evaluation
-from theory.solvers.base import Ending, Memory, Report, Solver, Status
-from theory.solvers.minimisers import InnerLBFGS, Minimiser, NoMinimum, Stage
-from theory.work import count
+from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
+from deltacontrol.theory.control.work import count
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.linearisation import differentiable_attention
+from deltacontrol.theory.solvers.minimisers import InnerLBFGS, Minimiser, NoMinimum, Stage
+from deltacontrol.theory.solvers.solve import Ending, Memory, Report, Solver, Status
 
 __all__ = ["ExtendedMSA", "StepChange", "step_change"]
 

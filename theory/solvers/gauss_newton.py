@@ -5,9 +5,9 @@ for Riccati's matrices; but the quadratic model
 
     m(d) = J + g'd + 1/2 d'M d,   g = grad J,   M = G (Gauss-Newton) or Hess J (Newton),
 
-needs only products ``M v``, each a sweep forward and one backward (`theory.curvature`), and
-conjugate gradients need little else. With ``M = G`` its minimiser is the optimum of the
-linear-quadratic problem along the present trajectory.
+needs only products ``M v``, each a sweep forward and one backward
+(`deltacontrol.theory.linear.curvature`), and conjugate gradients need little else. With ``M = G``
+its minimiser is the optimum of the linear-quadratic problem along the present trajectory.
 
 Accuracy of the inner solve. ``||g + M d|| <= eta ||g||`` with Eisenstat and Walker's choice 2,
 ``eta_k = 0.9 (||g_k|| / ||g_{k-1}||)^1.618``: few products far from an optimum, superlinear
@@ -30,17 +30,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from theory.curvature import (
+from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.curvature import (
     Curvature,
     GaussNewtonCurvature,
     HessianCurvature,
     flatten,
     unflatten,
 )
-from theory.errors import InputError
-from theory.problem import ControlProblem, Controls, Evaluation
-from theory.solvers.base import Ending, Memory, Report, Solver, Status
-from theory.solvers.truncated_cg import End, ModelStep, minimise_model
+from deltacontrol.theory.solvers.solve import Ending, Memory, Report, Solver, Status
+from deltacontrol.theory.solvers.truncated_cg import End, ModelStep, minimise_model
 
 __all__ = ["GaussNewton", "NewtonCG", "damped_step"]
 

@@ -1,7 +1,8 @@
 """Iterative LQR and differential dynamic programming, regularised, with a line search and boxes.
 
 Each iteration models ``J`` to second order along the present trajectory
-(`theory.solvers.quadratic_model`), minimises the model by a Riccati sweep, and rolls the law
+(`deltacontrol.theory.solvers.quadratic_model`), minimises the model by a Riccati sweep, and rolls
+the law
 
     u_t <- proj(u_t + a k_t + K_t (x_t - old x_t))
 
@@ -43,16 +44,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from theory.linearisation import differentiable_attention
-from theory.problem import ControlProblem, Controls, Evaluation
-from theory.solvers.base import Ending, Memory, Report, Solver, Status
-from theory.solvers.quadratic_model import (
+from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
+from deltacontrol.theory.linear.linearisation import differentiable_attention
+from deltacontrol.theory.solvers.quadratic_model import (
     IndefiniteError,
     Policy,
     QuadraticModel,
     num_groups,
     sweep,
 )
+from deltacontrol.theory.solvers.solve import Ending, Memory, Report, Solver, Status
 
 __all__ = ["DDP", "ILQR"]
 
@@ -126,7 +127,7 @@ class ILQR(_SecondOrder):
     Example:
         A linear-quadratic problem takes one iteration. ``J = 1/2 u^2 + 1/2 (1 + u)^2``:
 
-        >>> from theory import ControlProblem, LinearDynamics, QuadraticCost, solve
+        >>> from deltacontrol.theory import ControlProblem, LinearDynamics, QuadraticCost, solve
         >>> one = torch.ones(1, 1, dtype=torch.float64)
         >>> cost = QuadraticCost.constant(1, Q=0 * one, R=one, Qf=one)
         >>> problem = ControlProblem(LinearDynamics.constant(1, one, one), cost, x0=one[0])

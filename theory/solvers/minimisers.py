@@ -20,9 +20,9 @@ import torch
 from scipy import optimize
 from torch import Tensor
 
-from theory.errors import InputError
-from theory.linearisation import differentiable_attention
-from theory.work import count
+from deltacontrol.theory.control.work import count
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.linearisation import differentiable_attention
 
 __all__ = ["ExactArgmin", "GradientStep", "InnerLBFGS", "Minimiser", "NoMinimum", "Stage"]
 
@@ -43,7 +43,8 @@ class Stage:
         control: the present ``u_t``.
         gradient: the gradient there.
         bounds: the lower and the upper bound, or None.
-        work: how many passes through the step one evaluation takes; `theory.work` counts them, the
+        work: how many passes through the step one evaluation takes;
+        `deltacontrol.theory.control.work` counts them, the
             same again for a gradient, and three times as many for a product with the Hessian.
     """
 

@@ -9,7 +9,7 @@ With a gradient step instead of the minimiser, the iterates are those of gradien
 as ``grad_u H_t = dJ/du_t``. With the minimiser it is not a descent method. On a linear-quadratic
 problem it is ``u <- u - R^{-1} grad J(u)``, ``R`` the blocks of the Hessian of ``H`` in ``u``, and
 with ``hess J = R + M`` it converges from every start if and only if the spectral radius of
-``R^{-1} M`` is below one; `theory.solvers.emsa` mends that.
+``R^{-1} M`` is below one; `deltacontrol.theory.solvers.emsa` mends that.
 
 Source: Li, Chen, Tai & E, *Maximum principle based algorithms for deep learning*, JMLR 18(165),
 2018, algorithm 1; Krylov & Chernous'ko, USSR Comput. Math. Math. Phys. 2(6), 1963.
@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from theory.problem import ControlProblem, Controls, Evaluation
-from theory.solvers.base import Ending, Memory, Report, Solver, Status
-from theory.solvers.minimisers import GradientStep, Minimiser, NoMinimum, Stage
+from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
+from deltacontrol.theory.solvers.minimisers import GradientStep, Minimiser, NoMinimum, Stage
+from deltacontrol.theory.solvers.solve import Ending, Memory, Report, Solver, Status
 
 __all__ = ["MSA"]
 
@@ -47,8 +47,8 @@ class MSA(Solver):
         ``J(u) = 1/2 (1 + u)^2 + u^2``: exact minimisation multiplies the error by -1/2 each time.
 
         >>> import torch
-        >>> from theory import ControlProblem, LinearDynamics, QuadraticCost, solve
-        >>> from theory.solvers.minimisers import ExactArgmin
+        >>> from deltacontrol.theory import ControlProblem, LinearDynamics, QuadraticCost, solve
+        >>> from deltacontrol.theory.solvers.minimisers import ExactArgmin
         >>> one = torch.ones(1, 1, dtype=torch.float64)
         >>> cost = QuadraticCost.constant(1, Q=0 * one, R=2 * one, Qf=one)
         >>> problem = ControlProblem(LinearDynamics.constant(1, one, one), cost, x0=one[0])

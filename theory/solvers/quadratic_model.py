@@ -37,10 +37,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from theory.errors import InputError
-from theory.linearisation import differentiable_attention
-from theory.problem import ControlProblem, Controls, Evaluation
-from theory.solvers.box_qp import box_qp, positive_cholesky
+from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.linearisation import differentiable_attention
+from deltacontrol.theory.solvers.box_qp import box_qp, positive_cholesky
 
 __all__ = ["IndefiniteError", "Policy", "QuadraticModel", "sweep"]
 

@@ -12,12 +12,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from theory.costs import QuadraticCost
-from theory.errors import InputError
-from theory.lq import LQFactor, LQPolicy, UnboundedError, factorise, riccati
-from theory.problem import ControlProblem, Controls
-from theory.solvers.base import Ending, Memory, Report, Solver, Status
-from theory.systems import LinearDynamics
+from deltacontrol.theory.control.costs import QuadraticCost
+from deltacontrol.theory.control.problem import ControlProblem, Controls
+from deltacontrol.theory.control.systems import LinearDynamics
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.lq import LQFactor, LQPolicy, UnboundedError, factorise, riccati
+from deltacontrol.theory.solvers.solve import Ending, Memory, Report, Solver, Status
 
 __all__ = ["LQPolicy", "Riccati", "riccati"]
 

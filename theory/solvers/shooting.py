@@ -13,9 +13,9 @@ import torch
 from scipy import optimize
 from torch import Tensor
 
-from theory.errors import InputError
-from theory.problem import ControlProblem, Controls, Evaluation
-from theory.solvers.base import Ending, Memory, Report, Solver, Status
+from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.solvers.solve import Ending, Memory, Report, Solver, Status
 
 __all__ = ["Shooting"]
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltas.host import Host
-from deltas.interop.adapter import whole
-from deltas.interop.factors import features
-from deltas.interop.fields import Field
-from deltas.interop.format import Attached, Description, Format, Plan, Slot, shared
-from deltas.interop.formats.lora import LORA_FIELDS
-from deltas.interop.targets import as_sites, short_names, targets
-from deltas.methods.adalora import AdaLoRA
-from theory.errors import InputError
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.interop.adapter import whole
+from deltacontrol.deltas.interop.factors import features
+from deltacontrol.deltas.interop.fields import Field
+from deltacontrol.deltas.interop.format import Attached, Description, Format, Plan, Slot, shared
+from deltacontrol.deltas.interop.formats.lora import LORA_FIELDS
+from deltacontrol.deltas.interop.targets import as_sites, short_names, targets
+from deltacontrol.deltas.methods.adalora import AdaLoRA
+from deltacontrol.theory.errors import InputError
 
 # peft divides by the number of ranks plus this.
 _EPSILON = 1e-5

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from deltas.host import Host
-from deltas.interop.factors import features
-from deltas.interop.fields import COMMON, TARGETS, Field
-from deltas.interop.format import Attached, Description, Format, Plan, Slot
-from deltas.interop.targets import as_sites, is_match, short_names, targets
-from deltas.methods.ia3 import IA3
-from theory.errors import InputError
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.interop.factors import features
+from deltacontrol.deltas.interop.fields import COMMON, TARGETS, Field
+from deltacontrol.deltas.interop.format import Attached, Description, Format, Plan, Slot
+from deltacontrol.deltas.interop.targets import as_sites, is_match, short_names, targets
+from deltacontrol.deltas.methods.ia3 import IA3
+from deltacontrol.theory.errors import InputError
 
 
 class IA3Format(Format):

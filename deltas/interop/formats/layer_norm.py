@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltas.host import Host
-from deltas.interop.extras import parameter_slots
-from deltas.interop.fields import COMMON, TARGETS
-from deltas.interop.format import Attached, Description, Format, Plan
-from deltas.interop.targets import as_sites, short_names, targets
-from deltas.methods.layer_norm import LayerNormTuning
-from deltas.methods.selected_modules import SelectedModules
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.interop.extras import parameter_slots
+from deltacontrol.deltas.interop.fields import COMMON, TARGETS
+from deltacontrol.deltas.interop.format import Attached, Description, Format, Plan
+from deltacontrol.deltas.interop.targets import as_sites, short_names, targets
+from deltacontrol.deltas.methods.layer_norm import LayerNormTuning
+from deltacontrol.deltas.methods.selected_modules import SelectedModules
 
 
 class LayerNormFormat(Format):

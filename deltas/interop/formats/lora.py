@@ -10,16 +10,23 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from deltas.host import Host
-from deltas.interop.adapter import whole
-from deltas.interop.factors import Piece, factor_slots, features, side_by_side
-from deltas.interop.fields import COMMON, LAYERS, PATTERNS, TARGETS, Field
-from deltas.interop.format import Attached, Description, Format, Plan, Slot, shared
-from deltas.interop.targets import as_sites, by_pattern, grouped, short_names, targets, to_patterns
-from deltas.methods.dora import DoRA
-from deltas.methods.lora import LoRA
-from deltas.sites import Site
-from theory.errors import InputError
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.sites import Site
+from deltacontrol.deltas.interop.adapter import whole
+from deltacontrol.deltas.interop.factors import Piece, factor_slots, features, side_by_side
+from deltacontrol.deltas.interop.fields import COMMON, LAYERS, PATTERNS, TARGETS, Field
+from deltacontrol.deltas.interop.format import Attached, Description, Format, Plan, Slot, shared
+from deltacontrol.deltas.interop.targets import (
+    as_sites,
+    by_pattern,
+    grouped,
+    short_names,
+    targets,
+    to_patterns,
+)
+from deltacontrol.deltas.methods.dora import DoRA
+from deltacontrol.deltas.methods.lora import LoRA
+from deltacontrol.theory.errors import InputError
 
 # Initialisations after which the base weights are as they were. The others subtract their start
 # from the base, so that the saved A and B mean nothing on the base itself.

@@ -8,15 +8,22 @@ from typing import Any
 
 from torch import nn
 
-from deltas.host import Host
-from deltas.interop.adapter import whole
-from deltas.interop.factors import features, whole_sites
-from deltas.interop.fields import COMMON, LAYERS, PATTERNS, TARGETS, Field
-from deltas.interop.format import Attached, Description, Format, Plan, Slot, shared
-from deltas.interop.targets import as_sites, by_pattern, grouped, short_names, targets, to_patterns
-from deltas.methods.loha import LoHa
-from deltas.methods.lokr import LoKr
-from theory.errors import InputError
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.interop.adapter import whole
+from deltacontrol.deltas.interop.factors import features, whole_sites
+from deltacontrol.deltas.interop.fields import COMMON, LAYERS, PATTERNS, TARGETS, Field
+from deltacontrol.deltas.interop.format import Attached, Description, Format, Plan, Slot, shared
+from deltacontrol.deltas.interop.targets import (
+    as_sites,
+    by_pattern,
+    grouped,
+    short_names,
+    targets,
+    to_patterns,
+)
+from deltacontrol.deltas.methods.loha import LoHa
+from deltacontrol.deltas.methods.lokr import LoKr
+from deltacontrol.theory.errors import InputError
 
 _DROPS = "it drops parts of the change while training, which this delta does not"
 _FIELDS = {

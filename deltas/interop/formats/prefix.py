@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltas.host import Host
-from deltas.interop.fields import COMMON, PROMPT, Field
-from deltas.interop.format import Attached, Description, Format, Plan, Slot, shared
-from deltas.interop.formats.prompt import ROWS, check_sizes, check_task
-from deltas.interop.targets import task_type
-from deltas.methods.prefix import PrefixTuning, key_value_heads
-from theory.errors import InputError
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.interop.fields import COMMON, PROMPT, Field
+from deltacontrol.deltas.interop.format import Attached, Description, Format, Plan, Slot, shared
+from deltacontrol.deltas.interop.formats.prompt import ROWS, check_sizes, check_task
+from deltacontrol.deltas.interop.targets import task_type
+from deltacontrol.deltas.methods.prefix import PrefixTuning, key_value_heads
+from deltacontrol.theory.errors import InputError
 
 
 class PrefixFormat(Format):

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from deltas.host import Host
-from deltas.interop.fields import COMMON, PROMPT, Field
-from deltas.interop.format import Attached, Description, Format, Plan, Slot, shared
-from deltas.interop.targets import task_type
-from deltas.methods.intrinsic_prompt import IntrinsicPrompt
-from deltas.methods.p_tuning import PTuning
-from deltas.methods.prompt import PromptTuning
-from theory.errors import InputError
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.interop.fields import COMMON, PROMPT, Field
+from deltacontrol.deltas.interop.format import Attached, Description, Format, Plan, Slot, shared
+from deltacontrol.deltas.interop.targets import task_type
+from deltacontrol.deltas.methods.intrinsic_prompt import IntrinsicPrompt
+from deltacontrol.deltas.methods.p_tuning import PTuning
+from deltacontrol.deltas.methods.prompt import PromptTuning
+from deltacontrol.theory.errors import InputError
 
 ROWS = "prompt_embeddings"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltas.host import Host
-from deltas.interop.factors import features, whole_sites
-from deltas.interop.fields import COMMON, LAYERS, TARGETS, Field
-from deltas.interop.format import Attached, Description, Format, Plan, Slot
-from deltas.interop.targets import as_sites, short_names, targets
-from deltas.methods.vera import SharedPair, VeRA
-from theory.errors import InputError
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.interop.factors import features, whole_sites
+from deltacontrol.deltas.interop.fields import COMMON, LAYERS, TARGETS, Field
+from deltacontrol.deltas.interop.format import Attached, Description, Format, Plan, Slot
+from deltacontrol.deltas.interop.targets import as_sites, short_names, targets
+from deltacontrol.deltas.methods.vera import SharedPair, VeRA
+from deltacontrol.theory.errors import InputError
 
 
 class VeraFormat(Format):

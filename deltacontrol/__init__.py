@@ -1,0 +1,1 @@
+"""Delta tuning of Transformers as discrete optimal control."""

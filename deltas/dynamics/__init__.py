@@ -1,0 +1,1 @@
+"""A Transformer with deltas as a discrete dynamical system."""

@@ -1,0 +1,1 @@
+"""How a model is read and changed so that everything can be undone, bit for bit."""

@@ -1,0 +1,63 @@
+"""Merging: controls that become part of the base weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from deltacontrol.theory.errors import InputError
+
+if TYPE_CHECKING:
+    from deltacontrol.deltas.editing.host import Host
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How a base parameter takes up a control.
+
+    Attributes:
+        namespace: of the delta.
+        name: of the base parameter.
+        value: its merged value, given its present one; both in float64.
+        whole: the control acts wherever a tied parameter is used, not only under this name.
+        last: the control acts on the input of the map, before everything beside the parameter.
+    """
+
+    namespace: str
+    name: str
+    value: Callable[[Tensor], Tensor]
+    whole: bool
+    last: bool = False
+
+
+def check_ties(host: Host) -> None:
+    """Refuse a control that acts at one name of a tied parameter only.
+
+    Raises:
+        InputError: there is one; merging would change the parameter where the control does not act.
+    """
+    for merge in host.merges:
+        if not merge.whole and (tied := host.tied(merge.name)):
+            raise InputError(
+                f"{merge.namespace} cannot be merged: it acts at {merge.name}, which is tied "
+                f"to {', '.join(tied)} and would change there too. Untie the model "
+                "(tie_word_embeddings=False), or choose other sites."
+            )
+
+
+def merged_values(host: Host) -> dict[str, Tensor]:
+    """The base parameters in float64 with all controls in them, by name.
+
+    What stands for a parameter comes before what acts beside it, whatever the order; what changes
+    the input of a map acts on the sum of both.
+    """
+    merged: dict[str, Tensor] = {}
+    for merge in sorted(host.merges, key=lambda merge: (not merge.whole, merge.last)):
+        before = merged.get(merge.name)
+        if before is None:
+            before = host.original(merge.name).detach().double()
+        merged[merge.name] = merge.value(before)
+    return merged

@@ -1,0 +1,77 @@
+"""Positions of the text behind a prefix that counts as n positions, as in a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.theory.errors import InputError
+
+# Modules that are given positions, and what they are called in the models.
+_TABLES = ("position_embeddings", "wpe")
+_OPT = "embed_positions"
+_ROTARY = "rotary_emb"
+
+
+def shift_positions(host: Host, length: int) -> None:
+    """Let every position of the text be ``length`` higher where the model looks it up.
+
+    Raises:
+        InputError: it is not known where positions enter this architecture.
+    """
+    found = False
+    for path, module in host.sites.modules.items():
+        name = path.rpartition(".")[2]
+        if name in _TABLES and type(module) is nn.Embedding:
+            # RoBERTa gives padding one position of its own, and text those behind it.
+            padding = -1 if module.padding_idx is None else module.padding_idx
+            shift = Shift(length, padding, module.num_embeddings - 1 - padding)
+        elif name == _OPT and host.sites.model_type == "opt" and isinstance(module, nn.Embedding):
+            shift = Shift(length, -1, module.num_embeddings - 2)  # two rows are for padding
+        elif name == _ROTARY:
+            shift = Shift(length, -1, None)
+        else:
+            continue
+        host.on_call(module, shift)
+        found = True
+    if not found:
+        raise InputError(
+            f"where positions enter {host.sites.model_type} is not known, so they cannot start "
+            "behind a prefix; leave shift=false."
+        )
+
+
+class Shift:
+    """Adds to the positions that a module is called with; those up to padding's stay.
+
+    Args:
+        length: what is added.
+        padding: the position of padding.
+        limit: how many positions text can have; None means any number.
+    """
+
+    def __init__(self, length: int, padding: int, limit: int | None) -> None:
+        self.length = length
+        self.padding = padding
+        self.limit = limit
+
+    def __call__(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The module's arguments: the positions by name, or else the first integers."""
+        if kwargs.get("position_ids") is not None:
+            return args, kwargs | {"position_ids": self._moved(kwargs["position_ids"])}
+        place = next(
+            i for i, a in enumerate(args) if isinstance(a, Tensor) and not a.is_floating_point()
+        )
+        return (*args[:place], self._moved(args[place]), *args[place + 1 :]), kwargs
+
+    def _moved(self, positions: Tensor) -> Tensor:
+        total = positions.shape[-1] + self.length
+        if self.limit is not None and total > self.limit:
+            raise InputError(
+                f"prefix and text come to {total} positions, but the model has {self.limit}; "
+                "shorten max_length or the prefix, or leave shift=false."
+            )
+        return torch.where(positions > self.padding, positions + self.length, positions)

@@ -1,0 +1,140 @@
+"""Prefixes enter through the attention interface of transformers, not through the model's code.
+
+``intercept`` switches a model from the implementation "sdpa" (or "eager") to a registered one that
+puts prefix keys and values in front where a module has some, and then calls the stock function.
+Without a prefix the result is the stock model's, exactly.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from deltacontrol.theory.errors import InputError
+
+_NAME = "deltacontrol_"
+_SLOT = "deltacontrol_prefixes"
+
+
+class Prefix(Protocol):
+    """Gives prefix keys and values, each of shape (heads of keys, length, head width).
+
+    Or (batch, heads of keys, length, head width), where they differ from row to row. It may have a
+    method ``gate`` besides, which gives factors (batch, queries): a query then sees the keys and
+    values times its own factor.
+    """
+
+    def __call__(self) -> tuple[Tensor, Tensor]: ...  # noqa: D102
+
+
+def add_prefix(module: nn.Module, prefix: Prefix) -> Callable[[], None]:
+    """Attach a prefix to an attention module; returns what takes it off again."""
+    slot = module.__dict__.setdefault(_SLOT, [])  # not a submodule: the base tree stays as it is
+    slot.append(prefix)
+
+    def remove() -> None:
+        slot.remove(prefix)
+        if not slot:
+            module.__dict__.pop(_SLOT, None)
+
+    return remove
+
+
+def intercept(model: PreTrainedModel) -> Callable[[], None]:
+    """Route a model's attention through this file; returns what switches it back.
+
+    Raises:
+        InputError: the model cannot change its attention, uses a kernel without masks, or shares
+            its configuration object with another model that carries a prefix.
+    """
+    stock = str(model.config._attn_implementation)
+    if stock.startswith(_NAME):
+        raise InputError(
+            "this model shares its configuration object with a model that carries a prefix; build "
+            "it from a copy of the configuration, or detach the other model's deltas first."
+        )
+    if not model._can_set_attn_implementation():
+        raise InputError(
+            f"{type(model).__name__} does not use the attention interface of transformers, so a "
+            "prefix cannot enter it. Use prompt tuning, or another delta."
+        )
+    if stock not in ("eager", "sdpa"):
+        raise InputError(
+            f"prefixes work with the attention implementations eager and sdpa, not {stock!r}; load "
+            "the model with attn_implementation='sdpa'."
+        )
+    model.set_attn_implementation(_NAME + stock)
+    return lambda: model.set_attn_implementation(stock)
+
+
+def _extended_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, length: int,
+                   is_causal: bool | None) -> Tensor | None:  # fmt: skip
+    """The mask with ``length`` always visible columns in front."""
+    if mask is not None:
+        return pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    queries, keys = query.shape[2], key.shape[2]
+    if not causal or queries == 1:
+        return None
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+    return pad(visible.tril(keys - queries), (length, 0), value=True)[None, None]
+
+
+def _attention(stock: str) -> Callable[..., Any]:
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        head_width, gates = value.shape[-1], []
+        for prefix in module.__dict__.get(_SLOT, ()):
+            prefix_key, prefix_value = prefix()
+            length = prefix_key.shape[-2]
+            is_causal = kwargs.get("is_causal") if stock == "sdpa" else False
+            attention_mask = _extended_mask(module, query, key, attention_mask, length, is_causal)
+            if kwargs.get("position_bias") is not None:
+                kwargs["position_bias"] = pad(kwargs["position_bias"], (length, 0))
+            batch = (key.shape[0], -1, -1, -1)
+            own = prefix_key.shape[-1]
+            if hasattr(prefix, "gate"):
+                # Features of its own, in which the query is scaled and the text has none.
+                if kwargs.get("scaling") is None:
+                    kwargs["scaling"] = own**-0.5
+                gates.append(prefix.gate().to(query.dtype)[:, :, None, None])
+                scaled = gates[-1].transpose(1, 2) * query[..., :own]
+                query, key = torch.cat([query, scaled], dim=-1), pad(key, (0, own))
+                prefix_key = pad(prefix_key, (key.shape[-1] - own, 0))
+                prefix_value = pad(prefix_value, (value.shape[-1], 0))
+                value = pad(value, (0, head_width))
+            else:
+                prefix_key = pad(prefix_key, (0, key.shape[-1] - own))
+                prefix_value = pad(prefix_value, (0, value.shape[-1] - head_width))
+            key = torch.cat([prefix_key.to(key.dtype).expand(batch), key], dim=2)
+            value = torch.cat([prefix_value.to(value.dtype).expand(batch), value], dim=2)
+        if stock == "eager":
+            function = sys.modules[type(module).__module__].eager_attention_forward
+        else:
+            function = ALL_ATTENTION_FUNCTIONS[stock]
+        output, weights = function(module, query, key, value, attention_mask, **kwargs)
+        if gates:
+            output, *parts = output.split(head_width, dim=-1)
+            output = output + sum(g * part for g, part in zip(gates, parts, strict=True))
+        return output, weights
+
+    return forward
+
+
+for _stock in ("eager", "sdpa"):
+    AttentionInterface.register(_NAME + _stock, _attention(_stock))
+    AttentionMaskInterface.register(_NAME + _stock, ALL_MASK_ATTENTION_FUNCTIONS[_stock])

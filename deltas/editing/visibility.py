@@ -1,0 +1,121 @@
+"""Which tokens may mix: what a block's own attention lets each of its tokens see.
+
+A control that mixes tokens must not look at padding, nor, in a causal model, at later tokens. The
+block says which those are: by the mask that it receives, or, where it receives none, by being
+causal or not. In generation with a cache the earlier tokens are not there any more, so whatever a
+control needs of them is kept in the same cache, where beam search reorders it with the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer
+
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.sites import Site
+from deltacontrol.theory.errors import InputError
+
+_SLOTS = "deltacontrol_slots"
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a block was called with: shape (batch, tokens), attention mask, cache."""
+
+    shape: tuple[int, int]
+    mask: Tensor | None
+    cache: Cache | None
+
+
+class Visibility:
+    """The tokens that each token of a block sees, in the present pass.
+
+    Args:
+        host: the model.
+        block: the block's site.
+    """
+
+    def __init__(self, host: Host, block: Site) -> None:
+        self.block = block
+        self.causal = any(getattr(m, "is_causal", False) for m in block.module.modules())
+        parameters = list(signature(type(block.module).forward).parameters.values())[1:]
+        self._names = [p.name for p in parameters if p.kind is not Parameter.VAR_KEYWORD]
+        self._carried = host.carry()
+        host.on_call(block.module, self._note)
+
+    def _note(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        state = given[self._names[0]]
+        mask = given.get("attention_mask")
+        cache = given.get("past_key_values", given.get("layer_past"))
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        module = self.block.module
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            cache = None  # the block drops it, because its forward runs twice
+        self._carried.value = _Call(state.shape[:2], mask, cache)
+        return args, kwargs
+
+    @property
+    def _call(self) -> _Call:
+        return self._carried.value
+
+    def rows(self, state: Tensor) -> Tensor:
+        """(batch, tokens, …) of a state whose first two dimensions a block may have flattened."""
+        return state.unflatten(0, self._call.shape) if state.dim() == 2 else state
+
+    def keep(self, tokens: Tensor, key: str) -> Tensor:
+        """All tokens up to now, (batch, seen, width), of the new ones (batch, tokens, width).
+
+        Args:
+            tokens: what a control computed for the new tokens.
+            key: the control's own name in the cache.
+
+        Raises:
+            InputError: the cache has a fixed length.
+        """
+        cache = self._call.cache
+        if cache is None:
+            return tokens
+        if any(getattr(layer, "is_compileable", False) for layer in cache.layers):
+            raise InputError(
+                "a control that mixes tokens needs a cache that grows; in generation use "
+                "cache_implementation='dynamic' or use_cache=False."
+            )
+        slots: dict[str, int] = cache.__dict__.setdefault(_SLOTS, {})
+        if key not in slots:
+            slots[key] = len(cache.layers)
+            cache.layers.append(DynamicLayer())
+        new = tokens.unsqueeze(1)
+        kept = cache.update(new, new[..., :0], slots[key])[0].squeeze(1)
+        mask = self._call.mask  # shorter where the attention forgets behind a sliding window
+        return kept[:, -mask.shape[-1] :] if isinstance(mask, Tensor) else kept
+
+    def seen(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """Boolean (batch or 1, queries, keys): True where a query may look at a key.
+
+        Raises:
+            InputError: the mask is of a kind that says nothing about single tokens.
+        """
+        mask = self._call.mask
+        visible = torch.ones(1, queries, keys, dtype=torch.bool, device=device)
+        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+            if self.causal:
+                visible = visible.tril(keys - queries)
+            return visible if mask is None else visible & mask.bool()[:, None, -keys:]
+        if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] != keys:
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise InputError(
+                f"{self.block.path} received the attention mask {shape}, from which the {keys} "
+                "tokens to mix cannot be told; load the model with attn_implementation='sdpa'."
+            )
+        mask = mask[:, 0]
+        if mask.dtype != torch.bool:
+            mask = mask > torch.finfo(mask.dtype).min / 2
+        return visible & mask

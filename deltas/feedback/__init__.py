@@ -1,0 +1,1 @@
+"""Feedback laws attached to a model at inference."""

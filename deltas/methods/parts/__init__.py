@@ -1,0 +1,1 @@
+"""What several delta methods share."""

@@ -1,0 +1,49 @@
+"""``deltacontrol export-peft``: a run's deltas as a peft adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.experiments.training.peft_import import restore
+
+
+@dataclass(frozen=True)
+class ExportPeft:
+    """Write what a run trained as an adapter that peft loads, with the same outputs.
+
+    What peft has no word for is rewritten where that is exact (LoRA on a slice of a fused matrix,
+    several ranks, a principal start), and refused with the reason where it is not.
+
+    For example
+
+        deltacontrol export-peft 3f2a --out adapter/
+
+    Attributes:
+        run_id: Id of a run, or its beginning.
+        out: Folder to write; by default <run id>-adapter.
+        runs: Folder of the records.
+        base_model: Name of the base model in the adapter; by default the run's.
+    """
+
+    run_id: tyro.conf.Positional[str]
+    out: Path | None = None
+    runs: Path = Path("runs")
+    base_model: str | None = None
+
+    def run(self) -> None:
+        """Restore the model, write the adapter."""
+        from deltacontrol.deltas.interop import export_peft
+
+        record = RunStore(self.runs).get(self.run_id)
+        out = self.out or Path(f"{record.id}-adapter")
+        controlled = restore(record)
+        export_peft(controlled, out, base_model=self.base_model or record.config["model"])
+        names = " + ".join(delta.name for delta in controlled.deltas)
+        print(f"wrote {out}: {names}, {controlled.num_trainable:,d} parameters")
+
+
+COMMAND = ExportPeft

@@ -1,0 +1,81 @@
+"""``deltacontrol finetune``: train deltas on a model for a task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from deltacontrol.experiments.runs.store import Record, RunStore
+from deltacontrol.experiments.training.finetune import FineTuning
+
+_SHOWN = {
+    "accuracy": ".4f",
+    "macro_f1": ".4f",
+    "pearson": ".4f",
+    "mse": ".4f",
+    "loss": ".4f",
+    "perplexity": ".2f",
+    "majority_share": ".4f",
+    "num_evaluated": "d",
+    "num_trainable": ",d",
+    "num_total": ",d",
+    "trainable_share": ".4%",
+    "final_train_loss": ".4f",
+    "seconds_per_step": ".3f",
+}
+
+
+@dataclass(frozen=True)
+class Finetune(FineTuning):
+    """Train deltas on a frozen model for a task, and evaluate on rows that training never saw.
+
+    A run is recorded under the hash of its configuration; the same command again prints the record,
+    and a killed run goes on from its checkpoint.
+
+    For example
+
+        deltacontrol finetune --model minilm-l6 --task movie --delta lora
+        deltacontrol finetune --delta lora:rank=16,sites=attention.query+mlp.up bitfit --seed 1
+        deltacontrol finetune --task reviews.csv --text-column review --label-column stars
+    """
+
+    runs: Path = Path("runs")
+    """Folder in which the run is recorded."""
+
+    def __post_init__(self) -> None:
+        """Check nothing yet: `run` makes the experiment, whose errors are messages of their own."""
+
+    def run(self) -> int:
+        """Train, record, print; exit code 1 after a divergence."""
+        from deltacontrol.experiments.runs.sweep import run
+
+        experiment = FineTuning(**{f.name: getattr(self, f.name) for f in fields(FineTuning)})
+        store = RunStore(self.runs)
+        known = store.find(experiment) is not None
+        record = run(experiment, store)
+        assert record is not None
+        print_record(record, store.path(experiment), "found" if known else "recorded")
+        return 1 if record.status == "diverged" else 0
+
+
+def print_record(record: Record, folder: Path, verb: str) -> None:
+    """The result of a run, a line a number."""
+    config = record.config
+    names = " + ".join(delta["name"] for delta in config["deltas"])
+    print(
+        f"{names} on {config['task']}, {config['model']}, seed {config['seed']}, learning rate "
+        f"{config['learning_rate']:g}: {record.status}"
+    )
+    if record.message:
+        print(record.message)
+    for name, form in _SHOWN.items():
+        value = record.result.get(name)
+        if value is not None:
+            print(f"  {name:18} {value:{form}}")
+    memory = record.result.get("peak_memory_bytes")
+    if memory:
+        print(f"  {'peak_memory':18} {memory / 2**20:.0f} MiB ({record.result['memory_method']})")
+    print(f"{verb} {folder}")
+
+
+COMMAND = Finetune

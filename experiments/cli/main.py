@@ -1,0 +1,94 @@
+"""The command ``deltacontrol``: one subcommand a class, found by itself.
+
+A subcommand is a dataclass with a method ``run``. Its fields are the options, and its docstrings
+their help. Those of this package are the modules of ``experiments/commands`` (each names its class
+COMMAND); other packages add theirs through the entry-point group ``deltacontrol.commands``.
+
+Exit codes: 0 done, 1 a check did not hold, 2 wrong input (one message, no traceback), 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+from deltacontrol.experiments import cli as commands
+from deltacontrol.theory.errors import InputError, unknown
+
+GROUP = "deltacontrol.commands"
+DESCRIPTION = """Delta tuning as optimal control.
+
+A frozen Transformer is a discrete dynamical system and a delta (LoRA, adapter, prefix, ...) is a
+control on it. Start with
+
+    deltacontrol finetune --task movie --delta lora
+    deltacontrol inspect --delta lora:rank=16 bitfit
+    deltacontrol figures
+"""
+
+
+class Command(Protocol):
+    """A subcommand, its options filled in."""
+
+    def run(self) -> int | None:
+        """Do it; the exit code, None for 0."""
+        ...
+
+
+def available() -> dict[str, type[Command]]:
+    """The subcommands by name, in alphabetical order."""
+    found: dict[str, Any] = {}
+    for info in pkgutil.iter_modules(commands.__path__):
+        module = importlib.import_module(f"{commands.__name__}.{info.name}")
+        found[info.name.replace("_", "-")] = module.COMMAND
+    for entry in entry_points(group=GROUP):
+        found[entry.name] = entry.load()
+    return dict(sorted(found.items()))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    sys.exit(_main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(argv: list[str]) -> int:
+    import tyro
+
+    known = available()
+    if argv and not argv[0].startswith("-") and argv[0] not in known:
+        return _fail(unknown("command", argv[0], known))
+    try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            known,
+            prog="deltacontrol",
+            description=DESCRIPTION,
+            args=argv,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
+        return command.run() or 0
+    except InputError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        return _fail(f"{error.strerror or error}{where}")
+
+
+def _fail(error: Exception | str) -> int:
+    print(f"deltacontrol: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

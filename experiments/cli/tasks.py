@@ -1,0 +1,49 @@
+"""``deltacontrol tasks``: the tasks by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deltacontrol.experiments import tasks
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """List the packaged tasks; any CSV, TSV, JSON Lines or Parquet file serves as a task too.
+
+    Attributes:
+        show: A task to load, fetching it if needed: sizes, classes and a few rows.
+        text_column: Column of the texts in a task file.
+        label_column: Column of the labels in a task file.
+    """
+
+    show: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+
+    def run(self) -> None:
+        """Print the list, or one task."""
+        if self.show is None:
+            for name, task in tasks.available().items():
+                print(f"{name:8} {task.description}")
+            print(
+                "\nA file with a column of texts and one of labels is a task too:\n"
+                "  deltacontrol finetune --task FILE.csv --text-column TEXT --label-column LABEL"
+            )
+            return
+        task = tasks.load(self.show, text_column=self.text_column, label_column=self.label_column)
+        print(f"{task.name}: {task.kind}, {task.source}")
+        for split in ("train", "validation", "test"):
+            print(f"  {split:10} {len(getattr(task, split)):6,d} rows")
+        if task.labels:
+            shares = task.train["label"].value_counts(normalize=True)
+            shown = sorted(shares.items(), key=lambda item: -item[1])[:10]
+            print("  classes    " + ", ".join(f"{task.labels[i]} {s:.1%}" for i, s in shown))  # type: ignore[index]
+        for _, row in task.train.head(3).iterrows():
+            label = row.get("label", "")
+            print(
+                f"  {task.labels[int(label)] if task.labels else label!s:>10}  {row['text'][:90]}"
+            )
+
+
+COMMAND = Tasks

@@ -1,1 +1,0 @@
-"""Subcommands of ``deltacontrol``, one a file; `experiments.cli` finds them."""

@@ -1,0 +1,1 @@
+"""An experiment, its record, the store of records, and the sweep that computes what is missing."""

@@ -1,0 +1,109 @@
+"""What can be run and recorded: a configuration with an `execute`.
+
+run id = first 16 hexadecimal digits of sha256(canonical JSON of
+         {kind, config, model digest, data digest})
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from deltacontrol.theory.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+
+@dataclass(frozen=True)
+class Digests:
+    """What an experiment read: SHA-256 digests of the model's and the data's files."""
+
+    model: str | None = None
+    data: str | None = None
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What a run may use.
+
+    Attributes:
+        folder: For checkpoints; what is there is continued from.
+        progress: Whether to draw a progress bar.
+        checkpoint_seconds: Time between checkpoints: what a killed run loses at most.
+        store: The folder of the records, where a run that consists of runs records these too.
+    """
+
+    folder: Path
+    progress: bool = True
+    checkpoint_seconds: float = 30.0
+    store: Path | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run hands back.
+
+    Attributes:
+        status: "completed", "early_stopped", "diverged", or another word of the experiment.
+        result: JSON-compatible numbers and words; a non-finite number is stored as null.
+        curve: One row per step.
+        controls: Named tensors to keep, or None.
+        message: What happened, in a sentence, where the status alone does not say it.
+        earlier_seconds: Time spent by earlier, interrupted attempts at this run.
+    """
+
+    status: str
+    result: dict[str, Any]
+    curve: pd.DataFrame
+    controls: dict[str, torch.Tensor] | None = None
+    message: str = ""
+    earlier_seconds: float = 0.0
+
+
+class Experiment(ABC):
+    """A frozen dataclass that can be run and recorded."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def to_config(self) -> dict[str, Any]:
+        """The configuration as JSON-compatible values; equal experiments give equal values."""
+
+    @abstractmethod
+    def execute(self, workspace: Workspace) -> Outcome:
+        """Run, using `workspace.folder` for anything a later attempt may continue from."""
+
+    def digests(self) -> Digests:
+        """Digests of the model and the data that `execute` will read."""
+        return Digests()
+
+    @property
+    def label(self) -> str:
+        """A few words that name the run to a person."""
+        return self.kind
+
+
+def canonical_json(value: Any) -> str:
+    """One text per value: keys sorted, no spaces, tuples as lists, no NaN."""
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"a configuration must be finite JSON values: {error}") from error
+
+
+def run_id(kind: str, config: Mapping[str, Any], digests: Digests) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of everything that decides the result."""
+    identity = {
+        "kind": kind,
+        "config": dict(config),
+        "model": digests.model,
+        "data": digests.data,
+    }
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]

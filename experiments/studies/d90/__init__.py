@@ -1,0 +1,1 @@
+"""How many random directions of parameter space suffice, by task, size and pre-training."""

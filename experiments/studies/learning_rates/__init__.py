@@ -1,0 +1,1 @@
+"""Which learning rate each method wants, searched on validation rows."""

@@ -1,0 +1,1 @@
+"""What each delta reaches, with how many parameters, at which cost."""

@@ -1,0 +1,1 @@
+"""Whether optimisers drive the gradient of the Hamiltonian to zero, and in which layers first."""

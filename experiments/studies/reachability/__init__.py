@@ -1,0 +1,1 @@
+"""Which layers and sites can move the output, at which least energy."""

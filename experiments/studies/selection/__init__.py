@@ -1,0 +1,1 @@
+"""Which layers, sites and rank a convex program picks."""

@@ -1,0 +1,1 @@
+"""Which solver lowers the loss of one fine-tuning fastest."""

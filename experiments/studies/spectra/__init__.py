@@ -1,0 +1,1 @@
+"""Of which rank full fine-tuning's update is, and what its tail foretells."""

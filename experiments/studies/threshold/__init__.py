@@ -1,0 +1,1 @@
+"""Whether a spectrum predicts when random subspaces succeed."""

@@ -1,0 +1,214 @@
+"""From texts to batches: tokenised once, batched by length, the same on every machine.
+
+A split is stored ragged: all token ids in one array (tokens,), and offsets (rows + 1,). A batch
+is the dictionary that a model's forward takes:
+
+    input_ids       (batch, longest)  int64, padded on the right
+    attention_mask  (batch, longest)  int64, 1 on tokens
+    labels          (batch,)          int64 classes, or float32 targets
+                    (batch, longest)  for causal-lm: the ids, -100 on padding
+
+Training batches have no state: the batch of optimiser step k is a function of (seed, k, batch
+size), so a run that was killed goes on with the batch it would have had.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from deltacontrol.theory.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedTokenizerBase
+
+    from deltacontrol.experiments.tasks import Task
+
+Batch = dict[str, torch.Tensor]
+
+IGNORED = -100
+# Rows are shuffled, cut into stretches of this many batches, and sorted by length inside each:
+# little padding, yet each batch is drawn from the whole split.
+BATCHES_SORTED_TOGETHER = 50
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedSplit:
+    """One split, tokenised.
+
+    Attributes:
+        tokens: token ids (tokens,) of all rows, one after the other.
+        offsets: where each row starts, and the end (rows + 1,).
+        labels: (rows,) int64 or float32; None for causal-lm.
+        pad: the id that fills rows up.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray | None
+    pad: int
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each row (rows,)."""
+        return np.diff(self.offsets)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """Return the rows (batch,) as one batch, padded to the longest among them."""
+        starts, lengths = self.offsets[rows], self.lengths[rows]
+        columns = np.arange(lengths.max())
+        mask = columns < lengths[:, None]
+        positions = np.minimum(starts[:, None] + columns, len(self.tokens) - 1)
+        ids = torch.from_numpy(np.where(mask, self.tokens[positions], self.pad))
+        attended = torch.from_numpy(mask)
+        if self.labels is None:
+            labels = ids.masked_fill(~attended, IGNORED)
+        else:
+            labels = torch.from_numpy(self.labels[rows])
+        return {"input_ids": ids, "attention_mask": attended.long(), "labels": labels}
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A task, tokenised by `encode`."""
+
+    train: EncodedSplit
+    validation: EncodedSplit
+    test: EncodedSplit
+    _plans: dict[tuple[int, int, int], np.ndarray] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def split(self, name: str) -> EncodedSplit:
+        """Return a split by its name.
+
+        Raises:
+            InputError: not one of train, validation and test.
+        """
+        if name not in ("train", "validation", "test"):
+            raise unknown("split", name, ("train", "validation", "test"))
+        return getattr(self, name)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Number of batches in which each row appears at most once, all of the same size."""
+        return max(1, len(self.train) // batch_size)
+
+    def training_batch(self, step: int, *, seed: int, batch_size: int) -> Batch:
+        """Return the batch of optimiser step `step` (0, 1, 2 and so on).
+
+        An epoch is one permutation, seeded by (seed, epoch). Its last `rows mod batch_size` rows
+        are left out, others in each epoch, so that every step averages over the same number of
+        rows. A split smaller than a batch is one batch.
+        """
+        return self.train.batch(self.training_rows(step, seed=seed, batch_size=batch_size))
+
+    def training_rows(self, step: int, *, seed: int, batch_size: int) -> np.ndarray:
+        """Return the rows of the training split that are in the batch of a step (batch,)."""
+        epoch, position = divmod(step, self.steps_per_epoch(batch_size))
+        key = (seed, epoch, batch_size)
+        if key not in self._plans:
+            # One epoch at a time is in use; the plan is only a cache of a pure function.
+            self._plans.clear()
+            self._plans[key] = _epoch_plan(self.train.lengths, *key)
+        return self._plans[key][position]
+
+    def eval_batches(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """Yield every row of a split exactly once, longest first.
+
+        Raises:
+            InputError: as in `split`.
+        """
+        part = self.split(split)
+        # The first batch needs the most memory: too large a batch fails at once.
+        order = np.argsort(-part.lengths, kind="stable")
+        for start in range(0, len(order), batch_size):
+            yield part.batch(order[start : start + batch_size])
+
+    def num_eval_batches(self, split: str, batch_size: int) -> int:
+        """Number of batches that `eval_batches` yields."""
+        return math.ceil(len(self.split(split)) / batch_size)
+
+
+def encode(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    train_limit: int | None = None,
+    eval_limit: int | None = None,
+) -> Encoded:
+    """Tokenise a task.
+
+    Args:
+        task: rows in a fair order, so a limit takes a sample with the task's class shares.
+        tokenizer: a fast tokenizer with a padding token, as `deltacontrol.experiments.models.load`
+        gives.
+        max_length: longer texts are cut at this many tokens, special ones included.
+        train_limit: use the first so many training rows.
+        eval_limit: use the first so many validation and test rows.
+
+    Raises:
+        InputError: a limit or `max_length` that is too small, no padding token, or no text with two
+            tokens for causal-lm (a single one has nothing to predict; such rows are left out).
+    """
+    if max_length < 2 + tokenizer.num_special_tokens_to_add():
+        raise InputError(f"max_length={max_length} leaves no room for text; give 8 or more.")
+    for name, limit in (("train_limit", train_limit), ("eval_limit", eval_limit)):
+        if limit is not None and limit < 1:
+            raise InputError(f"{name} must be 1 or more, got {limit}.")
+    limits = {"train": train_limit, "validation": eval_limit, "test": eval_limit}
+    frames = {name: getattr(task, name).iloc[:limit] for name, limit in limits.items()}
+    return Encoded(
+        **{name: _encode_split(part, task, tokenizer, max_length) for name, part in frames.items()}
+    )
+
+
+def _encode_split(
+    frame: pd.DataFrame, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> EncodedSplit:
+    pad = tokenizer.pad_token_id
+    if not isinstance(pad, int):
+        raise InputError("the tokenizer has no padding token; set one, its end token for example.")
+    ids = tokenizer(
+        frame["text"].tolist(),
+        truncation=True,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )["input_ids"]
+    labels = None
+    if task.kind == "causal-lm":
+        ids = [row for row in ids if len(row) > 1]
+        if not ids:
+            raise InputError(f"{task.name}: no text of a split has two tokens; nothing to predict.")
+    else:
+        # A text of none of the tokenizer's tokens still needs one position to be read out from.
+        ids = [row or [pad] for row in ids]
+        kind = np.float32 if task.kind == "regression" else np.int64
+        labels = frame["label"].to_numpy(dtype=kind, copy=True)
+    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.fromiter((token for row in ids for token in row), np.int64, count=offsets[-1])
+    return EncodedSplit(tokens, offsets, labels, pad)
+
+
+def _epoch_plan(lengths: np.ndarray, seed: int, epoch: int, batch_size: int) -> np.ndarray:
+    """Return the rows of each batch of an epoch (batches, batch size)."""
+    generator = np.random.default_rng([seed, epoch])
+    size = min(batch_size, len(lengths))
+    batches = len(lengths) // size
+    order = generator.permutation(len(lengths))[: batches * size]
+    stretch = np.arange(len(order)) // (size * BATCHES_SORTED_TOGETHER)
+    # The last key is the first to sort by: inside each stretch, by length.
+    order = order[np.lexsort((lengths[order], stretch))]
+    return generator.permutation(order.reshape(batches, size))

@@ -1,0 +1,1 @@
+"""Fine-tuning: the loop, evaluation, devices, checkpoints, and what goes in and out."""

@@ -1,0 +1,354 @@
+"""Train K copies of deltas over one frozen backbone in one pass: seeds and learning rates at once.
+
+Each copy gets the updates that `training.train` would give it alone, up to rounding: its own batch,
+gradient norm, clipping, rate and AdamW moments; only the passes are shared,
+
+    Σ_k loss(u_k; batch_k),        with ∇ of the sum = (∇ loss(u_1), …, ∇ loss(u_K)).
+
+A pass takes the copies in groups. A frozen map over more rows runs nearer to the machine's speed
+until that is reached; beyond, a larger group costs memory and cache. So the size of a group is
+measured on the first batches, and one copy at a time is among the candidates.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from tqdm.auto import tqdm
+
+from deltacontrol.deltas import Delta, DeltaStack, attach, attach_many
+from deltacontrol.deltas.ensemble.stack import UnstackableError
+from deltacontrol.experiments.training import checkpoints
+from deltacontrol.experiments.training import devices as resources
+from deltacontrol.experiments.training import loop as training
+from deltacontrol.experiments.training.gradients import num_tokens
+from deltacontrol.experiments.training.loop import Batches, Settings
+from deltacontrol.experiments.training.modes import training_mode
+from deltacontrol.experiments.training.results import TrainingResult, curve, divergence, summary
+from deltacontrol.experiments.training.schedules import learning_rate
+from deltacontrol.theory.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+OWN = ("learning_rate", "seed")  # what may differ from copy to copy
+ALONE = ("grad_accumulation", "gradient_checkpointing", "cache_frozen", "dropout", "eval_every")
+BETAS, EPS = (0.9, 0.999), 1e-8
+ROWS = 2048  # tokens of a pass from which on larger matrix products hardly gain
+
+
+@dataclass(frozen=True)
+class ManyResult:
+    """What training many copies gave.
+
+    Attributes:
+        results: one for each copy, as `training.train` gives them; seconds of a step are its share
+            of the common step.
+        group: how many copies shared a pass; 1 is one after another.
+        reason: why the copies could not share one; empty where they could.
+    """
+
+    results: tuple[TrainingResult, ...]
+    group: int
+    reason: str = ""
+
+
+def train_many(
+    model: PreTrainedModel,
+    deltas: Sequence[Delta],
+    data: Sequence[Batches],
+    settings: Sequence[Settings],
+    *,
+    group: int | None = None,
+    progress: bool = True,
+) -> ManyResult:
+    """Train one copy of the deltas for each of ``settings``, and give the model back without them.
+
+    Args:
+        model: the base model.
+        deltas: what each copy consists of.
+        data: the batches of each copy, all with the same number of examples.
+        settings: of each copy; they may differ in seed, which is also that of the initial values,
+            and in learning rate.
+        group: how many copies share a pass; None measures what is fastest.
+        progress: whether to draw a progress bar.
+
+    Raises:
+        InputError: numbers that do not fit, settings that differ in more, or from attaching.
+    """
+    if len(data) != len(settings) or not settings:
+        raise InputError(
+            f"train_many got data for {len(data)} copies and settings for {len(settings)}; give "
+            "one of each for every copy."
+        )
+    for field in fields(Settings):
+        if field.name not in OWN and len({getattr(s, field.name) for s in settings}) > 1:
+            raise InputError(
+                f"copies that are trained together have one {field.name}; they may differ in "
+                f"{' and '.join(OWN)}."
+            )
+    if group is not None and not 1 <= group <= len(settings):
+        raise InputError(f"group is {group}; expected 1 to {len(settings)}, the number of copies.")
+    reason = _obstacle(settings[0])
+    if not reason:
+        device = resources.choose_device(settings[0].device)
+        try:
+            stack = attach_many(model.to(device), *deltas, seeds=[s.seed for s in settings])  # type: ignore[arg-type]
+        except UnstackableError as error:
+            reason = str(error)
+        else:
+            try:
+                found = Loop(stack, data, settings, device).train(group, progress)
+            finally:
+                stack.detach()
+            if found is not None:
+                return found
+            reason = "the controls or the model draw random numbers in training"
+    return ManyResult(_one_after_another(model, deltas, data, settings, progress), 1, reason)
+
+
+def _obstacle(settings: Settings) -> str:
+    """The setting that asks for a training of its own."""
+    plain = Settings(steps=1, learning_rate=1.0)
+    for name in ALONE:
+        if getattr(settings, name) != getattr(plain, name):
+            return f"{name} is set"
+    return ""
+
+
+def _one_after_another(
+    model: PreTrainedModel,
+    deltas: Sequence[Delta],
+    data: Sequence[Batches],
+    settings: Sequence[Settings],
+    progress: bool,
+) -> tuple[TrainingResult, ...]:
+    results = []
+    for batches, own in zip(data, settings, strict=True):
+        controlled = attach(model, *deltas, seed=own.seed)
+        try:
+            results.append(training.train(controlled, batches, own, progress=progress))
+        finally:
+            controlled.detach()
+    return tuple(results)
+
+
+class Loop:
+    """A training of all copies of a stack, and its single steps."""
+
+    def __init__(
+        self,
+        stack: DeltaStack,
+        data: Sequence[Batches],
+        settings: Sequence[Settings],
+        device: str,
+    ) -> None:
+        self.stack, self.data, self.settings = stack, data, settings
+        self.device = device
+        self.precision = resources.choose_precision(settings[0].precision, device)
+        self.controls = stack.trainable()
+        for parameter in self.controls.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self.moments = {
+            name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.controls.items()
+        }
+        self.runs = [checkpoints.Progress() for _ in settings]
+        self.messages = ["" for _ in settings]
+
+    def train(self, group: int | None, progress: bool) -> ManyResult | None:
+        """The result; None where randomness would make it another one than each copy's own."""
+        count, steps = self.stack.num_copies, self.settings[0].steps
+        memory = resources.PeakMemory(self.device)
+        with training_mode(self.stack.single, False, False):
+            if self._draws():
+                return None
+            size = self.fastest_group() if group is None else group
+            bar = tqdm(total=steps, desc=f"training {count} copies", disable=not progress)
+            with bar:
+                for step in range(steps):
+                    self.update(step, size)
+                    bar.update()
+                    if all(self.messages):
+                        break
+        results = []
+        for k, (run, message) in enumerate(zip(self.runs, self.messages, strict=True)):
+            status = "diverged" if message else "completed"
+            measures = summary(run, memory, self.precision, self.device)
+            rows, controls = curve(run), self.stack.state(k)
+            results.append(TrainingResult(status, message, rows, controls, None, measures))
+        return ManyResult(tuple(results), size)
+
+    def _draws(self) -> bool:
+        """Whether a pass in training mode draws from a generator of torch."""
+        devices = [torch.cuda.current_device()] if self.device == "cuda" else []
+
+        def states() -> list[Tensor]:
+            return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+
+        with torch.random.fork_rng(devices), torch.no_grad():
+            before = states()
+            self._losses(self._batches(0)[:1], 0, 1)
+            return not all(map(torch.equal, before, states()))
+
+    def fastest_group(self) -> int:
+        """The size of a group with the shortest passes over the first batches."""
+        count = self.stack.num_copies
+        batches = [self._batches(step) for step in range(min(3, self.settings[0].steps))]
+        tokens = max(b["labels"].shape[0] * _width(b) for b in batches[0])
+        candidates = sorted({1, max(1, min(count, ROWS // tokens)), math.ceil(count / 2), count})
+        seconds = {size: 0.0 for size in candidates}
+        for turn, current in enumerate([batches[0], *batches]):
+            for size in candidates if turn % 2 else reversed(candidates):
+                start = time.perf_counter()
+                self._gradients(current, size)
+                if self.device == "cuda":
+                    torch.cuda.synchronize()
+                seconds[size] += (time.perf_counter() - start) * bool(turn)  # the first warms up
+        return min(candidates, key=lambda size: seconds[size])
+
+    def _batches(self, step: int) -> list[dict[str, Any]]:
+        return [dict(data.batch(step)) for data in self.data]
+
+    def _losses(self, batches: list[dict[str, Any]], start: int, stop: int) -> Tensor:
+        """The losses of the copies start … stop - 1, (copies,)."""
+        values = {name: p[start:stop] for name, p in self.controls.items()}
+        return self._run(values, batches, start, stop)
+
+    def _run(
+        self, values: dict[str, Tensor], batches: list[dict[str, Any]], start: int, stop: int
+    ) -> Tensor:
+        batch = join(batches, getattr(self.stack.model.config, "pad_token_id", None) or 0)
+        batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        labels = batch.pop("labels")
+        if self.settings[0].kind == "causal-lm":
+            batch["use_cache"] = False
+        with (
+            resources.autocast(self.precision, self.device),
+            resources.attention(batch, self.precision, self.device),
+        ):
+            logits = self.stack.run(values, start, stop, batch).logits
+            return self.stack.losses(logits, labels, stop - start)
+
+    def _gradients(self, batches: list[dict[str, Any]], size: int) -> Tensor:
+        """Put the gradient of each copy's loss into its controls' ``grad``; the losses."""
+        losses = []
+        for start in range(0, len(batches), size):
+            stop = min(start + size, len(batches))
+            leaves: dict[str, Tensor] = {}
+            for name, parameter in self.controls.items():
+                leaf = parameter.detach()[start:stop].requires_grad_()
+                assert parameter.grad is not None
+                leaf.grad = parameter.grad[start:stop].zero_()  # a view: filled in place
+                leaves[name] = leaf
+            found = self._run(leaves, batches[start:stop], start, stop)
+            found.sum().backward()
+            losses.append(found.detach())
+        return torch.cat(losses).float()
+
+    @torch.no_grad()
+    def update(self, step: int, size: int) -> None:
+        """One update of every copy, ``size`` of them in a pass."""
+        began = time.perf_counter()
+        batches = self._batches(step)
+        with torch.enable_grad():
+            losses = self._gradients(batches, size)
+        squares = [p.grad.reshape(len(p), -1).square().sum(1) for p in self.controls.values()]  # type: ignore[union-attr]
+        norms = torch.stack(squares).sum(0).sqrt()
+        rates = [self._rate(k, step) for k in range(len(batches))]
+        finite = (losses.isfinite() & norms.isfinite()).tolist()
+        goes_on = [
+            good and not message for good, message in zip(finite, self.messages, strict=True)
+        ]
+        self._adamw(
+            step, torch.tensor(rates, dtype=torch.float64, device=norms.device), norms, goes_on
+        )
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        running = [k for k, message in enumerate(self.messages) if not message]
+        seconds = (time.perf_counter() - began) / len(running)
+        for k in running:
+            loss, norm = float(losses[k]), float(norms[k])
+            if not finite[k]:
+                self.messages[k] = divergence(step + 1, loss, norm, rates[k])
+            else:
+                self.runs[k].step = step + 1
+            self.runs[k].rows.append(
+                {
+                    "step": step + 1,
+                    "loss": loss,
+                    "learning_rate": rates[k],
+                    "grad_norm": norm,
+                    "tokens": num_tokens(batches[k]),
+                    "seconds": seconds,
+                    "timed": step >= training.UNTIMED_STEPS,
+                }
+            )
+
+    def _rate(self, k: int, step: int) -> float:
+        own = self.settings[k]
+        return learning_rate(
+            step, peak=own.learning_rate, steps=own.steps, warmup=own.warmup, schedule=own.schedule
+        )
+
+    def _adamw(self, step: int, rates: Tensor, norms: Tensor, goes_on: list[bool]) -> None:
+        """AdamW (Loshchilov & Hutter, ICLR 2019, Algorithm 2), each copy with its own rate.
+
+        A copy that has diverged keeps its controls.
+        """
+        shared, factors = self.settings[0], self.stack.rate_factors
+        bound = math.inf if shared.max_grad_norm is None else shared.max_grad_norm
+        scale = (bound / (norms + 1e-6)).clamp_max(1.0)
+        alive = torch.tensor(goes_on, device=norms.device)
+        corrections = [1 - beta ** (step + 1) for beta in BETAS]
+        for name, parameter in self.controls.items():
+            first, second = self.moments[name]
+            grad = parameter.grad
+            assert grad is not None
+
+            def each(values: Tensor, like: Tensor = parameter) -> Tensor:
+                return values.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+
+            grad = torch.where(each(alive).bool(), grad * each(scale), torch.zeros_like(grad))
+            rate = each(torch.where(alive, rates, torch.zeros_like(rates))) * factors.get(name, 1.0)
+            first.lerp_(grad, 1 - BETAS[0])
+            second.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
+            parameter.mul_(1 - rate * shared.weight_decay)
+            spread = second.sqrt().div_(math.sqrt(corrections[1])).add_(EPS)
+            parameter.sub_(rate / corrections[0] * first / spread)
+
+
+def _width(batch: dict[str, Any]) -> int:
+    sizes = [v.shape[1] for v in batch.values() if isinstance(v, Tensor) and v.dim() > 1]
+    return max(sizes, default=1)
+
+
+def join(batches: Sequence[dict[str, Any]], pad_token: int) -> dict[str, Any]:
+    """The batches one after another, padded on the right to the longest; labels by -100.
+
+    Raises:
+        InputError: they differ in their arguments or in the number of examples.
+    """
+    first = batches[0]
+    for batch in batches:
+        if batch.keys() != first.keys() or len(batch["labels"]) != len(first["labels"]):
+            raise InputError(
+                f"the copies' batches differ: {len(first['labels'])} examples with "
+                f"{', '.join(first)} and {len(batch['labels'])} with {', '.join(batch)}; copies "
+                "that share a pass need the same number of the same kind."
+            )
+    fill = {"input_ids": pad_token, "labels": -100}
+    joined: dict[str, Any] = {}
+    for key, value in first.items():
+        values = [batch[key] for batch in batches]
+        if isinstance(value, Tensor) and value.dim() == 2:
+            width = max(v.shape[1] for v in values)
+            values = [pad(v, (0, width - v.shape[1]), value=fill.get(key, 0)) for v in values]
+        joined[key] = torch.cat(values) if isinstance(value, Tensor) else value
+    return joined

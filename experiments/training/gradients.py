@@ -1,0 +1,103 @@
+"""The gradient of one batch, shared out among processes and slices."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from deltacontrol.deltas.dynamics.frozen_states import FrozenStates
+from deltacontrol.experiments.training.devices import attention
+from deltacontrol.theory.errors import InputError
+
+
+def accumulate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    kind: str,
+    seed: int,
+    step: int,
+    slices: int = 1,
+    penalty: Callable[[], Tensor] | None = None,
+    frozen: FrozenStates | None = None,
+) -> float:
+    """Accumulate the gradient of the mean loss over the whole batch, and return that loss.
+
+    The mean is over examples, or over predicted tokens for a language model, whatever the number
+    of processes and slices: slice k of process r takes the examples r·slices + k, with the stride
+    processes·slices. The gradient is that of the loss plus `penalty()`, where there is one. With
+    `frozen`, the batch holds the numbers of its "examples", and their states are taken from there.
+
+    Raises:
+        InputError: There are fewer examples than slices.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    parts, rows = slices, len(batch["labels"])
+    if rows < world * parts:
+        raise InputError(
+            f"a batch of {rows} examples cannot be shared by {world} processes in {parts} slices; "
+            f"choose batch_size >= {world * parts}"
+        )
+    total, loss_sum = _weight(batch["labels"], kind), torch.zeros(())
+    for part in range(parts):
+        piece = _rows(batch, slice(rank * parts + part, None, world * parts), rows)
+        weight = _weight(piece["labels"], kind) / max(total, 1)
+        inputs = {
+            k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in piece.items()
+        }
+        if kind == "causal-lm":
+            inputs["use_cache"] = False
+        torch.manual_seed(step_seed(seed, step, rank, part))
+        local = accelerator.no_sync(model) if part + 1 < parts else nullcontext()
+        known = nullcontext()
+        if frozen is not None:
+            known = frozen.passing(inputs.pop("examples"), inputs["attention_mask"])
+        device = accelerator.device.type
+        precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+        with local, known, attention(inputs, precision, device):
+            outputs = model(**inputs)
+            # A slice without a target has no mean loss; it still takes part in the backward pass.
+            loss = outputs.loss * weight if weight else outputs.logits.sum() * 0.0
+            share = penalty() / (world * parts) if penalty else 0.0
+            accelerator.backward((loss + share) * world)
+        loss_sum = loss_sum.to(loss.device) + loss.detach()
+    return float(accelerator.reduce(loss_sum, reduction="sum"))  # type: ignore[arg-type]
+
+
+def examples(batch: Mapping[str, Any], kind: str) -> Iterator[dict[str, Any]]:
+    """The examples of a batch that have a target, one after another, as batches of one."""
+    rows = len(batch["labels"])
+    for row in range(rows):
+        one = _rows(batch, slice(row, row + 1), rows)
+        if _weight(one["labels"], kind):
+            yield one
+
+
+def _rows(batch: Mapping[str, Any], rows: slice, count: int) -> dict[str, Any]:
+    return {
+        k: v[rows] if isinstance(v, Tensor) and v.dim() and len(v) == count else v
+        for k, v in batch.items()
+    }
+
+
+def _weight(labels: Tensor, kind: str) -> int:
+    return int((labels[:, 1:] != -100).sum()) if kind == "causal-lm" else len(labels)
+
+
+def num_tokens(batch: Mapping[str, Any]) -> int:
+    """Number of tokens that are not padding."""
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch["labels"].numel()
+
+
+def step_seed(seed: int, step: int, process: int = 0, part: int = 0) -> int:
+    """Seed of torch's generator, a 63-bit hash of its arguments."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{process}/{part}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

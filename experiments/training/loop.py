@@ -1,0 +1,353 @@
+"""The training loop: minimise the loss over the controls of a `DeltaModel`.
+
+Randomness is stateless. The batch of a step is a function of (seed, step), and so is the state of
+torch's generator when the step begins, so that a training continued from a checkpoint repeats the
+uninterrupted one exactly, on the same hardware with the same number of threads.
+
+    update t = 0..steps-1:   g = ∇_u loss(batch(t)),  clipped to max_grad_norm
+                             u ← AdamW(u, g; learning_rate(t), weight_decay)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from deltacontrol.deltas.dynamics.frozen_states import FrozenStates
+from deltacontrol.experiments.training import checkpoints
+from deltacontrol.experiments.training import devices as resources
+from deltacontrol.experiments.training.gradients import accumulate, examples, num_tokens
+from deltacontrol.experiments.training.modes import training_mode
+from deltacontrol.experiments.training.results import TrainingResult, curve, divergence, summary
+from deltacontrol.experiments.training.schedules import learning_rate
+from deltacontrol.theory.errors import InputError
+
+if TYPE_CHECKING:
+    from deltacontrol.deltas import DeltaModel
+
+UNTIMED_STEPS = 5
+PREPARATION_BATCHES = 8
+
+
+class Batches(Protocol):
+    """Training data: a batch as a function of the step."""
+
+    def batch(self, step: int) -> dict[str, Any]:
+        """Arguments of the model for update `step`: tensors with the examples first, "labels"."""
+        ...
+
+
+class NumberedBatches(Batches, Protocol):
+    """Batches whose examples have numbers, by which their states are found again."""
+
+    def examples(self, step: int) -> Tensor:
+        """The numbers of the examples in `batch(step)`, (rows,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+        steps: Number of updates.
+        learning_rate: Peak rate.
+        seed: Seed of everything random during training.
+        kind: "classification", "regression" or "causal-lm".
+        schedule, warmup: See `schedules.learning_rate`.
+        weight_decay: Decoupled weight decay of AdamW, on all controls.
+        max_grad_norm: The gradient is scaled down to this norm; None leaves it.
+        grad_accumulation: A batch is processed in this many slices: less memory, the same update.
+        gradient_checkpointing: Recompute each block in the backward pass: less memory, more time.
+        cache_frozen: Keep the states below the lowest control from the first epoch on: less time,
+            more memory, the same training up to rounding. Needs `NumberedBatches`.
+        precision, device: See `resources`.
+        dropout: Whether the base model's own dropout acts.
+        eval_every: Evaluate after every so many updates; None for never.
+        patience: Stop after so many evaluations without a better one, and keep the best controls.
+        monitor, larger_is_better: The metric that decides that.
+        checkpoint_seconds: Time between checkpoints.
+    """
+
+    steps: int
+    learning_rate: float
+    seed: int = 0
+    kind: str = "classification"
+    schedule: str = "linear"
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    grad_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    cache_frozen: bool = False
+    precision: str = "auto"
+    device: str = "auto"
+    dropout: bool = False
+    eval_every: int | None = None
+    patience: int | None = None
+    monitor: str = "accuracy"
+    larger_is_better: bool = True
+    checkpoint_seconds: float = 30.0
+
+
+def train(
+    delta_model: DeltaModel,
+    data: Batches,
+    settings: Settings,
+    *,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    checkpoint_dir: Path | None = None,
+    progress: bool = True,
+    keep_checkpoint: bool = False,
+) -> TrainingResult:
+    """Train the controls of `delta_model` in place.
+
+    Args:
+        delta_model: A model with its controls.
+        data: The batches.
+        settings: How to train.
+        evaluate: Metrics of the model on validation data; needed for `settings.eval_every`.
+        checkpoint_dir: Where to keep a checkpoint; one that is there is continued from.
+        progress: Whether to draw a progress bar.
+        keep_checkpoint: Whether the last state is kept there too, so that the same call gives the
+            same result at once.
+
+    Returns:
+        The result. A loss or gradient that is not finite ends the training with status "diverged",
+        before it reaches the controls.
+
+    Raises:
+        InputError: The checkpoint folder cannot be used; a batch smaller than its number of slices.
+    """
+    device = resources.choose_device(settings.device)
+    precision = resources.choose_precision(settings.precision, device)
+    loop = _Loop(delta_model, data, settings, _accelerator(device, precision))
+    if checkpoint_dir is not None:
+        loop.resume(checkpoint_dir)
+    if delta_model.needs_data and not loop.run.step:
+        loop.prepare()
+    run, earlier = loop.run, loop.run.seconds
+    began = saved = time.perf_counter()
+    memory = resources.PeakMemory(device)
+    status, message = "completed", ""
+    bar = tqdm(
+        total=settings.steps,
+        initial=run.step,
+        desc="training",
+        disable=not (progress and loop.accelerator.is_main_process),
+    )
+    with bar, training_mode(delta_model, settings.dropout, settings.gradient_checkpointing):
+        if loop.exhausted:
+            status, message = "early_stopped", "stopped before this attempt"
+        while run.step < settings.steps and status == "completed":
+            message = loop.update()
+            bar.update()
+            bar.set_postfix(loss=f"{run.rows[-1]['loss']:.3f}", refresh=False)
+            if message:
+                status = "diverged"
+                break
+            if evaluate and settings.eval_every and run.step % settings.eval_every == 0:
+                message = loop.validate(evaluate)
+                if message:
+                    status = "early_stopped"
+                    break
+            now = time.perf_counter()
+            due = run.step < settings.steps and now - saved >= settings.checkpoint_seconds
+            if checkpoint_dir is not None and due and loop.accelerator.is_main_process:
+                run.seconds = earlier + now - began
+                run.peak_memory = max(run.peak_memory, memory.peak())
+                loop.save(checkpoint_dir)
+                saved = time.perf_counter()
+    if checkpoint_dir is not None and keep_checkpoint and status != "diverged":
+        if loop.accelerator.is_main_process:
+            run.seconds = earlier + time.perf_counter() - began
+            run.peak_memory = max(run.peak_memory, memory.peak())
+            loop.save(checkpoint_dir)
+    loop.finish()
+    measures = summary(run, memory, precision, device)
+    return TrainingResult(
+        status, message, curve(run), delta_model.state(), run.best, measures, earlier
+    )
+
+
+class _Loop:
+    """The parts of a training, and its single steps."""
+
+    def __init__(
+        self,
+        delta_model: DeltaModel,
+        data: Batches,
+        settings: Settings,
+        accelerator: Accelerator,
+    ) -> None:
+        self.delta_model, self.data, self.settings = delta_model, data, settings
+        self.accelerator = accelerator
+        self.controls = delta_model.trainable()
+        self.variables = delta_model.variables()
+        factors = delta_model.rate_factors
+        grouped: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.controls.items():
+            grouped.setdefault(factors.get(name, 1.0), []).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group, "factor": factor} for factor, group in grouped.items()],
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            foreach=True,
+        )
+        self.model, self.prepared = accelerator.prepare(delta_model, self.optimizer)
+        self.run = checkpoints.Progress()
+        self.first = 0
+        self.frozen: FrozenStates | None = None
+        if settings.cache_frozen:
+            _check_cacheable(data, settings)
+        self.best_controls: dict[str, Tensor] | None = None
+
+    def resume(self, folder: Path) -> None:
+        self.run, self.best_controls = checkpoints.load(folder, self.variables, self.optimizer)
+        self.first = self.run.step
+
+    def save(self, folder: Path) -> None:
+        checkpoints.save(folder, self.run, self.variables, self.optimizer, self.best_controls)
+
+    def prepare(self) -> None:
+        """Show the examples of the first batches, each alone, to deltas that depend on the data."""
+        device = self.accelerator.device
+
+        def losses() -> Iterator[Tensor]:
+            for step in range(PREPARATION_BATCHES):
+                for one in examples(self.data.batch(step), self.settings.kind):
+                    if self.settings.kind == "causal-lm":
+                        one["use_cache"] = False
+                    inputs = {
+                        k: v.to(device) if isinstance(v, Tensor) else v for k, v in one.items()
+                    }
+                    yield self.delta_model(**inputs).loss
+
+        self.delta_model.prepare(losses)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the patience was at its end already when this attempt began."""
+        patience = self.settings.patience
+        return patience is not None and self.run.stale >= patience
+
+    def update(self) -> str:
+        """Do one update and add its row; returns a message if it had to be left out."""
+        start, step, settings = time.perf_counter(), self.run.step, self.settings
+        rate = learning_rate(
+            step,
+            peak=settings.learning_rate,
+            steps=settings.steps,
+            warmup=settings.warmup,
+            schedule=settings.schedule,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        batch = dict(self.data.batch(step))
+        if settings.cache_frozen:
+            self._frozen_states(batch)
+            batch["examples"] = self.data.examples(step)  # type: ignore[attr-defined]
+        loss = accumulate(
+            self.accelerator,
+            self.model,
+            batch,
+            kind=settings.kind,
+            seed=settings.seed,
+            step=step,
+            slices=settings.grad_accumulation,
+            penalty=self.delta_model.penalty if self.delta_model.is_penalised else None,
+            frozen=self.frozen,
+        )
+        bound = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
+        clipped = self.accelerator.clip_grad_norm_(self.controls.values(), bound)
+        norm = float(clipped)  # type: ignore[arg-type]
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self.prepared.step()
+            self.run.step = step + 1
+            if self.delta_model.after_step(step + 1, settings.steps):
+                # Another model from here on: the moments, and the best so far, were the old one's.
+                self.optimizer.state.clear()
+                self.run.best, self.run.stale, self.best_controls = None, 0, None
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.run.rows.append(
+            {
+                "step": step + 1,
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": norm,
+                "tokens": num_tokens(batch),
+                "seconds": time.perf_counter() - start,
+                "timed": step - self.first >= UNTIMED_STEPS,
+            }
+        )
+        return "" if finite else divergence(step + 1, loss, norm, rate)
+
+    def _frozen_states(self, batch: dict[str, Any]) -> None:
+        """See on a first example what depends on the controls."""
+        if self.frozen is None:
+            one = next(examples(batch, self.settings.kind))
+            one = {k: v.to(self.accelerator.device) for k, v in one.items()}
+            if self.settings.kind == "causal-lm":
+                one["use_cache"] = False
+            self.frozen = FrozenStates(self.delta_model, one)
+
+    def validate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> str:
+        """Evaluate into the last row; returns a message if the patience is at its end."""
+        run, settings = self.run, self.settings
+        metrics = evaluate(self.delta_model)
+        run.rows[-1].update({f"validation_{name}": value for name, value in metrics.items()})
+        value, sign = metrics[settings.monitor], 1.0 if settings.larger_is_better else -1.0
+        best = run.best
+        if math.isfinite(value) and (best is None or sign * value > sign * best["value"]):
+            run.best, run.stale = {"step": float(run.step), "value": value}, 0
+            if settings.patience:
+                self.best_controls = {
+                    k: v.detach().cpu().clone() for k, v in self.variables.items()
+                }
+            return ""
+        run.stale += 1
+        if settings.patience is None or run.stale < settings.patience:
+            return ""
+        reached = f"{best['value']:.4g} of step {best['step']:.0f}" if best else "no finite value"
+        return f"stopped after step {run.step}: {settings.monitor} has not improved on {reached}"
+
+    def finish(self) -> None:
+        """Give the model back without accelerate's wrappers, with the best controls if kept."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        with torch.no_grad():
+            for name, value in (self.best_controls or {}).items():
+                self.variables[name].copy_(value)
+
+
+def _check_cacheable(data: Batches, settings: Settings) -> None:
+    if settings.dropout:
+        raise InputError(
+            "with dropout the hidden states are other ones each time; train without cache_frozen, "
+            "or with dropout=False."
+        )
+    if not hasattr(data, "examples"):
+        raise InputError(
+            f"cache_frozen finds states by the numbers of the examples, but {type(data).__name__} "
+            "has no method examples(step)."
+        )
+
+
+def _accelerator(device: str, precision: str) -> Accelerator:
+    # Accelerate keeps one global state, and refuses another precision or device in one process.
+    AcceleratorState._reset_state(reset_partial_state=int(os.environ.get("WORLD_SIZE", "1")) == 1)
+    mixed = "bf16" if precision == "bf16" else "no"
+    return Accelerator(mixed_precision=mixed, cpu=device == "cpu")

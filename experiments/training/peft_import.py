@@ -1,0 +1,237 @@
+"""Adapters of peft as runs: imported, evaluated and recorded; and a run's model, made again."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
+from deltacontrol.experiments.runs.record import Record
+from deltacontrol.experiments.training.finetune import (
+    METRICS,
+    FineTuning,
+    check_length,
+    majority_share,
+    sizes,
+)
+from deltacontrol.theory.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from deltacontrol.deltas import DeltaModel
+    from deltacontrol.experiments.models import ModelKind
+
+# The head that a model needs for what peft calls a task.
+_KINDS: dict[str, ModelKind] = {
+    "SEQ_CLS": "classification",
+    "CAUSAL_LM": "causal-lm",
+    "FEATURE_EXTRACTION": "backbone",
+}
+_HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
+
+
+@dataclass(frozen=True)
+class ImportedAdapter(Experiment):
+    """Attach a peft adapter to its base model and, where a task is given, evaluate it."""
+
+    kind: ClassVar[str] = "peft-import"
+
+    adapter: Path
+    """Folder with adapter_config.json and adapter_model.safetensors."""
+    model: str | None = None
+    """The base model; by default the one that the adapter names."""
+    task: str | None = None
+    """Evaluate on this task: a packaged one's name, or a file of texts and labels."""
+    evaluate_on: Literal["test", "validation"] = "test"
+    """The rows that are evaluated."""
+    eval_limit: int | None = None
+    """Evaluate on at most so many rows."""
+    batch_size: int = 16
+    """Rows in a batch."""
+    max_length: int = 64
+    """Longest text in tokens; longer ones are cut."""
+    text_column: str = "text"
+    """Column of the texts in a task file."""
+    label_column: str = "label"
+    """Column of the labels in a task file."""
+    task_kind: Literal["classification", "regression", "causal-lm"] | None = None
+    """What the labels of a task file are; inferred by default."""
+
+    def to_config(self) -> dict[str, Any]:
+        """All fields as JSON values, the adapter by its content: its place does not matter."""
+        config = {f.name: getattr(self, f.name) for f in fields(self)}
+        read = self._read()
+        return config | {
+            "adapter": _digest(self.adapter),
+            "model": self._model(),
+            "delta": {"name": f"peft {read.config.get('peft_type')}"},
+        }
+
+    @property
+    def label(self) -> str:
+        """Model, task and adapter."""
+        return f"{self._model()} {self.task or ''} {self.adapter}"
+
+    def digests(self) -> Digests:
+        """Digests of the base model and the task."""
+        from deltacontrol.experiments import models, tasks
+
+        data = tasks.digest(self.task, **self._columns()) if self.task else None
+        return Digests(models.digest(self._model()), data)
+
+    def execute(self, workspace: Workspace) -> Outcome:
+        """Import, and evaluate in float32 on the CPU.
+
+        The result holds the deltas that the adapter is, numbers of parameters and, with a task, its
+        metrics, majority_share, num_evaluated and num_labels.
+
+        Raises:
+            InputError: as `deltacontrol.deltas.interop.import_peft`, or from loading the model or
+            the task.
+        """
+        import pandas as pd
+
+        from deltacontrol.deltas.interop import import_peft
+        from deltacontrol.experiments import models, tasks
+        from deltacontrol.experiments.tasks import encoding as data
+        from deltacontrol.experiments.training.evaluation import evaluate
+
+        del workspace
+        if self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}; expected a whole number >= 1")
+        task = tasks.load(self.task, **self._columns()) if self.task else None
+        kind = task.kind if task else self._kind()
+        num_labels = len(task.labels) if task else self._num_labels()
+        base, tokenizer = models.load(
+            self._model(), kind=kind, num_labels=num_labels if kind == "classification" else None
+        )
+        model = import_peft(self.adapter, base)
+        result: dict[str, Any] = {
+            "deltas": [delta.to_dict() for delta in model.deltas],
+            "model_kind": kind,
+            "num_labels": num_labels if kind == "classification" else None,
+            **sizes(model),
+        }
+        if task is not None:
+            check_length(self.max_length, base, self._model())
+            encoded = data.encode(
+                task, tokenizer, max_length=self.max_length, eval_limit=self.eval_limit
+            )
+            labels = encoded.split(self.evaluate_on).labels
+            batches = encoded.eval_batches(self.evaluate_on, self.batch_size)
+            result |= evaluate(model, batches, task.kind)
+            result["num_evaluated"] = len(encoded.split(self.evaluate_on))
+            result["majority_share"] = majority_share(labels) if task.labels else None
+        return Outcome("completed", result, pd.DataFrame({"step": []}), model.state())
+
+    def _read(self) -> Any:
+        from deltacontrol.deltas.interop.adapter import read
+
+        return read(self.adapter)
+
+    def _model(self) -> str:
+        name = self.model or self._read().config.get("base_model_name_or_path")
+        if not name:
+            raise InputError(f"the adapter {self.adapter} names no base model; give one, --model.")
+        return str(name)
+
+    def _kind(self) -> ModelKind:
+        """The head of the model, by the adapter's task or the class that it names."""
+        from deltacontrol.deltas.interop.targets import task_of
+
+        config = self._read().config
+        mapping = config.get("auto_mapping") or {}
+        task = config.get("task_type") or task_of(str(mapping.get("base_model_class", "")))
+        if task not in _KINDS:
+            raise InputError(
+                f"the adapter is for the task {task!r}, which needs another head than "
+                f"{', '.join(sorted(_KINDS.values()))}; give the task to evaluate it on, or import "
+                "it in Python with deltacontrol.deltas.interop.import_peft."
+            )
+        return _KINDS[task]
+
+    def _num_labels(self) -> int:
+        """Rows of the head that the adapter holds; 2, as transformers has it, where it has none."""
+        tensors = self._read().tensors
+        heads = [v for k, v in tensors.items() if k.endswith(_HEADS) and k.startswith("base_model")]
+        return len(heads[0]) if heads else 2
+
+    def _columns(self) -> dict[str, Any]:
+        return {
+            "text_column": self.text_column,
+            "label_column": self.label_column,
+            "kind": self.task_kind,
+        }
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 of both files, shortened."""
+    from deltacontrol.deltas.interop.adapter import CONFIG, WEIGHTS
+
+    digest = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        digest.update((Path(folder).expanduser() / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def restore(record: Record) -> DeltaModel:
+    """The controlled model at the end of a recorded run.
+
+    Raises:
+        InputError: the run keeps no controls, is of another kind, or its model has changed.
+    """
+    controls = record.controls()
+    builders = {FineTuning.kind: _fine_tuned, ImportedAdapter.kind: _imported}
+    if record.kind not in builders:
+        raise InputError(
+            f"run {record.id} is of kind {record.kind!r}, which leaves no model; expected one of "
+            f"{', '.join(builders)}."
+        )
+    _same_model(record)
+    controlled = builders[record.kind](record)
+    controlled.load(controlled.state() | controls)
+    return controlled
+
+
+def _fine_tuned(record: Record) -> DeltaModel:
+    kind = next((k for k, names in METRICS.items() if names[0] in record.result), None)
+    if kind is None:
+        raise InputError(f"run {record.id} has no metric, so its kind of task is not known.")
+    base = _base(record, kind, record.result.get("num_labels"))
+    return FineTuning.from_config(record.config).attached(base, kind)
+
+
+def _imported(record: Record) -> DeltaModel:
+    from deltacontrol.deltas import attach, from_dict
+
+    result = record.result
+    base = _base(record, result["model_kind"], result["num_labels"])
+    return attach(base, *(from_dict(delta) for delta in result["deltas"]))
+
+
+def _base(record: Record, kind: Any, num_labels: int | None) -> PreTrainedModel:
+    from deltacontrol.experiments import models
+
+    config = record.config
+    base, _ = models.load(
+        config["model"],
+        kind=kind,
+        num_labels=num_labels if kind == "classification" else None,
+        pretrained=config.get("pretrained", True),
+        seed=config.get("seed", 0),
+    )
+    return base
+
+
+def _same_model(record: Record) -> None:
+    from deltacontrol.experiments import models
+
+    name = record.config["model"]
+    if models.digest(name) != record.provenance["digests"]["model"]:
+        raise InputError(
+            f"the model {name} is not what it was in run {record.id}; its controls mean nothing on "
+            "another base. Bring the model back, or run again."
+        )

@@ -1,0 +1,1 @@
+"""Depth as time: continuous limits, perturbations, turnpikes."""

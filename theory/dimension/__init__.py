@@ -1,0 +1,1 @@
+"""Intrinsic dimension: random subspaces, thresholds that a spectrum predicts, estimates from trainings."""

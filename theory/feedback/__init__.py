@@ -1,0 +1,1 @@
+"""Feedback laws: gains, corrections towards a manifold, steering."""

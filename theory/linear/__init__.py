@@ -1,0 +1,1 @@
+"""Derivatives as linear operators, and what products with them tell: spectra, Gramians, curvature."""

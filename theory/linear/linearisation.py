@@ -1,0 +1,176 @@
+"""The first-order model of a rollout, matrix-free.
+
+Around a trajectory ``x_{t+1} = f_t(x_t, u_t)`` it is the time-varying linear system
+
+    dx_{t+1} = A_t dx_t + B_t du_t,   A_t = d f_t/dx,   B_t = d f_t/du   at (x_t, u_t),
+
+whose adjoint runs backward: ``q_t = A_t' q_{t+1} + s_t`` and the part of the control is
+``B_t' q_{t+1}``. With the sources ``s_t = grad_x l_t`` and ``q_L = grad Phi`` the ``q_t`` are the
+costates. `push` costs one forward-mode, `pull` one reverse-mode derivative of each step, and
+neither forms a matrix, so a state may have 10^5 entries. `jacobians` forms them, where they fit.
+
+Shapes are those of `deltacontrol.theory.control.problem`: a control without a batch axis is shared,
+so that ``B_t'`` sums over the batch; integer states have no perturbation, theirs are zero.
+
+Source: Bryson & Ho, *Applied Optimal Control*, 1975, section 2.2 and appendix A4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deltacontrol.theory.control.problem import ControlProblem, Controls, Dynamics
+from deltacontrol.theory.control.work import count
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.step_graph import StepGraph, differentiable_attention
+
+__all__ = ["Linearisation", "differentiable_attention"]
+
+
+@dataclass(frozen=True, eq=False)
+class Linearisation:
+    """The linear system ``dx_{t+1} = A_t dx_t + B_t du_t`` along a trajectory.
+
+    Attributes:
+        dynamics: the steps ``f_t``.
+        states: ``x_0..x_L``, as a rollout gives them.
+        controls: the controls that produced the states.
+        keep: keep the graph of each step from its first product on. It costs the memory of one
+            training step where only `pull` is used and about twice that with `push`, and saves the
+            evaluation of the step in each later product, most of its time.
+
+    Raises:
+        InputError: if the numbers of states and controls do not fit the horizon.
+    """
+
+    dynamics: Dynamics
+    states: Sequence[Tensor]
+    controls: Controls
+    keep: bool = False
+    _graphs: dict[int, StepGraph] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the lengths."""
+        horizon = self.dynamics.horizon
+        if len(self.states) != horizon + 1 or len(self.controls) != horizon:
+            raise InputError(
+                f"expected {horizon + 1} states and {horizon} controls, but got "
+                f"{len(self.states)} and {len(self.controls)}"
+            )
+
+    @classmethod
+    def of(cls, problem: ControlProblem, u: Controls, *, keep: bool = False) -> Linearisation:
+        """Roll the problem out under ``u`` and linearise there."""
+        u = tuple(control.detach() for control in u)
+        with torch.no_grad(), differentiable_attention():
+            return cls(problem.dynamics, problem.rollout(u), u, keep)
+
+    @property
+    def horizon(self) -> int:
+        """The number of steps."""
+        return self.dynamics.horizon
+
+    def push(self, du: Controls, dx0: Tensor | None = None) -> list[Tensor]:
+        """``dx_0, ..., dx_L`` that the perturbations ``du`` and ``dx0`` cause.
+
+        Args:
+            du: perturbations of the controls, of their shapes.
+            dx0: perturbation of the initial state; zero by default.
+        """
+        x0 = self.states[0]
+        dx = _zeros_like(x0, self.states[-1].dtype) if dx0 is None else dx0
+        result = [dx]
+        for t in range(self.horizon):
+            dx = self.push_step(t, dx, du[t])
+            result.append(dx)
+        return result
+
+    def push_step(self, t: int, dx: Tensor, du: Tensor) -> Tensor:
+        """``A_t dx + B_t du``."""
+        count(1)
+        if self.keep:
+            return self._graph(t).push(dx, du)
+        x, u = self.states[t].detach(), self.controls[t].detach()
+        with differentiable_attention(), torch.no_grad():
+            if x.is_floating_point():
+                return _jvp(lambda x, u: self.dynamics.step(t, x, u), (x, u), (dx, du))
+            return _jvp(lambda u: self.dynamics.step(t, x, u), (u,), (du,))
+
+    def pull(
+        self, terminal: Tensor, sources: Sequence[Tensor | None] | None = None
+    ) -> tuple[list[Tensor], Controls]:
+        """The adjoint sweep: ``q_0..q_L`` and ``B_t' q_{t+1}`` for each step.
+
+        Args:
+            terminal: ``q_L``, of the shape of the last state.
+            sources: ``s_0..s_{L-1}``, each of the shape of its state or None for zero.
+        """
+        q, costates, controls = terminal, [terminal], []
+        for t in reversed(range(self.horizon)):
+            q, g = self.pull_step(t, q)
+            source = None if sources is None else sources[t]
+            q = q if source is None else q + source
+            costates.append(q)
+            controls.append(g)
+        return costates[::-1], tuple(controls[::-1])
+
+    def pull_step(self, t: int, q: Tensor) -> tuple[Tensor, Tensor]:
+        """``A_t' q`` and ``B_t' q``."""
+        count(1)
+        return self._graph(t).pull(q)
+
+    def jacobians(self, t: int, *, per_example: bool = False) -> tuple[Tensor, Tensor]:
+        """Dense ``A_t`` and ``B_t``.
+
+        Args:
+            t: the step.
+            per_example: the first axis numbers examples that do not interact; the matrices are
+                then ``(batch, n', n)`` and ``(batch, n', m)``, else ``(n', n)`` and ``(n', m)``
+                of the flattened states (and of the flattened control). The columns of a state
+                that holds integers are zero.
+        """
+        x, u = self.states[t].detach(), self.controls[t].detach()
+        rows = self.states[t + 1].numel()
+        count(rows // max(len(x), 1) if per_example else rows)
+        with differentiable_attention():
+            if not per_example:
+                return _dense(lambda x, u: self.dynamics.step(t, x, u), x, u)
+
+            def row(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+                return _dense(lambda x, u: self.dynamics.step(t, x, u), x, u)
+
+            return torch.func.vmap(row, in_dims=(0, None if u.ndim == 1 else 0))(x, u)
+
+    def _graph(self, t: int) -> StepGraph:
+        graph = self._graphs.get(t)
+        if graph is None:
+            graph = StepGraph(
+                lambda x, u: self.dynamics.step(t, x, u), self.states[t], self.controls[t]
+            )
+            if self.keep:
+                self._graphs[t] = graph
+        return graph
+
+
+def _jvp(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> Tensor:
+    return torch.func.jvp(f, at, along)[1]
+
+
+def _dense(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Both Jacobians by reverse mode, one sweep for each entry of the next state."""
+    if x.is_floating_point():
+        y, pull = torch.func.vjp(f, x, u)[:2]
+    else:
+        y, pull = torch.func.vjp(lambda u: f(x, u), u)[:2]
+    basis = torch.eye(y.numel(), dtype=y.dtype, device=y.device).reshape(-1, *y.shape)
+    *state, b = torch.func.vmap(pull)(basis)
+    a = state[0] if state else y.new_zeros(y.numel(), x.numel())
+    return a.reshape(y.numel(), x.numel()), b.reshape(y.numel(), u.numel())
+
+
+def _zeros_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(x, dtype=x.dtype if x.is_floating_point() else dtype)

@@ -1,0 +1,1 @@
+"""Rank: spectra and subspaces of updates, and the rank that a target needs."""
