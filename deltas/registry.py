@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from deltacontrol.deltas import methods
 from deltacontrol.deltas.base import Delta
 from deltacontrol.theory.errors import InputError, unknown
 
@@ -20,7 +19,10 @@ from deltacontrol.theory.errors import InputError, unknown
 def available() -> dict[str, type[Delta]]:
     """All delta methods by name, in alphabetical order."""
     found: dict[str, type[Delta]] = {}
+    methods = importlib.import_module("deltacontrol.deltas.methods")
     for info in pkgutil.iter_modules(methods.__path__):
+        if info.ispkg:  # what several methods share
+            continue
         module = importlib.import_module(f"{methods.__name__}.{info.name}")
         for value in vars(module).values():
             concrete = isinstance(value, type) and issubclass(value, Delta) and value is not Delta

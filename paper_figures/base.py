@@ -1,8 +1,9 @@
 """What a figure is, and where figures are found.
 
-A figure is one module of this folder that defines everything in `FigureModule`. The path is always
-records → `table`, `curves` → `draw`: nothing is drawn that is not in a table, and each table is
-written beside the picture, so a picture can be checked, or drawn otherwise, from its CSV files.
+A figure is one module of the folder `figures` that defines everything in `FigureModule`. The path
+is always records → `table`, `curves` → `draw`: nothing is drawn that is not in a table, and each
+table is written beside the picture, so a picture can be checked, or drawn otherwise, from its CSV
+files.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 FOLDER = Path(__file__).parent
+FIGURES = FOLDER / "figures"
 STYLE = FOLDER / "style.mplstyle"
 RECORDS = FOLDER / "records"
 GALLERY = FOLDER / "gallery"
@@ -63,12 +65,8 @@ class FigureModule(Protocol):
 
 
 def names() -> list[str]:
-    """Names of all figures: the modules of this folder that define `STUDY` at top level."""
-    return sorted(
-        path.stem
-        for path in FOLDER.glob("*.py")
-        if any(line.startswith("STUDY =") for line in path.read_text("utf-8").splitlines())
-    )
+    """Names of all figures: the modules of the folder `figures`."""
+    return sorted(path.stem for path in FIGURES.glob("*.py") if path.stem != "__init__")
 
 
 def load(name: str) -> FigureModule:
@@ -79,12 +77,12 @@ def load(name: str) -> FigureModule:
     """
     if name not in names():
         raise unknown("figure", name, names())
-    module = importlib.import_module(f"paper_figures.{name}")
+    module = importlib.import_module(f"deltacontrol.paper_figures.figures.{name}")
     if not isinstance(module, FigureModule):
         wanted = (w for w in FigureModule.__dict__ if not w.startswith("_"))
         annotated = FigureModule.__annotations__
         lacking = [w for w in (*annotated, *wanted) if not hasattr(module, w)]
-        raise InputError(f"paper_figures/{name}.py must define {', '.join(lacking)}")
+        raise InputError(f"paper_figures/figures/{name}.py must define {', '.join(lacking)}")
     return cast(FigureModule, module)
 
 

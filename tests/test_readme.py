@@ -20,8 +20,8 @@ def between(text: str, marker: str) -> str:
 def test_scoreboard_is_up_to_date() -> None:
     written = between(README.read_text(encoding="utf-8"), "scoreboard").strip()
     assert written == scoreboard.render_table().strip(), (
-        "the scoreboard in README.md is stale; put what deltacontrol.experiments.claims.scoreboard.render_table() "
-        "returns between its markers"
+        "the scoreboard in README.md is stale; put what "
+        "deltacontrol.experiments.claims.scoreboard.render_table() returns between its markers"
     )
 
 

@@ -1,4 +1,7 @@
-"""Where the model families keep their blocks and sites; the names are those of `deltacontrol.deltas.editing.sites`."""
+"""Where the model families keep their blocks and sites.
+
+The names are those of `deltacontrol.deltas.editing.sites`.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Claims, one a file ``NN_name.py`` that defines CLAIM; `deltacontrol.experiments.claims.scoreboard` finds them."""
+"""Claims, one a file ``NN_name.py`` that defines CLAIM; the `scoreboard` finds them."""

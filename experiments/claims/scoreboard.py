@@ -20,15 +20,16 @@ from deltacontrol.theory.claims import Claim, Outcome, judge
 from deltacontrol.theory.errors import InputError, unknown
 
 RESULTS = Path(claims.__path__[0]) / "results"
-README = Path(__file__).resolve().parents[1] / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 BEGIN, END = "<!-- scoreboard:begin -->\n", "<!-- scoreboard:end -->"
 
 
 @cache
 def available() -> dict[int, Claim]:
     """All claims by number."""
-    modules = (i.name for i in pkgutil.iter_modules(claims.__path__))
-    found = (importlib.import_module(f"{claims.__name__}.{name}").CLAIM for name in modules)
+    names = (info.name for info in pkgutil.iter_modules(claims.__path__))
+    modules = (f"{claims.__name__}.{name}" for name in names if name[0].isdigit())
+    found = (importlib.import_module(name).CLAIM for name in modules)
     return {claim.id: claim for claim in sorted(found, key=lambda claim: claim.id)}
 
 

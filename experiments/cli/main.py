@@ -1,7 +1,7 @@
 """The command ``deltacontrol``: one subcommand a class, found by itself.
 
 A subcommand is a dataclass with a method ``run``. Its fields are the options, and its docstrings
-their help. Those of this package are the modules of ``experiments/commands`` (each names its class
+their help. Those of this package are the modules beside this one (each names its class
 COMMAND); other packages add theirs through the entry-point group ``deltacontrol.commands``.
 
 Exit codes: 0 done, 1 a check did not hold, 2 wrong input (one message, no traceback), 130
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
-from deltacontrol.experiments import cli as commands
+from deltacontrol.experiments import cli
 from deltacontrol.theory.errors import InputError, unknown
 
 GROUP = "deltacontrol.commands"
@@ -44,9 +44,10 @@ class Command(Protocol):
 def available() -> dict[str, type[Command]]:
     """The subcommands by name, in alphabetical order."""
     found: dict[str, Any] = {}
-    for info in pkgutil.iter_modules(commands.__path__):
-        module = importlib.import_module(f"{commands.__name__}.{info.name}")
-        found[info.name.replace("_", "-")] = module.COMMAND
+    for info in pkgutil.iter_modules(cli.__path__):
+        if info.name != "main":
+            module = importlib.import_module(f"{cli.__name__}.{info.name}")
+            found[info.name.replace("_", "-")] = module.COMMAND
     for entry in entry_points(group=GROUP):
         found[entry.name] = entry.load()
     return dict(sorted(found.items()))

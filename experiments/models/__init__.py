@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from deltacontrol.experiments.models import packaged
 from deltacontrol.experiments.models.base import PackagedModel, ResolvedModel, folder_digest
 from deltacontrol.experiments.models.loading import build
 from deltacontrol.theory.errors import InputError, unknown
@@ -30,10 +31,10 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @cache
 def available() -> dict[str, PackagedModel]:
-    """The packaged models by name: whatever modules of this package define a `MODEL`."""
+    """The packaged models by name: whatever modules of `packaged` define a `MODEL`."""
     modules = (
-        importlib.import_module(f"{__name__}.{found.name}")
-        for found in pkgutil.iter_modules(__path__)
+        importlib.import_module(f"{packaged.__name__}.{found.name}")
+        for found in pkgutil.iter_modules(packaged.__path__)
     )
     found = [module.MODEL for module in modules if hasattr(module, "MODEL")]
     return {model.name: model for model in sorted(found, key=lambda model: model.name)}

@@ -1,7 +1,8 @@
-"""Studies: which experiments a figure needs. One study a file, found by itself.
+"""Studies: one question a folder, found by itself.
 
-A study defines ``experiments(preset)``, the list of its experiments for "quick" (minutes on two
-cores) or "paper" (what the committed records hold).
+The module ``grid`` of a study defines ``experiments(preset)``, the list of its experiments for
+"quick" (minutes on two cores) or "paper" (what the committed records hold). Beside it stands what
+the study measures, where no other folder measures it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ PRESETS = ("quick", "paper")
 
 
 class Study(Protocol):
-    """A module of this package."""
+    """The module ``grid`` of a study."""
 
     __name__: str
 
@@ -31,8 +32,8 @@ class Study(Protocol):
 @cache
 def available() -> dict[str, Study]:
     """All studies by name."""
-    found = (info.name for info in pkgutil.iter_modules(__path__))
-    return {name: importlib.import_module(f"{__name__}.{name}") for name in sorted(found)}  # type: ignore[misc]
+    found = sorted(info.name for info in pkgutil.iter_modules(__path__) if info.ispkg)
+    return {name: importlib.import_module(f"{__name__}.{name}.grid") for name in found}  # type: ignore[misc]
 
 
 def experiments(study: str, preset: str) -> Sequence[Experiment]:

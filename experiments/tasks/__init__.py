@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 from functools import cache
 
+from deltacontrol.experiments.tasks import packaged
 from deltacontrol.experiments.tasks.base import Kind, PackagedTask, Task
 from deltacontrol.experiments.tasks.files import file_digest, is_file_name, load_file
 from deltacontrol.theory.errors import InputError, unknown
@@ -18,10 +19,10 @@ __all__ = ["Kind", "PackagedTask", "Task", "available", "digest", "load"]
 
 @cache
 def available() -> dict[str, PackagedTask]:
-    """The packaged tasks by name: whatever modules of this package define a `TASK`."""
+    """The packaged tasks by name: whatever modules of `packaged` define a `TASK`."""
     modules = (
-        importlib.import_module(f"{__name__}.{found.name}")
-        for found in pkgutil.iter_modules(__path__)
+        importlib.import_module(f"{packaged.__name__}.{found.name}")
+        for found in pkgutil.iter_modules(packaged.__path__)
     )
     tasks = [module.TASK for module in modules if hasattr(module, "TASK")]
     return {task.name: task for task in sorted(tasks, key=lambda task: task.name)}

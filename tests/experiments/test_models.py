@@ -342,7 +342,7 @@ def test_minilm_l3_computes_what_its_graph_computes(tmp_path: Path) -> None:
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    from deltacontrol.experiments.models import minilm_l3
+    from deltacontrol.experiments.models.packaged import minilm_l3
 
     try:
         model, tokenizer = models.load("minilm-l3", kind="backbone")

@@ -217,7 +217,8 @@ def test_a_cache_that_cannot_be_written(
 
 def test_a_killed_build_is_done_again(cache: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from deltacontrol.experiments.sources import build_once\n"
+        "import sys, time; from pathlib import Path\n"
+        "from deltacontrol.experiments.sources import build_once\n"
         "def build(folder):\n"
         "    (folder / 'half').touch(); Path(sys.argv[2]).touch(); time.sleep(60)\n"
         "build_once(Path(sys.argv[1]), build)\n"

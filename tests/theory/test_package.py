@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 
-import deltacontrol.theory
+from deltacontrol import theory
 from deltacontrol.theory.errors import InputError, unknown
 
 

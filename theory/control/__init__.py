@@ -1,1 +1,1 @@
-"""The discrete-time optimal control problem: dynamics, costs, exactly solved systems, and how work is counted."""
+"""The discrete-time optimal control problem: dynamics, costs, systems, and how work is counted."""

@@ -167,5 +167,6 @@ def check_memory(name: str, features: Features, limit: int, dense: bool = False)
             f"the features of {name} take {8 * numbers / 2**30:.1f} GiB and memory_limit is "
             f"{limit / 2**30:.1f} GiB; take fewer examples, hand the weight of a linear map over "
             "as OuterProducts (its factors), or rotate each group to the rank of its features "
-            "first (deltacontrol.theory.convex.rotation), which is exact for Ridge, NormBall and GroupLasso"
+            "first (deltacontrol.theory.convex.rotation), which is exact for Ridge, NormBall and "
+            "GroupLasso"
         )

@@ -22,8 +22,8 @@ its multipliers of the equation that defines the logits are another estimate of 
 rounding into that domain. For both, ``R*(v)`` may still be infinite, because some ``||v_g||_o``
 exceeds ``lambda w_g`` a little. For every ``0 <= s <= 1`` the multiple ``s a`` is in the domain of
 ``l*`` too (`deltacontrol.theory.convex.losses`), so ``s = min(1, lambda / max_g ||v_g||_o / w_g)``
-makes feasible points. ``D`` is evaluated at both and ``P(u) - D`` of the better one is reported: whatever
-the solver returns, it is a proof, and never the solver's word.
+makes feasible points. ``D`` is evaluated at both and ``P(u) - D`` of the better one is reported:
+whatever the solver returns, it is a proof, and never the solver's word.
 
 *The largest weight.* ``u = 0`` is optimal exactly if ``a = grad l(z)`` has ``R*(v) = 0``, that is
 from ``lambda = max_g ||v_g||_o / w_g`` on.

@@ -30,8 +30,8 @@ order of the method: 1 for Euler, 2 for the midpoint rule.
 
 Source: Pontryagin et al., *The Mathematical Theory of Optimal Processes*, 1962, theorem 1, with the
 sign of `deltacontrol.theory.control.problem`; Chen, Rubanova, Bettencourt & Duvenaud, NeurIPS 2018,
-equations (3) to (5); Hairer, Norsett & Wanner, *Solving Ordinary Differential Equations I*, 1993, section II.1 and
-table II.5.2.
+equations (3) to (5); Hairer, Norsett & Wanner, *Solving Ordinary Differential Equations I*, 1993,
+section II.1 and table II.5.2.
 """
 
 from __future__ import annotations

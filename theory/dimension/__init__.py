@@ -1,1 +1,1 @@
-"""Intrinsic dimension: random subspaces, thresholds that a spectrum predicts, estimates from trainings."""
+"""Intrinsic dimension: random subspaces, thresholds by a spectrum, estimates from trainings."""

@@ -74,7 +74,7 @@ class LinearisedRows:
 
     @cached_property
     def loss(self) -> QuadraticLoss:
-        """The loss as `deltacontrol.theory.dimension.gaussian_width` takes it: ``g_i^2 = lambda_i (u_i's)^2``."""
+        """The loss as `dimension.gaussian_width` takes it: ``g_i^2 = lambda_i (u_i's)^2``."""
         values, vectors = self._spectrum
         weights = values * (vectors.mT @ self.residual).square()
         return QuadraticLoss(values, torch.ones_like(values), values, weights)

@@ -6,7 +6,8 @@ reacts to disturbances,
     x_{t+1} = f_t(x_t, law(t, x_t)) + w_t.
 
 Open-loop controls (`deltacontrol.theory.control.problem.Controls`) are numbers fixed beforehand,
-mostly one vector for all data; a law gives each example a control of its own. The two are different types.
+mostly one vector for all data; a law gives each example a control of its own. The two are
+different types.
 
 Source: Bryson & Ho, *Applied Optimal Control*, 1975, section 5.2 and chapter 6.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +25,26 @@ from torch import Tensor
 from deltacontrol.theory.control.problem import Controls, Dynamics
 from deltacontrol.theory.errors import InputError
 
-if TYPE_CHECKING:
-    from deltacontrol.theory.solvers.solve import Solution
-
 __all__ = ["AffineFeedback", "FeedbackLaw", "Trajectory", "closed_loop"]
+
+
+class Solved(Protocol):
+    """What `AffineFeedback.of` reads of a solution of `theory.solvers`, which stands above."""
+
+    @property
+    def controls(self) -> Controls:
+        """``u_t``."""
+        ...
+
+    @property
+    def states(self) -> Sequence[Tensor]:
+        """``x_t``."""
+        ...
+
+    @property
+    def gains(self) -> tuple[Tensor, ...] | None:
+        """``K_t``, where the solver has any."""
+        ...
 
 
 class FeedbackLaw(ABC):
@@ -87,7 +104,7 @@ class AffineFeedback(FeedbackLaw):
                 )
 
     @classmethod
-    def of(cls, solution: Solution) -> AffineFeedback:
+    def of(cls, solution: Solved) -> AffineFeedback:
         """The law around a solution, with the gains that its solver found.
 
         Raises:

@@ -1,1 +1,1 @@
-"""Derivatives as linear operators, and what products with them tell: spectra, Gramians, curvature."""
+"""Derivatives as linear operators, and what their products tell: spectra, Gramians, curvature."""

@@ -167,7 +167,7 @@ class Reachability:
         seed: int = 0,
         chunk: int | None = None,
     ) -> Spectrum:
-        """Leading eigenvalues of ``W``; see `deltacontrol.theory.linear.sketching.leading_spectrum`."""
+        """Leading eigenvalues of ``W``; see `linear.sketching.leading_spectrum`."""
         return leading_spectrum(
             self._block(chunk),
             self.output.numel(),
@@ -235,7 +235,7 @@ class Reachability:
         return MinimumEnergy(sum(per_step), per_step, control, q, left, steps, converged)
 
     def _block(self, chunk: int | None) -> Block:
-        """Products with ``W`` for `deltacontrol.theory.linear.sketching`: flat rows to flat rows."""
+        """Products with ``W`` for `linear.sketching`: flat rows to flat rows."""
 
         def apply(rows: Tensor) -> Tensor:
             pulled = self._pull_block(rows.reshape(-1, *self.output.shape), chunk)

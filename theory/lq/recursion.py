@@ -8,9 +8,9 @@ positive definite; its Cholesky factor ``[C 0; W' S_t]`` then holds all at once:
 ``W = C^{-1} H_ux`` and ``P_t = S_t S_t'``. That is three operations a step, by torch for a batch,
 by LAPACK (`deltacontrol.theory.lq.single`) for one problem on the CPU, and by kernels of numba,
 where it is installed, for many small ones (`deltacontrol.theory.lq.compiled`). The general one
-forms the ``P_t``, which may be singular or indefinite, and takes a spectral decomposition where ``H_uu`` is singular. The
-quick form runs as far as it goes, and the general one takes over where a pivot of ``H_uu`` drowns
-in rounding errors or the factorisation breaks down.
+forms the ``P_t``, which may be singular or indefinite, and takes a spectral decomposition where
+``H_uu`` is singular. The quick form runs as far as it goes, and the general one takes over where a
+pivot of ``H_uu`` drowns in rounding errors or the factorisation breaks down.
 
 Source: the quick form is the factorised recursion of Frison & Jorgensen, *Efficient implementation
 of the Riccati recursion for solving linear-quadratic control problems*, IEEE CCA, 2013.

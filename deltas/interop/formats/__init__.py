@@ -1,1 +1,1 @@
-"""Formats of peft, one a file; each names its `FORMATS`, and `deltacontrol.deltas.interop.peft` finds them."""
+"""Formats of peft, one a file that names its `FORMATS`; `deltas.interop.peft` finds them."""

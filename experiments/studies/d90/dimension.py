@@ -2,7 +2,8 @@
 
 A run at dimension d trains θ = θ₀ + P z, z ∈ R^d; `deltacontrol.experiments.studies.d90.search`
 places the runs and tunes their rates, `deltacontrol.theory.dimension.estimate` makes the estimate.
-The target is a number, or a share of the mean performance of baseline runs, whose rate is tuned likewise.
+The target is a number, or a share of the mean performance of baseline runs, whose rate is tuned
+in the same way.
 
 Every training is a run of its own in the same store, and the search follows from these runs alone:
 one that was interrupted goes on, and a second one computes nothing.

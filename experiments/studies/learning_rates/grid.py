@@ -1,9 +1,9 @@
 """The learning-rate search: every method gets its own rate, chosen on validation rows.
 
 ``python -m deltacontrol.experiments.studies.learning_rates.grid`` runs what is missing in the
-folder ``records`` beside this file and writes ``learning_rates.json``, from which every fine-tuning takes its default
-rate. Test rows are never looked at. A rate at an end of its grid is marked, because the best one
-may lie outside.
+folder ``records`` beside this file and writes ``learning_rates.json``, from which every
+fine-tuning takes its default rate. Test rows are never looked at. A rate at an end of its grid is
+marked, because the best one may lie outside.
 """
 
 from __future__ import annotations

@@ -187,8 +187,8 @@ class ModelThreshold(Experiment):
 
         The result holds ``cases``, one for each target and kind (see `_case`; those that are
         fine-tuned have ``cone``, the dimension of `deltacontrol.theory.dimension.cone_threshold`),
-        the loss at the start, D, the rank of the Gauss-Newton model, and ``displacement``: for each target the
-        predicted root mean square of a parameter's change, beside that of the parameters
+        the loss at the start, D, the rank of the Gauss-Newton model, and ``displacement``: for each
+        target the predicted root mean square of a parameter's change, beside that of the parameters
         themselves. The curve holds shares that reach each target, and the losses of all trainings
         beside the mean that the Gauss-Newton model predicts.
 

@@ -9,7 +9,8 @@ Hessian ``G`` is also the Fisher matrix. Of it, exactly, the tangent kernel of t
 
 `deltacontrol.theory.dimension.gaussian_width` has the dimension for a loss,
 `deltacontrol.theory.dimension.subspace_outputs` the outputs from which an accuracy follows. ``G``
-has at most ``rows (classes - 1)`` directions: a dimension near that number is one of these rows, not of the task.
+has at most ``rows (classes - 1)`` directions: a dimension near that number is one of these rows,
+not of the task.
 
 Sources: Larsen et al., ICLR 2022, section 3; Li et al., ICLR 2018, section 2.
 """

