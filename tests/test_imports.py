@@ -94,7 +94,7 @@ def test_imports_point_downward(layer: str) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.relative_to(ROOT).as_posix())
 def test_neighbours_do_not_import_each_other(folder: Path) -> None:
-    """Modules and sub-folders of one folder are the nodes; a folder's `__init__` only re-exports."""
+    """Modules and sub-folders of a folder are the nodes; its `__init__` only re-exports."""
     place = folder.relative_to(ROOT).parts
     arrows: dict[str, dict[str, str]] = defaultdict(dict)
     for file in FILES:

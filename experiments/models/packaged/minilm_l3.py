@@ -13,8 +13,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deltacontrol.experiments.models.packaged import minilm_l6
 from deltacontrol.experiments.models.base import PackagedModel
+from deltacontrol.experiments.models.packaged import minilm_l6
 from deltacontrol.experiments.sources import PackageFile
 from deltacontrol.theory.errors import InputError
 

