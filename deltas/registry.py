@@ -12,12 +12,17 @@ from functools import cache
 from typing import Any
 
 from deltacontrol.deltas.base import Delta
+from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError, unknown
 
 
-@cache
 def available() -> dict[str, type[Delta]]:
-    """All delta methods by name, in alphabetical order."""
+    """All delta methods by name, in alphabetical order; users' own among them."""
+    return plugins.merged("delta", _own(), ((k.name, k) for k in plugins.members(Delta)))
+
+
+@cache
+def _own() -> dict[str, type[Delta]]:
     found: dict[str, type[Delta]] = {}
     methods = importlib.import_module("deltacontrol.deltas.methods")
     for info in pkgutil.iter_modules(methods.__path__):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from deltacontrol.experiments.runs.experiment import canonical_json
 from deltacontrol.experiments.runs.record import Record
+from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -65,8 +66,15 @@ class FigureModule(Protocol):
 
 
 def names() -> list[str]:
-    """Names of all figures: the modules of the folder `figures`."""
-    return sorted(path.stem for path in FIGURES.glob("*.py") if path.stem != "__init__")
+    """Names of all figures: the modules of the folder `figures`, and users' with a `STUDY`."""
+    own = {path.stem for path in FIGURES.glob("*.py") if path.stem != "__init__"}
+    return sorted(own | _added().keys())
+
+
+def _added() -> dict[str, Any]:
+    return {
+        Path(m.__file__ or m.__name__).stem: m for m in plugins.modules() if hasattr(m, "STUDY")
+    }
 
 
 def load(name: str) -> FigureModule:
@@ -77,7 +85,9 @@ def load(name: str) -> FigureModule:
     """
     if name not in names():
         raise unknown("figure", name, names())
-    module = importlib.import_module(f"deltacontrol.paper_figures.figures.{name}")
+    module = _added().get(name) or importlib.import_module(
+        f"deltacontrol.paper_figures.figures.{name}"
+    )
     if not isinstance(module, FigureModule):
         wanted = (w for w in FigureModule.__dict__ if not w.startswith("_"))
         annotated = FigureModule.__annotations__

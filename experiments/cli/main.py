@@ -16,9 +16,11 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Protocol
 
 from deltacontrol.experiments import cli
+from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError, unknown
 
 GROUP = "deltacontrol.commands"
@@ -30,6 +32,10 @@ control on it. Start with
     deltacontrol finetune --task movie --delta lora
     deltacontrol inspect --delta lora:rank=16 bitfit
     deltacontrol figures
+
+Your own delta, solver, claim, task, model, figure or command is a Python file:
+
+    deltacontrol --load my_delta.py finetune --delta mine
 """
 
 
@@ -50,7 +56,8 @@ def available() -> dict[str, type[Command]]:
             found[info.name.replace("_", "-")] = module.COMMAND
     for entry in entry_points(group=GROUP):
         found[entry.name] = entry.load()
-    return dict(sorted(found.items()))
+    added = ((name.replace("_", "-"), value) for name, value in plugins.values("COMMAND"))
+    return plugins.merged("command", found, added)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,7 +68,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: list[str]) -> int:
     import tyro
 
-    known = available()
+    try:
+        argv, files = _loads(argv)
+        for file in (*plugins.configured(Path.cwd()), *files):
+            plugins.load(file)
+        known = available()
+    except InputError as error:
+        return _fail(error)
     if argv and not argv[0].startswith("-") and argv[0] not in known:
         return _fail(unknown("command", argv[0], known))
     try:
@@ -84,6 +97,23 @@ def _main(argv: list[str]) -> int:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}")
+
+
+def _loads(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without every ``--load FILE``, and the files."""
+    rest, files = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--load":
+            file = next(arguments, None)
+            if file is None or file.startswith("-"):
+                raise InputError("--load needs the path of a Python file, such as my_delta.py")
+            files.append(file)
+        elif argument.startswith("--load="):
+            files.append(argument.removeprefix("--load="))
+        else:
+            rest.append(argument)
+    return rest, files
 
 
 def _fail(error: Exception | str) -> int:

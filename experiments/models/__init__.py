@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from deltacontrol.experiments.models import packaged
 from deltacontrol.experiments.models.base import PackagedModel, ResolvedModel, folder_digest
 from deltacontrol.experiments.models.loading import build
+from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -29,9 +30,15 @@ ModelKind = Literal["classification", "regression", "causal-lm", "backbone"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-@cache
 def available() -> dict[str, PackagedModel]:
-    """The packaged models by name: whatever modules of `packaged` define a `MODEL`."""
+    """The packaged models by name: whatever modules of `packaged`, or users', define a `MODEL`."""
+    return plugins.merged(
+        "model", _packaged_models(), ((x.name, x) for _, x in plugins.values("MODEL"))
+    )
+
+
+@cache
+def _packaged_models() -> dict[str, PackagedModel]:
     modules = (
         importlib.import_module(f"{packaged.__name__}.{found.name}")
         for found in pkgutil.iter_modules(packaged.__path__)

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from deltacontrol.experiments.runs.provenance import usable_cores
 from deltacontrol.experiments.runs.store import Experiment, Record, RunStore, Workspace, unwritable
+from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError
 
 PRELOADED = (
@@ -202,7 +203,7 @@ class _Sweep:
             workers,
             mp_context=context,
             initializer=_begin_worker,
-            initargs=(self.threads, alive),
+            initargs=(self.threads, alive, plugins.sources()),
             max_tasks_per_child=1,
         )
         try:
@@ -247,8 +248,10 @@ class _Sweep:
         self.bar.update()
 
 
-def _begin_worker(threads: int, alive: Connection) -> None:
+def _begin_worker(threads: int, alive: Connection, sources: tuple[str, ...]) -> None:
     import torch
+
+    plugins.load_sources(sources)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(threads)

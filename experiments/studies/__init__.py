@@ -11,9 +11,11 @@ import importlib
 import pkgutil
 from collections.abc import Sequence
 from functools import cache
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, cast
 
 from deltacontrol.experiments.runs.experiment import Experiment
+from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import unknown
 
 PRESETS = ("quick", "paper")
@@ -29,9 +31,18 @@ class Study(Protocol):
         ...
 
 
-@cache
 def available() -> dict[str, Study]:
-    """All studies by name."""
+    """All studies by name: the folders here, and users' files that define `experiments`."""
+    added = (
+        (Path(module.__file__ or module.__name__).stem, cast(Study, module))
+        for module in plugins.modules()
+        if hasattr(module, "experiments")
+    )
+    return plugins.merged("study", _own(), added)
+
+
+@cache
+def _own() -> dict[str, Study]:
     found = sorted(info.name for info in pkgutil.iter_modules(__path__) if info.ispkg)
     return {name: importlib.import_module(f"{__name__}.{name}.grid") for name in found}  # type: ignore[misc]
 

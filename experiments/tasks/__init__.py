@@ -12,14 +12,21 @@ from functools import cache
 from deltacontrol.experiments.tasks import packaged
 from deltacontrol.experiments.tasks.base import Kind, PackagedTask, Task
 from deltacontrol.experiments.tasks.files import file_digest, is_file_name, load_file
+from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError, unknown
 
 __all__ = ["Kind", "PackagedTask", "Task", "available", "digest", "load"]
 
 
-@cache
 def available() -> dict[str, PackagedTask]:
-    """The packaged tasks by name: whatever modules of `packaged` define a `TASK`."""
+    """The packaged tasks by name: whatever modules of `packaged`, or users', define a `TASK`."""
+    return plugins.merged(
+        "task", _packaged_tasks(), ((x.name, x) for _, x in plugins.values("TASK"))
+    )
+
+
+@cache
+def _packaged_tasks() -> dict[str, PackagedTask]:
     modules = (
         importlib.import_module(f"{packaged.__name__}.{found.name}")
         for found in pkgutil.iter_modules(packaged.__path__)

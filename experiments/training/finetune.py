@@ -11,6 +11,7 @@ import tyro
 from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
 from deltacontrol.experiments.training.rates import default_rate
 from deltacontrol.experiments.training.schedules import SCHEDULES
+from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -327,7 +328,10 @@ def _expanded(delta: Any) -> dict[str, Any]:
 
     if isinstance(delta, str):
         return registry.parse(delta).to_dict()
-    return (delta if isinstance(delta, Delta) else registry.from_dict(delta)).to_dict()
+    if isinstance(delta, Delta):
+        plugins.adopt(type(delta))
+        return registry.from_dict(delta.to_dict()).to_dict()  # known by its name from here on
+    return registry.from_dict(delta).to_dict()
 
 
 @dataclass(frozen=True)
