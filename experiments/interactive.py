@@ -1,0 +1,99 @@
+"""What a notebook calls: one call, one result, recorded like the command line's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltacontrol.experiments.runs.store import RunStore
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from deltacontrol.deltas import Delta
+    from deltacontrol.experiments.runs.record import Record
+    from deltacontrol.theory.claims import Outcome
+
+__all__ = ["claims", "estimate_dimension", "finetune"]
+
+RUNS = Path("runs")
+
+
+def finetune(
+    model: str = "minilm-l6",
+    task: str = "movie",
+    deltas: str | Delta | Sequence[str | Delta] = "lora",
+    *,
+    runs: str | Path = RUNS,
+    progress: bool = True,
+    **options: Any,
+) -> Record:
+    """Train deltas on a frozen model for a task and evaluate them; recorded runs are not repeated.
+
+    Args:
+        model: a packaged model's name, a local folder, or an id on the hub.
+        task: a packaged task's name, or the path of a task file.
+        deltas: one or more, as texts such as ``lora:rank=16`` or objects such as ``LoRA(rank=16)``.
+        runs: the folder of the record.
+        progress: whether to draw a progress bar.
+        options: further fields of `deltacontrol.experiments.training.finetune.FineTuning`, such as
+            ``steps``, ``seed`` and ``learning_rate``.
+
+    Returns:
+        The record: ``record.result`` has the scores, ``record.curve()`` the training curve.
+
+    Raises:
+        InputError: from the configuration, from loading the model or the task, or from attaching.
+    """
+    from deltacontrol.experiments.runs.sweep import run
+    from deltacontrol.experiments.training.finetune import FineTuning
+
+    made = deltas if isinstance(deltas, list | tuple) else (deltas,)
+    experiment = FineTuning(model=model, task=task, deltas=tuple(made), **options)
+    record = run(experiment, RunStore(Path(runs)), progress=progress)
+    assert record is not None  # it waits for another process that computes the same run
+    return record
+
+
+def estimate_dimension(
+    model: str = "minilm-l3",
+    task: str = "movie",
+    *,
+    runs: str | Path = RUNS,
+    progress: bool = True,
+    **options: Any,
+) -> Record:
+    """How many random directions of parameter space a task needs, with an interval.
+
+    Args:
+        model: as in `finetune`.
+        task: as in `finetune`.
+        runs: the folder of the record, and of the trainings behind it.
+        progress: whether to draw a progress bar.
+        options: further fields of
+            `deltacontrol.experiments.studies.d90.dimension.FineTuningDimension`, such as
+            ``method``, ``budget`` and ``steps``.
+
+    Returns:
+        The record: ``record.result["text"]`` is the estimate, ``record.curve()`` the trainings.
+
+    Raises:
+        InputError: from the configuration or from a training.
+    """
+    from deltacontrol.experiments.runs.sweep import run
+    from deltacontrol.experiments.studies.d90.dimension import FineTuningDimension
+
+    experiment = FineTuningDimension(model=model, task=task, **options)
+    record = run(experiment, RunStore(Path(runs)), progress=progress)
+    assert record is not None
+    return record
+
+
+def claims(number: int | None = None) -> DataFrame | Outcome:
+    """The scoreboard as a table, one row a claim; or the judged claim of a number.
+
+    Raises:
+        InputError: there is no such claim, or it was not judged.
+    """
+    raise NotImplementedError
