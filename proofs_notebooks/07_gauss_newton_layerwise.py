@@ -193,7 +193,7 @@ gauge = gauge / gauge.norm()
 curvature = GaussNewtonCurvature(bare, controls)
 elsewhere = normal(len(gauge))
 elsewhere = elsewhere / elsewhere.norm()
-share = float(curvature.product(gauge).norm() / curvature.product(elsewhere).norm())
+share = float((curvature @ gauge).norm() / (curvature @ elsewhere).norm())
 print(f"G along the gauge, relative to a random direction: {share:.1e}")
 assert share < 1e-12
 
@@ -217,7 +217,7 @@ for t, control in enumerate(solution.controls):
         parts = [torch.zeros_like(c) for c in solution.controls]
         parts[t] = torch.cat([A.flatten(), B.flatten()])
         along = flat(parts)
-        difference = float(along @ (exact.product(along) - approximate.product(along)))
+        difference = float(along @ (exact @ along - approximate @ along))
         print(f"layer {t}: neglected curvature {difference:+.6f}, decay {decay}")
         assert abs(difference - sign * decay) < 1e-6
     checked += 1

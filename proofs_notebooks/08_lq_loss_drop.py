@@ -101,7 +101,8 @@ from deltacontrol.theory import (
     Verdict,
     judge,
 )
-from deltacontrol.theory.linear.curvature import GaussNewtonCurvature, HessianCurvature, unflatten
+from deltacontrol.theory.linear.curvature import GaussNewtonCurvature, HessianCurvature
+from deltacontrol.theory.linear.operator import unflatten
 from deltacontrol.theory.solvers.gauss_newton import damped_step
 
 generator = torch.Generator().manual_seed(0)
@@ -126,7 +127,7 @@ def errors(problem, controls, gradient=None):
     exact = HessianCurvature(problem, controls)
     direction = damped_step(gauss_newton, 0.1, rtol=1e-10).step
     slope = float((gauss_newton.gradient if gradient is None else gradient) @ direction)
-    bends = [float(direction @ c.product(direction)) for c in (gauss_newton, exact)]
+    bends = [float(direction @ (c @ direction)) for c in (gauss_newton, exact)]
     rows = []
     for step in STEPS:
         ahead = tuple(

@@ -119,14 +119,14 @@ def trained(make, steps=60):
     optimiser = make(controls)
     ratios = []
     for _ in range(steps):
-        change = lin.push(tuple(c.detach() for c in controls))[-1]
+        change = lin.tangent(tuple(c.detach() for c in controls))[-1]
         logits = (start + change).requires_grad_()
         (slope,) = torch.autograd.grad(problem.cost.terminal(logits), logits)
-        for c, gradient in zip(controls, lin.pull(slope)[1], strict=True):
+        for c, gradient in zip(controls, lin.adjoint(slope)[1], strict=True):
             c.grad = gradient
         optimiser.step()
         now = tuple(c.detach() for c in controls)
-        ratios.append(ratio(now, lin.push(now)[-1]))
+        ratios.append(ratio(now, lin.tangent(now)[-1]))
     return now, ratios
 
 
@@ -143,17 +143,17 @@ for name, (_, ratios) in found.items():
 for name in ("gradient descent", "momentum and decay"):
     assert max(found[name][1]) <= 1 + 1e-9
 assert min(found["AdamW"][1]) > 1.01
-assert ratio(random_controls, lin.push(random_controls)[-1]) > 1.01
+assert ratio(random_controls, lin.tangent(random_controls)[-1]) > 1.01
 
 # %% [markdown]
 # The surplus of Adam is the energy of the part that moves no output.
 
 # %%
 controls = found["AdamW"][0]
-change = lin.push(controls)[-1]
+change = lin.tangent(controls)[-1]
 least = outputs.minimum_energy(change)
 idle = tuple(c - m for c, m in zip(controls, least.control, strict=True))
-assert float(lin.push(idle)[-1].norm()) <= 1e-12
+assert float(lin.tangent(idle)[-1].norm()) <= 1e-12
 surplus = 0.5 * sum(float(c.square().sum()) for c in controls) - least.energy
 assert abs(surplus - 0.5 * sum(float(c.square().sum()) for c in idle)) <= 1e-12 * surplus
 
@@ -166,7 +166,7 @@ weighted = Reachability(lin, access=access).output_map()
 for _ in range(20):
     sample = tuple(normal(5) for _ in range(L))
     spent = 0.5 * sum(float(c.square().sum()) / r for c, r in zip(sample, access, strict=True))
-    assert spent >= weighted.minimum_energy(lin.push(sample)[-1]).energy * (1 - 1e-9)
+    assert spent >= weighted.minimum_energy(lin.tangent(sample)[-1]).energy * (1 - 1e-9)
 
 # %% [markdown]
 # D, the true model: the ratio in a bilinear network (as LoRA is), with both factors free. At the
@@ -201,7 +201,7 @@ assert abs(ratios[2] - 1) < abs(ratios[1] - 1) / 5
 
 # %%
 controls = found["gradient descent"][0]
-change = lin.push(controls)[-1]
+change = lin.tangent(controls)[-1]
 broken = [
     ratio(controls, change, {s: slice(None) for s in range(L) if s != left_out})
     for left_out in range(L)

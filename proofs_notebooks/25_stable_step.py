@@ -112,8 +112,9 @@ from deltacontrol.theory import (
     Verdict,
     judge,
 )
-from deltacontrol.theory.linear.curvature import GaussNewtonCurvature, flatten, unflatten
+from deltacontrol.theory.linear.curvature import GaussNewtonCurvature
 from deltacontrol.theory.linear.linearisation import Linearisation
+from deltacontrol.theory.linear.operator import flatten, unflatten
 
 F64 = torch.float64
 generator = torch.Generator().manual_seed(0)
@@ -159,7 +160,7 @@ def kernel(problem, start):
     """``C C'/N`` of the outputs, and the outputs."""
     lin = Linearisation.of(problem, start)
     z = lin.states[-1]
-    rows = [flatten(lin.pull(q.reshape(z.shape))[1]) for q in torch.eye(z.numel(), dtype=F64)]
+    rows = [q @ lin for q in torch.eye(z.numel(), dtype=F64)]
     C = torch.stack(rows)
     return C @ C.mT / len(z), z
 
@@ -167,7 +168,7 @@ def kernel(problem, start):
 def largest(problem, start):
     """λ_max of the Gauss-Newton matrix, from its products with a basis."""
     curvature = GaussNewtonCurvature(problem, start)
-    columns = [curvature.product(e) for e in torch.eye(flatten(start).numel(), dtype=F64)]
+    columns = [curvature @ e for e in torch.eye(flatten(start).numel(), dtype=F64)]
     return float(torch.linalg.eigvalsh(torch.stack(columns))[-1])
 
 

@@ -91,7 +91,8 @@ class Benchmark:
     def gauss_newton_step(self) -> dict[str, Any]:
         """One step from the controls of the model: gradient, solve, and J behind it."""
         from deltacontrol.deltas.dynamics.transformer import control_problem
-        from deltacontrol.theory.linear.curvature import GaussNewtonCurvature, flatten, unflatten
+        from deltacontrol.theory.linear.curvature import GaussNewtonCurvature
+        from deltacontrol.theory.linear.operator import flatten, unflatten
         from deltacontrol.theory.solvers.gauss_newton import damped_step
 
         torch.set_num_threads(self.threads)

@@ -124,7 +124,7 @@ class Benchmark:
         projection = FastfoodProjection(self.full_dim, dim)
         numbers = self._time(projection, reference=True)
         z = torch.randn(dim, generator=torch.Generator().manual_seed(1))
-        fast, slow = projection.lift(z), projection.lift_reference(z)
+        fast, slow = projection @ z, projection.product_reference(z)
         numbers["difference"] = float((fast - slow).abs().max() / slow.abs().max())
         speed = numbers["speed_up"]
         print(
@@ -161,10 +161,10 @@ class Benchmark:
     def bytes_at_work(self, kind: ProjectionName, dim: int) -> int:
         """Peak of this process through drawing the projection and lifting once, less the result."""
         torch.set_num_threads(1)
-        RANDOM_PROJECTIONS[kind](10 * 64, 10).lift(torch.zeros(10))  # what a first call loads
+        RANDOM_PROJECTIONS[kind](10 * 64, 10) @ torch.zeros(10)  # what a first call loads
         memory = PeakMemory("cpu")
         projection = RANDOM_PROJECTIONS[kind](self.full_dim, dim)
-        result = projection.lift(torch.ones(dim))
+        result = projection @ torch.ones(dim)
         return memory.peak() - memory.baseline - result.nbytes
 
     def _alone(self, kind: ProjectionName, dim: int) -> int:
@@ -183,13 +183,13 @@ class Benchmark:
         into = torch.empty_like(v)
         contestants: dict[str, Callable[[], object]] = {
             "copy": lambda: into.copy_(v),
-            "lift": lambda: projection.lift(z),
+            "lift": lambda: projection @ z,
         }
         if reference:
             assert isinstance(projection, FastfoodProjection)
             contestants["reference"] = lambda: projection.lift_reference(z)
         else:
-            contestants["adjoint"] = lambda: projection.adjoint(v)
+            contestants["adjoint"] = lambda: projection.T @ v
         seconds = alternate(
             {n: _silent(f) for n, f in contestants.items()}, self.turns, self.warmup
         )

@@ -25,12 +25,8 @@ def _line(seed: int, elsewhere: float) -> dict[str, Any]:
 
     from deltacontrol.deltas import LoRA
     from deltacontrol.experiments.measures.problems import fixed_problem, perturbed
-    from deltacontrol.theory.linear.curvature import (
-        GaussNewtonCurvature,
-        HessianCurvature,
-        flatten,
-        unflatten,
-    )
+    from deltacontrol.theory.linear.curvature import GaussNewtonCurvature, HessianCurvature
+    from deltacontrol.theory.linear.operator import flatten, unflatten
     from deltacontrol.theory.solvers.gauss_newton import damped_step
 
     fixed = fixed_problem(
@@ -43,8 +39,8 @@ def _line(seed: int, elsewhere: float) -> dict[str, Any]:
     curvature = GaussNewtonCurvature(problem, u, now)
     gradient = curvature.gradient
     direction = damped_step(curvature, float(gradient.norm()), rtol=1e-6).step
-    gauss_newton = float(direction @ curvature.product(direction))
-    exact = float(direction @ HessianCurvature(problem, u, now).product(direction))
+    gauss_newton = float(direction @ (curvature @ direction))
+    exact = float(direction @ (HessianCurvature(problem, u, now) @ direction))
     if elsewhere:
         gradient = flatten(problem.gradient(perturbed(u, elsewhere, seed=100 + seed)))
     slope = float(gradient @ direction)

@@ -77,10 +77,10 @@ def _train(setting: _Setting, optimiser: str, *, linear: bool) -> tuple[Controls
     for step in range(STEPS + 1):
         now = tuple(u.detach() for u in du)
         if linear:
-            y = setting.linear.push(now)[-1]
+            y = setting.linear.tangent(now)[-1]
             logits = (before + y).requires_grad_()
             cost = setting.problem.cost.terminal(logits)
-            gradient = setting.linear.pull(torch.autograd.grad(cost, logits)[0])[1]
+            gradient = setting.linear.adjoint(torch.autograd.grad(cost, logits)[0])[1]
             loss = float(cost.detach())
         else:
             moved = tuple(a + b for a, b in zip(setting.start, now, strict=True))

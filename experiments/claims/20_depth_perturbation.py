@@ -81,13 +81,8 @@ def _perturbed(base: Segment, x: list[Tensor]) -> dict[str, tuple[list[Tensor], 
     none: Controls = tuple(x[0].new_zeros(m) for m in base.control_sizes)
     for first, name in ((0, "worst case"), (base.horizon - 1, "worst case, last block")):
         rest = Segment(base, first)
-        lin, zeros = Linearisation(rest, x[first:], none[first:], keep=True), none[first:]
-        top = spectral_norm(
-            lambda v, lin=lin, zeros=zeros: lin.push(zeros, v)[-1],
-            lambda q, lin=lin: lin.pull(q)[0][0],
-            x[first],
-            num_iterations=ITERATIONS,
-        )
+        lin = Linearisation(rest, x[first:], none[first:], keep=True)
+        top = spectral_norm(lin.transition, x[first], num_iterations=ITERATIONS)
         size = WORST_CASE_SIZE * example_norms(x[first])
         states = [*x[:first], x[first] + size[:, None, None] * top.vector]
         with torch.no_grad():
@@ -140,7 +135,7 @@ def _mean_gains(base: Segment, x: list[Tensor]) -> list[Tensor]:
         squares = []
         for _ in range(RANDOM_DIRECTIONS):
             v = torch.randn(x[t].shape, generator=generator, dtype=x[t].dtype)
-            gain = example_norms(lin.push_step(t, v, none[t])) / example_norms(v)
+            gain = example_norms(lin.tangent_step(t, v, none[t])) / example_norms(v)
             squares.append(gain.square())
         gains.append(torch.stack(squares).mean(0).sqrt())
     return gains

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deltacontrol.theory.control.problem import ControlProblem, Controls
+    from deltacontrol.theory.linear.operator import SymmetricOperator
 
 RUNS = (("lora", 0), ("lora", 1), ("houlsby", 0), ("houlsby", 1), ("bitfit", 0))
 EXAMPLES, TOKENS = 6, 12
@@ -88,18 +89,13 @@ def _start(name: str, seed: int) -> tuple[ControlProblem, Controls, Tensor]:
     return problem, tuple(controls), torch.cat([*others, free])
 
 
-def _largest_eigenvalue(product: Any, size: int) -> float:
+def _largest_eigenvalue(operator: SymmetricOperator) -> float:
     import numpy as np
-    import torch
-    from scipy.sparse.linalg import LinearOperator, eigsh
+    from scipy.sparse.linalg import eigsh
 
-    def matvec(v: Any) -> Any:
-        return product(torch.as_tensor(np.array(v).reshape(-1))).numpy()
-
-    operator = LinearOperator((size, size), matvec=matvec, dtype=np.float64)  # type: ignore[call-arg]
-    start = np.random.default_rng(0).standard_normal(size)
+    start = np.random.default_rng(0).standard_normal(operator.shape[0])
     options: dict[str, Any] = {"tol": 1e-6, "v0": start, "return_eigenvectors": False}
-    return float(eigsh(operator, k=1, which="LA", **options)[0])
+    return float(eigsh(operator.to_scipy(), k=1, which="LA", **options)[0])
 
 
 def _lambda_max(
@@ -107,16 +103,16 @@ def _lambda_max(
 ) -> float:
     """λ_max of the Gauss-Newton matrix, or of the Hessian, in the controls of the mask."""
     from deltacontrol.theory.linear.curvature import GaussNewtonCurvature, HessianCurvature
+    from deltacontrol.theory.linear.operator import Congruence, Diagonal
 
     curvature = (HessianCurvature if exact else GaussNewtonCurvature)(problem, u)
-    return _largest_eigenvalue(lambda v: mask * curvature.product(mask * v), len(mask))
+    return _largest_eigenvalue(Congruence(Diagonal(mask), curvature))
 
 
 def _mean_eigenvalue(name: str, seed: int) -> float:
     """The mean of the eigenvalues of G that are not zero: of the (outputs x outputs) ZZ'/n."""
     import torch
 
-    from deltacontrol.theory.linear.curvature import flatten
     from deltacontrol.theory.linear.linearisation import Linearisation
 
     problem, u, mask = _start(name, seed)
@@ -126,7 +122,7 @@ def _mean_eigenvalue(name: str, seed: int) -> float:
     for i in range(outputs.numel()):
         q = torch.zeros_like(outputs).reshape(-1)
         q[i] = 1.0
-        rows.append(mask * flatten(lin.pull(q.reshape(outputs.shape))[1]))
+        rows.append(mask * (q @ lin))
     jacobian = torch.stack(rows)
     return float((jacobian @ jacobian.mT).trace() / len(outputs) / outputs.numel())
 
@@ -152,7 +148,7 @@ def _descended(name: str, seed: int, step: float) -> Controls | None:
 
     None if the loss exceeds its initial value at one of them, or is not finite.
     """
-    from deltacontrol.theory.linear.curvature import flatten, unflatten
+    from deltacontrol.theory.linear.operator import flatten, unflatten
 
     problem, u, mask = _start(name, seed)
     now = problem.evaluate(u)

@@ -96,7 +96,7 @@ def test_the_kernel_is_that_of_the_whole_batch(full: InitialModel) -> None:
     (batch,) = full.batches(ROWS)
     dense = curvature(full, batch)
     size = ROWS * 2
-    kernel = dense.kernel(torch.eye(size, dtype=torch.float64))
+    kernel = dense.kernel.dense()
     # Padding moves the outputs of an example by rounding alone.
     torch.testing.assert_close(full.kernel.total()[:size, :size], kernel, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(full.kernel.outputs[:ROWS], dense.value, rtol=1e-9, atol=1e-10)
@@ -120,7 +120,7 @@ def test_the_linearised_loss_has_the_gradient_and_curvature_of_the_model(
     problem = full.linearised()
     g, size = dense.gradient, ROWS * 3
     assert float(problem.loss.gradient_weights.sum()) == pytest.approx(float(g @ g), rel=1e-8)
-    form = float(g @ dense.gauss_newton(g[None])[0])
+    form = float(g @ (dense.gauss_newton @ g))
     weights, values = problem.loss.gradient_weights, problem.loss.gradient_values
     assert float((weights * values).sum()) == pytest.approx(form, rel=1e-8)
     assert len(problem.residual) == size
@@ -140,7 +140,7 @@ def test_a_free_head_is_taken_out(places: dict[str, str]) -> None:
     generator = torch.Generator().manual_seed(0)
     P[~in_head, :6] = torch.randn(count, 6, generator=generator, dtype=torch.float64)
     P[in_head, 6:] = torch.eye(int(in_head.sum()), dtype=torch.float64)
-    b, H = P.mT @ g, P.mT @ both.gauss_newton(P.mT).mT
+    b, H = P.mT @ g, P.mT @ (both.gauss_newton @ P)
     whole = float(0.5 * b @ torch.linalg.lstsq(H, b[:, None], driver="gelsd").solution[:, 0])
     prediction = dimension_of(initial, 0.9 * initial.loss(torch.arange(ROWS)), "loss")
     problem = initial.linearised()
@@ -179,8 +179,8 @@ def test_accuracies_are_those_of_solved_subspaces(full: InitialModel) -> None:
     examples = full.batches(1)
     (batch,) = full.batches(ROWS)
     held = full._encoded.validation.batch(np.arange(HELDOUT))
-    rows = curvature(full, batch).pull(torch.eye(2 * ROWS, dtype=torch.float64))
-    others = curvature(full, held).pull(torch.eye(2 * HELDOUT, dtype=torch.float64))
+    rows = torch.eye(2 * ROWS, dtype=torch.float64) @ curvature(full, batch).jacobian
+    others = torch.eye(2 * HELDOUT, dtype=torch.float64) @ curvature(full, held).jacobian
     assert len(examples) == len(every)
     from deltacontrol.theory.linear.model_curvature import softmax_factor
 

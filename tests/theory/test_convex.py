@@ -384,19 +384,19 @@ def test_outer_products_are_the_dense_features() -> None:
     factored = outer_products(4, 5, 6, seed=20)
     array = np.einsum("nktp,ntq->nkpq", factored.left, factored.right)
     dense = DenseFeatures(array)
-    W, a = normal(5, 6, seed=22).numpy(), normal(N, K, seed=23).numpy()
+    W, a = normal(30, seed=22), normal(N * K, seed=23)
     left, right = (np.linalg.qr(normal(m, 3, seed=24).numpy())[0] for m in (5, 6))
     C = contrasts(K)
     for one, two in (
-        (factored.apply(W), dense.apply(W)),
-        (factored.adjoint(a), dense.adjoint(a)),
+        (factored @ W, dense @ W),
+        (factored.T @ a, dense.T @ a),
         (factored.kernel(), dense.kernel()),
         (factored.restrict(left, right).array, dense.restrict(left, right).array),
         (factored.contrasted(C).kernel(), dense.contrasted(C).kernel()),
     ):
         np.testing.assert_allclose(one, two, rtol=1e-10, atol=1e-10)
     assert factored.frobenius() == pytest.approx(dense.frobenius(), rel=1e-12)
-    assert float((dense.apply(W) * a).sum()) == pytest.approx(float((W * dense.adjoint(a)).sum()))
+    assert float((dense @ W) @ a) == pytest.approx(float(W @ (dense.T @ a)))
 
 
 def test_contrasts_keep_all_but_the_mean() -> None:

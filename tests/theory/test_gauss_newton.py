@@ -14,11 +14,12 @@ from deltacontrol.theory.control.costs import CrossEntropyCost, QuadraticCost, S
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Cost, Dynamics
 from deltacontrol.theory.control.systems import LinearDynamics, LowRankDynamics
 from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.conjugate_gradients import End, conjugate_gradients
 from deltacontrol.theory.linear.curvature import Curvature, GaussNewtonCurvature, HessianCurvature
 from deltacontrol.theory.linear.linearisation import Linearisation
+from deltacontrol.theory.linear.operator import SymmetricMatrix
 from deltacontrol.theory.solvers import Iterate, Solver, Status, solve
 from deltacontrol.theory.solvers.gauss_newton import GaussNewton, NewtonCG, damped_step
-from deltacontrol.theory.solvers.truncated_cg import End, minimise_model
 from tests.theory.dense import flat, hessian, unflatten
 from tests.theory.problems import (
     CASES,
@@ -63,7 +64,7 @@ def dense(kind: type[Curvature], problem: ControlProblem, at: Controls) -> Tenso
 
 
 def matrix(curvature: Curvature) -> Tensor:
-    return torch.stack([curvature.product(e) for e in torch.eye(len(curvature.gradient))], dim=1)
+    return curvature.dense()
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +107,7 @@ def test_hessian_equals_central_differences_of_the_gradient(
         flat(problem.gradient(tuple(a + s * b for a, b in zip(u, v, strict=True))))
         for s in (step, -step)
     )
-    found = HessianCurvature(problem, u).product(flat(v))
+    found = HessianCurvature(problem, u) @ flat(v)
     assert (found - (ahead - back) / (2 * step)).norm() <= 1e-8 * found.norm()
 
 
@@ -135,12 +136,12 @@ def spd(size: int) -> Tensor:
 
 def test_conjugate_gradients_solve_a_definite_system_in_as_many_products_as_unknowns() -> None:
     H, g = spd(12), normal(12, seed=2)
-    found = minimise_model(lambda z: H @ z, g, rtol=1e-12, max_products=40)
+    found = conjugate_gradients(SymmetricMatrix(H), g, rtol=1e-12, max_products=40)
     exact = -torch.linalg.solve(H, g)
     assert found.end is End.TOLERANCE and found.products <= 14
     assert (found.step - exact).norm() <= 1e-10 * exact.norm()
     assert found.decrease == pytest.approx(float(-0.5 * g @ exact), rel=1e-12)
-    early = minimise_model(lambda z: H @ z, g, rtol=1e-12, max_products=3)
+    early = conjugate_gradients(SymmetricMatrix(H), g, rtol=1e-12, max_products=3)
     assert early.end is End.PRODUCTS and early.products == 3
     assert early.residual == pytest.approx(float((g + H @ early.step).norm() / g.norm()))
     assert 0 < early.decrease < found.decrease
@@ -148,10 +149,12 @@ def test_conjugate_gradients_solve_a_definite_system_in_as_many_products_as_unkn
 
 def test_a_ball_is_kept_and_met() -> None:
     H, g = spd(12), normal(12, seed=2)
-    free = minimise_model(lambda z: H @ z, g, rtol=1e-10, max_products=40)
+    free = conjugate_gradients(SymmetricMatrix(H), g, rtol=1e-10, max_products=40)
     for share in (0.01, 0.5, 0.9):
         radius = share * float(free.step.norm())
-        found = minimise_model(lambda z: H @ z, g, rtol=1e-10, max_products=40, radius=radius)
+        found = conjugate_gradients(
+            SymmetricMatrix(H), g, rtol=1e-10, max_products=40, radius=radius
+        )
         assert found.end is End.BOUNDARY
         assert float(found.step.norm()) == pytest.approx(radius, rel=1e-12)
         # No worse than the best point along the gradient, Cauchy's.
@@ -163,30 +166,34 @@ def test_a_ball_is_kept_and_met() -> None:
 def test_negative_curvature_is_followed_to_the_boundary() -> None:
     H = torch.diag(torch.tensor([2.0, -1.0, 0.5]))
     g = torch.tensor([1.0, 1e-3, 0.3])
-    found = minimise_model(lambda z: H @ z, g, rtol=1e-10, max_products=9, radius=50.0)
+    found = conjugate_gradients(SymmetricMatrix(H), g, rtol=1e-10, max_products=9, radius=50.0)
     assert found.end is End.NEGATIVE_CURVATURE
     assert float(found.step.norm()) == pytest.approx(50.0)
     assert found.curvature < -1000 and found.decrease > 500
-    unlimited = minimise_model(lambda z: H @ z, g, rtol=1e-10, max_products=9)
+    unlimited = conjugate_gradients(SymmetricMatrix(H), g, rtol=1e-10, max_products=9)
     assert unlimited.end is End.NEGATIVE_CURVATURE and math.isfinite(unlimited.decrease)
 
 
 def test_singular_curvature_is_named() -> None:
     H = torch.diag(torch.tensor([1.0, 0.0]))
-    consistent = minimise_model(
-        lambda z: H @ z, torch.tensor([2.0, 0.0]), rtol=1e-12, max_products=9
+    consistent = conjugate_gradients(
+        SymmetricMatrix(H), torch.tensor([2.0, 0.0]), rtol=1e-12, max_products=9
     )
     assert consistent.end is End.TOLERANCE and consistent.step.tolist() == [-2.0, 0.0]
-    hopeless = minimise_model(lambda z: H @ z, torch.tensor([0.0, 1.0]), rtol=1e-12, max_products=9)
+    hopeless = conjugate_gradients(
+        SymmetricMatrix(H), torch.tensor([0.0, 1.0]), rtol=1e-12, max_products=9
+    )
     assert hopeless.end is End.SINGULAR and not hopeless.step.any()
-    bounded = minimise_model(
-        lambda z: H @ z, torch.tensor([0.0, 1.0]), rtol=1e-12, max_products=9, radius=3.0
+    bounded = conjugate_gradients(
+        SymmetricMatrix(H), torch.tensor([0.0, 1.0]), rtol=1e-12, max_products=9, radius=3.0
     )
     assert bounded.end is End.SINGULAR and bounded.step.tolist() == [0.0, -3.0]
 
 
 def test_nothing_is_done_for_a_zero_gradient() -> None:
-    found = minimise_model(lambda z: z, torch.zeros(3), rtol=0.5, max_products=9)
+    found = conjugate_gradients(
+        SymmetricMatrix(torch.eye(3)), torch.zeros(3), rtol=0.5, max_products=9
+    )
     assert found.products == 0 and not found.step.any() and found.residual == 0.0
 
 
@@ -247,7 +254,7 @@ def test_the_gauge_freedom_of_lora_is_singular_curvature() -> None:
     u = tuple(normal(m, seed=m) for m in dynamics.control_sizes)
     along = gauge_direction(dynamics, u)
     curvature = GaussNewtonCurvature(bare, u)
-    assert curvature.product(along).norm() <= 1e-12 * along.norm()
+    assert (curvature @ along).norm() <= 1e-12 * along.norm()
     assert abs(float(curvature.gradient @ along)) <= 1e-12 * float(along.norm())
     eigenvalues = torch.linalg.eigvalsh(matrix(curvature))
     assert int((eigenvalues < 1e-10).sum()) >= dynamics.rank**2 * dynamics.horizon

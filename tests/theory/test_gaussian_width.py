@@ -21,6 +21,7 @@ from deltacontrol.theory.dimension.random_subspaces import (
 )
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.krylov import quadrature, spectral_density
+from deltacontrol.theory.linear.operator import SymmetricMatrix
 
 F64 = torch.float64
 
@@ -115,10 +116,10 @@ def test_lanczos_gives_the_same_threshold_within_its_standard_error() -> None:
     basis, _ = torch.linalg.qr(normal(300, 300))
     W = basis @ torch.diag(values) @ basis.T
     gradient = (basis @ (values * x))[None]
-    apply = lambda rows: rows @ W  # noqa: E731
+    operator = SymmetricMatrix(W)
     exact = QuadraticLoss.exact(values, x)
     found = QuadraticLoss.estimated(
-        spectral_density(apply, 300, 60, probes=20), quadrature(apply, gradient, 60)
+        spectral_density(operator, 60, probes=20), quadrature(operator, gradient, 60)
     )
     fall = 0.7 * exact.largest_fall
     one, other = found.threshold(fall), exact.threshold(fall)

@@ -51,14 +51,14 @@ def linearised(case: Case, keep: bool) -> tuple[ControlProblem, Controls, Linear
 
 @cases
 @keeps
-def test_pull_is_the_adjoint_of_push(case: Case, keep: bool) -> None:
+def test_the_adjoint_sweep_is_that_of_the_tangent_sweep(case: Case, keep: bool) -> None:
     problem, u, lin = linearised(case, keep)
     du, q = random_like(u, 1), random_like(lin.states, 2)
     integer = not problem.x0.is_floating_point()
     dx0 = torch.zeros(problem.x0.shape, dtype=F64) if integer else random_like([problem.x0], 3)[0]
-    dx = lin.push(du, dx0)
+    dx = lin.tangent(du, dx0)
     sources = [None, *q[1:-1]]
-    costates, controls = lin.pull(q[-1], sources)
+    costates, controls = lin.adjoint(q[-1], sources)
     forward = inner(dx[1:], q[1:])
     backward = inner(du, controls) + inner([dx0], [costates[0]])
     scale = (inner(dx[1:], dx[1:]) * inner(q[1:], q[1:])) ** 0.5
@@ -67,12 +67,12 @@ def test_pull_is_the_adjoint_of_push(case: Case, keep: bool) -> None:
 
 @cases
 @keeps
-def test_push_equals_the_derivative_of_the_rollout(case: Case, keep: bool) -> None:
+def test_the_tangent_equals_the_derivative_of_the_rollout(case: Case, keep: bool) -> None:
     problem, u, lin = linearised(case, keep)
     du = random_like(u, 1)
     expected = torch.func.jvp(lambda *u: problem.rollout(u)[1:], u, du)[1]
     for _ in range(2):  # with `keep` the second product comes from the first one's graph
-        for found, reference in zip(lin.push(du)[1:], expected, strict=True):
+        for found, reference in zip(lin.tangent(du)[1:], expected, strict=True):
             torch.testing.assert_close(found, reference, rtol=1e-12, atol=1e-13)
 
 
@@ -80,11 +80,13 @@ def test_push_equals_the_derivative_of_the_rollout(case: Case, keep: bool) -> No
     "case", [c for c in CASES + EXTRA if not c.linear_quadratic], ids=lambda case: case.name
 )
 @keeps
-def test_pull_of_the_terminal_gradient_gives_costates_and_gradient(case: Case, keep: bool) -> None:
+def test_the_adjoint_of_the_terminal_gradient_gives_costates_and_gradient(
+    case: Case, keep: bool
+) -> None:
     """Where the running cost depends on ``u`` alone: ``B'p`` is the gradient without ``l_u``."""
     problem, u, lin = linearised(case, keep)
     now = problem.evaluate(u)
-    costates, controls = lin.pull(now.costates[-1])
+    costates, controls = lin.adjoint(now.costates[-1])
     for found, reference in zip(costates, now.costates, strict=True):
         torch.testing.assert_close(found, reference, rtol=1e-12, atol=1e-14)
     for t, (found, reference) in enumerate(zip(controls, now.gradient, strict=True)):
@@ -108,7 +110,7 @@ def test_dense_jacobians_equal_products_column_by_column(case: Case) -> None:
         (du,) = random_like([u[t]], t)
         expected = A @ dx.reshape(-1) + B @ du.reshape(-1)
         torch.testing.assert_close(
-            lin.push_step(t, dx, du).reshape(-1), expected, rtol=1e-12, atol=1e-13
+            lin.tangent_step(t, dx, du).reshape(-1), expected, rtol=1e-12, atol=1e-13
         )
 
 
@@ -135,7 +137,7 @@ def test_states_of_integers_have_no_perturbation() -> None:
     assert A.shape == (60, 15) and B.shape == (60, 0) and not A.any()
     A, B = lin.jacobians(0, per_example=True)
     assert A.shape == (3, 20, 5) and B.shape == (3, 20, 0) and not A.any()
-    q, g = lin.pull_step(0, torch.ones(3, 5, 4, dtype=F64))
+    q, g = lin.adjoint_step(0, torch.ones(3, 5, 4, dtype=F64))
     assert q.shape == (3, 5) and q.dtype == F64 and not q.any() and g.shape == (0,)
 
 
@@ -147,13 +149,15 @@ def test_products_may_be_batched(make, keep: bool) -> None:
     u = random_like(problem.zero_controls(dtype=F64), 1)
     lin = Linearisation.of(problem, u, keep=keep)
     rows = torch.randn(4, *lin.states[-1].shape, dtype=F64)
-    many = torch.func.vmap(lambda q: lin.pull(q)[1])(rows)
+    many = torch.func.vmap(lambda q: lin.adjoint(q)[1])(rows)
     for i, row in enumerate(rows):
-        assert torch.allclose(flat(tuple(g[i] for g in many)), flat(lin.pull(row)[1]), rtol=1e-13)
+        assert torch.allclose(
+            flat(tuple(g[i] for g in many)), flat(lin.adjoint(row)[1]), rtol=1e-13
+        )
     columns = tuple(torch.randn(4, *control.shape, dtype=F64) for control in u)
-    pushed = torch.func.vmap(lambda du: lin.push(du)[-1])(columns)
+    pushed = torch.func.vmap(lambda du: lin.tangent(du)[-1])(columns)
     for i in range(4):
-        single = lin.push(tuple(c[i] for c in columns))[-1]
+        single = lin.tangent(tuple(c[i] for c in columns))[-1]
         torch.testing.assert_close(pushed[i], single, rtol=1e-13, atol=1e-15)
 
 
@@ -179,8 +183,8 @@ def test_keeping_evaluates_each_step_once() -> None:
         lin = Linearisation.of(problem, u, keep=keep)
         calls.calls = 0
         for _ in range(3):
-            dx = lin.push(random_like(u, 1))
-            lin.pull(dx[-1])
+            dx = lin.tangent(random_like(u, 1))
+            lin.adjoint(dx[-1])
         evaluations[keep] = calls.calls
     assert evaluations == {False: 6 * calls.horizon, True: calls.horizon}
 
@@ -210,7 +214,7 @@ def test_fused_attention_is_differentiated_forward_and_twice() -> None:
         for s in (step, -step)
     )
     for keep in (False, True):
-        pushed = Linearisation.of(problem, u, keep=keep).push(du)[-1]
+        pushed = Linearisation.of(problem, u, keep=keep).tangent(du)[-1]
         torch.testing.assert_close(pushed, (ahead - back) / (2 * step), rtol=1e-8, atol=1e-8)
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.func.jvp(lambda u: problem.dynamics.step(0, problem.x0, u), u, du)
@@ -244,14 +248,14 @@ def test_second_derivatives_of_a_step_equal_autograd() -> None:
     gradient = torch.func.grad(hamiltonian, argnums=(0, 1))
     expected = torch.func.jvp(lambda x, u: gradient(x, u, p), (x, u), (dx, du))[1]
     torch.testing.assert_close((cx, cu), expected, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(dx_next, graph.push(dx, du), rtol=0, atol=0)
+    torch.testing.assert_close(dx_next, graph.tangent(dx, du), rtol=0, atol=0)
 
 
 def test_second_derivatives_are_zero_where_there_are_none() -> None:
     x, tokens = normal(3, seed=1), torch.tensor([1, 2])
     linear = SecondDerivative(lambda x, n: 2 * x.sum(), [x, tokens])
-    assert not any(part.any() for part in linear.product([x, torch.zeros(2, dtype=F64)]))
+    assert not any(part.any() for part in linear.curve([x, torch.zeros(2, dtype=F64)]))
     constant = SecondDerivative(lambda x: x.new_zeros(()), [x])
-    assert not constant.product([x])[0].any()
+    assert not constant.curve([x])[0].any()
     square = SecondDerivative(lambda x: x.pow(4).sum(), [x])
-    torch.testing.assert_close(square.product([x])[0], 12 * x**3)
+    torch.testing.assert_close(square.curve([x])[0], 12 * x**3)

@@ -53,11 +53,11 @@ def test_every_product_is_the_dense_one(curvature: ModelCurvature) -> None:
     H = torch.func.hessian(lambda t: loss(flat(t)))(THETA)
     v, w = normal(3, 32, seed=5), normal(3, 20, seed=6)
     assert (curvature.num_parameters, curvature.num_outputs) == (32, 20)
-    close(curvature.push(v), v @ J.T)
-    close(curvature.pull(w), w @ J)
-    close(curvature.kernel(w), w @ (J @ J.T))
-    close(curvature.gauss_newton(v), v @ (J.T @ B @ J))
-    close(curvature.hessian(v), v @ H)
+    close(v @ curvature.jacobian.T, v @ J.T)
+    close(w @ curvature.jacobian, w @ J)
+    close(w @ curvature.kernel, w @ (J @ J.T))
+    close(v @ curvature.gauss_newton, v @ (J.T @ B @ J))
+    close(v @ curvature.hessian, v @ H)
     close(curvature.gradient, torch.func.grad(lambda t: loss(flat(t)))(THETA))
     assert float((J.T @ B @ J - H).norm()) > 1e-3
 
@@ -74,8 +74,8 @@ def test_the_factor_of_the_softmax(curvature: ModelCurvature) -> None:
 def test_gauss_newton_in_the_space_of_outputs(curvature: ModelCurvature) -> None:
     factor, s = softmax_factor(curvature.value, LABELS)
     C = torch.block_diag(*factor)
-    K = C.T @ curvature.kernel(torch.eye(20, dtype=F64)) @ C
-    G = curvature.gauss_newton(torch.eye(32, dtype=F64))
+    K = C.T @ curvature.kernel.dense() @ C
+    G = curvature.gauss_newton.dense()
     close(torch.linalg.eigvalsh(K)[-15:], torch.linalg.eigvalsh(G)[-15:])
     g = curvature.gradient
     one = g @ torch.linalg.solve(G + 0.1 * torch.eye(32, dtype=F64), g)

@@ -13,16 +13,34 @@ from deltacontrol.theory.depth.perturbation import (
     spectral_norm,
 )
 from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.linearisation import Linearisation
+from deltacontrol.theory.linear.operator import LinearOperator, SymmetricMatrix
 from tests.theory.problems import normal
 
 F64 = torch.float64
 
 
+class Blocks(LinearOperator):
+    """``diag(A_1, ..., A_batch)`` of a tensor ``(batch, m, n)``."""
+
+    def __init__(self, A: Tensor) -> None:
+        batch, m, n = A.shape
+        super().__init__((batch * m, batch * n), A.dtype, A.device)
+        self.A = A
+
+    def _product(self, x: Tensor) -> Tensor:
+        rows = x.unflatten(-1, (len(self.A), -1))
+        return torch.einsum("bij,...bj->...bi", self.A, rows).flatten(-2)
+
+    def _transpose_product(self, y: Tensor) -> Tensor:
+        rows = y.unflatten(-1, (len(self.A), -1))
+        return torch.einsum("bij,...bi->...bj", self.A, rows).flatten(-2)
+
+
 def test_spectral_norms_of_dense_matrices() -> None:
     A = normal(4, 7, 9, seed=1)
     found = spectral_norm(
-        lambda v: torch.einsum("bij,bj->bi", A, v),
-        lambda q: torch.einsum("bij,bi->bj", A, q),
+        Blocks(A),
         torch.zeros(4, 9, dtype=F64),
         num_iterations=50,
     )
@@ -39,8 +57,7 @@ def test_few_iterations_give_a_lower_bound_with_its_residual() -> None:
     last = torch.zeros(3, dtype=F64)
     for iterations in (1, 4, 8, 16, 40):
         found = spectral_norm(
-            lambda v: torch.einsum("bij,bj->bi", A, v),
-            lambda q: torch.einsum("bij,bi->bj", A, q),
+            Blocks(A),
             torch.zeros(3, 40, dtype=F64),
             num_iterations=iterations,
         )
@@ -58,8 +75,7 @@ def test_lanczos_that_ends_early(rank: int) -> None:
     a, b = normal(2, 5, seed=3), normal(2, 5, seed=4)
     A = rank * a[:, :, None] * b[:, None, :]
     found = spectral_norm(
-        lambda v: torch.einsum("bij,bj->bi", A, v),
-        lambda q: torch.einsum("bij,bi->bj", A, q),
+        Blocks(A),
         torch.zeros(2, 5, dtype=F64),
     )
     expected = rank * a.norm(dim=1) * b.norm(dim=1)
@@ -110,12 +126,9 @@ def test_the_bound_holds_for_a_network_and_not_without_its_factors() -> None:
     network = ResidualNetwork.random(5, width=4, hidden=8, control_size=2, seed=2)
     network = ResidualNetwork(network.W1, 4.0 * torch.as_tensor(network.W2), network.B)
     x0 = 0.1 * normal(6, 4, seed=8)
-    start = spectral_norm(
-        lambda v: torch.func.jvp(lambda x: roll(network, x), (x0,), (v,))[1],
-        lambda q: torch.func.vjp(lambda x: roll(network, x), x0)[1](q)[0],
-        x0,
-    ).vector
     zeros = [torch.zeros_like(x0)] * 5
+    lin = Linearisation(network, perturbed_states(network, x0, zeros), [x0.new_zeros(2)] * 5)
+    start = spectral_norm(lin.transition, x0).vector
     x = perturbed_states(network, x0, zeros)
     y = perturbed_states(network, x0 + 0.01 * start, zeros)
     u = x0.new_zeros(2)
@@ -128,12 +141,6 @@ def test_the_bound_holds_for_a_network_and_not_without_its_factors() -> None:
     assert bool((actual > growth_bound(unit, none, initial)[-1]).all())
 
 
-def roll(dynamics: Dynamics, x: Tensor) -> Tensor:
-    for t in range(dynamics.horizon):
-        x = dynamics.step(t, x, x.new_zeros(dynamics.control_sizes[t]))
-    return x
-
-
 def test_bad_input() -> None:
     network = ResidualNetwork.random(2, width=4, hidden=6, control_size=2, seed=1)
     x, u = normal(3, 4, seed=1), normal(2, seed=2)
@@ -142,6 +149,6 @@ def test_bad_input() -> None:
     with pytest.raises(InputError, match=r"shapes \(3, 4\) and \(2, 4\)"):
         segment_norms(network, 0, x, x[:2], u)
     with pytest.raises(InputError, match="num_iterations = 0"):
-        spectral_norm(lambda v: v, lambda q: q, x, num_iterations=0)
+        spectral_norm(SymmetricMatrix(torch.eye(12, dtype=F64)), x, num_iterations=0)
     with pytest.raises(InputError, match="1 Lipschitz constants and 2 defects"):
         growth_bound([x[:, 0]], [x[:, 0]] * 2, x[:, 0])

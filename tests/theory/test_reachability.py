@@ -12,6 +12,7 @@ from torch import Tensor
 from deltacontrol.theory.control.problem import ControlProblem, Controls
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.linearisation import Linearisation
+from deltacontrol.theory.linear.operator import SymmetricMatrix
 from deltacontrol.theory.linear.output_map import OutputMap, linear_quadratic_gain
 from deltacontrol.theory.linear.reachability import Reachability
 from deltacontrol.theory.linear.sketching import hutchpp, leading_spectrum
@@ -54,7 +55,7 @@ def test_gramian_equals_the_dense_one(case: Case) -> None:
             assert close(found.gramian({t: slice(None)}), b @ b.mT)
         assert not any(float(block.norm()) for block in found.blocks[stage:])
         q = normal(*reach.output.shape, seed=1)
-        assert close(reach.apply(q).flatten(), expected @ q.flatten())
+        assert close(reach.gramian @ q.flatten(), expected @ q.flatten())
 
 
 @each_case
@@ -72,7 +73,7 @@ def test_access_weighs_and_switches_off(case: Case) -> None:
     expected = weighted[last][:, :1] @ blocks[last][:, :1].mT
     q = normal(*reach.output.shape, seed=1)
     narrow = reach.restricted(part)
-    assert close(narrow.apply(q).flatten(), expected @ q.flatten())
+    assert close(narrow.gramian @ q.flatten(), expected @ q.flatten())
     assert close(reach.output_map().gramian(part), expected)
     assert close(narrow.output_map().gramian(), expected)
 
@@ -88,7 +89,7 @@ def test_least_energy_is_the_least_norm_solution(case: Case) -> None:
     assert close(flat(found.control), torch.from_numpy(expected), 1e-9)
     assert found.energy == pytest.approx(0.5 * float((expected**2).sum()), rel=1e-9)
     assert sum(found.per_step) == pytest.approx(found.energy, rel=1e-12)
-    assert close(reach.push(found.control) + found.unreachable, y, 1e-9)
+    assert close(reach @ flat(found.control) + found.unreachable.flatten(), y.flatten(), 1e-9)
     # The unreachable part is orthogonal to everything that a control reaches.
     assert float((C.mT @ found.unreachable.flatten()).norm()) <= 1e-9 * float(y.norm())
 
@@ -119,10 +120,10 @@ def test_scalar_closed_form() -> None:
     reach = Reachability(lin)
     y = torch.tensor([2.0], dtype=F64)
     found = reach.output_map().minimum_energy(y)
-    assert float(reach.apply(torch.ones(1, dtype=F64))) == horizon
+    assert float(reach.gramian @ torch.ones(1, dtype=F64)) == horizon
     assert found.energy == pytest.approx(4 / (2 * horizon), rel=1e-14)
     assert torch.allclose(flat(found.control), torch.full((horizon,), 2 / horizon, dtype=F64))
-    assert Reachability(lin, stage=2).trace(10).value == pytest.approx(2.0)
+    assert hutchpp(Reachability(lin, stage=2).gramian, 10).value == pytest.approx(2.0)
 
 
 def test_unreachable_targets_are_named() -> None:
@@ -204,7 +205,7 @@ def test_the_ensemble_is_the_stack_of_its_examples() -> None:
         singles.append(Reachability(Linearisation.of(alone, u, keep=True)).output_map())
     stacked = OutputMap.stack(singles)
     assert close(stacked.weighted(), whole.weighted())
-    assert close(stacked.push(u), whole.push(u))
+    assert close(stacked @ flat(u), whole @ flat(u))
 
 
 def test_functionals_and_chunks() -> None:
@@ -214,9 +215,9 @@ def test_functionals_and_chunks() -> None:
     reach = Reachability(lin)
     K = normal(2, *reach.output.shape, seed=1)
     whole = reach.output_map()
-    part = reach.output_map(K, chunk=1)
+    part = Reachability(lin, chunk=1).output_map(K)
     assert close(part.weighted(), K.flatten(1) @ whole.weighted())
-    assert close(reach.output_map(chunk=2).gramian(), whole.gramian())
+    assert close(Reachability(lin, chunk=2).output_map().gramian(), whole.gramian())
 
 
 def test_the_gain_is_the_minimum_of_the_quadratic_model() -> None:
@@ -247,7 +248,7 @@ def test_subspace_iteration_has_its_rate() -> None:
         of_seeds = []
         for seed in range(20):
             found = leading_spectrum(
-                lambda rows: rows @ W, 60, wanted, oversampling=extra, iterations=iterations,
+                SymmetricMatrix(W), wanted, oversampling=extra, iterations=iterations,
                 seed=seed,
             )  # fmt: skip
             gap = values[:wanted] - found.values
@@ -265,23 +266,24 @@ def test_spectrum_of_a_rollout() -> None:
     lin = linearised(next(c for c in CASES if c.name == "residual"))
     reach = Reachability(lin)
     exact = torch.linalg.eigvalsh(reach.output_map().gramian()).flip(0)
-    found = reach.spectrum(3, iterations=25, chunk=5)
+    chunked = Reachability(lin, chunk=5)
+    found = leading_spectrum(chunked.gramian, 3, iterations=25)
     assert close(found.values, exact[:3], 1e-9)
     assert float(found.residuals.max()) <= 1e-6 * float(exact[0])
     assert close(found.vectors @ found.vectors.mT, torch.eye(3, dtype=F64))
-    assert reach.trace(10**6).value == pytest.approx(float(exact.sum()), rel=1e-12)
+    assert hutchpp(chunked.gramian, 10**6).value == pytest.approx(float(exact.sum()), rel=1e-12)
 
 
 def test_hutchpp_is_exact_for_low_rank_unbiased_and_has_its_rate() -> None:
     low = symmetric(torch.cat([normal(8, seed=1).square() + 0.1, torch.zeros(52, dtype=F64)]))
-    found = hutchpp(lambda rows: rows @ low, 60, 24)
+    found = hutchpp(SymmetricMatrix(low), 24)
     assert found.value == pytest.approx(float(low.trace()), rel=1e-10)
     assert found.num_products == 24
     # With eigenvalues 1/j the deviation falls at least as fast as 1/products (theorem 1).
     W = symmetric(1 / torch.arange(1, 401, dtype=F64))
     exact, deviations = float(W.trace()), []
     for products in (24, 48, 96):
-        runs = [hutchpp(lambda rows: rows @ W, 400, products, seed=s) for s in range(200)]
+        runs = [hutchpp(SymmetricMatrix(W), products, seed=s) for s in range(200)]
         values = np.array([r.value for r in runs])
         assert abs(values.mean() - exact) <= 4 * values.std() / math.sqrt(len(values))
         claimed = math.sqrt(float(np.mean([r.standard_error**2 for r in runs])))
@@ -310,7 +312,7 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(InputError, match="damping"):
         reach.minimum_energy(torch.ones(1, dtype=F64), damping=0.0)
     with pytest.raises(InputError, match="num_values"):
-        reach.spectrum(4)
+        leading_spectrum(reach.gramian, 4)
     with pytest.raises(InputError, match="at least one"):
         OutputMap.stack([])
     other = Reachability(lin, access=[2.0] * 5).output_map()
@@ -322,4 +324,4 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(InputError, match="do not fit"):
         linear_quadratic_gain(one, one, one, 1.0)
     with pytest.raises(InputError, match="6"):
-        hutchpp(lambda rows: rows, 60, 3)
+        hutchpp(SymmetricMatrix(torch.eye(60)), 3)

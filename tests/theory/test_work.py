@@ -24,7 +24,7 @@ def test_what_a_rollout_a_gradient_and_products_count() -> None:
         assert meter.steps == 2 * horizon
         with metered() as meter:
             lin = Linearisation.of(problem, u)
-            lin.pull(lin.push(u)[-1])
+            lin.adjoint(lin.tangent(u)[-1])
         assert meter.steps == 3 * horizon
         with metered() as meter:
             lin.jacobians(0)

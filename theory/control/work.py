@@ -4,8 +4,8 @@ The unit is one step ``f_t`` passed once: evaluated, or differentiated in one di
 backward. `ControlProblem` and `Linearisation` count what passes through them, so that methods as
 different as gradient descent and Newton's can be compared without a clock:
 
-    rollout 1 per step, backward sweep 1, push 1, pull 1, a dense Jacobian one per row,
-    a product with the Hessian of ``J`` 3 (push, second derivative, pull).
+    rollout 1 per step, backward sweep 1, tangent 1, adjoint 1, a dense Jacobian one per row,
+    a product with the Hessian of ``J`` 3 (tangent, second derivative, adjoint).
 
 A gradient of ``J`` is thus two sweeps over all steps, and so is a Gauss-Newton product.
 """

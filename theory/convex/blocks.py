@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from deltacontrol.theory.convex.features import (
@@ -29,12 +30,12 @@ __all__ = ["Block", "as_matrix", "blocks", "named_groups"]
 class Block:
     """What one norm of the penalty acts on, in reduced coordinates.
 
-    `groups` says which groups it holds, `lift` gives their controls from the block's.
+    `groups` says which groups it holds, `expand` gives their controls from the block's.
     """
 
     features: Features
     groups: tuple[int, ...]
-    lift: Callable[[np.ndarray], list[np.ndarray]]
+    expand: Callable[[np.ndarray], list[np.ndarray]]
     operator_norm: float
 
 
@@ -60,7 +61,7 @@ def _joined(
     features: Sequence[Features], groups: tuple[int, ...], rank: int | None, memory_limit: int
 ) -> Block:
     """One vector block of several groups, rotated where that makes it smaller."""
-    sizes = [f.size for f in features]
+    sizes = [f.shape[1] for f in features]
     cuts = np.cumsum(sizes)[:-1]
     dense = all(isinstance(f, DenseFeatures) for f in features)
     if rank is not None and not dense and sum(sizes) > rank:
@@ -69,11 +70,10 @@ def _joined(
         kept = values > len(values) * np.finfo(float).eps * max(values.max(initial=0.0), 0.0)
         lengths = np.sqrt(values[kept])
         matrix, coefficients = vectors[:, kept] * lengths, vectors[:, kept] / lengths
-        shape = (features[0].num_examples, features[0].num_logits)
 
         def from_kernel(b: np.ndarray) -> list[np.ndarray]:
-            a = (coefficients @ b).reshape(shape)
-            return [f.adjoint(a) for f in features]
+            a = torch.from_numpy(coefficients @ b)
+            return [(f.T @ a).numpy() for f in features]
 
         return _block(matrix, features[0], groups, from_kernel)
     for f in features:
@@ -89,18 +89,18 @@ def _block(
     matrix: np.ndarray,
     like: Features,
     groups: tuple[int, ...],
-    lift: Callable[[np.ndarray], list[np.ndarray]],
+    expand: Callable[[np.ndarray], list[np.ndarray]],
 ) -> Block:
     array = matrix.reshape(like.num_examples, like.num_logits, matrix.shape[1])
     norm = float(np.linalg.norm(matrix, 2)) if matrix.size else 0.0
-    return Block(DenseFeatures(array), groups, lift, norm)
+    return Block(DenseFeatures(array), groups, expand, norm)
 
 
 def as_matrix(features: Features) -> np.ndarray:
     """``(N K, m)``, formed if the features are factored."""
     if isinstance(features, DenseFeatures):
         return features.matrix
-    p, q = features.shape
+    p, q = features.control_shape
     return features.restrict(np.eye(p), np.eye(q)).matrix
 
 
@@ -108,7 +108,7 @@ def _projected(features: Features, groups: tuple[int, ...]) -> Block:
     """One matrix block, projected on the column and row spaces where they are smaller."""
     left, right = (orthonormal(side) for side in features.sides())
     norm = features.frobenius()
-    if (left.shape[1], right.shape[1]) == features.shape:
+    if (left.shape[1], right.shape[1]) == features.control_shape:
         return Block(features, groups, lambda w: [w], norm)
     return Block(
         features.restrict(left, right), groups, lambda a: [left @ a @ right.T], norm
@@ -126,11 +126,11 @@ def named_groups(
     """
     if isinstance(features, Tensor | np.ndarray):
         whole = DenseFeatures(as_array(features))
-        sizes = [whole.shape[-1]] if groups is None else list(groups)
-        if groups is not None and (len(whole.shape) != 1 or sum(sizes) != whole.size):
+        sizes = [whole.control_shape[-1]] if groups is None else list(groups)
+        if groups is not None and (len(whole.control_shape) != 1 or sum(sizes) != whole.shape[1]):
             raise InputError(
                 f"the groups have {sum(sizes)} controls in all, and the features, of shape "
-                f"{tuple(features.shape)}, {whole.shape[-1]}; they must be equal"
+                f"{tuple(features.shape)}, {whole.control_shape[-1]}; they must be equal"
             )
         parts = np.split(whole.array, np.cumsum(sizes)[:-1], axis=-1)
         return tuple(map(str, range(len(parts)))), _checked([DenseFeatures(p) for p in parts])
@@ -147,7 +147,7 @@ def named_groups(
 
 
 def _checked(features: list[Features]) -> list[Features]:
-    if not any(f.size for f in features):
+    if not any(f.shape[1] for f in features):
         raise InputError("the features have no controls; expected at least one column")
     for f in features:
         if f.num_examples < 1 or not math.isfinite(f.frobenius()):
@@ -161,7 +161,7 @@ def _checked(features: list[Features]) -> list[Features]:
 def check_memory(name: str, features: Features, limit: int, dense: bool = False) -> None:
     numbers = features.numbers()
     if dense:
-        numbers = features.num_examples * features.num_logits * features.size
+        numbers = features.shape[0] * features.shape[1]
     if 8 * numbers > limit:
         raise InputError(
             f"the features of {name} take {8 * numbers / 2**30:.1f} GiB and memory_limit is "

@@ -2,11 +2,12 @@
 
 A group has a control ``u`` of shape ``(m,)`` or ``(p, q)``. Its features are
 ``G_ik = d z_ik / d u`` for example ``i`` and logit ``k``, of the shape of ``u``, so that the group
-changes the logits by ``<G_ik, u>``. The maps here are
+changes the logits by ``<G_ik, u>``. A map here is the linear operator ``G``
+(`deltacontrol.theory.linear.operator`) from the flat ``u`` to the flat logits, ``R = N K`` of them:
 
-    apply(u)     (N, K)   <G_ik, u>
-    adjoint(a)   shape    sum_ik a_ik G_ik
-    kernel()     (R, R)   <G_ik, G_jl>,  R = N K
+    G @ u        (R,)     <G_ik, u>
+    G.T @ a      (m,)     sum_ik a_ik G_ik
+    kernel()     (R, R)   <G_ik, G_jl>
 
 For the weight of a linear map, ``y = W x`` at the tokens ``t`` of an example, the features are sums
 of outer products, ``G_ik = sum_t d_ikt x_it'`` with ``d_ikt = d z_ik / d y_it``. `OuterProducts`
@@ -32,31 +33,40 @@ Cross-entropy does not see a constant added to the logits of an example. With or
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.operator import LinearOperator, by_rows
 
 __all__ = ["DenseFeatures", "Features", "OuterProducts", "contrasts", "orthonormal", "rotation"]
 
 
-class Features(ABC):
-    """The linear map of one group."""
+class Features(LinearOperator):
+    """The linear map of one group, ``(N K, m)`` or ``(N K, p q)``.
+
+    Attributes:
+        num_examples: ``N``.
+        num_logits: ``K``.
+        control_shape: that of ``u``.
+    """
 
     num_examples: int
     num_logits: int
-    shape: tuple[int, ...]
+    control_shape: tuple[int, ...]
 
-    @abstractmethod
-    def apply(self, u: np.ndarray) -> np.ndarray:
-        """``<G_ik, u>``, ``(N, K)``."""
-
-    @abstractmethod
-    def adjoint(self, a: np.ndarray) -> np.ndarray:
-        """``sum_ik a_ik G_ik``, of the control's shape."""
+    def _describe(
+        self, leading: tuple[int, int], control: tuple[int, ...], like: np.ndarray
+    ) -> None:
+        sizes = {"num_examples": leading[0], "num_logits": leading[1], "control_shape": control}
+        for name, value in sizes.items():
+            object.__setattr__(self, name, value)
+        dtype = torch.from_numpy(np.empty(0, like.dtype)).dtype
+        super().__init__((leading[0] * leading[1], int(np.prod(control))), dtype, "cpu")
 
     @abstractmethod
     def kernel(self) -> np.ndarray:
@@ -76,19 +86,14 @@ class Features(ABC):
 
     @abstractmethod
     def frobenius(self) -> float:
-        """``(sum_ik ||G_ik||^2)^(1/2)``, a bound on the operator norm of `apply`."""
+        """``(sum_ik ||G_ik||^2)^(1/2)``, a bound on the operator norm."""
 
     @abstractmethod
     def numbers(self) -> int:
         """How many numbers the features hold."""
 
-    @property
-    def size(self) -> int:
-        """The number of entries of the control."""
-        return int(np.prod(self.shape))
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DenseFeatures(Features):
     """Features as one array.
 
@@ -105,22 +110,19 @@ class DenseFeatures(Features):
                 f"features have shape {self.array.shape}; expected (examples, logits, m) for a "
                 "vector or (examples, logits, p, q) for a matrix of controls"
             )
-        object.__setattr__(self, "num_examples", self.array.shape[0])
-        object.__setattr__(self, "num_logits", self.array.shape[1])
-        object.__setattr__(self, "shape", self.array.shape[2:])
+        num_examples, num_logits, *control = self.array.shape
+        self._describe((num_examples, num_logits), tuple(control), self.array)
 
     @property
     def matrix(self) -> np.ndarray:
         """``(N K, m)``."""
-        return self.array.reshape(self.num_examples * self.num_logits, self.size)
+        return self.array.reshape(self.shape)
 
-    def apply(self, u: np.ndarray) -> np.ndarray:
-        """``<G_ik, u>``."""
-        return (self.matrix @ u.reshape(-1)).reshape(self.num_examples, self.num_logits)
+    def _product(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.detach().numpy() @ self.matrix.T)
 
-    def adjoint(self, a: np.ndarray) -> np.ndarray:
-        """``sum_ik a_ik G_ik``."""
-        return (self.matrix.T @ a.reshape(-1)).reshape(self.shape)
+    def _transpose_product(self, y: Tensor) -> Tensor:
+        return torch.from_numpy(y.detach().numpy() @ self.matrix)
 
     def kernel(self) -> np.ndarray:
         """``G G'``."""
@@ -132,7 +134,7 @@ class DenseFeatures(Features):
 
     def sides(self) -> tuple[np.ndarray, np.ndarray]:
         """The unfoldings."""
-        p, q = self.shape
+        p, q = self.control_shape
         stacked = self.array.reshape(-1, p, q)
         return stacked.transpose(1, 0, 2).reshape(p, -1), stacked.transpose(2, 0, 1).reshape(q, -1)
 
@@ -149,7 +151,7 @@ class DenseFeatures(Features):
         return self.array.size
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class OuterProducts(Features):
     """``G_ik = sum_t left_ikt right_it'``: the features of the weight of a linear map.
 
@@ -178,23 +180,31 @@ class OuterProducts(Features):
                 f"left factors have shape {self.left.shape} and right factors {self.right.shape}; "
                 "expected (examples, logits, tokens, p) and (examples, tokens, q)"
             )
-        object.__setattr__(self, "num_examples", self.left.shape[0])
-        object.__setattr__(self, "num_logits", self.left.shape[1])
-        object.__setattr__(self, "shape", (self.left.shape[3], self.right.shape[2]))
+        num_examples, num_logits, _, p = self.left.shape
+        self._describe((num_examples, num_logits), (p, self.right.shape[2]), self.left)
 
-    def apply(self, u: np.ndarray) -> np.ndarray:
-        """``sum_t left_ikt' U right_it``."""
-        return np.einsum("nktp,ntp->nk", self.left, self.right @ u.T, optimize=True)
+    def _product(self, x: Tensor) -> Tensor:
+        def product(u: Tensor) -> Tensor:  # sum_t left_ikt' U right_it
+            inner = self.right @ u.detach().numpy().reshape(self.control_shape).T
+            logits = np.einsum("nktp,ntp->nk", self.left, inner, optimize=True)
+            return torch.from_numpy(logits).reshape(-1)
 
-    def adjoint(self, a: np.ndarray) -> np.ndarray:
-        """``sum_it (sum_k a_ik left_ikt) right_it'``."""
-        p, q = self.shape
-        weighted = np.einsum("nk,nktp->ntp", a, self.left, optimize=True)
-        return weighted.reshape(-1, p).T @ self.right.reshape(-1, q)
+        return by_rows(product, x, self.shape[0])
+
+    def _transpose_product(self, y: Tensor) -> Tensor:
+        def product(a: Tensor) -> Tensor:  # sum_it (sum_k a_ik left_ikt) right_it'
+            p, q = self.control_shape
+            weights = a.detach().numpy().reshape(self.num_examples, self.num_logits)
+            weighted = np.einsum("nk,nktp->ntp", weights, self.left, optimize=True)
+            return torch.from_numpy(weighted.reshape(-1, p).T @ self.right.reshape(-1, q)).reshape(
+                -1
+            )
+
+        return by_rows(product, y, self.shape[1])
 
     def kernel(self) -> np.ndarray:
         """``G G'``, summed over stretches of rows of ``G_ik`` so that no ``G`` is formed whole."""
-        (p, q), rows = self.shape, self.num_examples * self.num_logits
+        (p, q), rows = self.control_shape, self.shape[0]
         stretch = max(1, int(_STRETCH_NUMBERS / (rows * q)))
         total = np.zeros((rows, rows))
         for start in range(0, p, stretch):
@@ -210,7 +220,7 @@ class OuterProducts(Features):
 
     def sides(self) -> tuple[np.ndarray, np.ndarray]:
         """All factors that are not zero."""
-        p, q = self.shape
+        p, q = self.control_shape
         used = np.abs(self.left).max((1, 3)) > 0
         left = np.swapaxes(self.left, 1, 2)[used]
         return left.reshape(-1, p).T, self.right[used].reshape(-1, q).T

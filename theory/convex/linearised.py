@@ -39,14 +39,11 @@ def logit_jacobians(problem: ControlProblem, u: Controls, *, chunk: int = 32) ->
             f"the last state has shape {tuple(z.shape)}; expected logits (examples, classes)"
         )
     rows = z.numel()
-    basis = torch.eye(rows, dtype=z.dtype, device=z.device).reshape(rows, *z.shape)
-    pull = torch.func.vmap(lambda q: linear.pull(q)[1])
-    parts = [pull(basis[start : start + chunk]) for start in range(0, rows, chunk)]
+    basis = torch.eye(rows, dtype=z.dtype, device=z.device)
+    found = torch.cat([basis[start : start + chunk] @ linear for start in range(0, rows, chunk)])
     lead = tuple(z.shape) if z.ndim == 2 else (1, rows)
-    return [
-        torch.cat([part[t] for part in parts]).reshape(*lead, control.numel())
-        for t, control in enumerate(u)
-    ]
+    parts = found.split([control.numel() for control in u], 1)
+    return [part.reshape(*lead, part.shape[1]) for part in parts]
 
 
 def linearised_tuning(problem: ControlProblem, u: Controls, **options: Any) -> ConvexTuning:

@@ -17,24 +17,14 @@ is convex. Fenchel's dual of it is ``max_a D(a)`` with
 *Strong duality.* ``l`` is finite everywhere, so the two optima are equal (Slater), and at them
 ``a_i = grad l(z_i + G_i u)``.
 
-*The certificate.* A solver's ``u`` gives ``a = grad l(z + G u)``, which is in the domain of ``l*``;
-its multipliers of the equation that defines the logits are another estimate of ``a``, moved by
-rounding into that domain. For both, ``R*(v)`` may still be infinite, because some ``||v_g||_o``
-exceeds ``lambda w_g`` a little. For every ``0 <= s <= 1`` the multiple ``s a`` is in the domain of
-``l*`` too (`deltacontrol.theory.convex.losses`), so ``s = min(1, lambda / max_g ||v_g||_o / w_g)``
-makes feasible points. ``D`` is evaluated at both and ``P(u) - D`` of the better one is reported:
-whatever the solver returns, it is a proof, and never the solver's word.
+*The certificate.* Whatever a solver returns, feasible dual points are made from it, and the gap
+``P(u) - D(a)`` is reported (`deltacontrol.theory.convex.certificate`): a proof, never the solver's
+word. Groups and singular directions that it proves to be zero are set to zero.
 
 *The largest weight.* ``u = 0`` is optimal exactly if ``a = grad l(z)`` has ``R*(v) = 0``, that is
 from ``lambda = max_g ||v_g||_o / w_g`` on.
 
-*What is certainly zero.* ``D`` is ``1/(N S)``-strongly concave for a loss of smoothness ``S``, so
-the dual optimum is within ``(2 N S gap)^(1/2)`` of ``a``. Its ``v_g`` is within ``||G_g||/N`` times
-this of ours, and a group, or a singular direction, whose ``v_g`` cannot reach ``lambda w_g`` is
-zero in every optimum. Such groups are set to zero.
-
-Source: Borwein & Lewis, *Convex Analysis and Nonlinear Optimization*, 2006, theorem 3.3.5; Ndiaye,
-Fercoq, Gramfort & Salmon, JMLR 18(128), 2017, theorem 2 (the safe sphere) and proposition 4.
+Source: Borwein & Lewis, *Convex Analysis and Nonlinear Optimization*, 2006, theorem 3.3.5.
 """
 
 from __future__ import annotations
@@ -43,7 +33,6 @@ import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -51,6 +40,7 @@ from torch import Tensor
 
 from deltacontrol.theory.control.problem import Box
 from deltacontrol.theory.convex.blocks import as_matrix, blocks, check_memory, named_groups
+from deltacontrol.theory.convex.certificate import Certificate, CertifiedPoint
 from deltacontrol.theory.convex.features import Features, as_array, contrasts
 from deltacontrol.theory.convex.losses import named
 from deltacontrol.theory.convex.penalties import BoxedRidge, Penalty, Ridge, Working
@@ -125,7 +115,7 @@ class ConvexTuning:
                     f"{sizes[1]}; all groups act on the same logits"
                 )
             check_memory(name, group, memory_limit)
-        self.shapes = tuple(group.shape for group in found)
+        self.shapes = tuple(group.control_shape for group in found)
         self._targets = self.loss.targets(labels, sizes)
         self._offset = _offset(offset, sizes)
         self.penalty = (penalty or Ridge()).fitted(self.shapes)
@@ -161,7 +151,7 @@ class ConvexTuning:
                 "GroupLasso and NuclearNorm have"
             )
         a = self.loss.gradient(self._offset, self._targets)
-        return self.penalty.gauge(self._pulled(a))
+        return self.penalty.gauge(self._certificate.pulled(a))
 
     def grid(self, count: int, smallest: float = 0.01) -> list[float]:
         """Weights from `largest_weight` down to `smallest` times it, equidistant in logarithm."""
@@ -191,7 +181,8 @@ class ConvexTuning:
         a = as_array(dual)
         if a.shape != self._offset.shape:
             raise InputError(f"the dual has shape {a.shape}; expected {self._offset.shape}")
-        return self._bound(a, self._pulled(a), weight)
+        certificate = self._certificate
+        return certificate.bound(a, certificate.pulled(a), weight)
 
     def program(self, weight: float) -> Program:
         """The compiled program that `solve` ends with, for inspection."""
@@ -202,7 +193,8 @@ class ConvexTuning:
     def _solve(self, weight: float, working: Working) -> ConvexSolution:
         self._check_weight(weight)
         begun = time.perf_counter()
-        u, suggested = [np.zeros(block.features.shape) for block in self._blocks], None
+        u, suggested = self._zeros(), None
+        certificate = self._certificate
         solver, rounds = "none", 0
         if not self.penalty.selects:
             self.penalty.grow(u, u, weight, working)
@@ -215,7 +207,7 @@ class ConvexTuning:
                     solver = program.used
                     u = self.penalty.feasible(self._expanded(program, found), weight)
                     suggested = program.multipliers()
-            point = self._certified(u, weight, suggested)
+            point = certificate.point(u, weight, suggested)
             if solver == "failed" or point.gap <= self._allowed(point.objective):
                 break
             if rounds >= _MAX_ROUNDS:
@@ -225,57 +217,37 @@ class ConvexTuning:
         point = self._cleaned(point, weight, suggested)
         return self._solution(point, weight, rounds, solver, time.perf_counter() - begun)
 
-    def _certified(
-        self, u: list[np.ndarray], weight: float, suggested: np.ndarray | None
-    ) -> _Point:
-        """The objective of ``u`` and the better of two bounds.
+    @property
+    def _certificate(self) -> Certificate:
+        return Certificate(
+            self._blocks, self._contrasts, self.loss, self.penalty, self._offset, self._targets
+        )
 
-        They come from the gradient at ``u`` and from the solver's multipliers, which satisfy the
-        constraints on ``v`` more closely where the solver is of limited accuracy.
-        """
-        y = sum(b.features.apply(c) for b, c in zip(self._blocks, u, strict=True))
-        z = self._offset + y @ self._contrasts.T
-        loss = self.loss.value(z, self._targets)
-        objective = loss + self.penalty.value(u, weight)
-        gradient = self.loss.gradient(z, self._targets)
-        points = []
-        for a in (gradient, suggested):
-            if a is None or not np.isfinite(a).all():
-                continue
-            a = self.loss.nearest(a, self._targets)
-            pulled = self._pulled(a)
-            gauge = self.penalty.gauge(pulled)
-            shrink = 1.0 if gauge <= weight else weight / gauge
-            a, v = shrink * a, [shrink * block for block in pulled]
-            points.append(_Point(u, z, loss, objective, a, pulled, v, self._bound(a, v, weight)))
-        return max(points, key=lambda point: point.bound)
-
-    def _cleaned(self, point: _Point, weight: float, suggested: np.ndarray | None) -> _Point:
+    def _cleaned(
+        self, point: CertifiedPoint, weight: float, suggested: np.ndarray | None
+    ) -> CertifiedPoint:
         """Set to zero what the gap proves to be zero, and certify again."""
         if not self.penalty.selects or not math.isfinite(point.gap):
             return point
-        bounds = self._rank_bounds(point, weight)
-        cleaned = self._certified(self.penalty.truncated(point.u, bounds), weight, suggested)
+        certificate = self._certificate
+        bounds = certificate.rank_bounds(point, weight)
+        cleaned = certificate.point(self.penalty.truncated(point.u, bounds), weight, suggested)
         return cleaned if cleaned.gap <= max(point.gap, self._allowed(point.objective)) else point
 
-    def _rank_bounds(self, point: _Point, weight: float) -> list[int]:
-        gap = max(point.gap, 0.0) + _ROUNDING * max(1.0, abs(point.objective))
-        radius = math.sqrt(2 * len(point.z) * self.loss.smoothness * gap)
-        slack = [radius * block.operator_norm / len(point.z) for block in self._blocks]
-        return self.penalty.rank_bounds(point.v, slack, weight)
-
     def _solution(
-        self, point: _Point, weight: float, rounds: int, solver: str, seconds: float
+        self, point: CertifiedPoint, weight: float, rounds: int, solver: str, seconds: float
     ) -> ConvexSolution:
         def lift() -> tuple[Tensor, ...]:
             controls = [torch.zeros(shape, dtype=torch.float64) for shape in self.shapes]
             for block, u in zip(self._blocks, point.u, strict=True):
                 if u.any():
-                    for g, control in zip(block.groups, block.lift(u), strict=True):
+                    for g, control in zip(block.groups, block.expand(u), strict=True):
                         controls[g] = torch.from_numpy(control.reshape(self.shapes[g]))
             return tuple(controls)
 
-        bounds = self._rank_bounds(point, weight) if math.isfinite(point.gap) else None
+        bounds = None
+        if math.isfinite(point.gap):
+            bounds = self._certificate.rank_bounds(point, weight)
         if self.penalty.joint:
             blocks = [b.numpy() for b in lift()]
             bounds = [int(np.prod(shape) > 0) for shape in self.shapes]
@@ -308,15 +280,6 @@ class ConvexTuning:
     def _allowed(self, objective: float) -> float:
         return self.tolerance * max(1.0, abs(objective))
 
-    def _bound(self, a: np.ndarray, v: Sequence[np.ndarray], weight: float) -> float:
-        conjugates = self.loss.conjugate(a, self._targets) + self.penalty.conjugate(v, weight)
-        return float((a * self._offset).sum() / len(a) - conjugates)
-
-    def _pulled(self, a: np.ndarray) -> list[np.ndarray]:
-        """``v = -1/N sum_i G_i'a_i``, block by block."""
-        contrasted = -(a @ self._contrasts) / len(a)
-        return [block.features.adjoint(contrasted) for block in self._blocks]
-
     def _program(self, working: Working) -> Program:
         whole = all(bases is None for bases in working.values())
         key = tuple(sorted(working)) if whole else None
@@ -344,16 +307,19 @@ class ConvexTuning:
     ) -> Restricted:
         if bases is not None:
             features = features.restrict(*bases)
-        shape = features.shape if self.penalty.spectral else (features.size,)
+        shape = features.control_shape if self.penalty.spectral else (features.shape[1],)
         return Restricted(as_matrix(features), shape, bases)
 
     def _expanded(self, program: Program, found: dict[int, np.ndarray]) -> list[np.ndarray]:
-        u = [np.zeros(block.features.shape) for block in self._blocks]
+        u = self._zeros()
         for g, value in found.items():
             bases = program.restricted[g].bases
             value = value if bases is None else bases[0] @ value @ bases[1].T
             u[g] = value.reshape(u[g].shape)
         return u
+
+    def _zeros(self) -> list[np.ndarray]:
+        return [np.zeros(block.features.control_shape) for block in self._blocks]
 
     def _check_weight(self, weight: float) -> None:
         free = isinstance(self.penalty, BoxedRidge) and self.penalty.bounded and weight == 0
@@ -377,26 +343,6 @@ class ConvexTuning:
 
 
 _MAX_ROUNDS = 40
-# Relative rounding error of the objective and of its bound.
-_ROUNDING = 1e-14
-
-
-@dataclass(frozen=True, eq=False)
-class _Point:
-    """Controls, and the feasible dual point ``a`` that they give; ``v`` belongs to it."""
-
-    u: list[np.ndarray]
-    z: np.ndarray
-    loss: float
-    objective: float
-    a: np.ndarray
-    pulled: list[np.ndarray]
-    v: list[np.ndarray]
-    bound: float
-
-    @property
-    def gap(self) -> float:
-        return self.objective - self.bound
 
 
 def _offset(offset: Tensor | None, shape: tuple[int, int]) -> np.ndarray:

@@ -18,7 +18,7 @@ in its discrete form; Golub & Van Loan, *Matrix Computations*, 2013, section 10.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +27,11 @@ from torch import Tensor
 from deltacontrol.theory.control.problem import Dynamics
 from deltacontrol.theory.control.systems import Segment
 from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.krylov import lanczos
 from deltacontrol.theory.linear.linearisation import Linearisation
+from deltacontrol.theory.linear.operator import LinearOperator
 
 __all__ = ["SpectralNorm", "example_norms", "growth_bound", "segment_norms", "spectral_norm"]
-
-Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,35 +115,27 @@ def segment_norms(
         raise InputError(
             f"the ends have shapes {tuple(x.shape)} and {tuple(y.shape)}; they must be equal"
         )
-    one, still, found = Segment(dynamics, t, t + 1), torch.zeros_like(u), []
+    one, found = Segment(dynamics, t, t + 1), []
     for s in torch.linspace(0, 1, num_points).tolist():
         point = torch.lerp(x, y, s)
         with torch.no_grad():
             states = [point, one.step(0, point, u)]
         lin = Linearisation(one, states, (u,), keep=True)
-        found.append(
-            spectral_norm(
-                lambda v, lin=lin: lin.push_step(0, v, still),
-                lambda q, lin=lin: lin.pull_step(0, q)[0],
-                point,
-                num_iterations=num_iterations,
-                seed=seed,
-            )
-        )
+        found.append(spectral_norm(lin.transition, point, num_iterations=num_iterations, seed=seed))
     parts = ([getattr(norm, name) for norm in found] for name in ("value", "residual", "vector"))
     return SpectralNorm(*(torch.stack(part) for part in parts))
 
 
 def spectral_norm(
-    push: Product, pull: Product, like: Tensor, *, num_iterations: int = 15, seed: int = 0
+    A: LinearOperator, like: Tensor, *, num_iterations: int = 15, seed: int = 0
 ) -> SpectralNorm:
     """The largest singular value of ``A_i`` for each example, of ``A = diag(A_1, ..., A_batch)``.
 
     Lanczos on ``A_i' A_i`` for all examples at once, with full reorthogonalisation.
 
     Args:
-        push: ``v -> A v``, from the shape of ``like`` to any shape.
-        pull: ``q -> A' q``.
+        A: from the flat states of the whole batch to any outputs, such as
+            `Linearisation.transition`.
         like: a state, ``(batch, ...)``, for its shape, dtype and device.
         num_iterations: how many products with ``A' A``; no more than the entries of an example.
         seed: of the first vectors.
@@ -154,34 +146,26 @@ def spectral_norm(
     if num_iterations < 1:
         raise InputError(f"num_iterations = {num_iterations} must be positive")
     batch, size = like.shape[0], like[0].numel()
-    steps = min(num_iterations, size)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn((batch, size), generator=generator, dtype=torch.float64)
-    v = _unit(start.to(like.dtype).to(like.device))
-    basis, matrix = [], torch.zeros(batch, steps, steps, dtype=like.dtype, device=like.device)
-    beta = v.new_zeros(batch)
-    for k in range(steps):
-        basis.append(v)
-        w = pull(push(v.reshape(like.shape))).reshape(batch, size)
-        matrix[:, k, k] = (w * v).sum(1)
-        for _ in range(2):  # twice is enough, Parlett, The Symmetric Eigenvalue Problem, 6.9
-            known = torch.stack(basis, dim=1)
-            w = w - torch.einsum("bkn,bk->bn", known, torch.einsum("bkn,bn->bk", known, w))
-        beta = torch.linalg.vector_norm(w, dim=1)
-        if k + 1 < steps:
-            matrix[:, k, k + 1] = matrix[:, k + 1, k] = beta
-            v = _unit(w)
-    squares, vectors = torch.linalg.eigh(matrix)
+    found = lanczos(
+        lambda v: ((A @ v.reshape(-1)) @ A).reshape(batch, size),
+        _unit(start.to(like.dtype).to(like.device)),
+        min(num_iterations, size),
+        rounding=torch.finfo(like.dtype).eps,
+        one_operator=False,
+    )
+    squares, vectors = torch.linalg.eigh(found.matrix)
     top = vectors[:, :, -1]
-    vector = _unit(torch.einsum("bkn,bk->bn", torch.stack(basis, dim=1), top))
+    vector = _unit(torch.einsum("kbn,bk->bn", found.basis, top))
     return SpectralNorm(
         value=squares[:, -1].clamp_min(0).sqrt(),
-        residual=(beta * top[:, -1]).abs(),
+        residual=(found.rest * top[:, -1]).abs(),
         vector=vector.reshape(like.shape),
     )
 
 
 def _unit(v: Tensor) -> Tensor:
-    """Each row divided by its norm; a zero row, where Lanczos has found everything, stays zero."""
+    """Each row divided by its norm; a zero row stays zero."""
     norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
     return v / norm.clamp_min(torch.finfo(v.dtype).tiny)

@@ -230,7 +230,7 @@ def steer_output(
     for j in range(z.shape[1]):
         direction = torch.zeros_like(z)
         direction[:, j] = 1.0
-        sweeps.append(linear.pull(pull(direction)[0])[0])
+        sweeps.append(linear.adjoint(pull(direction)[0])[0])
     adjoints = [
         torch.stack([sweep[t] for sweep in sweeps], dim=1) if dynamics.control_sizes[t] else None
         for t in range(dynamics.horizon)

@@ -24,7 +24,7 @@ Newton's method for unconstrained optimal control problems*, JOTA 63(1), 1989.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
@@ -32,24 +32,14 @@ from torch import Tensor
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.control.work import count
 from deltacontrol.theory.linear.linearisation import Linearisation
+from deltacontrol.theory.linear.operator import SymmetricOperator, by_rows, flatten, unflatten
 from deltacontrol.theory.linear.step_graph import SecondDerivative, StepGraph
 
-__all__ = ["Curvature", "GaussNewtonCurvature", "HessianCurvature", "flatten", "unflatten"]
+__all__ = ["Curvature", "GaussNewtonCurvature", "HessianCurvature"]
 
 
-def flatten(controls: Controls) -> Tensor:
-    """All controls as one vector."""
-    return torch.cat([u.detach().reshape(-1) for u in controls]) if controls else torch.zeros(0)
-
-
-def unflatten(z: Tensor, like: Controls) -> Controls:
-    """The inverse of `flatten`, in the shapes of ``like``."""
-    parts = z.split([u.numel() for u in like])
-    return tuple(part.reshape(u.shape) for part, u in zip(parts, like, strict=True))
-
-
-class Curvature(ABC):
-    """A symmetric matrix on the flat controls, by products.
+class Curvature(SymmetricOperator):
+    """A symmetric operator on the flat controls.
 
     Args:
         problem: the problem.
@@ -71,23 +61,26 @@ class Curvature(ABC):
         self.problem, self.evaluation, self.keep = problem, now, keep
         self.controls = tuple(control.detach() for control in u)
         self.gradient = flatten(now.gradient)
+        super().__init__(len(self.gradient), self.gradient.dtype, self.gradient.device)
         self._terminal: SecondDerivative | None = None
 
-    def product(self, z: Tensor) -> Tensor:
-        """The matrix times a flat vector."""
-        return flatten(self._product(unflatten(z, self.controls)))
+    def _product(self, x: Tensor) -> Tensor:
+        def product(z: Tensor) -> Tensor:
+            return flatten(self._of_controls(unflatten(z, self.controls)))
+
+        return by_rows(product, x, self.shape[0])
 
     @abstractmethod
-    def _product(self, v: Controls) -> Controls:
-        """The matrix times controls."""
+    def _of_controls(self, v: Controls) -> Controls:
+        """The product with controls in their shapes."""
 
     def _terminal_product(self, dx: Tensor) -> Tensor:
         if self._terminal is None:
             terminal = SecondDerivative(self.problem.cost.terminal, [self.evaluation.states[-1]])
             if not self.keep:
-                return terminal.product([dx])[0]
+                return terminal.curve([dx])[0]
             self._terminal = terminal
-        return self._terminal.product([dx])[0]
+        return self._terminal.curve([dx])[0]
 
 
 class GaussNewtonCurvature(Curvature):
@@ -106,10 +99,10 @@ class GaussNewtonCurvature(Curvature):
         self.linearisation = Linearisation(problem.dynamics, states, self.controls, keep)
         self._running: dict[int, SecondDerivative] = {}
 
-    def _product(self, v: Controls) -> Controls:
-        dx = self.linearisation.push(v)
+    def _of_controls(self, v: Controls) -> Controls:
+        dx = self.linearisation.tangent(v)
         parts = [self._running_product(t, dx[t], v_t) for t, v_t in enumerate(v)]
-        _, pulled = self.linearisation.pull(
+        _, pulled = self.linearisation.adjoint(
             self._terminal_product(dx[-1]), [in_x for in_x, _ in parts]
         )
         return tuple(a + in_u for a, (_, in_u) in zip(pulled, parts, strict=True))
@@ -121,7 +114,7 @@ class GaussNewtonCurvature(Curvature):
             cost = SecondDerivative(lambda x, u: self.problem.cost.running(t, x, u), at)
             if self.keep:
                 self._running[t] = cost
-        return cost.product([dx, du])
+        return cost.curve([dx, du])
 
 
 class HessianCurvature(Curvature):
@@ -138,7 +131,7 @@ class HessianCurvature(Curvature):
         super().__init__(problem, u, evaluation, keep=keep)
         self._graphs: dict[int, StepGraph] = {}
 
-    def _product(self, v: Controls) -> Controls:
+    def _of_controls(self, v: Controls) -> Controls:
         horizon, x0 = self.problem.dynamics.horizon, self.evaluation.states[0]
         count(3 * horizon)
         dx = torch.zeros_like(x0, dtype=x0.dtype if x0.is_floating_point() else v[0].dtype)
@@ -148,7 +141,7 @@ class HessianCurvature(Curvature):
             parts.append(part)
         q, result = self._terminal_product(dx), []
         for t in reversed(range(horizon)):
-            a, b = self._graph(t).pull(q)
+            a, b = self._graph(t).adjoint(q)
             in_x, in_u = parts[t]
             q = a + in_x
             result.append(b + in_u)

@@ -1,4 +1,4 @@
-"""Lanczos quadrature: what a function of a symmetric operator does, from a few products.
+"""The Lanczos process, and what a function of a symmetric operator does, from a few products.
 
 ``m`` steps of the Lanczos process from a vector ``v`` give a tridiagonal ``T = S diag(theta) S'``
 and with it the Gauss rule of ``v``'s spectral measure,
@@ -8,10 +8,9 @@ and with it the Gauss rule of ``v``'s spectral measure,
 exact for polynomials ``f`` of degree at most ``2m - 1``, and for every ``f`` once the Krylov space
 is exhausted. Over random ``v`` with ``E vv' = I`` the mean estimates ``tr f(W)``.
 
-`Block` is a product with the rows of ``(k, n)``, as in `deltacontrol.theory.linear.sketching`; all
-rows advance
-together. The basis is reorthogonalised twice against all of itself, in the dtype of the start:
-without it, copies of converged eigenvalues would appear. Its memory is ``m k n`` numbers.
+The basis is reorthogonalised twice against all of itself, in the dtype of the start: without it,
+copies of converged eigenvalues would appear. Its memory is ``m k n`` numbers for ``k`` starts,
+which advance together.
 
 Sources: Golub & Meurant, *Matrices, Moments and Quadrature with Applications*, 2010, theorem 6.6;
 Ubaru, Chen & Saad, SIAM J. Matrix Anal. Appl. 38(4), 2017, algorithm 1; Lin, Saad & Yang,
@@ -28,11 +27,82 @@ import torch
 from torch import Tensor
 
 from deltacontrol.theory.errors import InputError
-from deltacontrol.theory.linear.sketching import Block, TraceEstimate
+from deltacontrol.theory.linear.operator import SymmetricOperator
+from deltacontrol.theory.linear.sketching import TraceEstimate
 
-__all__ = ["Quadrature", "SpectralDensity", "quadrature", "spectral_density"]
+__all__ = [
+    "Quadrature",
+    "SpectralDensity",
+    "Tridiagonal",
+    "lanczos",
+    "quadrature",
+    "spectral_density",
+]
 
 Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Tridiagonal:
+    """``W Q = Q T + beta q e_m'`` with orthonormal columns of ``Q``, for each of ``k`` starts.
+
+    Attributes:
+        matrix: ``T``, ``(k, m, m)``.
+        basis: ``Q'``, ``(m, k, n)``; zero from where the Krylov space of a row ends.
+        rest: ``beta``, what the last step left, ``(k,)``.
+    """
+
+    matrix: Tensor
+    basis: Tensor
+    rest: Tensor
+
+
+def lanczos(
+    product: Callable[[Tensor], Tensor],
+    start: Tensor,
+    steps: int,
+    *,
+    rounding: float,
+    one_operator: bool,
+) -> Tridiagonal:
+    """At most ``steps`` steps of the process for the rows of ``start``, all at once.
+
+    It ends where the Krylov spaces of all rows are exhausted. A row that is exhausted before goes
+    on with zeros: ``T`` decouples there.
+
+    Args:
+        product: ``(k, n) -> (k, n)``, the rows ``W_i v_i`` with symmetric ``W_i``.
+        start: of norm one, or zero, ``(k, n)``.
+        steps: at least 1.
+        rounding: a row is exhausted where the next vector is shorter than so much of ``||W||``.
+        one_operator: whether all ``W_i`` are one ``W``, whose size all rows then tell together;
+            else each row has a size of its own.
+    """
+    v = start
+    basis = v[None]
+    diagonal, off = [], []
+    scale = start.new_zeros(())
+    while True:
+        w = product(v)
+        diagonal.append((v * w).sum(1))
+        # The size of W as far as seen tells a zero from rounding.
+        lengths = w.norm(dim=1)
+        scale = torch.maximum(scale, lengths.max() if one_operator else lengths)
+        for _ in range(2):  # twice is enough, Parlett, The Symmetric Eigenvalue Problem, 6.9
+            w = w - torch.einsum("jk,jkn->kn", torch.einsum("jkn,kn->jk", basis, w), basis)
+        rest = w.norm(dim=1)
+        alive = rest > rounding * scale
+        if len(diagonal) == steps or not bool(alive.any()):
+            break
+        beta = torch.where(alive, rest, 0.0)
+        off.append(beta)
+        v = torch.where(alive[:, None], w / torch.where(alive, beta, 1.0)[:, None], 0.0)
+        basis = torch.cat([basis, v[None]])
+    matrix = torch.diag_embed(torch.stack(diagonal, 1))
+    if off:
+        sides = torch.stack(off, 1)
+        matrix = matrix + torch.diag_embed(sides, 1) + torch.diag_embed(sides, -1)
+    return Tridiagonal(matrix, basis, rest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +124,13 @@ class Quadrature:
         return (self.weights * f(self.nodes)).sum(1)
 
 
-def quadrature(apply: Block, start: Tensor, steps: int) -> Quadrature:
+def quadrature(W: SymmetricOperator, start: Tensor, steps: int) -> Quadrature:
     """The Gauss rules of the rows of ``start``.
 
     A row whose Krylov space is exhausted keeps the nodes it has; what is appended has weight zero.
 
     Args:
-        apply: ``(k, n) -> (k, n)``, the rows ``W v_i``; ``W`` symmetric.
+        W: ``(n, n)``.
         start: ``(k, n)``.
         steps: ``m``; at most ``n`` are done.
 
@@ -76,38 +146,17 @@ def quadrature(apply: Block, start: Tensor, steps: int) -> Quadrature:
     if not bool((norms > 0).all()):
         raise InputError("a start vector is zero, which has no spectral measure; drop that row")
     k, n = start.shape
-    steps = min(steps, n)
-    v = start / norms[:, None]
-    basis = v[None]
-    diagonal, off = [], []
-    scale = 0.0
-    for step in range(steps):
-        w = apply(v)
-        if w.shape != start.shape:
-            raise InputError(
-                f"the operator gave shape {tuple(w.shape)} for {tuple(start.shape)}; it must map "
-                "rows to rows"
-            )
-        diagonal.append((v * w).sum(1))
-        # The size of W as far as seen, over all rows, tells a zero from rounding.
-        scale = max(scale, float(w.norm(dim=1).max()))
-        for _ in range(2):
-            w = w - torch.einsum("jk,jkn->kn", torch.einsum("jkn,kn->jk", basis, w), basis)
-        beta = w.norm(dim=1)
-        alive = beta > 10 * n * torch.finfo(start.dtype).eps * scale
-        if step + 1 == steps or not bool(alive.any()):
-            break
-        beta = torch.where(alive, beta, 0.0)
-        off.append(beta)
-        # An exhausted row goes on with zeros: T decouples there and its later nodes weigh nothing.
-        v = torch.where(alive[:, None], w / torch.where(alive, beta, 1.0)[:, None], 0.0)
-        basis = torch.cat([basis, v[None]])
-    tridiagonal = torch.diag_embed(torch.stack(diagonal, 1))
-    if off:
-        sides = torch.stack(off, 1)
-        tridiagonal = tridiagonal + torch.diag_embed(sides, 1) + torch.diag_embed(sides, -1)
-    nodes, vectors = torch.linalg.eigh(tridiagonal)
-    return Quadrature(nodes, norms[:, None].square() * vectors[:, 0].square(), k * len(diagonal))
+    rounding = 10 * n * torch.finfo(start.dtype).eps
+    found = lanczos(
+        lambda v: v @ W,
+        start / norms[:, None],
+        min(steps, n),
+        rounding=rounding,
+        one_operator=True,
+    )
+    nodes, vectors = torch.linalg.eigh(found.matrix)
+    weights = norms[:, None].square() * vectors[:, 0].square()
+    return Quadrature(nodes, weights, k * len(found.basis))
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,37 +221,28 @@ class SpectralDensity:
 
 
 def spectral_density(
-    apply: Block,
-    size: int,
-    steps: int,
-    *,
-    probes: int = 10,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device | str = "cpu",
+    W: SymmetricOperator, steps: int, *, probes: int = 10, seed: int = 0
 ) -> SpectralDensity:
     """Stochastic Lanczos quadrature from random signs.
 
-    The variance of a trace is at most ``2/probes sum_{i != j} f(W)_ij^2``; ``size`` probes or more
+    The variance of a trace is at most ``2/probes sum_{i != j} f(W)_ij^2``; ``n`` probes or more
     take the unit vectors instead, which have none.
 
     Args:
-        apply: ``(k, n) -> (k, n)``, the rows ``W v_i``; ``W`` symmetric.
-        size: ``n``.
+        W: ``(n, n)``; the vectors have its dtype and device.
         steps: of Lanczos, for each probe.
         probes: random vectors.
         seed: of the signs.
-        dtype: of the vectors.
-        device: of the vectors.
 
     Raises:
         InputError: if a number is out of range.
     """
+    size, dtype, device = W.shape[0], W.dtype, W.device
     if size < 1 or probes < 1:
         raise InputError(f"size is {size} and probes {probes}; expected at least 1")
     if probes >= size:
         start = math.sqrt(size) * torch.eye(size, dtype=dtype, device=device)
-        return SpectralDensity(quadrature(apply, start, steps), size, exact=True)
+        return SpectralDensity(quadrature(W, start, steps), size, exact=True)
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (probes, size), generator=generator).to(device, dtype) * 2 - 1
-    return SpectralDensity(quadrature(apply, signs, steps), size)
+    return SpectralDensity(quadrature(W, signs, steps), size)

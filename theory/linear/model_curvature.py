@@ -28,6 +28,12 @@ import torch
 from torch import Tensor
 
 from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.operator import (
+    Congruence,
+    LinearOperator,
+    SymmetricOperator,
+    by_rows,
+)
 from deltacontrol.theory.linear.step_graph import differentiable_attention
 
 __all__ = ["ModelCurvature", "softmax_factor"]
@@ -36,7 +42,7 @@ Parameters = Mapping[str, Tensor]
 
 
 class ModelCurvature:
-    """Products with the matrices above; all take and give rows, ``(k, D)`` or ``(k, n)``.
+    """The operators above at given parameters; ``theta`` and ``f`` are flat, ``(D,)`` and ``(n,)``.
 
     Args:
         outputs: ``f``: parameters by name to a tensor of any shape, pure and differentiable.
@@ -48,6 +54,11 @@ class ModelCurvature:
         value: ``f(theta)``.
         gradient: ``g``, ``(D,)``.
         residual: ``r``, ``(n,)``.
+        jacobian: ``J``, ``(n, D)``: products by forward mode, those of its adjoint by reverse mode.
+        output_hessian: ``B``, ``(n, n)``.
+        gauss_newton: ``G``, ``(D, D)``.
+        hessian: ``(D, D)``, by forward over reverse mode.
+        kernel: ``J J'``, ``(n, n)``.
     """
 
     def __init__(
@@ -58,66 +69,85 @@ class ModelCurvature:
     ) -> None:
         if not parameters:
             raise InputError("no parameters were given; there is no curvature over nothing")
-        self._at = {name: p.detach() for name, p in parameters.items()}
-        self._outputs, self._loss = outputs, loss
-        self.num_parameters = sum(p.numel() for p in self._at.values())
-        with differentiable_attention():
-            self.value, self._pull = torch.func.vjp(outputs, self._at)[:2]
-        self.value = self.value.detach()
+        at = {name: p.detach() for name, p in parameters.items()}
+        self.jacobian = _Jacobian(outputs, at)
+        self.num_outputs, self.num_parameters = self.jacobian.shape
+        self.value = self.jacobian.value
         self.residual = torch.func.grad(loss)(self.value).flatten()
-        self.gradient = self.pull(self.residual[None])[0]
+        self.gradient = self.residual @ self.jacobian
+        self.output_hessian: SymmetricOperator = _Hessian(loss, self.value)
+        self.gauss_newton: SymmetricOperator = Congruence(self.jacobian.T, self.output_hessian)
+        self.hessian: SymmetricOperator = _Hessian(lambda theta: loss(outputs(theta)), at)
+        self.kernel: SymmetricOperator = _Kernel(self.jacobian)
 
-    @property
-    def num_outputs(self) -> int:
-        """The number ``n`` of outputs."""
-        return self.value.numel()
 
-    def push(self, v: Tensor) -> Tensor:
-        """``J v_i``, from ``(k, D)`` to ``(k, n)``, by forward mode."""
-        with differentiable_attention(), torch.no_grad():
-            return torch.stack(
-                [
-                    torch.func.jvp(self._outputs, (self._at,), (self._split(row),))[1].flatten()
-                    for row in v
-                ]
-            )
+class _Jacobian(LinearOperator):
+    """``J`` of a function of named tensors, one row of a block after the other."""
 
-    def pull(self, w: Tensor) -> Tensor:
-        """``J'w_i``, from ``(k, n)`` to ``(k, D)``, by reverse mode."""
-        with torch.no_grad():
-            return torch.stack([self._flat(self._pull(row.view_as(self.value))[0]) for row in w])
-
-    def output_hessian(self, w: Tensor) -> Tensor:
-        """``B w_i``, from ``(k, n)`` to ``(k, n)``."""
-        slope = torch.func.grad(self._loss)
-        return torch.stack(
-            [
-                torch.func.jvp(slope, (self.value,), (row.view_as(self.value),))[1].flatten()
-                for row in w
-            ]
-        )
-
-    def gauss_newton(self, v: Tensor) -> Tensor:
-        """``G v_i``."""
-        return self.pull(self.output_hessian(self.push(v)))
-
-    def hessian(self, v: Tensor) -> Tensor:
-        """The Hessian's product, by forward over reverse mode."""
-        slope = torch.func.grad(lambda at: self._loss(self._outputs(at)))
+    def __init__(
+        self, outputs: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]
+    ) -> None:
+        self._outputs, self._at = outputs, at
         with differentiable_attention():
-            found = [torch.func.jvp(slope, (self._at,), (self._split(row),))[1] for row in v]
-        return torch.stack([self._flat(row) for row in found])
+            value, self._pull = torch.func.vjp(outputs, at)[:2]
+        self.value = value.detach()
+        size = sum(p.numel() for p in at.values())
+        super().__init__((self.value.numel(), size), self.value.dtype, self.value.device)
 
-    def kernel(self, w: Tensor) -> Tensor:
-        """``J J'w_i``."""
-        return torch.cat([self.push(self.pull(row[None])) for row in w])
+    def _product(self, x: Tensor) -> Tensor:
+        def product(v: Tensor) -> Tensor:
+            along = _split(v, self._at)
+            return torch.func.jvp(self._outputs, (self._at,), (along,))[1].flatten()
 
-    def _split(self, v: Tensor) -> dict[str, Tensor]:
-        parts = v.split([p.numel() for p in self._at.values()])
-        return {n: part.view_as(p) for (n, p), part in zip(self._at.items(), parts, strict=True)}
+        with differentiable_attention(), torch.no_grad():
+            return by_rows(product, x, self.shape[0])
 
-    def _flat(self, parts: Parameters) -> Tensor:
-        return torch.cat([parts[name].reshape(-1) for name in self._at])
+    def _transpose_product(self, y: Tensor) -> Tensor:
+        def product(w: Tensor) -> Tensor:
+            return _flat(self._pull(w.view_as(self.value))[0], self._at)
+
+        with torch.no_grad():
+            return by_rows(product, y, self.shape[1])
+
+
+class _Hessian(SymmetricOperator):
+    """The Hessian of a scalar function of a tensor, or of named tensors."""
+
+    def __init__(self, function: Callable[..., Tensor], at: Tensor | dict[str, Tensor]) -> None:
+        self._slope, self._at = torch.func.grad(function), at
+        like = at if isinstance(at, Tensor) else next(iter(at.values()))
+        size = at.numel() if isinstance(at, Tensor) else sum(p.numel() for p in at.values())
+        super().__init__(size, like.dtype, like.device)
+
+    def _product(self, x: Tensor) -> Tensor:
+        def product(v: Tensor) -> Tensor:
+            at = self._at
+            along = v.view_as(at) if isinstance(at, Tensor) else _split(v, at)
+            found = torch.func.jvp(self._slope, (at,), (along,))[1]
+            return found.flatten() if isinstance(at, Tensor) else _flat(found, at)
+
+        with differentiable_attention():
+            return by_rows(product, x, self.shape[0])
+
+
+class _Kernel(SymmetricOperator):
+    """``J J'``, row after row: no more than one row of parameters is held."""
+
+    def __init__(self, jacobian: _Jacobian) -> None:
+        super().__init__(jacobian.shape[0], jacobian.dtype, jacobian.device)
+        self._jacobian = jacobian
+
+    def _product(self, x: Tensor) -> Tensor:
+        return by_rows(lambda w: self._jacobian @ (w @ self._jacobian), x, self.shape[0])
+
+
+def _split(v: Tensor, at: Parameters) -> dict[str, Tensor]:
+    parts = v.split([p.numel() for p in at.values()])
+    return {n: part.view_as(p) for (n, p), part in zip(at.items(), parts, strict=True)}
+
+
+def _flat(parts: Parameters, at: Parameters) -> Tensor:
+    return torch.cat([parts[name].reshape(-1) for name in at])
 
 
 def softmax_factor(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

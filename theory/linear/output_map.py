@@ -26,6 +26,7 @@ from torch import Tensor
 
 from deltacontrol.theory.control.problem import Controls
 from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.operator import LinearOperator
 
 __all__ = ["Gain", "MinimumEnergy", "OutputMap", "Part", "linear_quadratic_gain"]
 
@@ -55,9 +56,11 @@ class MinimumEnergy:
     converged: bool = True
 
 
-@dataclass(frozen=True, eq=False)
-class OutputMap:
+@dataclass(frozen=True, eq=False, repr=False)
+class OutputMap(LinearOperator):
     """Dense rows of the map from controls to outputs: ``y = sum_t C_t du_t``.
+
+    As an operator it takes the flat controls to the ``n`` outputs.
 
     Attributes:
         blocks: ``C_t``, ``(n, number of entries of u_t)``, for each step.
@@ -69,16 +72,16 @@ class OutputMap:
     access: tuple[Tensor, ...]
     control_shapes: tuple[torch.Size, ...]
 
-    @property
-    def num_outputs(self) -> int:
-        """The number ``n`` of rows."""
-        return self.blocks[0].shape[0]
+    def __post_init__(self) -> None:
+        """Keep the sizes."""
+        first, entries = self.blocks[0], sum(C.shape[1] for C in self.blocks)
+        super().__init__((len(first), entries), first.dtype, first.device)
 
     @classmethod
     def stack(cls, maps: Sequence[OutputMap]) -> OutputMap:
         """The map of an ensemble, from those of examples that do not interact, one shared control.
 
-        The rows of each example cost a pull through that example alone, which the rows of a batch
+        The rows of each example cost an adjoint through that example alone, which those of a batch
         do not.
 
         Raises:
@@ -111,10 +114,13 @@ class OutputMap:
         S = self.weighted(part)
         return S @ S.mT
 
-    def push(self, du: Controls) -> Tensor:
-        """``sum_t C_t du_t``, ``(n,)``."""
-        products = [C @ u.reshape(-1) for C, u in zip(self.blocks, du, strict=True)]
+    def _product(self, x: Tensor) -> Tensor:
+        parts = x.split([C.shape[1] for C in self.blocks], -1)
+        products = [u @ C.mT for C, u in zip(self.blocks, parts, strict=True)]
         return torch.stack(products).sum(0)
+
+    def _transpose_product(self, y: Tensor) -> Tensor:
+        return torch.cat([y @ C for C in self.blocks], -1)
 
     def minimum_energy(
         self, target: Tensor, part: Part | None = None, *, rtol: float | None = None
@@ -130,10 +136,10 @@ class OutputMap:
         Raises:
             InputError: if the target has another number of entries.
         """
-        if target.numel() != self.num_outputs:
+        if target.numel() != self.shape[0]:
             raise InputError(
                 f"the target has shape {tuple(target.shape)}, hence {target.numel()} entries; "
-                f"expected {self.num_outputs}, one per output"
+                f"expected {self.shape[0]}, one per output"
             )
         S, y = self.weighted(part), target.reshape(-1)
         if rtol is None:

@@ -1,7 +1,7 @@
 """Randomised spectra and traces of a symmetric positive semidefinite operator.
 
-The operator ``W`` is known by its products with blocks of vectors: `apply` takes ``(k, n)``, one
-vector a row, and gives the rows ``W v_i``. Random numbers come from a seed alone.
+The operator ``W`` is known by its products with blocks of vectors. Random numbers come from a seed
+alone.
 
 Sources: Halko, Martinsson & Tropp, SIAM Review 53(2), 2011 (algorithms 4.4 and 5.3, lemma 4.1);
 Meyer, Musco, Musco & Woodruff, *Hutch++*, SOSA 2021 (algorithm 1).
@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.operator import SymmetricOperator
 
-__all__ = ["Block", "Spectrum", "TraceEstimate", "hutchpp", "leading_spectrum"]
-
-Block = Callable[[Tensor], Tensor]
+__all__ = ["Spectrum", "TraceEstimate", "hutchpp", "leading_spectrum"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,16 +44,13 @@ class Spectrum:
 
 
 def leading_spectrum(
-    apply: Block,
-    size: int,
+    W: SymmetricOperator,
     num_values: int,
     *,
     oversampling: int = 8,
     iterations: int = 2,
     probes: int = 5,
     seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device | str = "cpu",
 ) -> Spectrum:
     """The ``num_values`` largest eigenvalues by subspace iteration and Rayleigh-Ritz.
 
@@ -62,19 +58,17 @@ def leading_spectrum(
     eigenvalue falls as ``(lambda_{b+1} / lambda_j)^(2 q + 2)``.
 
     Args:
-        apply: ``(k, n) -> (k, n)``, the rows ``W v_i``.
-        size: ``n``.
+        W: ``(n, n)``, positive semidefinite; the vectors have its dtype and device.
         num_values: how many eigenvalues.
         oversampling: further vectors in the block.
         iterations: ``q``, products with ``W`` after the first.
         probes: Gaussian vectors that estimate what the subspace missed.
         seed: of the random vectors.
-        dtype: of the vectors.
-        device: of the vectors.
 
     Raises:
         InputError: if a number is out of range.
     """
+    size = W.shape[0]
     if not 1 <= num_values <= size:
         raise InputError(f"num_values is {num_values}; expected 1 to {size}, the size of W")
     if min(oversampling, iterations) < 0 or probes < 1:
@@ -83,17 +77,17 @@ def leading_spectrum(
             " at least 0, 0 and 1"
         )
     width = min(num_values + oversampling, size)
-    draw = _gaussian(seed, dtype, device)
-    basis = _orthonormal(apply(draw(width, size)))
+    draw = _gaussian(seed, W.dtype, W.device)
+    basis = _orthonormal(draw(width, size) @ W)
     for _ in range(iterations):
-        basis = _orthonormal(apply(basis))
-    image = apply(basis)
+        basis = _orthonormal(basis @ W)
+    image = basis @ W
     small = basis @ image.mT
     values, rotation = torch.linalg.eigh(0.5 * (small + small.mT))
     values, rotation = values.flip(0)[:num_values], rotation.flip(1)[:, :num_values]
     vectors = rotation.mT @ basis
     residuals = (rotation.mT @ image - values[:, None] * vectors).norm(dim=1)
-    outside = _project_out(basis, apply(draw(probes, size)))
+    outside = _project_out(basis, draw(probes, size) @ W)
     missed = 10 * math.sqrt(2 / math.pi) * float(outside.norm(dim=1).max())
     products = width * (iterations + 2) + probes
     return Spectrum(values.clamp_min(0), vectors, residuals, missed, products)
@@ -114,42 +108,32 @@ class TraceEstimate:
     num_products: int
 
 
-def hutchpp(
-    apply: Block,
-    size: int,
-    num_products: int,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device | str = "cpu",
-) -> TraceEstimate:
+def hutchpp(W: SymmetricOperator, num_products: int, *, seed: int = 0) -> TraceEstimate:
     """``tr W`` by Hutch++: exact on a sketched subspace, Hutchinson's estimate on the rest.
 
     The standard deviation falls as ``1/num_products`` for every positive semidefinite ``W``, and
     the estimate is exact where the rank of ``W`` is at most a third of ``num_products``.
 
     Args:
-        apply: ``(k, n) -> (k, n)``, the rows ``W v_i``.
-        size: ``n``.
+        W: ``(n, n)``, positive semidefinite; the vectors have its dtype and device.
         num_products: how many products with ``W`` to spend; ``n`` or more give the exact trace.
         seed: of the random signs.
-        dtype: of the vectors.
-        device: of the vectors.
 
     Raises:
         InputError: if fewer than 6 products are allowed where ``n`` is larger.
     """
+    size, dtype, device = W.shape[0], W.dtype, W.device
     if num_products >= size:
         eye = torch.eye(size, dtype=dtype, device=device)
-        return TraceEstimate(float((eye * apply(eye)).sum()), 0.0, size)
+        return TraceEstimate(float((eye * (eye @ W)).sum()), 0.0, size)
     if num_products < 6:
         raise InputError(f"num_products is {num_products}; Hutch++ needs at least 6")
     third = num_products // 3
     draw = _gaussian(seed, dtype, device)
-    basis = _orthonormal(apply(draw(third, size).sign()))
-    known = float((basis * apply(basis)).sum())
+    basis = _orthonormal(draw(third, size).sign() @ W)
+    known = float((basis * (basis @ W)).sum())
     signs = _project_out(basis, draw(third, size).sign())
-    samples = (signs * apply(signs)).sum(1)
+    samples = (signs * (signs @ W)).sum(1)
     error = float(samples.std() / math.sqrt(third))
     return TraceEstimate(known + float(samples.mean()), error, 3 * third)
 

@@ -50,7 +50,7 @@ class SecondDerivative:
         with torch.enable_grad():
             self._gradients = _gradients(function(*self.at), self.at)
 
-    def product(self, along: Sequence[Tensor]) -> list[Tensor]:
+    def curve(self, along: Sequence[Tensor]) -> list[Tensor]:
         """The Hessian times ``along``, one tensor of the shape of each argument."""
         return _backward(self._gradients, self.at, along)
 
@@ -87,11 +87,11 @@ class StepGraph:
             value = (self.p * self.next).sum()
             return _gradients(value if self.cost is None else value + self.cost, self.at)
 
-    def push(self, dx: Tensor, du: Tensor) -> Tensor:
+    def tangent(self, dx: Tensor, du: Tensor) -> Tensor:
         """``A dx + B du``."""
         return _backward(self.gradients, [self.p], [dx, du])[0]
 
-    def pull(self, q: Tensor) -> tuple[Tensor, Tensor]:
+    def adjoint(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """``A'q`` and ``B'q``."""
         a, b = _backward([self.next], self.at, [q])
         return a, b

@@ -32,15 +32,10 @@ from torch import Tensor
 
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.errors import InputError
-from deltacontrol.theory.linear.curvature import (
-    Curvature,
-    GaussNewtonCurvature,
-    HessianCurvature,
-    flatten,
-    unflatten,
-)
+from deltacontrol.theory.linear.conjugate_gradients import End, ModelStep, conjugate_gradients
+from deltacontrol.theory.linear.curvature import Curvature, GaussNewtonCurvature, HessianCurvature
+from deltacontrol.theory.linear.operator import Shifted, flatten, unflatten
 from deltacontrol.theory.solvers.solve import Ending, Memory, Report, Solver, Status
-from deltacontrol.theory.solvers.truncated_cg import End, ModelStep, minimise_model
 
 __all__ = ["GaussNewton", "NewtonCG", "damped_step"]
 
@@ -63,11 +58,8 @@ def damped_step(
     """
     if not damping >= 0:
         raise InputError(f"damping = {damping} must not be negative")
-    return minimise_model(
-        lambda z: curvature.product(z) + damping * z,
-        curvature.gradient,
-        rtol=rtol,
-        max_products=max_products,
+    return conjugate_gradients(
+        Shifted(curvature, damping), curvature.gradient, rtol=rtol, max_products=max_products
     )
 
 
@@ -171,8 +163,8 @@ class NewtonCG(Solver):
         radius, forcing = _recall(memory, "radius", self.radius), _Forcing.of(self.forcing, memory)
         while not report(u, now, {"radius": _scalar(radius), **forcing.memory()}):
             curvature = HessianCurvature(problem, u, now, keep=self.keep)
-            found = minimise_model(
-                curvature.product,
+            found = conjugate_gradients(
+                curvature,
                 curvature.gradient,
                 rtol=forcing.next(curvature.gradient),
                 max_products=self.max_products,

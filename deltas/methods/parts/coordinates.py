@@ -192,7 +192,7 @@ class Coordinates(Moved):
 
     def change(self) -> dict[str, Tensor]:
         """P z, cut into the parameters' shapes."""
-        return self._cut(self.projection.lift(self.z))
+        return self._cut(self.projection @ self.z)
 
     def _cut(self, vector: Tensor) -> dict[str, Tensor]:
         parts = vector.split([shape.numel() for shape in self._shapes.values()])

@@ -127,7 +127,7 @@ class MnistTraining(Experiment):
         optimiser = torch.optim.Adam([z], lr=self.learning_rate)
 
         def outputs(images: Tensor) -> Tensor:
-            moved = start + (z if projection is None else projection.lift(z))
+            moved = start + (z if projection is None else projection @ z)
             parts = zip(named.items(), moved.split(sizes), strict=True)
             return functional_call(model, {n: v.view_as(p) for (n, p), v in parts}, (images,))
 

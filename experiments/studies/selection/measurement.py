@@ -251,8 +251,8 @@ def _heldout_row(
     from deltacontrol.experiments.measures.frozen_classifier import loss_and_accuracy
 
     labels = real.heldout["labels"]
-    linear = offset + sum(features[name].apply(u.numpy()) for name, u in change.items())
-    loss, accuracy = loss_and_accuracy(torch.from_numpy(linear), labels)
+    moved = sum((features[n] @ u.reshape(-1)).reshape(offset.shape) for n, u in change.items())
+    loss, accuracy = loss_and_accuracy(torch.from_numpy(offset) + moved, labels)
     with real.changed({parameters[name]: u for name, u in change.items()}):
         real_loss, real_accuracy = loss_and_accuracy(real.logits(real.heldout), labels)
     return {
@@ -357,7 +357,7 @@ def _linearisation_error(
 
     generator = torch.Generator().manual_seed(0)
     along = {
-        parameters[name]: torch.randn(f.shape, generator=generator, dtype=torch.float64)
+        parameters[name]: torch.randn(f.control_shape, generator=generator, dtype=torch.float64)
         for name, f in features.items()
     }
     at = {name: frozen.model.get_parameter(name).detach() for name in along}
@@ -369,5 +369,6 @@ def _linearisation_error(
 
     with differentiable_attention(), torch.no_grad():
         exact = jvp(logits, (at,), (along,))[1]
-    found = sum(f.apply(along[parameters[n]].numpy())[:count] for n, f in features.items())
-    return float((torch.as_tensor(found) - exact).norm() / exact.norm())
+    products = (f @ along[parameters[n]].reshape(-1) for n, f in features.items())
+    found = sum(p.reshape(-1, exact.shape[1])[:count] for p in products)
+    return float((found - exact).norm() / exact.norm())

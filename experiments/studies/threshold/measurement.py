@@ -90,6 +90,7 @@ class QuadraticThreshold(Experiment):
         from deltacontrol.theory.dimension.gaussian_width import QuadraticLoss
         from deltacontrol.theory.dimension.random_subspaces import measured_threshold
         from deltacontrol.theory.linear.krylov import quadrature, spectral_density
+        from deltacontrol.theory.linear.operator import SymmetricMatrix
 
         generator = torch.Generator().manual_seed(self.seed)
 
@@ -99,14 +100,12 @@ class QuadraticThreshold(Experiment):
         values = torch.arange(1, self.size + 1, dtype=torch.float64) ** -self.exponent
         displacement = normal(self.size)
         basis, _ = torch.linalg.qr(normal(self.size, self.size))
-        hessian = (basis * values) @ basis.mT
+        hessian = SymmetricMatrix((basis * values) @ basis.mT)
         gradient = (basis @ (values * displacement))[None]
         exact = QuadraticLoss.exact(values, displacement)
         loss = QuadraticLoss.estimated(
-            spectral_density(
-                lambda v: v @ hessian, self.size, self.steps, probes=self.probes, seed=self.seed
-            ),
-            quadrature(lambda v: v @ hessian, gradient, self.steps),
+            spectral_density(hessian, self.steps, probes=self.probes, seed=self.seed),
+            quadrature(hessian, gradient, self.steps),
         )
         cases, curves = [], []
         for share in self.shares:

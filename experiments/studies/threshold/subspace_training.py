@@ -72,7 +72,7 @@ class _Loss:
 
     def __call__(self, z: Tensor) -> Tensor:
         """The mean over the batch."""
-        change = self.projection.lift(z)
+        change = self.projection @ z
         parts = change.split([p.numel() for p in self.start.values()])
         moved = {
             f"controls.{name}": p + part.view_as(p)

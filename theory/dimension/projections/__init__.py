@@ -1,8 +1,9 @@
 """Linear maps ``P`` from a small space into a large one, ``theta = theta_0 + P z``.
 
-``z`` is ``(d,)`` and ``P z`` is ``(D,)``, ``d <= D``; further axes in front are a batch. ``lift``
-applies ``P`` and ``adjoint`` its transpose. Both are linear, so that each is the other's backward
-pass; they work under `torch.func` (vmap, jvp, vjp) and to any order.
+``z`` is ``(d,)`` and ``P z`` is ``(D,)``, ``d <= D``. A projection is a linear operator
+(`deltacontrol.theory.linear.operator`): ``P @ z`` lifts, ``P.T @ v`` is the adjoint, and ``Z @
+P.T`` lifts rows. Each of the two products is the other's backward pass; they work under `torch.func` (vmap, jvp, vjp) and
+to any order.
 
 Random projections are normalised such that
 

@@ -1,24 +1,23 @@
-"""The interface of every projection, and how it is differentiated."""
+"""A projection as a linear operator, and how it is differentiated."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.operator import LinearOperator
 
 
-class Projection(ABC):
-    """A linear map ``P`` of shape ``(D, d)``.
+class Projection(LinearOperator):
+    """A linear map ``P`` of shape ``(D, d)``: ``P @ z`` lifts, ``P.T @ v`` is its adjoint.
 
     Attributes:
         full_dim: ``D``.
         sub_dim: ``d``.
-        dtype: of its arguments and values.
-        device: of its arguments and values.
 
     Class attributes:
         draws: version of what a seed means; it grows when the same seed gives another map, so that
@@ -39,24 +38,9 @@ class Projection(ABC):
                 f"a projection from dimension {sub_dim} into {full_dim} does not exist; "
                 "expected 1 <= sub_dim <= full_dim"
             )
+        super().__init__((full_dim, sub_dim), dtype, device)
         self.full_dim = full_dim
         self.sub_dim = sub_dim
-        self.dtype = dtype
-        self.device = torch.device(device)
-
-    def lift(self, z: Tensor) -> Tensor:
-        """``P z``, from ``(..., d)`` to ``(..., D)``."""
-        self._check("lift", z, self.sub_dim)
-        return _Lift.apply(z, self)
-
-    def adjoint(self, v: Tensor) -> Tensor:
-        """``P' v``, from ``(..., D)`` to ``(..., d)``: ``<v, P z> = <P' v, z>``."""
-        self._check("adjoint", v, self.full_dim)
-        return _Adjoint.apply(v, self)
-
-    def dense(self) -> Tensor:
-        """``P`` as a matrix ``(D, d)``, for small sizes."""
-        return self.lift(torch.eye(self.sub_dim, dtype=self.dtype, device=self.device)).mT
 
     @property
     @abstractmethod
@@ -71,20 +55,15 @@ class Projection(ABC):
     def _apply_transpose(self, v: Tensor) -> Tensor:
         """``P' v`` likewise."""
 
-    def _check(self, name: str, x: Tensor, size: int) -> None:
-        if x.shape[-1:] != (size,) or x.dtype != self.dtype:
-            raise InputError(
-                f"{name} got shape {tuple(x.shape)} of {x.dtype}; "
-                f"expected (..., {size}) of {self.dtype}"
-            )
+    def _product(self, x: Tensor) -> Tensor:
+        return _Product.apply(x, self)
 
-    def __repr__(self) -> str:
-        """The kind and the sizes."""
-        return f"{type(self).__name__}({self.full_dim}, {self.sub_dim}, dtype={self.dtype})"
+    def _transpose_product(self, y: Tensor) -> Tensor:
+        return _TransposeProduct.apply(y, self)
 
 
-class _Lift(torch.autograd.Function):
-    """``P z``; its backward is `_Adjoint`, so that no intermediate value is stored."""
+class _Product(torch.autograd.Function):
+    """``P z``; its backward is `_TransposeProduct`, so that no intermediate value is stored."""
 
     @staticmethod
     def forward(z: Tensor, projection: Projection) -> Tensor:
@@ -96,21 +75,21 @@ class _Lift(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None]:
-        return _Adjoint.apply(v, ctx.projection), None
+        return _TransposeProduct.apply(v, ctx.projection), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return _Lift.apply(tangent, ctx.projection)
+        return _Product.apply(tangent, ctx.projection)
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int, None], z: Tensor, projection: Projection
     ) -> tuple[Tensor, int]:
-        return _Lift.apply(z.movedim(in_dims[0], 0), projection), 0
+        return _Product.apply(z.movedim(in_dims[0], 0), projection), 0
 
 
-class _Adjoint(torch.autograd.Function):
-    """``P' v``; its backward is `_Lift`."""
+class _TransposeProduct(torch.autograd.Function):
+    """``P' v``; its backward is `_Product`."""
 
     @staticmethod
     def forward(v: Tensor, projection: Projection) -> Tensor:
@@ -122,14 +101,14 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, z: Tensor) -> tuple[Tensor, None]:
-        return _Lift.apply(z, ctx.projection), None
+        return _Product.apply(z, ctx.projection), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return _Adjoint.apply(tangent, ctx.projection)
+        return _TransposeProduct.apply(tangent, ctx.projection)
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int, None], v: Tensor, projection: Projection
     ) -> tuple[Tensor, int]:
-        return _Adjoint.apply(v.movedim(in_dims[0], 0), projection), 0
+        return _TransposeProduct.apply(v.movedim(in_dims[0], 0), projection), 0

@@ -215,7 +215,7 @@ class FastfoodProjection(Projection):
                 into += x.mul_(y.copy_(signs)).sum((0, 2))
         return total[:, : self.sub_dim].reshape(*v.shape[:-1], self.sub_dim)
 
-    def lift_reference(self, z: Tensor) -> Tensor:
+    def product_reference(self, z: Tensor) -> Tensor:
         """``P z`` of one vector by the formula: whole arrays and plain butterfly loops, slow."""
         padded = torch.nn.functional.pad(z, (0, self.block_size - self.sub_dim))
         rows = []

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from deltacontrol.theory.dimension.projections.base import Projection
 from deltacontrol.theory.errors import InputError
-from deltacontrol.theory.linear.sketching import Block, leading_spectrum
+from deltacontrol.theory.linear.operator import SymmetricOperator
+from deltacontrol.theory.linear.sketching import leading_spectrum
 
 
 class LearnedProjection(Projection):
@@ -97,28 +98,16 @@ class LearnedProjection(Projection):
         return cls(_principal(gradients.double(), sub_dim), dtype, device)
 
     @classmethod
-    def from_operator(
-        cls,
-        apply: Block,
-        full_dim: int,
-        sub_dim: int,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> LearnedProjection:
+    def from_operator(cls, W: SymmetricOperator, sub_dim: int, seed: int = 0) -> LearnedProjection:
         """Leading eigenvectors of a Hessian, Gauss-Newton or Fisher matrix by its products.
 
         Args:
-            apply: ``(k, D) -> (k, D)``, rows ``W v_i`` of a symmetric positive semidefinite ``W``.
-            full_dim: ``D``.
+            W: positive semidefinite, ``(D, D)``; the frame has its dtype and device.
             sub_dim: ``d``.
             seed: of the randomised subspace iteration
             (`deltacontrol.theory.linear.sketching.leading_spectrum`).
-            dtype: of the frame; the iteration runs in it too.
-            device: where the frame is stored.
         """
-        found = leading_spectrum(apply, full_dim, sub_dim, seed=seed, dtype=dtype, device=device)
-        return cls(found.vectors, dtype, device)
+        return cls(leading_spectrum(W, sub_dim, seed=seed).vectors, W.dtype, W.device)
 
     @property
     def num_bytes(self) -> int:

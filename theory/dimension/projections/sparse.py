@@ -24,7 +24,7 @@ class SparseSignProjection(Projection):
     count sketch. Every coordinate of ``theta`` then follows a single one of ``z``, and with ``d_r``
     columns in a range their numbers of rows vary by the relative deviation ``sqrt(d_r / D)``.
 
-    Nothing is stored: the hash is computed in each product, 2^16 rows at once. On a GPU ``adjoint``
+    Nothing is stored: the hash is computed in each product, 2^16 rows at once. On a GPU ``P.T @ v``
     adds in no fixed order, so that its last digits may differ from call to call.
 
     Sources: Achlioptas, JCSS 66, 2003 and Li, Hastie & Church, KDD 2006 (sparse signs); Kane &

@@ -1,9 +1,10 @@
-"""Conjugate gradients on a quadratic model, ended early.
+"""Conjugate gradients, which may end early.
 
 Minimise ``m(s) = g's + 1/2 s'Hs`` over ``s``, inside of a ball where a radius is given, by products
 with ``H`` alone. Three ends beside the tolerance: the ball's boundary, a direction of negative
 curvature (followed to the boundary), and the largest number of products. Every iterate of
 conjugate gradients from zero lowers ``m`` and lengthens ``s``, so each end gives a descent step.
+A definite system ``H s = b`` is the case ``g = -b`` without a radius.
 
 Source: Steihaug, *The conjugate gradient method and trust regions in large scale optimization*,
 SIAM J. Numer. Anal. 20(3), 1983; Nocedal & Wright, *Numerical Optimization*, 2nd ed., 2006,
@@ -13,14 +14,15 @@ algorithm 7.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-__all__ = ["End", "ModelStep", "minimise_model"]
+from deltacontrol.theory.linear.operator import SymmetricOperator
+
+__all__ = ["End", "ModelStep", "conjugate_gradients"]
 
 
 class End(StrEnum):
@@ -59,8 +61,8 @@ class ModelStep:
         return -self.slope - 0.5 * self.curvature
 
 
-def minimise_model(
-    product: Callable[[Tensor], Tensor],
+def conjugate_gradients(
+    H: SymmetricOperator,
     gradient: Tensor,
     *,
     rtol: float,
@@ -69,13 +71,13 @@ def minimise_model(
 ) -> ModelStep:
     """Minimise ``g's + 1/2 s'Hs``, ``||s|| <= radius``, approximately.
 
-    A direction ``d`` whose curvature is not above rounding, ``d'Hd <= n eps ||d|| ||Hd||``, has no
+    A direction ``d`` whose curvature is not above rounding, ``d'Hd <= eps ||d|| ||Hd||``, has no
     minimum along it: with a radius it is followed to the boundary; without one the step so far is
     returned, with the end `SINGULAR` or `NEGATIVE_CURVATURE`.
 
     Args:
-        product: multiplies by the symmetric ``H``.
-        gradient: ``g``, flat.
+        H: ``(n, n)``.
+        gradient: ``g``, ``(n,)``.
         rtol: stop where ``||g + Hs|| <= rtol ||g||``.
         max_products: stop after so many products.
         radius: of the ball.
@@ -89,7 +91,7 @@ def minimise_model(
         if products == max_products:
             end = End.PRODUCTS
             break
-        hd = product(d)
+        hd = H @ d
         products += 1
         bend = float(d @ hd)
         flat = eps * float(d.norm()) * float(hd.norm())
