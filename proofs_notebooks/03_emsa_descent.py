@@ -184,7 +184,7 @@ def threshold_and_worst_start(problem):
 
 
 def history(problem, start, solver, steps):
-    return solve(problem, solver, start, max_steps=steps, tol=1e-10).history["objective"]
+    return solve(problem, solver, start, max_steps=steps, tol=1e-10).history["objective"].tolist()
 
 
 def ascents(values):
@@ -279,8 +279,8 @@ basic = solve(problem, MSA(ExactArgmin()), zeros, max_steps=10, tol=1e-8)
 extended = solve(problem, ExtendedMSA(1.0, ExactArgmin()), zeros, max_steps=300, tol=1e-8)
 optimum = -torch.linalg.solve(hessian(problem), flat(problem.gradient(zeros)))
 print(f"basic: {basic.history['residual'][-1]:.1e}; extended: {extended.message}")
-assert basic.history["residual"][-1] > 100 * basic.history["residual"][0]
-assert extended.status is Status.CONVERGED and ascents(extended.history["objective"]) == 0
+assert basic.history["residual"].iloc[-1] > 100 * basic.history["residual"].iloc[0]
+assert extended.status is Status.CONVERGED and ascents(extended.history["objective"].tolist()) == 0
 assert float((flat(extended.controls) - optimum).norm()) < 1e-7
 
 # %% [markdown]

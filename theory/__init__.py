@@ -90,6 +90,7 @@ if TYPE_CHECKING:
         Solution,
         Solver,
         Status,
+        TorchOptimiser,
         solve,
     )
 
@@ -171,6 +172,7 @@ _HOME = {
         "Solution",
         "Solver",
         "Status",
+        "TorchOptimiser",
         "solve",
     ),
     "deltacontrol.theory.feedback.steering": (
@@ -242,6 +244,7 @@ __all__ = [
     "SquaredErrorCost",
     "Status",
     "Threshold",
+    "TorchOptimiser",
     "Verdict",
     "closed_loop",
     "judge",

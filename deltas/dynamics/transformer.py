@@ -112,6 +112,10 @@ class TransformerDynamics(Dynamics):
         """The model's present controls, u_0 … u_{L+1}, copied."""
         return tuple(u.detach().clone() for u in self.live_controls())
 
+    def initial_controls(self, x0: Tensor) -> Controls:
+        """Where a solver starts: the present controls, as zeros are stationary for many deltas."""
+        return self.controls()
+
     def load_controls(self, u: Controls) -> None:
         """Write u into the model.
 

@@ -68,7 +68,7 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
         callback=lambda iterate: iterates.append(iterate.controls),
     )
     worst, moved = _distance(iterates, _gradient_descent(fixed, start))
-    history = solution.history["objective"]
+    history = solution.history["objective"].tolist()
     return Evidence(
         value=worst - prediction["relative_difference"],
         details={"moved": moved, "objective_start": history[0], "objective_end": history[-1]},

@@ -80,7 +80,7 @@ def _ascents(family: str, problem: Any, start: Any, rho: float) -> tuple[int, in
     inner = InnerLBFGS(INNER_STEPS[family])
     solver = ExtendedMSA(rho, inner, adaptive=False) if rho else MSA(inner)
     solution = solve(problem, solver, start, max_steps=ITERATIONS[family], tol=0.0)
-    history = solution.history["objective"]
+    history = solution.history["objective"].tolist()
     ascents = sum(
         not math.isfinite(after) or after - before > ROUNDING * abs(before)
         for before, after in pairwise(history)

@@ -25,13 +25,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy import optimize
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from deltacontrol.deltas import LoRA, attach
 from deltacontrol.experiments.measures.margins import MarginData
 from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.solvers.lbfgs import differentiated, minimise_lbfgs
 
 Loss = Literal["logistic", "squared"]
 
@@ -235,25 +235,28 @@ def _minimise(
 ) -> tuple[Minimum, Tensor]:
     """L-BFGS; begun anew where its line search fails, and once it says that it has converged."""
     count, first = 0, 0.0
+    of = differentiated(objective)
 
-    def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
+    def value_and_gradient(u: Tensor) -> tuple[float, Tensor]:
         nonlocal count, first
-        u = torch.tensor(x, requires_grad=True)
-        value = objective(u)
-        (gradient,) = torch.autograd.grad(value, u)
+        value, gradient = of(u)
         first = first or float(gradient.norm())
         count += 1
-        return float(value.detach()), gradient.numpy()
+        return value, gradient
 
-    at, value = start.numpy(), float("inf")
-    options = {"maxfun": steps, "maxiter": steps, "maxcor": 30, "ftol": 0.0, "gtol": 1e-9}
+    at, value = start, float("inf")
     while count < steps:
-        found = optimize.minimize(
-            value_and_gradient, at, jac=True, method="L-BFGS-B", options=options
+        found = minimise_lbfgs(
+            value_and_gradient,
+            at,
+            memory=30,
+            max_iterations=steps,
+            max_evaluations=steps,
+            gradient_tolerance=1e-9,
         )
-        better = value - float(found.fun) > 1e-12 * abs(float(found.fun))
-        at, value = found.x, float(found.fun)
+        better = value - found.value > 1e-12 * abs(found.value)
+        at, value = found.x, found.value
         if not better:
             break
-    gradient = float(np.linalg.norm(value_and_gradient(at)[1])) / (first or 1.0)
-    return Minimum(value, float("nan"), gradient, count), torch.from_numpy(at)
+    gradient = float(np.linalg.norm(value_and_gradient(at)[1].numpy())) / (first or 1.0)
+    return Minimum(value, float("nan"), gradient, count), at

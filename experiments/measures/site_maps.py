@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy import optimize
 from torch import Tensor
 
 from deltacontrol.deltas import LoRA, attach
@@ -23,6 +21,7 @@ from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.linearisation import Linearisation, differentiable_attention
 from deltacontrol.theory.linear.output_map import OutputMap
 from deltacontrol.theory.linear.reachability import Reachability
+from deltacontrol.theory.solvers.lbfgs import differentiated, minimise_lbfgs
 
 Where = tuple[int, str]
 
@@ -155,26 +154,16 @@ class SiteTuner:
         t, entries = self.parts[where]
         start = self._train.controls[t][entries]
         loss_at_start = self._train.loss
-        count = 0
 
-        def value_and_gradient(z: np.ndarray) -> tuple[float, np.ndarray]:
-            nonlocal count
-            count += 1
-            change = torch.from_numpy(z.copy()).to(start).requires_grad_()
+        def objective(change: Tensor) -> Tensor:
             margins = self._train.margins_at(t, entries, start + change)
-            objective = logistic_loss(margins, self.data.signs)
-            objective = objective + 0.5 * self.weight_decay * change.square().sum()
-            (gradient,) = torch.autograd.grad(objective, change)
-            return float(objective.detach()), gradient.double().numpy()
+            loss = logistic_loss(margins, self.data.signs)
+            return loss + 0.5 * self.weight_decay * change.square().sum()
 
-        found = optimize.minimize(
-            value_and_gradient,
-            np.zeros(len(start)),
-            jac=True,
-            method="L-BFGS-B",
-            options={"maxiter": steps, "maxcor": 20, "ftol": 0.0, "gtol": 0.0},
+        found = minimise_lbfgs(
+            differentiated(objective), torch.zeros_like(start), memory=20, max_iterations=steps
         )
-        change = torch.from_numpy(found.x).to(start)
+        change = found.x
         energy = 0.5 * float(change.double().square().sum())
         with torch.no_grad():
             loss = self._train.loss_at(t, entries, start + change)[0]
@@ -186,7 +175,7 @@ class SiteTuner:
             test_accuracy = after[1] - self._test.accuracy
         drop = loss_at_start - loss
         objective_drop = drop - self.weight_decay * energy
-        return Tuned(drop, objective_drop, energy, test_loss, test_accuracy, count)
+        return Tuned(drop, objective_drop, energy, test_loss, test_accuracy, found.evaluations)
 
     def start(self) -> Mapping[str, float]:
         """Loss and accuracy before tuning."""

@@ -217,7 +217,7 @@ def test_ilqr_converges_linearly_at_the_rate_of_the_neglected_curvature() -> Non
     rate = float(torch.linalg.eigvals(eye - torch.linalg.solve(G, H)).abs().max())
     solution = solve(problem, ILQR(), start, max_steps=100, tol=1e-9)
     assert solution.status is Status.CONVERGED, solution.message
-    tail = solution.history["residual"][-9:]
+    tail = solution.history["residual"].tolist()[-9:]
     observed = (tail[-1] / tail[0]) ** (1 / 8)
     assert 0.05 < rate < 0.9
     assert observed == pytest.approx(rate, rel=0.05)

@@ -13,7 +13,16 @@ from deltacontrol.theory.control.costs import QuadraticCost, SquaredErrorCost
 from deltacontrol.theory.control.problem import ControlProblem, Controls
 from deltacontrol.theory.control.systems import LinearDynamics
 from deltacontrol.theory.errors import InputError
-from deltacontrol.theory.solvers import MSA, Iterate, Shooting, Solution, Solver, Status, solve
+from deltacontrol.theory.solvers import (
+    MSA,
+    Iterate,
+    Shooting,
+    Solution,
+    Solver,
+    Status,
+    TorchOptimiser,
+    solve,
+)
 from deltacontrol.theory.solvers.emsa import ExtendedMSA
 from deltacontrol.theory.solvers.gauss_newton import GaussNewton, NewtonCG
 from deltacontrol.theory.solvers.ilqr import DDP, ILQR
@@ -35,28 +44,52 @@ F64 = torch.float64
 class Entry:
     """A solver for the suite: how to make it for a problem, and which cases it is for.
 
-    `general` says that it takes any dynamics and cost.
+    `tol32` is the residual that it reaches in float32.
+    `general` says that it takes any dynamics and cost, `looks` that it compares values of ``J``.
     """
 
     name: str
     make: Callable[[ControlProblem, Controls], Solver]
     solves: Callable[[Case], bool] = lambda case: True
     tol: float = 1e-7
+    tol32: float = 1e-4
     max_steps: int = 20_000
     general: bool = True
+    looks: bool = True
 
 
 def msa(problem: ControlProblem, at: Controls) -> Solver:
     return MSA(1.0 / float(torch.linalg.eigvalsh(hessian(problem, at))[-1]))
 
 
+def descent(problem: ControlProblem, at: Controls) -> Solver:
+    rate = 1.0 / float(torch.linalg.eigvalsh(hessian(problem, at))[-1])
+    return TorchOptimiser(torch.optim.SGD, lr=rate, momentum=0.9, nesterov=True)
+
+
+def quasi_newton(problem: ControlProblem, at: Controls) -> Solver:
+    """One iteration of L-BFGS a step."""
+    return TorchOptimiser(
+        "LBFGS",
+        max_iter=1,
+        max_eval=25,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+    )
+
+
 # Extended MSA is slow where J is badly conditioned; tests/theory/test_msa.py has more of it.
 EXTENDED = ("scalar", "varying-batch", "varying-per-example", "classifier")
 
 SOLVERS = (
-    Entry("msa", msa),
+    Entry("msa", msa, looks=False),
     Entry("emsa", lambda problem, at: ExtendedMSA(), lambda case: case.name in EXTENDED),
     Entry("shooting", lambda problem, at: Shooting()),
+    Entry("torch-sgd", descent, looks=False),
+    Entry("torch-adam", lambda problem, at: TorchOptimiser("Adam", lr=0.02), looks=False),
+    # Torch's line search gives up at (eps |J| curvature)^(1/2), 6e-4 for the network in float32.
+    Entry("torch-lbfgs", quasi_newton, max_steps=200, tol32=3e-4),
     Entry("ilqr", lambda problem, at: ILQR(), tol=1e-8, max_steps=200),
     Entry("ddp", lambda problem, at: DDP(), tol=1e-9, max_steps=30),
     Entry("gauss-newton", lambda problem, at: GaussNewton(), tol=1e-8, max_steps=200),
@@ -122,10 +155,14 @@ def test_converges_with_the_residual_it_claims(entry: Entry, case: Case) -> None
 @pytest.mark.parametrize(("entry", "case"), PAIRS)
 def test_history_is_complete_and_descends_overall(entry: Entry, case: Case) -> None:
     history = solved(entry, case).history
-    assert {len(values) for values in history.values()} == {solved(entry, case).iterations + 1}
-    assert history["objective"][-1] <= history["objective"][0]
-    assert history["step_size"][0] == 0.0 and all(s > 0 for s in history["step_size"][1:])
-    assert history["residual"][-1] == pytest.approx(solved(entry, case).residual.norm, rel=1e-6)
+    assert history.index.name == "iteration"
+    assert history.index.tolist() == list(range(solved(entry, case).iterations + 1))
+    assert history.columns.tolist() == ["objective", "residual", "step_size", "sweeps"]
+    assert history.notna().all(axis=None)
+    assert history["objective"].iloc[-1] <= history["objective"].iloc[0]
+    assert history["step_size"].iloc[0] == 0.0 and (history["step_size"].iloc[1:] > 0).all()
+    last = solved(entry, case).residual.norm
+    assert history["residual"].iloc[-1] == pytest.approx(last, rel=1e-6)
 
 
 @pytest.mark.parametrize(("entry", "case"), LQ_PAIRS)
@@ -244,13 +281,13 @@ def float32_network() -> ControlProblem:
 def test_controls_keep_their_dtype_and_the_start_is_left_alone(entry: Entry) -> None:
     problem = float32_network()
     start = problem.zero_controls()
-    solution = solve(problem, entry.make(problem, start), start, max_steps=200, tol=1e-4)
+    solution = solve(problem, entry.make(problem, start), start, max_steps=200, tol=entry.tol32)
     assert solution.status is Status.CONVERGED, solution.message
     assert all(u.dtype == torch.float32 and u.shape == (3,) for u in solution.controls)
     assert not any(u.any() for u in start)
 
 
-FALLING = [entry for entry in GENERAL if entry.name != "msa"]  # they look whether J falls
+FALLING = [entry for entry in GENERAL if entry.looks]
 
 
 @pytest.mark.parametrize("entry", FALLING, ids=lambda entry: entry.name)
@@ -269,12 +306,13 @@ def test_a_concave_problem_is_unbounded_for_the_right_reason(entry: Entry) -> No
 def test_rounding_errors_end_a_solve_in_float32(entry: Entry) -> None:
     """No solver claims more than float32 resolves, or asks for more steps there.
 
-    Plain MSA has no line search that could tell, and takes the steps that it is given.
+    Plain MSA and optimisers of a fixed rate have no line search that could tell, and take the steps
+    that they are given.
     """
     problem = float32_network()
     start = problem.zero_controls()
     solution = solve(problem, entry.make(problem, start), start, max_steps=400, tol=1e-12)
-    assert solution.residual.norm < 1e-4
+    assert solution.residual.norm < entry.tol32
     assert solution.status is Status.LINE_SEARCH_FAILED, solution.message
     assert solution.iterations < 300 and "float64" in solution.message
 
@@ -309,7 +347,7 @@ def test_callback_sees_every_iterate_and_can_end_the_solve(entry: Entry) -> None
         problem, entry.make(problem, start), start, max_steps=3, tol=0.0, callback=seen.append
     )
     assert [it.iteration for it in seen] == [0, 1, 2, 3]
-    assert [it.objective for it in seen] == solution.history["objective"]
+    assert [it.objective for it in seen] == solution.history["objective"].tolist()
     for it in seen:
         assert distance(it.evaluation.gradient, problem.gradient(it.controls)) <= 1e-12
         assert it.residual.norm == pytest.approx(problem.residual(it.controls).norm)
@@ -365,7 +403,7 @@ def test_msa_converges_exactly_below_two_over_the_curvature() -> None:
     )
     assert below.status is Status.CONVERGED
     assert above.status is not Status.CONVERGED
-    assert above.history["residual"][-1] > above.history["residual"][0]
+    assert above.history["residual"].iloc[-1] > above.history["residual"].iloc[0]
 
 
 def test_shooting_reports_a_failed_line_search_with_its_cause() -> None:

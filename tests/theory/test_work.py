@@ -54,4 +54,4 @@ def test_history_counts_two_sweeps_a_gradient_also_across_an_interrupt(tmp_path:
             checkpoint=checkpoint,
         )
     solution = solve(problem, MSA(0.1), start, max_steps=5, tol=0.0, checkpoint=checkpoint)
-    assert solution.history["sweeps"] == pytest.approx([2, 4, 6, 8, 10, 12])
+    assert solution.history["sweeps"].tolist() == pytest.approx([2, 4, 6, 8, 10, 12])

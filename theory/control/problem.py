@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from deltacontrol.theory.control.work import count
+from deltacontrol.theory.display import html_table, text_table
 from deltacontrol.theory.errors import InputError
 
 __all__ = ["Box", "ControlProblem", "Controls", "Cost", "Dynamics", "Evaluation", "Residual"]
@@ -66,6 +67,20 @@ class Dynamics(ABC):
             x: the state entering step ``t``.
             u: the control, ``(m_t,)`` or ``(batch, m_t)``.
         """
+
+    def initial_controls(self, x0: Tensor) -> Controls:
+        """Where a solver starts if it is not told: zeros.
+
+        Dynamics whose controls have present values, such as those of a model, give these.
+
+        Args:
+            x0: the initial state; it gives device and dtype (torch's default where it holds
+                integers).
+
+        Returns:
+            One control per step, ``(m_t,)``.
+        """
+        return _zeros(self.control_sizes, (), x0, None)
 
 
 class Cost(ABC):
@@ -151,7 +166,7 @@ class Evaluation:
     gradient: Controls
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ControlProblem:
     """Minimise ``J(u) = Phi(x_L) + sum_t l_t(x_t, u_t)`` along ``x_{t+1} = f_t(x_t, u_t)``.
 
@@ -176,6 +191,31 @@ class ControlProblem:
                 "control_sizes needs one entry per step"
             )
 
+    def _rows(self) -> dict[str, str]:
+        sizes, box = self.dynamics.control_sizes, self.box
+        bounds = "none"
+        if box is not None:
+            low, high = (
+                f"{bound:g}" if isinstance(bound, int | float) else "one bound a step"
+                for bound in (box.low, box.high)
+            )
+            bounds = f"[{low}, {high}]"
+        return {
+            "dynamics": f"{type(self.dynamics).__name__}, horizon {self.dynamics.horizon}",
+            "initial state": f"{tuple(self.x0.shape)} {str(self.x0.dtype).removeprefix('torch.')}",
+            "controls": f"{sum(sizes)} in {sum(m > 0 for m in sizes)} of {len(sizes)} steps",
+            "cost": type(self.cost).__name__,
+            "box": bounds,
+        }
+
+    def __repr__(self) -> str:
+        """Dynamics, horizon, state, number of controls, cost and box, one a line."""
+        return text_table("ControlProblem", self._rows())
+
+    def _repr_html_(self) -> str:
+        """The same as a table."""
+        return html_table("ControlProblem", self._rows())
+
     def zero_controls(
         self, *, per_example: bool = False, dtype: torch.dtype | None = None
     ) -> Controls:
@@ -185,13 +225,12 @@ class ControlProblem:
             per_example: give shapes ``(batch, m_t)`` instead of ``(m_t,)``.
             dtype: by default that of ``x0``, or torch's default where ``x0`` holds integers.
         """
-        if dtype is None:
-            dtype = self.x0.dtype if self.x0.is_floating_point() else torch.get_default_dtype()
         lead = self.x0.shape[:1] if per_example else ()
-        return tuple(
-            torch.zeros((*lead, m), dtype=dtype, device=self.x0.device)
-            for m in self.dynamics.control_sizes
-        )
+        return _zeros(self.dynamics.control_sizes, lead, self.x0, dtype)
+
+    def initial_controls(self) -> Controls:
+        """Where a solver starts if it is not told: `Dynamics.initial_controls`."""
+        return self.dynamics.initial_controls(self.x0)
 
     def check_controls(self, u: Controls) -> None:
         """Check the number, the shapes and the dtypes of the controls.
@@ -305,6 +344,15 @@ class ControlProblem:
             return Residual.of(gradient)
         moved = self.box.project(tuple(a - g for a, g in zip(u, gradient, strict=True)))
         return Residual.of(tuple(a - b for a, b in zip(u, moved, strict=True)))
+
+
+def _zeros(
+    sizes: Sequence[int], lead: Sequence[int], like: Tensor, dtype: torch.dtype | None
+) -> Controls:
+    """Zeros ``(*lead, m_t)`` on the device of a state, by default of its dtype."""
+    if dtype is None:
+        dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+    return tuple(torch.zeros((*lead, m), dtype=dtype, device=like.device) for m in sizes)
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltacontrol.theory.control.problem import Dynamics
+from deltacontrol.theory.control.problem import Controls, Dynamics
 from deltacontrol.theory.errors import InputError
 
 __all__ = ["LinearDynamics", "LowRankDynamics", "ResidualNetwork", "Segment"]
@@ -253,6 +253,10 @@ class Segment(Dynamics):
     def step(self, t: int, x: Tensor, u: Tensor) -> Tensor:
         """``f_{start + t}(x, u)``."""
         return self.dynamics.step(self.start + t, x, u)
+
+    def initial_controls(self, x0: Tensor) -> Controls:
+        """Those of its steps in the whole system."""
+        return self.dynamics.initial_controls(x0)[self.start : self._end]
 
 
 def _check_width(t: int, x: Tensor, width: int) -> None:

@@ -313,6 +313,10 @@ class RefinedDynamics(Dynamics):
         layer, weight = self._place(t)
         return x + self.depth._field(layer, weight, self.stage(t, x, u), u) / self.factor
 
+    def initial_controls(self, x0: Tensor) -> Controls:
+        """Those of the layers, lifted."""
+        return self.lift(self.depth.dynamics.initial_controls(x0))
+
     def stage(self, t: int, x: Tensor, u: Tensor) -> Tensor:
         """The state ``y`` at which step ``t`` evaluates the field and the running cost."""
         if self.method == "euler":

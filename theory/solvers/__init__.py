@@ -2,18 +2,19 @@
 
 A solver improves the controls and reports each iterate; `solve` measures, records and decides.
 
-===============  =====================================================  ==========================
-solver           for                                                    convergence
-===============  =====================================================  ==========================
-`Riccati`        linear dynamics, quadratic cost                        exact, in one sweep
-`ILQR`           states of up to a few thousand entries, boxes          linear, fast near LQ
-`DDP`            the same                                               quadratic
-`GaussNewton`    any size, shared controls; products only               superlinear near LQ
-`NewtonCG`       any size; products with the exact Hessian              superlinear
-`Shooting`       any size, boxes; L-BFGS, the baseline                  superlinear in practice
-`MSA`            any; gradient, exact or inner minimisation of ``H``    linear, may diverge
-`ExtendedMSA`    any; augmented Hamiltonian, automatic penalty          every step descends
-===============  =====================================================  ==========================
+================  =====================================================  ==========================
+solver            for                                                    convergence
+================  =====================================================  ==========================
+`Riccati`         linear dynamics, quadratic cost                        exact, in one sweep
+`ILQR`            states of up to a few thousand entries, boxes          linear, fast near LQ
+`DDP`             the same                                               quadratic
+`GaussNewton`     any size, shared controls; products only               superlinear near LQ
+`NewtonCG`        any size; products with the exact Hessian              superlinear
+`Shooting`        any size, boxes; L-BFGS, the baseline                  superlinear in practice
+`MSA`             any; gradient, exact or inner minimisation of ``H``    linear, may diverge
+`ExtendedMSA`     any; augmented Hamiltonian, automatic penalty          every step descends
+`TorchOptimiser`  any; AdamW and all others of `torch.optim`             theirs
+================  =====================================================  ==========================
 """
 
 from deltacontrol.theory.solvers.emsa import ExtendedMSA
@@ -23,16 +24,9 @@ from deltacontrol.theory.solvers.minimisers import ExactArgmin, GradientStep, In
 from deltacontrol.theory.solvers.msa import MSA
 from deltacontrol.theory.solvers.riccati import Riccati
 from deltacontrol.theory.solvers.shooting import Shooting
-from deltacontrol.theory.solvers.solve import (
-    Ending,
-    Iterate,
-    Memory,
-    Report,
-    Solution,
-    Solver,
-    Status,
-    solve,
-)
+from deltacontrol.theory.solvers.solution import Iterate, Memory, Solution, Status
+from deltacontrol.theory.solvers.solve import Ending, Report, Solver, solve
+from deltacontrol.theory.solvers.torch_optimiser import TorchOptimiser
 
 __all__ = [
     "DDP",
@@ -53,5 +47,6 @@ __all__ = [
     "Solution",
     "Solver",
     "Status",
+    "TorchOptimiser",
     "solve",
 ]

@@ -115,6 +115,7 @@ class ExtendedMSA(Solver):
     adaptive: bool = True
 
     takes_box: ClassVar[bool] = True
+    default_steps: ClassVar[int] = 2000
 
     def __post_init__(self) -> None:
         """Check rho."""

@@ -15,14 +15,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy import optimize
 from torch import Tensor
 
 from deltacontrol.theory.control.work import count
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.linearisation import differentiable_attention
+from deltacontrol.theory.solvers.lbfgs import minimise_lbfgs
 
 __all__ = ["ExactArgmin", "GradientStep", "InnerLBFGS", "Minimiser", "NoMinimum", "Stage"]
 
@@ -220,40 +219,16 @@ class InnerLBFGS(Minimiser):
         u = stage.control.detach()
         if not u.numel():
             return u
-        best, lowest = u, math.inf
-
-        def control(z: np.ndarray) -> Tensor:
-            return torch.from_numpy(z.copy()).view_as(u).to(u.device, u.dtype)
-
-        def value_and_gradient(z: np.ndarray) -> tuple[float, np.ndarray]:
-            nonlocal best, lowest
-            v = control(z)
-            value, gradient = stage.value_and_gradient(v)
-            if value < lowest:
-                best, lowest = v, value
-            return value, _numpy(gradient)
-
-        bounds = None
-        if stage.bounds is not None:
-            bounds = np.stack([_numpy(bound) for bound in stage.bounds], axis=1)
-        optimize.minimize(
-            value_and_gradient,
-            _numpy(u),
-            jac=True,
-            bounds=bounds,
-            method="L-BFGS-B",
-            options={
-                "maxiter": self.steps,
-                "maxfun": 4 * self.steps,
-                "ftol": 0.0,
-                "gtol": self.reduction * float((stage.project(u - stage.gradient) - u).abs().max()),
-            },
+        found = minimise_lbfgs(
+            stage.value_and_gradient,
+            u,
+            max_iterations=self.steps,
+            max_evaluations=4 * self.steps,
+            gradient_tolerance=self.reduction
+            * float((stage.project(u - stage.gradient) - u).abs().max()),
+            bounds=stage.bounds,
         )
-        return stage.project(best)
-
-
-def _numpy(x: Tensor) -> np.ndarray:
-    return x.detach().to("cpu", torch.float64).reshape(-1).numpy()
+        return stage.project(found.best)
 
 
 def _random_like(u: Tensor) -> Tensor:

@@ -54,13 +54,14 @@ class MSA(Solver):
         >>> problem = ControlProblem(LinearDynamics.constant(1, one, one), cost, x0=one[0])
         >>> start = problem.zero_controls()
         >>> solution = solve(problem, MSA(ExactArgmin()), start, max_steps=3, tol=0.0)
-        >>> solution.history["residual"]
+        >>> solution.history["residual"].tolist()
         [1.0, 0.5, 0.25, 0.125]
     """
 
     minimiser: Minimiser | float
 
     takes_box: ClassVar[bool] = True
+    default_steps: ClassVar[int] = 2000
 
     def __post_init__(self) -> None:
         """Turn a number into a gradient step."""

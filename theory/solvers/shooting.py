@@ -1,25 +1,19 @@
-"""Shooting: minimise ``J`` over all controls at once with L-BFGS, gradients by costates.
-
-Source: Byrd, Lu, Nocedal & Zhu, SIAM J. Sci. Comput. 16(5), 1995, as `scipy.optimize` provides it.
-"""
+"""Shooting: minimise ``J`` over all controls at once with L-BFGS, gradients by costates."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
-from scipy import optimize
 from torch import Tensor
 
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.solvers.lbfgs import LBFGSEnd, minimise_lbfgs
 from deltacontrol.theory.solvers.solve import Ending, Memory, Report, Solver, Status
 
 __all__ = ["Shooting"]
-
-_UNLIMITED = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -48,71 +42,55 @@ class Shooting(Solver):
             raise InputError(f"memory = {self.memory} must be at least 1")
 
     takes_box: ClassVar[bool] = True
+    default_steps: ClassVar[int] = 2000
 
     def run(
         self, problem: ControlProblem, u0: Controls, report: Report, memory: Memory
     ) -> Ending | None:
         """Minimise until `report` says stop or the line search fails."""
-        latest: tuple[np.ndarray, Evaluation] | None = None
+        latest: tuple[Tensor, Evaluation] | None = None
 
-        def evaluate(z: np.ndarray) -> Evaluation:
+        def evaluate(z: Tensor) -> Evaluation:
             nonlocal latest
-            if latest is None or not np.array_equal(latest[0], z):
-                latest = z.copy(), problem.evaluate(_split(z, u0))
+            if latest is None or not torch.equal(latest[0], z):
+                latest = z, problem.evaluate(_split(z, u0))
             return latest[1]
 
-        def value_and_gradient(z: np.ndarray) -> tuple[float, np.ndarray]:
+        def value_and_gradient(z: Tensor) -> tuple[float, Tensor]:
             now = evaluate(z)
             return float(now.objective), _flat(now.gradient)
 
-        stopped = False
-
-        def after_iteration(intermediate_result: optimize.OptimizeResult) -> None:
-            nonlocal stopped
-            z = intermediate_result.x
-            stopped = report(_split(z, u0), evaluate(z))
-            if stopped:
-                raise StopIteration
-
         start = _flat(u0)
-        now = evaluate(start)
-        if report(u0, now):
+        if report(u0, evaluate(start)):
             return None
-        result = optimize.minimize(
+        found = minimise_lbfgs(
             value_and_gradient,
             start,
-            jac=True,
+            memory=self.memory,
             bounds=_bounds(problem, u0),
-            method="L-BFGS-B",
-            callback=after_iteration,
-            options={
-                "maxcor": self.memory,
-                "ftol": 0.0,
-                "gtol": 0.0,
-                "maxiter": _UNLIMITED,
-                "maxfun": _UNLIMITED,
-            },
+            callback=lambda z: report(_split(z, u0), evaluate(z)),
         )
-        if stopped:
+        if found.end is LBFGSEnd.STOPPED:
             return None
-        return Ending(Status.LINE_SEARCH_FAILED, f"L-BFGS stopped: {result.message}")
+        return Ending(Status.LINE_SEARCH_FAILED, f"L-BFGS stopped: {found.message}")
 
 
-def _bounds(problem: ControlProblem, like: Controls) -> np.ndarray | None:
-    """Lower and upper bounds as two columns."""
+def _bounds(problem: ControlProblem, like: Controls) -> tuple[Tensor, Tensor] | None:
+    """Lower and upper bounds of all controls."""
     if problem.box is None or not like:
         return None
     low, high = zip(*(problem.box.bounds(t, u) for t, u in enumerate(like)), strict=True)
-    return np.stack([_flat(low), _flat(high)], axis=1)
+    return _flat(low), _flat(high)
 
 
-def _flat(tensors: Controls) -> np.ndarray:
+def _flat(tensors: Controls) -> Tensor:
+    """All entries in float64 on the CPU, so that L-BFGS does not round them between calls."""
     parts = [t.detach().to("cpu", torch.float64).reshape(-1) for t in tensors]
-    return torch.cat(parts).numpy() if parts else np.zeros(0)
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
-def _split(z: np.ndarray, like: Controls) -> Controls:
-    parts: tuple[Tensor, ...] = torch.from_numpy(z.copy()).split([u.numel() for u in like])
+def _split(z: Tensor, like: Controls) -> Controls:
+    parts = z.split([u.numel() for u in like])
     return tuple(
         part.reshape(u.shape).to(u.device, u.dtype) for part, u in zip(parts, like, strict=True)
     )

@@ -1,71 +1,38 @@
-"""What all solvers share: iterates, the stopping rule, an honest status, the solution.
+"""What all solvers share: the stopping rule, an honest status, the record of a solve.
 
 A solver never says that it converged. It reports iterates; `solve` computes the residual
 ``(sum_t ||grad_u H_t||^2)^(1/2)`` of each (with a box, that of the projected gradient), stops when
 it is at most ``tol``, and derives the status from the residual that was reached.
 
 A solve can be interrupted and resumed. With ``checkpoint=path`` the controls, the history and the
-solver's own memory are kept in one safetensors file, written at most every few seconds and on the
-way out, whatever ends the solve; the same call continues from there.
+solver's own memory are kept in one file (`deltacontrol.theory.solvers.checkpoint`), written at most
+every few seconds and on the way out, whatever ends the solve; the same call continues from there.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation, Residual
+from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.control.work import Meter, metered
 from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.solvers.checkpoint import Checkpoint
+from deltacontrol.theory.solvers.solution import HISTORY, Iterate, Memory, Solution, Status
 
 __all__ = ["Ending", "Iterate", "Memory", "Report", "Solution", "Solver", "Status", "solve"]
 
-
-Memory = Mapping[str, Tensor]
-
 CHECKPOINT_SECONDS = 5.0
-
-
-class Status(StrEnum):
-    """How a solve ended."""
-
-    CONVERGED = "converged"
-    MAX_STEPS = "max_steps"
-    DIVERGED = "diverged"
-    LINE_SEARCH_FAILED = "line_search_failed"
-    UNBOUNDED = "unbounded"
-
-
-@dataclass(frozen=True, eq=False)
-class Iterate:
-    """What a callback sees of one iteration.
-
-    Attributes:
-        iteration: 0 for the initial controls.
-        controls: the controls of this iteration.
-        objective: ``J``.
-        residual: ``||grad_u H_t||`` per step and in total.
-        evaluation: states, costates and the gradients ``grad_u H_t`` under these controls.
-    """
-
-    iteration: int
-    controls: Controls
-    objective: float
-    residual: Residual
-    evaluation: Evaluation
 
 
 class Report(Protocol):
@@ -104,9 +71,11 @@ class Solver(ABC):
 
     Attributes:
         takes_box: whether the method keeps the controls inside `ControlProblem.box`.
+        default_steps: how many iterations `solve` allows where it is not told.
     """
 
     takes_box: ClassVar[bool] = False
+    default_steps: ClassVar[int] = 200
 
     @abstractmethod
     def run(
@@ -125,49 +94,13 @@ class Solver(ABC):
         """
 
 
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """The controls that a solver reached, and how good they are.
-
-    Attributes:
-        controls: the last iterate, or the last finite one if the solve diverged.
-        states: ``x_0..x_L`` under these controls.
-        costates: ``p_0..p_L``.
-        objective: ``J``.
-        residual: the stationarity residual of these controls.
-        status: how the solve ended.
-        message: what happened and, unless it converged, what to try.
-        history: lists with one entry per iterate, the initial controls first: ``objective``,
-            ``residual`` (total norm), ``step_size`` (Euclidean length of the change of all
-            controls since the iterate before) and ``sweeps`` (the work so far in passes through all
-            steps, as `deltacontrol.theory.control.work` counts it; a gradient is two).
-        gains: feedback gains ``K_t`` of the law ``u_t + K_t (x - x_t)`` around this solution,
-            ``(m_t, n_t)`` for each step, or None where the solver has none.
-    """
-
-    controls: Controls
-    states: list[Tensor]
-    costates: list[Tensor]
-    objective: float
-    residual: Residual
-    status: Status
-    message: str
-    history: dict[str, list[float]]
-    gains: tuple[Tensor, ...] | None = None
-
-    @property
-    def iterations(self) -> int:
-        """The number of iterations; the initial controls are not counted."""
-        return len(self.history["objective"]) - 1
-
-
 def solve(
     problem: ControlProblem,
     solver: Solver,
-    u0: Controls,
+    u0: Controls | None = None,
     *,
-    max_steps: int,
-    tol: float,
+    max_steps: int | None = None,
+    tol: float | None = None,
     callback: Callable[[Iterate], object] | None = None,
     progress: bool = False,
     checkpoint: Path | str | None = None,
@@ -177,22 +110,32 @@ def solve(
     Args:
         problem: the problem to solve.
         solver: the method.
-        u0: initial controls; their dtype, device and shapes are those of the solution.
-        max_steps: the largest number of iterations; 0 only evaluates ``u0``.
-        tol: absolute bound on the total residual norm ``(sum_t ||grad_u H_t||^2)^(1/2)``.
+        u0: initial controls; their dtype, device and shapes are those of the solution. By default
+            `ControlProblem.initial_controls`: zeros, or a model's present controls.
+        max_steps: the largest number of iterations; 0 only evaluates ``u0``. By default the
+            solver's ``default_steps``.
+        tol: absolute bound on the total residual norm ``r = (sum_t ||grad_u H_t||^2)^(1/2)``. By
+            default ``eps^(1/3) r(u0)``, with ``eps`` the precision of the controls (of the coarsest
+            where they differ): ``6e-6 r(u0)`` in float64, ``5e-3 r(u0)`` in float32. A method that
+            compares values of ``J`` reaches about ``(eps |J| lambda)^(1/2)``, ``lambda`` the
+            curvature of ``J``, and ``r(u0)^2 <= 2 lambda (J(u0) - min J)`` where ``J`` is convex,
+            so that the default leaves it room. As it is relative to the start, one that is solved
+            already needs a ``tol`` of its own.
         callback: called with each new `Iterate`. An exception in it, like an interrupt from the
             keyboard, ends the solve and reaches the caller; a checkpoint is written first.
         progress: show a progress bar.
         checkpoint: a file from which an interrupted solve continues, and into which it is kept.
             The iterates are those of an uninterrupted solve, except for `Shooting`, whose L-BFGS
-            starts with an empty memory again.
+            starts with an empty memory again. Where the file cannot be written (a full disk), the
+            solve goes on, warns, and says so in the solution's message.
 
     Returns:
         The solution. It is returned, not raised, when the solve did not converge: read its status.
 
     Raises:
         InputError: for a negative ``max_steps`` or ``tol``, for controls that do not fit, for a box
-            that the solver cannot keep, and for a checkpoint of another solver or problem.
+            that the solver cannot keep, and for a checkpoint of another solver or problem, or in a
+            folder that cannot be made.
 
     Example:
         ``J(u) = 1/2 (1 + u)^2 + 1/2 u^2`` has its minimum 1/4 at ``u = -1/2``:
@@ -201,12 +144,18 @@ def solve(
         >>> one = torch.ones(1, 1, dtype=torch.float64)
         >>> cost = QuadraticCost.constant(1, Q=0 * one, R=one, Qf=one)
         >>> problem = ControlProblem(LinearDynamics.constant(1, one, one), cost, x0=one[0])
-        >>> solution = solve(problem, MSA(0.5), problem.zero_controls(), max_steps=9, tol=1e-12)
-        >>> solution.status.value, solution.objective, solution.controls[0].item()
-        ('converged', 0.25, -0.5)
+        >>> solve(problem, MSA(0.5))
+        Solution
+          status      converged
+          J           0.25
+          residual    0
+          iterations  1
+          message     residual 0 <= tol 6.06e-06 after 1 iterations
     """
-    if max_steps < 0 or not tol >= 0:
+    max_steps = solver.default_steps if max_steps is None else max_steps
+    if max_steps < 0 or not (tol is None or tol >= 0):
         raise InputError(f"max_steps = {max_steps} and tol = {tol} must not be negative")
+    u0 = problem.initial_controls() if u0 is None else u0
     problem.check_controls(u0)
     if problem.box is not None and not solver.takes_box:
         raise InputError(
@@ -219,8 +168,7 @@ def solve(
     with tqdm(total=max_steps, disable=not progress, unit="step") as bar:
         recorder = _Recorder(problem, solver, max_steps, tol, callback, bar)
         if checkpoint is not None:
-            recorder.checkpoint = Path(checkpoint)
-            u = recorder.restore(u)
+            u = recorder.restore(Path(checkpoint), u)
             u = u if problem.box is None else problem.box.project(u)
         try:
             with metered() as recorder.meter:
@@ -230,6 +178,8 @@ def solve(
     controls = recorder.best if recorder.best is not None else u
     final = problem.evaluate(controls)
     status = recorder.status(ending)
+    import pandas as pd
+
     return Solution(
         controls=controls,
         states=final.states,
@@ -237,10 +187,16 @@ def solve(
         objective=float(final.objective),
         residual=problem.residual_of(controls, final.gradient),
         status=status,
-        message=recorder.message(status, ending),
-        history=recorder.history,
+        message=recorder.message(status, ending) + recorder.not_kept,
+        history=pd.DataFrame(recorder.history).rename_axis(index="iteration"),
         gains=ending.gains,
     )
+
+
+def _default_tolerance(residual: float, controls: Controls) -> float:
+    """``eps^(1/3) r(u0)``."""
+    eps = max((torch.finfo(u.dtype).eps for u in controls), default=0.0)
+    return eps ** (1 / 3) * residual
 
 
 @dataclass
@@ -250,18 +206,17 @@ class _Recorder:
     problem: ControlProblem
     solver: Solver
     max_steps: int
-    tol: float
+    tol: float | None
     callback: Callable[[Iterate], object] | None
     bar: Any
     best: Controls | None = None
     memory: Memory = field(default_factory=dict)
-    history: dict[str, list[float]] = field(
-        default_factory=lambda: {"objective": [], "residual": [], "step_size": [], "sweeps": []}
-    )
+    history: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in HISTORY})
     meter: Meter = field(default_factory=Meter)
     sweeps_before: float = 0.0
     checkpoint: Path | None = None
     kept: float = field(default_factory=time.monotonic)
+    not_kept: str = ""
     resumed: bool = False
 
     def __call__(
@@ -280,6 +235,8 @@ class _Recorder:
             self.history["residual"].append(residual.norm)
             self.history["step_size"].append(_distance(controls, self.best))
             self.history["sweeps"].append(self.sweeps())
+        if self.tol is None:
+            self.tol = _default_tolerance(self.history["residual"][0], controls)
         iteration = len(self.history["objective"]) - 1
         if finite:
             self.best, self.memory = controls, dict(memory or {})
@@ -323,7 +280,7 @@ class _Recorder:
             return Status.UNBOUNDED
         if not (math.isfinite(value) and math.isfinite(residual)):
             return Status.DIVERGED
-        if residual <= self.tol:
+        if self.tol is not None and residual <= self.tol:
             return Status.CONVERGED
         if ending.failure is None or len(self.history["objective"]) > self.max_steps:
             return Status.MAX_STEPS
@@ -331,9 +288,10 @@ class _Recorder:
 
     def message(self, status: Status, ending: Ending) -> str:
         steps, residual = len(self.history["objective"]) - 1, self.history["residual"][-1]
-        missed = f"residual {residual:.3g} > tol {self.tol:.3g} after"
+        tol = f"tol {self.tol:.3g}"
+        missed = f"residual {residual:.3g} > {tol} after"
         if status is Status.CONVERGED:
-            return f"residual {residual:.3g} <= tol {self.tol:.3g} after {steps} iterations"
+            return f"residual {residual:.3g} <= {tol} after {steps} iterations"
         if status is Status.UNBOUNDED:
             fell = f"J fell to {self.history['objective'][-1]:.3g}, so that it has no minimum"
             return (
@@ -361,64 +319,41 @@ class _Recorder:
         )
 
     def keep(self) -> None:
-        """Write the checkpoint: the last finite iterate, the history, the solver's memory."""
+        """Write the checkpoint; a failure to write is no failure of the solve."""
         if self.checkpoint is None or self.best is None:
             return
-        tensors = {f"control.{t}": u.contiguous() for t, u in enumerate(self.best)}
-        tensors |= {f"memory.{name}": v.contiguous() for name, v in self.memory.items()}
-        metadata = {"solver": repr(self.solver), "history": json.dumps(self.history)}
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.checkpoint.with_name(self.checkpoint.name + ".tmp")
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.replace(self.checkpoint)
         self.kept = time.monotonic()
-
-    def restore(self, u: Controls) -> Controls:
-        """The controls from which to go on: those of the checkpoint if there is one."""
-        path = self.checkpoint
-        if path is None or not path.exists():
-            return u
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            solver, history = metadata["solver"], json.loads(metadata["history"])
-            history = {name: [float(value) for value in history[name]] for name in self.history}
-            lengths = {len(values) for values in history.values()}
-            if len(lengths) != 1 or lengths == {0}:
-                raise ValueError("its history is empty or uneven")
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            Checkpoint(self.best, self.memory, self.history).write(
+                self.checkpoint, repr(self.solver)
+            )
+        except OSError as error:
+            warned = bool(self.not_kept)
+            self.not_kept = (
+                f"; the checkpoint {self.checkpoint} could not be written ({error}): save the "
+                "solution elsewhere, or make room"
+            )
+            if not warned:
+                warnings.warn(self.not_kept.removeprefix("; "), RuntimeWarning, stacklevel=3)
+        else:
+            self.not_kept = ""
+
+    def restore(self, path: Path, u: Controls) -> Controls:
+        """Keep checkpoints there; the controls from which to go on."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
             raise InputError(
-                f"{path} is no checkpoint of a solve ({error}); delete it to start anew"
+                f"the folder of the checkpoint {path} cannot be made ({error}); name another file"
             ) from error
-        if solver != repr(self.solver):
-            raise InputError(
-                f"{path} is a checkpoint of {solver}, not of {self.solver!r}; delete it to start "
-                "anew, or name another file"
-            )
-        kept = [name for name in tensors if name.startswith("control.")]
-        names = [f"control.{t}" for t in range(len(kept))]
-        found = [tuple(tensors[name].shape) for name in names if name in tensors]
-        if len(kept) != len(u) or found != [tuple(control.shape) for control in u]:
-            raise InputError(
-                f"{path} holds controls of shapes {found}; expected "
-                f"{[tuple(control.shape) for control in u]}; delete it to start anew"
-            )
-        self.history, self.resumed = history, True
-        if not math.isfinite(history["objective"][-1] + history["residual"][-1]):
-            for values in history.values():  # the checkpoint holds the finite iterate before it
-                values.pop()
-        self.sweeps_before = history["sweeps"][-1]
-        self.bar.update(len(history["objective"]) - 1)
-        self.memory = {
-            name.removeprefix("memory."): value.to(u[0].device) if u else value
-            for name, value in tensors.items()
-            if name.startswith("memory.")
-        }
-        return tuple(
-            tensors[name].to(control.device, control.dtype)
-            for name, control in zip(names, u, strict=True)
-        )
+        self.checkpoint = path
+        if not path.exists():
+            return u
+        found = Checkpoint.read(path, repr(self.solver), u)
+        self.history, self.memory, self.resumed = found.history, found.memory, True
+        self.sweeps_before = found.history["sweeps"][-1]
+        self.bar.update(len(found.history["objective"]) - 1)
+        return found.controls
 
 
 def _distance(new: Controls, old: Controls | None) -> float:

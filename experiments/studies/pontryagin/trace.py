@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deltacontrol.experiments import models, tasks
@@ -19,9 +20,8 @@ from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcom
 from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltacontrol.theory.control.problem import ControlProblem, Controls, Residual
+    from deltacontrol.theory.control.problem import ControlProblem
+    from deltacontrol.theory.solvers import Iterate, Solver
 
 OPTIMISERS = ("lbfgs", "adamw")
 
@@ -90,6 +90,7 @@ class PontryaginTrace(Experiment):
 
         from deltacontrol.deltas.registry import from_dict
         from deltacontrol.experiments.measures.problems import fixed_problem
+        from deltacontrol.theory.solvers import solve
 
         fixed = fixed_problem(
             (from_dict(self.delta),),
@@ -103,11 +104,22 @@ class PontryaginTrace(Experiment):
         dynamics, start = fixed.dynamics, fixed.dynamics.controls()
         rows: list[dict[str, float]] = []
         first = fixed.identity_difference(start)
-        train = _with_lbfgs if self.optimiser == "lbfgs" else _with_adamw
-        final, status, message = train(self, fixed.problem, start, rows, workspace.progress)
-        last = fixed.identity_difference(final)
+
+        def note(iterate: Iterate) -> None:
+            rows.append({"iteration": iterate.iteration, **_row(fixed.problem, iterate)})
+
+        solution = solve(
+            fixed.problem,
+            _solver(self),
+            start,
+            max_steps=self.steps,
+            tol=self.tolerance,
+            callback=note,
+            progress=workspace.progress,
+        )
+        last = fixed.identity_difference(solution.controls)
         result = {
-            "status": status,
+            "status": str(solution.status),
             "stages": list(dynamics.stage_names),
             "num_controls": list(dynamics.control_sizes),
             "objective": rows[-1]["objective"],
@@ -117,74 +129,30 @@ class PontryaginTrace(Experiment):
             "replay_error": dynamics.replay_error,
         }
         controls = fixed.controlled.state()
-        return Outcome("completed", result, pd.DataFrame(rows), controls, message)
+        return Outcome("completed", result, pd.DataFrame(rows), controls, solution.message)
 
 
-def _row(
-    problem: ControlProblem, objective: float, residual: Residual, costates: list[Tensor]
-) -> dict[str, float]:
+def _row(problem: ControlProblem, at: Iterate) -> dict[str, float]:
     names = problem.dynamics.stage_names  # type: ignore[attr-defined]
-    row = {"objective": objective, "residual": residual.norm}
-    row |= {f"residual_{n}": value for n, value in zip(names, residual.per_step, strict=True)}
+    row = {"objective": at.objective, "residual": at.residual.norm}
+    row |= {f"residual_{n}": value for n, value in zip(names, at.residual.per_step, strict=True)}
     # p_{t+1} is the costate behind stage t
-    row |= {f"costate_{n}": float(p.norm()) for n, p in zip(names, costates[1:], strict=True)}
+    costates = at.evaluation.costates[1:]
+    row |= {f"costate_{n}": float(p.norm()) for n, p in zip(names, costates, strict=True)}
     return row
 
 
-def _with_lbfgs(
-    trace: PontryaginTrace,
-    problem: ControlProblem,
-    start: Controls,
-    rows: list[dict[str, float]],
-    progress: bool,
-) -> tuple[Controls, str, str]:
-    from deltacontrol.theory.solvers import Shooting, solve
-
-    def note(iterate: Any) -> None:
-        costates = iterate.evaluation.costates
-        row = _row(problem, iterate.objective, iterate.residual, costates)
-        rows.append({"iteration": iterate.iteration, **row})
-
-    solution = solve(
-        problem,
-        Shooting(),
-        start,
-        max_steps=trace.steps,
-        tol=trace.tolerance,
-        callback=note,
-        progress=progress,
-    )
-    return solution.controls, str(solution.status), solution.message
-
-
-def _with_adamw(
-    trace: PontryaginTrace,
-    problem: ControlProblem,
-    start: Controls,
-    rows: list[dict[str, float]],
-    progress: bool,
-) -> tuple[Controls, str, str]:
+def _solver(trace: PontryaginTrace) -> Solver:
     import torch
-    from tqdm.auto import tqdm
 
-    from deltacontrol.theory.control.problem import Residual
+    from deltacontrol.theory.solvers import Shooting, TorchOptimiser
 
-    controls = tuple(torch.nn.Parameter(u.clone()) for u in start)
-    optimiser = torch.optim.AdamW(controls, lr=trace.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=trace.steps)
-    for iteration in tqdm(range(trace.steps + 1), disable=not progress, unit="step"):
-        now = problem.evaluate(tuple(u.detach() for u in controls))
-        residual = Residual.of(now.gradient)
-        row = _row(problem, float(now.objective), residual, now.costates)
-        rows.append({"iteration": iteration, **row})
-        if not torch.isfinite(now.objective):
-            return tuple(u.detach() for u in controls), "diverged", "J is not finite"
-        if residual.norm <= trace.tolerance or iteration == trace.steps:
-            break
-        for control, gradient in zip(controls, now.gradient, strict=True):
-            control.grad = gradient
-        optimiser.step()
-        schedule.step()
-    status = "converged" if residual.norm <= trace.tolerance else "max_steps"
-    message = f"residual {residual.norm:.2e} after {len(rows) - 1} steps of AdamW"
-    return tuple(u.detach() for u in controls), status, message
+    if trace.optimiser == "lbfgs":
+        return Shooting()
+    falling = partial(
+        torch.optim.lr_scheduler.LinearLR,
+        start_factor=1.0,
+        end_factor=0.0,
+        total_iters=trace.steps,
+    )
+    return TorchOptimiser("AdamW", lr=trace.learning_rate, weight_decay=0.0, schedule=falling)

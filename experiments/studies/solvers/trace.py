@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deltacontrol.experiments import models, tasks
@@ -26,7 +27,7 @@ from deltacontrol.theory.errors import InputError, unknown
 if TYPE_CHECKING:
     from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation, Residual
     from deltacontrol.theory.control.work import Meter
-    from deltacontrol.theory.solvers import Iterate
+    from deltacontrol.theory.solvers import Iterate, Solver
 
 SOLVERS = ("gauss-newton", "newton-cg", "lbfgs", "msa", "adamw")
 RATES: Mapping[str, tuple[float, ...]] = {
@@ -163,11 +164,7 @@ class SolverTrace(Experiment):
             watched = rate is not None
             trace = _Trace(meter, problem.dynamics.horizon, self.gradients, watched)
             try:
-                if self.solver == "adamw":
-                    assert rate is not None
-                    trace.status = self._adamw(problem, start, rate, trace)
-                else:
-                    trace.status = self._solve(problem, start, rate, trace, progress)
+                trace.status = self._solve(problem, start, rate, trace, progress)
             except _Ended as ended:
                 trace.status = str(ended)
         return trace
@@ -180,18 +177,14 @@ class SolverTrace(Experiment):
         trace: _Trace,
         progress: bool,
     ) -> str:
-        from deltacontrol.theory.solvers import MSA, Shooting, solve
-        from deltacontrol.theory.solvers.gauss_newton import GaussNewton, NewtonCG
-
-        made = {"gauss-newton": GaussNewton, "newton-cg": NewtonCG, "lbfgs": Shooting}
-        solver = MSA(rate) if rate is not None else made[self.solver]()
+        from deltacontrol.theory.solvers import solve
 
         def note(iterate: Iterate) -> None:
             trace.note(iterate.iteration, iterate.evaluation, iterate.residual)
 
         solution = solve(
             problem,
-            solver,
+            self._solver(rate),
             start,
             max_steps=10**9,
             tol=self.tolerance,
@@ -200,27 +193,23 @@ class SolverTrace(Experiment):
         )
         return str(solution.status)
 
-    def _adamw(self, problem: ControlProblem, start: Controls, rate: float, trace: _Trace) -> str:
+    def _solver(self, rate: float | None) -> Solver:
         import torch
 
-        controls = tuple(torch.nn.Parameter(u.clone()) for u in start)
-        optimiser = torch.optim.AdamW(controls, lr=rate, weight_decay=0.0)
-        steps = int(trace.budget)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=steps)
-        for iteration in range(steps + 1):
-            u = tuple(control.detach() for control in controls)
-            now = problem.evaluate(u)
-            residual = problem.residual_of(u, now.gradient)
-            trace.note(iteration, now, residual)
-            if residual.norm <= self.tolerance:
-                return "converged"
-            if not math.isfinite(residual.norm):
-                return "diverged"
-            for control, gradient in zip(controls, now.gradient, strict=True):
-                control.grad = gradient
-            optimiser.step()
-            schedule.step()
-        return "budget"
+        from deltacontrol.theory.solvers import MSA, GaussNewton, NewtonCG, Shooting, TorchOptimiser
+
+        if rate is None:
+            made = {"gauss-newton": GaussNewton, "newton-cg": NewtonCG, "lbfgs": Shooting}
+            return made[self.solver]()
+        if self.solver == "msa":
+            return MSA(rate)
+        falling = partial(
+            torch.optim.lr_scheduler.LinearLR,
+            start_factor=1.0,
+            end_factor=0.0,
+            total_iters=self.gradients,
+        )
+        return TorchOptimiser("AdamW", lr=rate, weight_decay=0.0, schedule=falling)
 
 
 class _Ended(Exception):

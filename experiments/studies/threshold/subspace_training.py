@@ -10,15 +10,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from scipy import optimize
 from torch import Tensor
 
 from deltacontrol.experiments.measures.initial_model import InitialModel
 from deltacontrol.experiments.measures.tangent_kernel import Batch, without_labels
 from deltacontrol.theory.dimension.projections import RANDOM_PROJECTIONS, Projection
 from deltacontrol.theory.errors import unknown
+from deltacontrol.theory.solvers.lbfgs import differentiated, minimise_lbfgs
 
 Parameters = dict[str, Tensor]
 
@@ -84,33 +83,33 @@ class _Loss:
 
 def _minimise(loss: _Loss, dimension: int, steps: int, enough: float) -> dict[str, Any]:
     """The least loss of L-BFGS from ``z = 0``; where its line search fails it begins anew there."""
-    best, at, count = math.inf, np.zeros(dimension), 0
+    # In float64, so that a new beginning is not rounded to the model's precision.
+    best, at, count = math.inf, torch.zeros(dimension, dtype=torch.float64), 0
+    of = differentiated(loss)
 
     class Done(Exception):
         pass
 
-    def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
+    def value_and_gradient(x: Tensor) -> tuple[float, Tensor]:
         nonlocal best, at, count
-        z = torch.tensor(x, dtype=loss.dtype, requires_grad=True)
-        value = loss(z)
-        (gradient,) = torch.autograd.grad(value, z)
+        value, gradient = of(x.to(loss.dtype))
         count += 1
-        found = float(value.detach())
-        if found < best:
-            best, at = found, x.copy()
+        if value < best:
+            best, at = value, x
         if best <= enough or count >= steps:
             raise Done
-        return found, gradient.double().numpy()
+        return value, gradient
 
-    options = {"maxiter": steps, "maxfun": 10 * steps, "maxcor": 30}
     try:
         while True:
-            before = count
-            optimize.minimize(
-                value_and_gradient, at, jac=True, method="L-BFGS-B",
-                options=options | {"ftol": 0.0, "gtol": 0.0},
-            )  # fmt: skip
-            if count - before < 3:
+            found = minimise_lbfgs(
+                value_and_gradient,
+                at,
+                memory=30,
+                max_iterations=steps,
+                max_evaluations=10 * steps,
+            )
+            if found.evaluations < 3:
                 break
     except Done:
         pass
