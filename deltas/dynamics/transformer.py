@@ -1,34 +1,57 @@
 """A controlled Transformer as a discrete dynamical system.
 
-The stages t = 0 … L+1 of a model with L blocks are
+The stages t = 0, 1, … of a model are
 
-    "input"     tokens → the state that enters the first block (embeddings, prompt)
-    "block.i"   hidden states → hidden states
-    "readout"   hidden states → logits (final norm, pooler, head)
+    "input"          tokens → the state that enters the first block (embeddings, prompt)
+    "block.i"        state → state; the blocks of an encoder, then those of its decoder
+    "decoder.input"  of an encoder-decoder, between the two: what the blocks of the encoder give →
+                     the encoder's output, and the state that enters the decoder
+    "readout"        hidden states → logits (final norm, pooler, head)
 
-so that x_0 is the tensor of tokens (or pixels), x_{L+2} the logits, and Φ the task's loss of them.
+so that x_0 is the tensor of tokens (or pixels), x_L the logits, and Φ the task's loss of them.
 u_t holds the controls of stage t, flattened in the order of ``DeltaModel.trainable()``.
 
-One ordinary forward pass records what every block receives beside the hidden state (masks, rotary
-angles); a step calls the block alone with another state. That is exact where those arguments do not
-depend on state or control, which is checked when the dynamics are made.
+Controls that act in several stages (the coordinates of a subspace, a rule that all layers share, a
+weight that the embedding and the head share) are the control of a stage of their own,
+
+    "shared"         tokens → (tokens, w) with w = u_0
+
+which is then the first, and w is a part of every later state up to the readout's. So the costate of
+w at the end of that stage is the sum of what all stages contribute to ∂J/∂u_0.
+
+The state. Where only the hidden states go from stage to stage, x_t is that tensor. Where more
+does, x_t is a vector (n_t,): its parts, end to end. `TransformerDynamics.parts` gives them by name:
+
+    "hidden"                 (batch, tokens, d), in each state between two stages
+    "shared"                 (m_0,), the shared controls
+    "encoder_hidden_states"  (batch, tokens, d), the encoder's output, from "decoder.input" on
+    "position_bias" and      what the blocks hand on beside the hidden states, where it depends on a
+    others of the kind       control; it has the name of the blocks' argument
+    "carried.k"              what a control leaves for the next block, such as a ladder's own state
+
+Where the blocks run one by one, one ordinary forward pass tells what each receives beside its state
+(masks, rotary angles); that is constant. All of it is checked when the dynamics are made: replaying
+the stages must give the model's logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from deltacontrol.deltas.editing.passes import first_tensor, with_first_tensor
+from deltacontrol.deltas.dynamics.stages import Stages
+from deltacontrol.deltas.dynamics.state_layout import Part, StateLayout
 from deltacontrol.deltas.model import DeltaModel
 from deltacontrol.theory.control.costs import CrossEntropyCost, SquaredErrorCost
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Cost, Dynamics
 from deltacontrol.theory.errors import InputError
+
+SHARED = "shared"
 
 
 class TransformerDynamics(Dynamics):
@@ -39,46 +62,39 @@ class TransformerDynamics(Dynamics):
         batch: the model's keyword arguments; ``labels`` are left out.
 
     Attributes:
-        stage_names: "input", "block.0", …, "readout".
+        stage_names: "input", "block.0", …, "readout"; see the module.
         x0: the tokens, x_0.
         replay_error: largest difference between the logits of the stages and of the model, relative
             to the largest logit; 0.0 wherever the arithmetic is deterministic.
 
     Raises:
-        InputError: a control acts on several stages at once, the architecture hands more than the
-            hidden state from block to block, or replaying the stages does not give the model's
-            logits.
+        InputError: a value that depends on the state is computed between two blocks, a block
+            receives a cache, tokens cannot be kept beside the shared controls in their number
+            format, or replaying the stages does not give the model's logits.
     """
 
     def __init__(self, delta_model: DeltaModel, batch: Mapping[str, Any]) -> None:
-        if delta_model.host.shared:
-            raise InputError(
-                f"the control {delta_model.host.shared[0]} acts on the whole model at once, so it "
-                "has no layer of its own; the layered dynamics take layer-wise deltas such as lora."
-            )
-        if delta_model.host.sites.num_stacks > 1:
-            raise InputError(
-                "the layered dynamics take encoders and decoders; give the encoder of an "
-                "encoder-decoder, for example T5EncoderModel."
-            )
+        delta_model.host  # noqa: B018 - fails when detached
         delta_model.eval()
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         main = getattr(delta_model.model, "main_input_name", "input_ids")
         if main not in inputs:
             raise InputError(f"the batch has no {main!r}; it has {', '.join(inputs)}.")
         self.x0: Tensor = inputs.pop(main)
-        self._stages = _Stages(delta_model, main, inputs)
-        blocks = len(delta_model.host.sites.blocks)
-        self.stage_names = ("input", *(f"block.{i}" for i in range(blocks)), "readout")
-        self.horizon = blocks + 2
-        recorded, order = self._stages.record(self.x0)
-        self._names = self._assign(delta_model, order)
-        self._shapes = [
-            {name: parameter.shape for name, parameter in stage.items()} for stage in self._names
-        ]
+        self._stages = Stages(delta_model, main, inputs)
+        recorded = self._stages.record(self.x0)
+        self._names = self._assign(delta_model)
+        self._shapes = [{name: p.shape for name, p in stage.items()} for stage in self._names]
         self.control_sizes = tuple(
             sum(parameter.numel() for parameter in stage.values()) for stage in self._names
         )
+        names = tuple(stage.name for stage in self._stages.stages)
+        self._layouts = list(self._stages.entries)
+        self._has_shared = len(self._names) > len(names)
+        if self._has_shared:
+            self._carry_shared(main)
+        self.stage_names = (SHARED, *names) if self._has_shared else names
+        self.horizon = len(self.stage_names)
         self.replay_error = self._replay_error(recorded)
 
     def step(self, t: int, x: Tensor, u: Tensor) -> Tensor:
@@ -88,13 +104,31 @@ class TransformerDynamics(Dynamics):
                 f"stage {self.stage_names[t]}: the control has shape {tuple(u.shape)}, expected "
                 f"({self.control_sizes[t]},), one control for the whole batch."
             )
+        values = self._layouts[t].unpack(x)
+        if self._has_shared and t == 0:
+            return self._layouts[1].pack(values | {SHARED: u})
+        controls = self._cut(t, u)
+        if self._has_shared:
+            shared = values.pop(SHARED)
+            controls |= self._cut(0, shared)
+        stage = t - 1 if self._has_shared else t
+        values = functional_call(self._stages, controls, (stage, values))
+        if self._has_shared:
+            values[SHARED] = shared
+        return self._layouts[t + 1].pack(values)
+
+    def parts(self, t: int, x: Tensor) -> dict[str, Tensor]:
+        """The parts of the state x_t by name, such as "hidden"; see the module."""
+        return self._layouts[t].unpack(x)
+
+    def _cut(self, t: int, u: Tensor) -> dict[str, Tensor]:
+        """The parameters that u_t holds."""
         shapes = self._shapes[t]
         pieces = u.split([shape.numel() for shape in shapes.values()]) if shapes else ()
-        parameters = {  # cloned, because the rounding of a matrix product depends on its alignment
+        return {  # cloned, because the rounding of a matrix product depends on its alignment
             f"delta_model.controls.{name}": piece.view(shape).clone()
             for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
         }
-        return functional_call(self._stages, parameters, (t, x))
 
     def logits(self) -> Tensor:
         """Logits of one ordinary forward pass of the model, differentiable in its parameters."""
@@ -139,30 +173,39 @@ class TransformerDynamics(Dynamics):
         """Names of the controls of stage t, in the order in which u_t holds them."""
         return tuple(self._names[t])
 
-    def _assign(self, delta_model: DeltaModel, order: dict[str, set[int]]) -> list[dict]:
-        """The controls of every stage, by where the module that they act at runs."""
-        host = delta_model.host
-        stages: list[dict[str, nn.Parameter]] = [{} for _ in range(self.horizon)]
-        owners: dict[int, set[int]] = {}
-        for path, module in host.sites.modules.items():
-            layer = host.sites.layer_of(path)
-            where = {layer + 1} if layer is not None else order.get(path, set())
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    owners.setdefault(id(parameter), set()).update(where)
+    def _assign(self, delta_model: DeltaModel) -> list[dict[str, nn.Parameter]]:
+        """The controls of every stage; those that act in several come first, where there are any.
+
+        One that acts nowhere, such as a mask's token without masks, is with its block, or else with
+        the input.
+        """
+        sites, stages = delta_model.host.sites, self._stages.stages
+        of_block = {stage.block: s for s, stage in enumerate(stages) if stage.block is not None}
+        shared: dict[str, nn.Parameter] = {}
+        own: list[dict[str, nn.Parameter]] = [{} for _ in stages]
         for name, parameter in delta_model.trainable().items():
-            path = host.state_path[name]
-            layer = host.sites.layer_of(path)
-            where = {layer + 1} if layer is not None else order.get(path, {self.horizon - 1})
-            where = where | owners.get(id(parameter), set())
+            where = [s for s, acting in enumerate(self._stages.acting) if name in acting]
             if len(where) > 1:
-                ends = " and ".join(self.stage_names[t] for t in sorted(where))
-                raise InputError(
-                    f"the control {name} acts in the stages {ends} (a tied weight), so it is not "
-                    "the control of one layer; untie the model or use another delta."
-                )
-            stages[where.pop()][name] = parameter
-        return stages
+                shared[name] = parameter
+                continue
+            layer = sites.layer_of(delta_model.host.state_path[name])
+            unused = 0 if layer is None else of_block[layer]
+            own[where[0] if where else unused][name] = parameter
+        return [shared, *own] if shared else own
+
+    def _carry_shared(self, main: str) -> None:
+        """Make the shared controls a part of the states from the second to the last but one."""
+        like = next(iter(self._names[0].values()))
+        part = Part(torch.Size([self.control_sizes[0]]), like.dtype)
+        *entries, last = self._layouts
+        later = [StateLayout({**entry.parts, SHARED: part}) for entry in entries]
+        self._layouts = [entries[0], *later, last]
+        if not later[0].holds({main: self.x0, SHARED: like.new_zeros(part.shape)}):
+            raise InputError(
+                f"the controls {', '.join(list(self._names[0])[:3])} act in several stages and are "
+                f"kept beside {main!r} in a state of {like.dtype}, which cannot hold numbers up to "
+                f"{self.x0.max()} exactly; load the model in float32 or float64."
+            )
 
     def _replay_error(self, recorded: Tensor) -> float:
         with torch.no_grad():
@@ -174,163 +217,17 @@ class TransformerDynamics(Dynamics):
         if not error <= 100 * torch.finfo(recorded.dtype).eps:
             raise InputError(
                 f"replaying the stages gives logits that differ by {error:.1e}; the blocks of "
-                f"{type(self._stages.delta_model.model).__name__} are not functions of the hidden "
-                "state alone, so it is not a layered system."
+                f"{type(self._stages.delta_model.model).__name__} are not functions of what they "
+                "receive alone, or something behind them reads more than the last one gives, so "
+                "it is not a layered system."
             )
         return error
 
 
-class _Reached(Exception):
-    """Ends a forward pass at the first block."""
-
-
-class _Stages(nn.Module):
-    """Runs one stage at a time; a module, so that ``functional_call`` can exchange the controls."""
-
-    def __init__(self, delta_model: DeltaModel, main: str, inputs: dict[str, Any]) -> None:
-        super().__init__()
-        self.delta_model = delta_model
-        self.main = main
-        self.inputs = dict(inputs)
-        if "use_cache" in inputs or getattr(delta_model.model.config, "use_cache", False):
-            self.inputs["use_cache"] = False  # a recorded cache would change the second call
-        self.calls: list[tuple[tuple, dict]] = []
-        self.outputs: list[Any] = []
-        self.tokens = torch.empty(0)
-
-    def forward(self, t: int, x: Tensor) -> Tensor:
-        blocks = self.delta_model.host.sites.blocks
-        if t == 0:
-            return self._input(x)
-        if t == len(blocks) + 1:
-            return self._readout(x)
-        args, kwargs = self.calls[t - 1]
-        return first_tensor(blocks[t - 1](x, *args, **kwargs))
-
-    def run(self, tokens: Tensor) -> Tensor:
-        output = self.delta_model(**{self.main: tokens}, **self.inputs)
-        return output.logits if hasattr(output, "logits") else output[0]
-
-    def record(self, tokens: Tensor) -> tuple[Tensor, dict[str, set[int]]]:
-        """One forward pass; the logits, and in which stages modules outside the blocks run."""
-        sites = self.delta_model.host.sites
-        self.tokens = tokens
-        progress = [0]
-        order: dict[str, set[int]] = {}
-        self.calls, self.outputs = [], []
-
-        def enter(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            kwargs = dict(kwargs)
-            if not args:
-                kwargs.pop("hidden_states")
-            self.calls.append((args[1:], kwargs))
-            progress[0] += 1
-
-        def leave(_module: nn.Module, _args: tuple, output: Any) -> None:
-            self.outputs.append(output)
-            if len(self.outputs) == len(sites.blocks):
-                progress[0] += 1
-
-        def note(path: str) -> Callable[..., None]:
-            return lambda *_: order.setdefault(path, set()).add(progress[0])
-
-        handles = [b.register_forward_pre_hook(enter, with_kwargs=True) for b in sites.blocks]
-        handles += [b.register_forward_hook(leave) for b in sites.blocks]
-        for path, module in sites.modules.items():
-            if sites.layer_of(path) is None:
-                handles.append(module.register_forward_pre_hook(note(path)))
-        try:
-            with torch.enable_grad():
-                logits = self.run(tokens)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._check_side_channels()
-        self.outputs = [_detached(output) for output in self.outputs]
-        return logits.detach(), order
-
-    def _check_side_channels(self) -> None:
-        for index, (args, kwargs) in enumerate(self.calls):
-            named = {**{f"argument {i + 1}": a for i, a in enumerate(args)}, **kwargs}
-            for name, value in named.items():
-                if isinstance(value, Cache):
-                    raise InputError(
-                        f"block {index} receives a cache as {name!r}, which would change its next "
-                        "call; set model.config.use_cache = False."
-                    )
-                if any(tensor.requires_grad for tensor in _tensors(value)):
-                    raise InputError(
-                        f"block {index} receives {name!r}, which depends on the controls, beside "
-                        "the hidden state; leave that weight out of the delta (for T5: the "
-                        "relative position bias)."
-                    )
-        if len(self.calls) != len(self.delta_model.host.sites.blocks):
-            raise InputError(
-                f"the forward pass called {len(self.calls)} blocks, expected "
-                f"{len(self.delta_model.host.sites.blocks)}; is the model in training mode with "
-                "layer dropping?"
-            )
-
-    def _input(self, tokens: Tensor) -> Tensor:
-        reached: list[Tensor] = []
-
-        def stop(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            reached.append(args[0] if args else kwargs["hidden_states"])
-            raise _Reached
-
-        first = self.delta_model.host.sites.blocks[0]
-        handle = first.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
-        try:
-            self.run(tokens)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
-        return reached[0]
-
-    def _readout(self, x: Tensor) -> Tensor:
-        sites = self.delta_model.host.sites
-        passes = [_Pass(b, o, x) for b, o in zip(sites.blocks, self.outputs, strict=True)]
-        lists = [sites.modules[path.rpartition(".")[0]] for path in sites.block_paths]
-        try:
-            for container, path, bypass in zip(lists, sites.block_paths, passes, strict=True):
-                container._modules[path.rpartition(".")[2]] = bypass
-            return self.run(self.tokens)
-        finally:
-            for container, path, block in zip(lists, sites.block_paths, sites.blocks, strict=True):
-                container._modules[path.rpartition(".")[2]] = block
-
-
-class _Pass(nn.Module):
-    """Stands in for a block and returns a given state."""
-
-    def __init__(self, block: nn.Module, output: Any, state: Tensor) -> None:
-        super().__init__()
-        self.__dict__.update(_block=block, _output=output, _state=state)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_block"], name)
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        return with_first_tensor(self._output, self._state)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []
-
-
-def _detached(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.detach()
-    return tuple(_detached(item) if isinstance(item, Tensor | tuple) else item for item in output)
-
-
 def is_causal_lm(model: PreTrainedModel) -> bool:
     """Whether the labels of a model are its tokens, shifted by one position."""
+    if model.config.is_encoder_decoder:  # its decoder's tokens are the labels, shifted already
+        return False
     return model.get_output_embeddings() is not None and model.loss_type != "ForMaskedLM"
 
 
@@ -343,15 +240,26 @@ def control_problem(
     cross-entropy for integer labels (shifted by one position for causal language models), half the
     mean squared error for real ones.
 
+    The problem's ``dynamics`` are `TransformerDynamics`, and ``x0`` is the batch of tokens. Between
+    two stages the state is the hidden states (batch, tokens, d), or, where more goes from stage to
+    stage, a vector of them and the rest; the module tells the stages and the parts of their states,
+    ``dynamics.stage_names`` and ``dynamics.parts(t, x)`` those of this problem. The last state is
+    the logits.
+
     Args:
         delta_model: the controlled model.
-        batch: the model's arguments, with ``labels``.
+        batch: the model's arguments, with ``labels``. An encoder-decoder's ``decoder_input_ids``
+            are made of the labels where the model does so itself and the batch has none.
         weight_decay: λ.
+
+    Raises:
+        InputError: the batch has no labels, or lacks an encoder-decoder's ``decoder_input_ids``; or
+            as `TransformerDynamics` does.
     """
     labels = batch.get("labels")
     if labels is None:
         raise InputError(f"the batch has no 'labels'; it has {', '.join(batch)}.")
-    dynamics = TransformerDynamics(delta_model, batch)
+    dynamics = TransformerDynamics(delta_model, _with_decoder_tokens(delta_model.model, batch))
     cost: Cost
     if labels.is_floating_point():
         cost = SquaredErrorCost(labels.reshape(len(labels), -1), weight_decay=weight_decay)
@@ -361,3 +269,17 @@ def control_problem(
     else:
         cost = CrossEntropyCost(labels, weight_decay=weight_decay)
     return ControlProblem(dynamics, cost, dynamics.x0)
+
+
+def _with_decoder_tokens(model: PreTrainedModel, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch with what the decoder reads, which follows from the labels."""
+    generates = model.config.is_encoder_decoder and model.get_output_embeddings() is not None
+    if not generates or {"decoder_input_ids", "decoder_inputs_embeds"} & batch.keys():
+        return batch
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is None:
+        raise InputError(
+            f"{type(model).__name__} decodes tokens, and the batch has no 'decoder_input_ids'; "
+            "give them: the labels, shifted by one position behind the start token."
+        )
+    return {**batch, "decoder_input_ids": prepare(labels=batch["labels"])}

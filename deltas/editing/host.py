@@ -356,9 +356,9 @@ class Host:
         return lambda: self.copies.prefix(prefix) if self.copies else prefix()
 
     @property
-    def carries(self) -> bool:
-        """Whether a control reads what another module of the same pass left behind."""
-        return bool(self._carried)
+    def carried(self) -> tuple[Carried, ...]:
+        """The places of `carry`: a control reads there what another module of the pass left."""
+        return tuple(self._carried)
 
     def map_over_copies(self, module: nn.Module) -> None:
         """Let a module whose weights are controls use each copy's own while copies share a pass."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
+
+_SLOT = "deltacontrol_passes"
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -62,8 +65,30 @@ def around_passes(
             end()
 
     encoder = model.get_encoder() if model.config.is_encoder_decoder else None
-    undo: list[Callable[[], None]] = []
+    around = (begin, end)
+    model.__dict__.setdefault(_SLOT, []).append(around)
+
+    def forget() -> None:
+        model.__dict__[_SLOT].remove(around)
+        if not model.__dict__[_SLOT]:
+            del model.__dict__[_SLOT]
+
+    undo: list[Callable[[], None]] = [forget]
     for module in filter(None, (model, encoder)):
         undo.append(module.register_forward_pre_hook(enter).remove)
         undo.append(module.register_forward_hook(leave, always_call=True).remove)
     return undo
+
+
+@contextmanager
+def counted_as_pass(model: PreTrainedModel) -> Iterator[None]:
+    """Let a part of a model that is called by itself, such as a block, be a pass of its own."""
+    begun: list[Callable[[], None]] = []
+    try:
+        for begin, end in model.__dict__.get(_SLOT, ()):
+            begun.append(end)
+            begin()
+        yield
+    finally:
+        for end in begun:
+            end()

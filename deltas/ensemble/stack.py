@@ -42,7 +42,7 @@ def unstackable(host: Host) -> str:
     """Why copies of what ``host`` carries cannot share a pass; empty where they can."""
     if host.is_reparametrised:
         return "weights of the base are functions of a control, other ones in each copy"
-    if host.carries:
+    if host.carried:
         return "a control reads what another module left behind"
     if host.preparations or host.after_step or host.penalties:
         return "a control asks more of the training than gradients"
