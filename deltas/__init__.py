@@ -14,8 +14,10 @@ Feedback laws, which look at each example's states at inference, are another typ
 ``deltacontrol.deltas.feedback.steering``.
 """
 
+from deltacontrol.deltas.attaching import attach
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.ensemble.stack import DeltaStack, attach_many
+from deltacontrol.deltas.loading import load
 from deltacontrol.deltas.methods.adalora import AdaLoRA
 from deltacontrol.deltas.methods.adapterdrop import AdapterDrop
 from deltacontrol.deltas.methods.attention_control import AttentionControl
@@ -50,7 +52,7 @@ from deltacontrol.deltas.methods.selected_modules import SelectedModules
 from deltacontrol.deltas.methods.subspace import Subspace
 from deltacontrol.deltas.methods.unipelt import UniPELT
 from deltacontrol.deltas.methods.vera import VeRA
-from deltacontrol.deltas.model import DeltaModel, attach
+from deltacontrol.deltas.model import DeltaModel
 from deltacontrol.deltas.registry import available, from_dict, parse
 
 __all__ = [
@@ -96,5 +98,6 @@ __all__ = [
     "attach_many",
     "available",
     "from_dict",
+    "load",
     "parse",
 ]

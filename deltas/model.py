@@ -1,46 +1,36 @@
-"""``attach`` lays deltas on a frozen model; ``DeltaModel`` is the model with its controls."""
+"""A frozen model with its controls: what it computes, what is trained, what is saved."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deltacontrol.deltas import guards, saved_folder
 from deltacontrol.deltas.base import Delta
-from deltacontrol.deltas.editing.host import Host, Losses
+from deltacontrol.deltas.editing.host import Host
 from deltacontrol.deltas.editing.merging import check_ties, merged_values
+from deltacontrol.deltas.editing.requests import Losses
+from deltacontrol.deltas.summary import Attachment, as_html, as_text, summary
 from deltacontrol.theory.errors import InputError, unknown
 
-_MARK = "deltacontrol_attached"
 Request = TypeVar("Request")
-
-
-@dataclass(frozen=True)
-class Attachment:
-    """What one delta put on the model.
-
-    Attributes:
-        delta: the configuration.
-        namespace: the first part of the names of its controls.
-        num_parameters: counted; equals the method's formula.
-        num_sites: how many modules it acts at.
-    """
-
-    delta: Delta
-    namespace: str
-    num_parameters: int
-    num_sites: int
 
 
 class DeltaModel(nn.Module):
     """A frozen base model and the controls beside it.
 
     ``forward`` takes what the base model takes. Only ``controls`` is trained; parameter names of
-    the base stay as they are, so that DDP, accelerate and ``state_dict`` see an ordinary module.
+    the base stay as they are, so that DDP and accelerate see an ordinary module. ``state_dict``
+    holds the controls alone, so that the checkpoints of ``transformers.Trainer(model=tuned)`` do.
+    What a `DeltaModel` does not define (``num_parameters``, ``main_input_name``, …) is the base's.
     Made by :func:`attach`, in the training or evaluation mode of the base. Copying it is refused,
     because the hooks of a copy would still read the controls of the original: detach, copy the
     base, attach to the copy and ``load(state())``.
@@ -63,9 +53,128 @@ class DeltaModel(nn.Module):
         self.training = host.model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward, under control."""
+        """The base model's forward, under control; `attach` gives it the base's signature."""
         self.host  # noqa: B018 - fails when detached
         return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's ``generate``, under control.
+
+        Raises:
+            InputError: the base generates nothing.
+        """
+        self.host  # noqa: B018 - fails when detached
+        if not self.model.can_generate():
+            raise InputError(
+                f"{self._get_name()} does not generate; attach to a model with a head of language "
+                "modelling, such as AutoModelForCausalLM gives."
+            )
+        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """Let the base act alone inside: its outputs are those of the detached model, bit for bit.
+
+        May be nested, and an exception leaves the deltas acting again. Under gradient checkpointing
+        a backward pass has to happen on the same side of the block's end as its forward pass.
+
+        Example:
+            >>> from transformers import BertConfig, BertModel
+            >>> from deltacontrol.deltas import PromptTuning, attach
+            >>> config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            ...                     intermediate_size=64, vocab_size=100)
+            >>> base, tokens = BertModel(config).eval(), torch.tensor([[5, 6, 7]])
+            >>> before = base(tokens).last_hidden_state
+            >>> tuned = attach(base, PromptTuning(length=2))
+            >>> with tuned.disable():
+            ...     torch.equal(tuned(tokens).last_hidden_state, before)
+            True
+        """
+        with self.host.edits.suspended():
+            yield
+
+    def train(self, mode: bool = True) -> DeltaModel:
+        """As of any module; the base's own ``train`` is refused while deltas act in it."""
+        self.training = mode
+        self.controls.train(mode)
+        type(self.model).train(self.model, mode)
+        return self
+
+    @property
+    def config(self) -> Any:
+        """The base model's configuration."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model is."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base model."""
+        return self.model.dtype
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Compute activations again in the backward pass; options of `torch.utils.checkpoint`."""
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self.model.activation_checkpointing_disable()
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base's loss takes the number of items; transformers' Trainer asks it first.
+
+        Raises:
+            InputError: the deltas ask the training for something that the Trainer does not do.
+        """
+        asked = self.host.requests
+        requests = [*asked.preparations, *asked.penalties, *asked.after_step]
+        if self._asked(requests) or asked.rate_factors:
+            names = " and ".join(a.namespace for a in self.attachments)
+            raise InputError(
+                f"{names} ask the training for more than gradients (a look at the data, a penalty, "
+                "a schedule, or learning rates of their own), which transformers' Trainer does not "
+                "do. Train with deltacontrol.experiments.training.finetune, or in a loop of your own that calls "
+                "prepare(), penalty() and after_step() and heeds rate_factors."
+            )
+        own = getattr(self.model, "accepts_loss_kwargs", None)
+        if own is not None:
+            return own
+        kinds = [p.kind for p in inspect.signature(self.model.forward).parameters.values()]
+        return inspect.Parameter.VAR_KEYWORD in kinds
+
+    def __getattr__(self, name: str) -> Any:
+        """What neither this class nor `nn.Module` defines is the base model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "model" not in self.__dict__.get("_modules", {}):
+                raise
+        return getattr(self.model, name)
+
+    def _get_name(self) -> str:
+        return type(self.model).__name__  # by which a Trainer knows how labels are shifted
+
+    def summary(self) -> pd.DataFrame:
+        """A table of the deltas: sites, parameters, share of the base; see `deltacontrol.deltas.summary`."""
+        return summary(self.attachments, self.num_base)
+
+    def _headline(self) -> str:
+        state = "frozen" if self._host else "detached"
+        return f"DeltaModel of {self._get_name()} ({self.num_base:,} parameters, {state})"
+
+    def __repr__(self) -> str:
+        """The table of the deltas."""
+        return f"{self._headline()}\n{as_text(self.summary())}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self._headline()}</p>\n{as_html(self.summary())}"
 
     @property
     def host(self) -> Host:
@@ -126,7 +235,7 @@ class DeltaModel(nn.Module):
     @property
     def needs_data(self) -> bool:
         """Whether `prepare` has something to do."""
-        return bool(self._asked(self.host.preparations))
+        return bool(self._asked(self.host.requests.preparations))
 
     def prepare(self, losses: Losses) -> None:
         """Let controls that depend on the data (a Fisher mask, say) see it, before training.
@@ -134,17 +243,19 @@ class DeltaModel(nn.Module):
         Args:
             losses: gives the loss of the model, one example after another, anew at each call.
         """
-        for prepare in self._asked(self.host.preparations):
+        for prepare in self._asked(self.host.requests.preparations):
             prepare(losses)
 
     @property
     def is_penalised(self) -> bool:
         """Whether a delta adds something to the training loss."""
-        return bool(self._asked(self.host.penalties))
+        return bool(self._asked(self.host.requests.penalties))
 
     def penalty(self) -> Tensor:
         """What the deltas add to the training loss, a scalar."""
-        return torch.stack([penalty() for penalty in self._asked(self.host.penalties)]).sum()
+        return torch.stack(
+            [penalty() for penalty in self._asked(self.host.requests.penalties)]
+        ).sum()
 
     def after_step(self, step: int, num_steps: int) -> bool:
         """To be called after update ``step`` of 1..num_steps, while the gradients still stand.
@@ -153,7 +264,7 @@ class DeltaModel(nn.Module):
             Whether to forget the optimiser's moments and the best evaluation so far, because
             controls were put elsewhere.
         """
-        return any([act(step, num_steps) for act in self._asked(self.host.after_step)])
+        return any([act(step, num_steps) for act in self._asked(self.host.requests.after_step)])
 
     def _asked(self, requests: list[tuple[str, Request]]) -> list[Request]:
         """What the deltas in training have asked for."""
@@ -180,11 +291,11 @@ class DeltaModel(nn.Module):
                     f"{attachment.namespace} cannot be merged: {attachment.delta.unmergeable}. "
                     "Keep it attached, or detach() it."
                 )
-        check_ties(self.host)
+        check_ties(self.host.merges, self.host.tied)
         training = self.controls.training
         self.controls.eval()  # without what training draws at random
         try:
-            merged = merged_values(self.host)
+            merged = merged_values(self.host.merges, self.host.original)
         finally:
             self.controls.train(training)
         model = self.detach()
@@ -235,17 +346,48 @@ class DeltaModel(nn.Module):
             for key, value in own.items():
                 value.copy_(state[key])
 
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        """The controls alone, named ``controls.<delta>.<module path>.<parameter>``."""
+        return self.controls.state_dict(*args, prefix=f"{prefix}controls.", **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> Any:
+        """Put the controls of a ``state_dict`` in place; always strict, as `load`."""
+        prefix = "controls."
+        other = [name for name in state_dict if not name.startswith(prefix)]
+        if other:
+            raise InputError(
+                f"these are no controls: {', '.join(other[:3])}; expected names that start with "
+                f"{prefix!r}, as state_dict() of a DeltaModel gives them."
+            )
+        self.load({name.removeprefix(prefix): value for name, value in state_dict.items()})
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    @property
+    def base_identity(self) -> dict[str, Any]:
+        """What tells the base from others; parameters that controls stand for do not count."""
+        with self.disable():
+            return saved_folder.identity(self.model, self.host.queries.originals)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the deltas and their controls into a folder, for `deltas.load`.
+
+        Args:
+            folder: a new or empty one, or one that was written by `save`, which is replaced.
+
+        Raises:
+            InputError: there is something else at that place.
+        """
+        deltas = [delta.to_dict() for delta in self.deltas]
+        saved = saved_folder.Saved(deltas, self.host.seed, self.base_identity, self.state())
+        saved_folder.write(folder, saved)
+
     def __deepcopy__(self, memo: dict) -> DeltaModel:
         """Refused: the copy's hooks would act with the original's controls."""
-        raise InputError(
-            "a model with deltas cannot be copied: detach(), copy the base, attach to the copy and "
-            "load(state())."
-        )
+        raise InputError(guards.COPIED)
 
     def detach(self) -> PreTrainedModel:
         """Take all deltas off and give the base model back, bit for bit."""
         self.host.undo()
-        self.model.__dict__.pop(_MARK, None)
         self._host = None
         return self.model
 
@@ -254,80 +396,3 @@ def _is_fixed(name: str) -> bool:
     """Whether a buffer is a constant of the attached delta, such as the seed of a projection."""
     leaf = name.rpartition(".")[2]
     return leaf == "seed" or leaf.startswith("fixed_")
-
-
-def attach(model: PreTrainedModel, *deltas: Delta, seed: int = 0) -> DeltaModel:
-    """Lay deltas on a model; the model is frozen, the controls are trainable.
-
-    Several deltas act together; where two act at one site they do so in the order given.
-
-    Args:
-        model: any transformers model.
-        deltas: one or more configurations, such as ``LoRA(rank=8)``.
-        seed: seed of the initial values.
-
-    Returns:
-        The controlled model. ``detach()`` on it restores ``model`` bit for bit.
-
-    Raises:
-        InputError: a target matches nothing, a size is impossible, a tied weight would change on
-            both ends, or the model has deltas already. The model is then as before.
-
-    Example:
-        >>> from transformers import BertConfig, BertModel
-        >>> from deltacontrol.deltas import LoRA, attach
-        >>> config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        ...                     intermediate_size=64, vocab_size=100)
-        >>> attach(BertModel(config), LoRA(rank=2)).num_trainable == 2 * 2 * 2 * (32 + 32)
-        True
-    """
-    if not deltas:
-        raise InputError("attach needs at least one delta, such as LoRA(rank=8).")
-    for delta in deltas:
-        if not isinstance(delta, Delta):
-            raise InputError(
-                f"attach takes deltas such as LoRA(rank=8), not {delta!r}; deltas.parse makes one "
-                "of a text."
-            )
-    if not isinstance(model, PreTrainedModel | DeltaModel):
-        raise InputError(
-            f"attach takes a model of transformers (PreTrainedModel), not {type(model).__name__}."
-        )
-    if isinstance(model, DeltaModel) or _MARK in model.__dict__:
-        raise InputError(
-            "this model has deltas already: call .detach() on its DeltaModel first, or give all "
-            "deltas to one attach(model, A, B)."
-        )
-    num_base = sum(p.numel() for p in model.parameters())
-    host = Host(model, seed)
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-
-    def restore_flags() -> None:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-    attachments: list[Attachment] = []
-    host._undo.append(restore_flags)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    try:
-        for delta in deltas:
-            taken = sum(a.delta.name == delta.name for a in attachments)
-            host.namespace = delta.name.replace(".", "_") + (f"_{taken + 1}" if taken else "")
-            before = {name for name, _ in host.controls.named_parameters()}
-            expected = delta.num_parameters(host)
-            delta.build(host)
-            added = {n: p for n, p in host.controls.named_parameters() if n not in before}
-            count = sum(p.numel() for p in added.values())
-            if count != expected:
-                raise AssertionError(
-                    f"{delta.name}: {count} parameters, its formula "
-                    f"{delta.num_parameters_formula} gives {expected}."
-                )
-            places = {host.state_path[name] for name in added}
-            attachments.append(Attachment(delta, host.namespace, count, len(places)))
-    except BaseException:
-        host.undo()
-        raise
-    model.__dict__[_MARK] = True
-    return DeltaModel(host, tuple(attachments), num_base)

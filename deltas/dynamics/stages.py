@@ -95,9 +95,9 @@ class Stages(nn.Module):
         leaves = {k: values[name] for k, name in self._messages.read[now.block].items()}
         args, kwargs = call.with_arguments({call.hidden: values[HIDDEN], **leaves})
         with counted_as_pass(host.model):
-            set_places(host.carried, values)
+            set_places(host.edits.carried, values)
             result = pytree.tree_leaves(host.sites.blocks[now.block](*args, **kwargs))
-            left = take_places(host.carried, after)
+            left = take_places(host.edits.carried, after)
         made = {name: result[k] for name, k in self._messages.made[now.block].items()}
         return kept | made | left | {HIDDEN: result[0]}
 
@@ -113,7 +113,7 @@ class Stages(nn.Module):
             InputError: not all blocks were called, or they receive what cannot be a state.
         """
         self._tokens, self._calls = tokens, []
-        blocks, places = self.delta_model.host.sites.blocks, self.delta_model.host.carried
+        blocks, places = self.delta_model.host.sites.blocks, self.delta_model.host.edits.carried
 
         def enter(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             call = BlockCall(block, args, kwargs, places)
@@ -188,7 +188,7 @@ class Stages(nn.Module):
         def stop(block: nn.Module, args: tuple, kwargs: dict) -> None:
             call = BlockCall(block, args, kwargs, ())
             given = {n: call.arguments[k] for n, k in self._messages.given[done].items()}
-            reached.update(given | take_places(host.carried, after))
+            reached.update(given | take_places(host.edits.carried, after))
             reached[HIDDEN] = call.arguments[call.hidden]
             raise _Reached
 
@@ -197,7 +197,7 @@ class Stages(nn.Module):
                 return {LOGITS: self.run(tokens)}
             block = host.sites.blocks[stage.until]
             handle = block.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
-            set_places(host.carried, values)
+            set_places(host.edits.carried, values)
             try:
                 self.run(tokens)
             except _Reached:

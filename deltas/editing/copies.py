@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,14 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from deltacontrol.theory.errors import InputError
 
-if TYPE_CHECKING:
-    from deltacontrol.deltas.editing.host import Host
-
 # A dictionary of a module and the key under which it keeps a tensor.
 Place = tuple[dict[str, Any], str]
+
+
+class Actors(Protocol):
+    """Deltas whose hooks ask whether several copies of them share the present pass."""
+
+    copies: Copies | None
 
 
 class Copies:
@@ -52,17 +55,17 @@ class Copies:
         self.rows = rows // size
 
     @contextmanager
-    def acting(self, host: Host) -> Iterator[None]:
-        """Let the deltas of ``host`` act for these copies in the passes inside."""
+    def acting(self, actors: Actors) -> Iterator[None]:
+        """Let deltas act for these copies in the passes inside."""
         if self.size == 1:  # an ordinary pass, with other values
             with self._in_place({name: value[0] for name, value in self.values.items()}):
                 yield
             return
-        host.copies = self
+        actors.copies = self
         try:
             yield
         finally:
-            host.copies = None
+            actors.copies = None
 
     def output(
         self, law: Callable[[tuple, Tensor], Tensor], inputs: tuple, output: Tensor

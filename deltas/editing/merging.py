@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from deltacontrol.theory.errors import InputError
-
-if TYPE_CHECKING:
-    from deltacontrol.deltas.editing.host import Host
 
 
 @dataclass(frozen=True)
@@ -33,14 +29,18 @@ class Merge:
     last: bool = False
 
 
-def check_ties(host: Host) -> None:
+def check_ties(merges: Iterable[Merge], ties: Callable[[str], list[str]]) -> None:
     """Refuse a control that acts at one name of a tied parameter only.
+
+    Args:
+        merges: of all deltas.
+        ties: the other names of a base parameter.
 
     Raises:
         InputError: there is one; merging would change the parameter where the control does not act.
     """
-    for merge in host.merges:
-        if not merge.whole and (tied := host.tied(merge.name)):
+    for merge in merges:
+        if not merge.whole and (tied := ties(merge.name)):
             raise InputError(
                 f"{merge.namespace} cannot be merged: it acts at {merge.name}, which is tied "
                 f"to {', '.join(tied)} and would change there too. Untie the model "
@@ -48,16 +48,20 @@ def check_ties(host: Host) -> None:
             )
 
 
-def merged_values(host: Host) -> dict[str, Tensor]:
+def merged_values(merges: Iterable[Merge], original: Callable[[str], Tensor]) -> dict[str, Tensor]:
     """The base parameters in float64 with all controls in them, by name.
 
     What stands for a parameter comes before what acts beside it, whatever the order; what changes
     the input of a map acts on the sum of both.
+
+    Args:
+        merges: of all deltas.
+        original: the base's own parameter of a name.
     """
     merged: dict[str, Tensor] = {}
-    for merge in sorted(host.merges, key=lambda merge: (not merge.whole, merge.last)):
+    for merge in sorted(merges, key=lambda merge: (not merge.whole, merge.last)):
         before = merged.get(merge.name)
         if before is None:
-            before = host.original(merge.name).detach().double()
+            before = original(merge.name).detach().double()
         merged[merge.name] = merge.value(before)
     return merged

@@ -75,6 +75,13 @@ def intercept(model: PreTrainedModel) -> Callable[[], None]:
     return lambda: model.set_attn_implementation(stock)
 
 
+def step_aside(model: PreTrainedModel) -> Callable[[], None]:
+    """Give an intercepted model its stock attention for a while; returns what intercepts again."""
+    name = str(model.config._attn_implementation)
+    model.set_attn_implementation(name.removeprefix(_NAME))
+    return lambda: model.set_attn_implementation(name)
+
+
 def _extended_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, length: int,
                    is_causal: bool | None) -> Tensor | None:  # fmt: skip
     """The mask with ``length`` always visible columns in front."""

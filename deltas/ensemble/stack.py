@@ -23,12 +23,13 @@ from torch.nn.functional import cross_entropy, mse_loss
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from deltacontrol.deltas.attaching import attach
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.dynamics.transformer import is_causal_lm
 from deltacontrol.deltas.editing.control_tree import ControlTree
 from deltacontrol.deltas.editing.copies import Copies, Place
 from deltacontrol.deltas.editing.host import Host
-from deltacontrol.deltas.model import DeltaModel, attach
+from deltacontrol.deltas.model import DeltaModel
 from deltacontrol.theory.errors import InputError
 
 IGNORED = -100
@@ -40,13 +41,14 @@ class UnstackableError(InputError):
 
 def unstackable(host: Host) -> str:
     """Why copies of what ``host`` carries cannot share a pass; empty where they can."""
-    if host.is_reparametrised:
+    edits, requests = host.edits, host.requests
+    if edits.is_reparametrised:
         return "weights of the base are functions of a control, other ones in each copy"
-    if host.carried:
+    if edits.carried:
         return "a control reads what another module left behind"
-    if host.preparations or host.after_step or host.penalties:
+    if requests.preparations or requests.after_step or requests.penalties:
         return "a control asks more of the training than gradients"
-    if any(hasattr(prefix, "gate") for prefix in host.prefixes):
+    if any(hasattr(prefix, "gate") for prefix in edits.prefixes):
         return "a prefix has a gate of its own for each row"
     for name in host.replaced:
         module = host.sites.modules[name.rpartition(".")[0]]
@@ -103,7 +105,9 @@ class DeltaStack(nn.Module):
     def train(self, mode: bool = True) -> DeltaStack:
         """As of any module; the laws that act for each copy follow."""
         self.single.train(mode)
-        return super().train(mode)
+        self.training = mode
+        self.controls.train(mode)
+        return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> DeltaStack:
         """Move or convert all copies, their constants and the controls of the single model."""
@@ -130,7 +134,7 @@ class DeltaStack(nn.Module):
         constants = {name: value[start:stop] for name, value in self._constants.items()}
         values = {**controls, **constants}
         copies = Copies(values, self._places, stop - start, _rows(batch), self._used)
-        with copies.acting(self.single.host):
+        with copies.acting(self.single.host.edits):
             return self.single(**batch)
 
     def losses(self, logits: Tensor, labels: Tensor, num_copies: int) -> Tensor:
@@ -171,7 +175,7 @@ class DeltaStack(nn.Module):
     def _wrap_trained_modules(self, host: Host) -> None:
         modules = {name.rpartition(".")[0] for name in host.replaced}
         for path in modules:
-            host.map_over_copies(host.sites.modules[path])
+            host.edits.map_over_copies(host.sites.modules[path])
 
 
 def attach_many(model: PreTrainedModel, *deltas: Delta, seeds: Sequence[int]) -> DeltaStack:

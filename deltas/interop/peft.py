@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from deltacontrol.deltas.attaching import attach
 from deltacontrol.deltas.editing.host import Host
 from deltacontrol.deltas.interop import extras, formats
 from deltacontrol.deltas.interop.adapter import Adapter, read, write
@@ -29,7 +30,7 @@ from deltacontrol.deltas.interop.format import Attached, Format, Plan
 from deltacontrol.deltas.interop.targets import task_type
 from deltacontrol.deltas.methods.layer_norm import LayerNormTuning
 from deltacontrol.deltas.methods.selected_modules import SelectedModules
-from deltacontrol.deltas.model import DeltaModel, attach
+from deltacontrol.deltas.model import DeltaModel
 from deltacontrol.theory.errors import InputError, unknown
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from deltacontrol.deltas.base import Delta
-from deltacontrol.deltas.editing.host import Host, Losses
+from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.requests import Losses
 from deltacontrol.deltas.methods.parts.masks import (
     SparseChange,
     check_density,

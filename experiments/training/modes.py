@@ -27,7 +27,7 @@ def training_mode(
     base = delta_model.model
     modes = {module: module.training for module in delta_model.modules()}
     rates: list[tuple[object, str, float]] = []
-    base.train(dropout)
+    type(base).train(base, dropout)  # the base alone, whose own train() refuses that
     delta_model.controls.train()
     if gradient_checkpointing:
         _enable(base)

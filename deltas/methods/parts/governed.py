@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from deltacontrol.deltas.editing.merging import Merge
-from deltacontrol.deltas.editing.passes import around_passes
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class Governed:
         asked = [len(requests) for requests in self._requests()]
         merges, shared = len(host.merges), set(host.shared)
         # Before what the controls themselves do around a pass, because that reads them.
-        host._undo += around_passes(host.model, self._begin, self._end)
+        host.edits.around_passes(self._begin, self._end)
         build()
         if asked != [len(requests) for requests in self._requests()]:
             raise InputError(
@@ -70,10 +69,11 @@ class Governed:
             self._demote(name, parameter)
         host.shared[:] = [name for name in host.shared if name not in added]
         host.merges[merges:] = [self._merged(merge) for merge in host.merges[merges:]]
-        host.is_reparametrised = True
+        host.edits.is_reparametrised = True
 
     def _requests(self) -> tuple[list, list, list]:
-        return self._host.preparations, self._host.penalties, self._host.after_step
+        requests = self._host.requests
+        return requests.preparations, requests.penalties, requests.after_step
 
     def _demote(self, name: str, parameter: nn.Parameter) -> None:
         """Make a parameter, wherever it is, a buffer that is not saved."""

@@ -1,0 +1,58 @@
+"""What a base model refuses while deltas act in it: what would lose a part of them in silence.
+
+A trainer that is given the base instead of the `DeltaModel` sees only those controls that stand in
+for base parameters: it would train and save them, and leave the others at their start. A copy of
+the base would act with the controls of the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from transformers import PreTrainedModel
+
+from deltacontrol.deltas.editing.edits import Edits
+from deltacontrol.theory.errors import InputError
+
+COPIED = (
+    "a model with deltas cannot be copied: detach(), copy the base, attach to the copy and "
+    "load(state())."
+)
+
+
+def guard(edits: Edits) -> None:
+    """Let the base model answer by an InputError to what would leave controls out.
+
+    ``train()`` is refused, and with it every loop and trainer that is given the base; ``eval()``
+    takes the controls along. ``save_pretrained``, ``push_to_hub``, ``copy.deepcopy`` are refused.
+    """
+    model = edits.model
+    name = type(model).__name__
+
+    def train(mode: bool = True) -> PreTrainedModel:
+        if mode:
+            raise InputError(
+                f"this {name} carries deltas, whose controls lie beside it: training it alone "
+                "would leave most of them out. Train the DeltaModel that attach() returned "
+                "(tuned.train(), Trainer(model=tuned, ...)), or detach() first."
+            )
+        edits.controls.train(mode)
+        return type(model).train(model, mode)
+
+    saved = (
+        f"this {name} carries deltas, and its own files would leave their controls out. Save the "
+        "DeltaModel that attach() returned (tuned.save(folder)); or merge() or detach() first, and "
+        "save the plain model."
+    )
+    edits.override("train", train)
+    edits.override("save_pretrained", _refuse(saved))
+    edits.override("push_to_hub", _refuse(saved))
+    edits.override("__deepcopy__", _refuse(COPIED))
+
+
+def _refuse(message: str) -> Callable[..., NoReturn]:
+    def refuse(*_args: Any, **_kwargs: Any) -> NoReturn:
+        raise InputError(message)
+
+    return refuse

@@ -1,0 +1,68 @@
+"""``load`` lays saved deltas on the base that they were saved with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltacontrol.deltas import saved_folder
+from deltacontrol.deltas.attaching import attach
+from deltacontrol.deltas.model import DeltaModel
+from deltacontrol.deltas.registry import from_dict
+from deltacontrol.theory.errors import InputError
+
+
+def load(model: PreTrainedModel, folder: str | Path) -> DeltaModel:
+    """Attach the deltas that `DeltaModel.save` wrote, with their controls.
+
+    Args:
+        model: the same base model, without deltas. Parameters that a control stands for, such as
+            those of a trained head, may have any values.
+        folder: that `DeltaModel.save` wrote.
+
+    Returns:
+        The controlled model, with the outputs of the one that was saved.
+
+    Raises:
+        InputError: the folder is damaged or of another kind, the base is another one, a delta is
+            unknown, or the controls' names, sizes or dtypes are others. The model is then as
+            before.
+    """
+    saved = saved_folder.read(folder)
+    deltas = [from_dict(config) for config in saved.deltas]
+    saved_folder.check_same_base(saved.base, saved_folder.architecture(model), Path(folder))
+    tuned = attach(model, *deltas, seed=saved.seed)
+    try:
+        saved_folder.check_same_base(saved.base, tuned.base_identity, Path(folder))
+        _take_dtype(tuned.controls, saved.controls)
+        tuned.load(saved.controls)
+    except BaseException:
+        tuned.detach()
+        raise
+    return tuned
+
+
+def _take_dtype(controls: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Convert controls to the dtype that they were saved in, which may be finer than the base's.
+
+    Raises:
+        InputError: several dtypes were saved, and they are not those of this model.
+    """
+    own = controls.state_dict()
+    if all(saved[name].dtype == value.dtype for name, value in own.items() if name in saved):
+        return
+    kinds = {value.dtype for value in saved.values() if value.is_floating_point()}
+    if len(kinds) > 1:
+        here = {value.dtype for value in own.values() if value.is_floating_point()}
+        raise InputError(
+            f"the controls were saved as {_names(kinds)}, but this model has {_names(here)}; load "
+            "the base in the dtype that it had."
+        )
+    controls.to(kinds.pop())
+
+
+def _names(kinds: set) -> str:
+    return ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))

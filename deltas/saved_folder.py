@@ -1,0 +1,275 @@
+"""A folder with the deltas of one model: what they are, their controls, and their base.
+
+``deltas.json`` holds the configurations of the deltas, the seed, the identity of the base, a digest
+of the controls and the versions of the packages; ``controls.safetensors`` holds the controls.
+Nothing is pickled, and no path of the machine that wrote it is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import shutil
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deltacontrol.theory.errors import InputError
+
+DESCRIPTION, CONTROLS = "deltas.json", "controls.safetensors"
+FORMAT = "deltacontrol deltas 1"
+_KEYS = ("format", "deltas", "seed", "base", "controls", "versions")
+_BASE_KEYS = ("class", "name", "dtype", "config", "weights")
+_SAMPLED = 1024
+# Entries of a configuration that say where it came from or what a pass returns, not which map the
+# model is; trainers and forward passes set some of them.
+_NO_IDENTITY = {
+    "_name_or_path", "architectures", "dtype", "output_attentions", "output_hidden_states",
+    "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What such a folder holds.
+
+    Attributes:
+        deltas: the configurations, as `Delta.to_dict` writes them, in order.
+        seed: that the deltas were attached with.
+        base: the identity of the base model, as `identity` gives it.
+        controls: the controls by name.
+    """
+
+    deltas: list[dict[str, Any]]
+    seed: int
+    base: dict[str, Any]
+    controls: dict[str, Tensor]
+
+
+def architecture(model: PreTrainedModel) -> dict[str, Any]:
+    """What a base model is, without its weights.
+
+    Returns:
+        Plain JSON values: class, name (a name of the hub, or the last part of a path), dtype and
+        configuration.
+    """
+    config = json.loads(json.dumps(model.config.to_dict(), default=str))
+    return {
+        "class": type(model).__name__,
+        "name": _public_name(model.name_or_path),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "config": _identifying(config),
+    }
+
+
+def identity(model: PreTrainedModel, left_out: Container[str] = ()) -> dict[str, Any]:
+    """What tells one base model from another: its `architecture` and a digest of its weights.
+
+    The digest is a SHA-256 over every parameter and saved buffer, in the order of their names:
+    name, shape, dtype, up to 1024 entries at even distances, and the sum of all entries' bits, read
+    as integers, modulo 2^64. So a change of any single entry changes it, and a model of billions of
+    parameters is read once and not copied.
+
+    Args:
+        model: a base model without deltas acting in it.
+        left_out: names of parameters that do not count, because controls stand for them.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if name not in left_out:
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode())
+            digest.update(_sample(value))
+    return {**architecture(model), "weights": digest.hexdigest()}
+
+
+def _sample(value: Tensor) -> bytes:
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+    bits = value.detach().reshape(-1).contiguous().view(kinds.get(value.itemsize, torch.int64))
+    count = min(len(bits), _SAMPLED)
+    places = torch.arange(count, device=bits.device) * (len(bits) - 1) // max(count - 1, 1)
+    total = bits.sum(dtype=torch.int64)
+    return bits[places].cpu().numpy().tobytes() + total.cpu().numpy().tobytes()
+
+
+def _identifying(config: Any) -> Any:
+    if isinstance(config, dict):
+        kept = {k: v for k, v in config.items() if k not in _NO_IDENTITY}
+        return {key: _identifying(value) for key, value in kept.items()}
+    return config
+
+
+def _public_name(name: str | None) -> str:
+    """A name of the hub as it is; of a path the last part, because the rest is private."""
+    name = name or ""
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and not Path(name).exists():
+        return name
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def check_same_base(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> None:
+    """Refuse deltas that were saved with another base.
+
+    Args:
+        saved: identity of the base that the deltas were saved with.
+        own: identity of the base that they are to be laid on, or its architecture alone.
+        folder: that they were saved in, for the message.
+
+    Raises:
+        InputError: a part differs; the message names both sides.
+    """
+    differences = []
+    for key in ("class", "dtype"):
+        if saved[key] != own[key]:
+            differences.append(f"{key} is {saved[key]} there and {own[key]} here")
+    theirs, ours = saved["config"], own["config"]
+    for key in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(key) != ours.get(key):
+            there, here = (repr(c[key]) if key in c else "absent" for c in (theirs, ours))
+            differences.append(f"{key} of the configuration is {there} there and {here} here")
+    if not differences and "weights" in own and saved["weights"] != own["weights"]:
+        differences.append(
+            f"the weights have the digest {saved['weights'][:12]} there and "
+            f"{own['weights'][:12]} here"
+        )
+    if differences:
+        raise InputError(
+            f"the deltas in {folder} belong to another base, {saved['name'] or 'without a name'}, "
+            f"than this one, {own['name'] or 'without a name'}: {'; '.join(differences)}. Load the "
+            "base that they were saved with."
+        )
+
+
+def write(folder: str | Path, saved: Saved) -> None:
+    """Write such a folder, whole or not at all; an earlier one of the kind is replaced.
+
+    It is made beside the place and then renamed; where an earlier one stands there, it is moved
+    away first and moved back if the renaming fails.
+
+    Raises:
+        InputError: there is something else at that place.
+    """
+    target = Path(folder).resolve()
+    _check_free(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as beside:
+        new, old = Path(beside) / "new", Path(beside) / "old"
+        new.mkdir()
+        tensors = {name: value.contiguous() for name, value in saved.controls.items()}
+        save_file(tensors, new / CONTROLS, metadata={"format": "pt"})
+        description = {
+            "format": FORMAT,
+            "deltas": saved.deltas,
+            "seed": saved.seed,
+            "base": saved.base,
+            "controls": _digest(new / CONTROLS),
+            "versions": _versions(),
+        }
+        text = json.dumps(description, indent=2, allow_nan=False)
+        (new / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            if old.exists():
+                shutil.move(old, target)
+            raise
+
+
+def read(folder: str | Path) -> Saved:
+    """Read such a folder.
+
+    Raises:
+        InputError: it is no such folder, a file is missing, damaged or does not belong to the
+            other, or it was written in another format.
+    """
+    folder = Path(folder)
+    for name in (DESCRIPTION, CONTROLS):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{folder} has no {name}; expected a folder that save() wrote, with {DESCRIPTION} "
+                f"and {CONTROLS}."
+            )
+    description = _description(folder)
+    if _digest(folder / CONTROLS) != description["controls"]:
+        raise InputError(
+            f"{folder / CONTROLS} has the SHA-256 {_digest(folder / CONTROLS)[:12]}, but "
+            f"{DESCRIPTION} says {str(description['controls'])[:12]}: the two were not saved "
+            "together, or the file was changed; copy the whole folder again."
+        )
+    try:
+        controls = load_file(folder / CONTROLS)
+    except SafetensorError as error:
+        raise InputError(f"{folder / CONTROLS} is no safetensors file: {error}") from error
+    return Saved(description["deltas"], description["seed"], description["base"], controls)
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{folder / DESCRIPTION} is no JSON: {error}") from error
+    found = description.get("format") if isinstance(description, dict) else None
+    if found != FORMAT:
+        raise InputError(
+            f"{folder / DESCRIPTION} has the format {found!r}, expected {FORMAT!r}: another "
+            "program wrote it, or another version of this one."
+        )
+    _check_keys(folder, description, _KEYS)
+    if not isinstance(description["base"], dict) or not isinstance(description["seed"], int):
+        raise InputError(f"{folder / DESCRIPTION}: base must be an object, seed an integer.")
+    _check_keys(folder, description["base"], _BASE_KEYS)
+    return description
+
+
+def _check_keys(folder: Path, entries: dict[str, Any], expected: Iterable[str]) -> None:
+    if set(entries) != set(expected):
+        raise InputError(
+            f"{folder / DESCRIPTION} has the entries {', '.join(sorted(entries))} where "
+            f"{', '.join(sorted(expected))} are expected."
+        )
+
+
+def _check_free(target: Path) -> None:
+    """Refuse to write over anything but an empty folder or one that `write` has made."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"{target} is a file; give save() a folder.")
+    names = {path.name for path in target.iterdir()}
+    others = sorted(names - {DESCRIPTION, CONTROLS})
+    if others:
+        raise InputError(
+            f"{target} holds other files ({', '.join(others[:3])}), which save() would delete; "
+            "give it a folder of its own."
+        )
+    if names:
+        if DESCRIPTION not in names:
+            raise InputError(f"{target} was not written by save(); give it a folder of its own.")
+        _description(target)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("deltacontrol", "torch", "transformers", "safetensors"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
