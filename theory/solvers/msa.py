@@ -61,6 +61,7 @@ class MSA(Solver):
     minimiser: Minimiser | float
 
     takes_box: ClassVar[bool] = True
+    descends: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Turn a number into a gradient step."""
