@@ -51,6 +51,11 @@ class Delta(ABC):
     def num_parameters(self, host: Host) -> int:
         """Number of parameters by the method's formula, from the model's dimensions alone."""
 
+    @classmethod
+    def example(cls) -> Delta:
+        """An instance that fits any small model, for tests; by default with all defaults."""
+        return cls()
+
     def _positive(self, *fields: str) -> None:
         for field in fields:
             value = getattr(self, field)

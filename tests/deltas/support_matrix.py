@@ -1,72 +1,52 @@
-"""The support matrix of the README, from the data of the conformance suite.
+"""The support matrix of the README, measured: every method is attached to every architecture.
 
     python -m tests.deltas.support_matrix
 
-rewrites it. Every cell is tested: a tick by `test_conformance`, a refusal by `test_support`, which
-also finds a matrix that is out of date.
+rewrites it. A refusal keeps the reason that the README gives already, where the error still says
+so; the reason of a new one is the first clause of its error, which may be shortened in the README.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import get_args
+import re
 
-from deltacontrol.deltas import registry
-from deltacontrol.deltas.base import Category
-from tests.deltas.zoo import FAMILIES, METHODS, REFUSED
-
-README = Path(__file__).resolve().parents[2] / "README.md"
-BEGIN, END = "<!-- support:begin -->\n", "<!-- support:end -->"
-
-TITLES = {
-    "bert": "BERT",
-    "roberta": "RoBERTa",
-    "distilbert": "DistilBERT",
-    "electra": "ELECTRA",
-    "modernbert": "ModernBERT",
-    "mpnet": "MPNet",
-    "gpt2": "GPT-2",
-    "opt": "OPT",
-    "gpt_neox": "GPT-NeoX",
-    "llama": "Llama",
-    "qwen3": "Qwen3",
-    "gemma3": "Gemma3",
-    "t5": "T5 encoder",
-    "t5-seq2seq": "T5",
-    "bart": "BART",
-    "vit": "ViT",
-    "dinov2": "DINOv2",
-    "whisper": "Whisper encoder",
-}
+from deltacontrol.deltas import attach
+from deltacontrol.theory.errors import InputError
+from tests.deltas import support_table
+from tests.deltas.zoo import FAMILIES, METHODS, REFUSED, build
 
 
-def render() -> str:
-    """Methods by category in rows, architectures in columns, reasons of refusals below."""
-    kinds = registry.available()
-    reasons: dict[str, str] = {}
-    head = ["method", *TITLES.values()]
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " :-: |" * len(TITLES)]
-    for category in get_args(Category):
-        for method in sorted(m for m in METHODS if kinds[m].category == category):
-            cells = [f"`{method}`"]
-            for family in TITLES:
-                reason = REFUSED.get((family, method))
-                if reason is None:
-                    cells.append("✓")
-                else:
-                    cells.append(reasons.setdefault(reason, f"({chr(ord('a') + len(reasons))})"))
-            lines.append("| " + " | ".join(cells) + " |")
-    notes = "; ".join(f"{letter} {reason}" for reason, letter in reasons.items())
-    count = f"{len(METHODS)} methods on {len(FAMILIES)} architectures"
-    return "\n".join(lines) + f"\n\n{count}. Refused with the reason: {notes}.\n"
+def refusal(family: str, method: str, known: set[str]) -> str | None:
+    """Why the architecture cannot take the method; None where it can.
+
+    Args:
+        family: the architecture.
+        method: the method.
+        known: reasons to be kept, where the error says so.
+    """
+    model = build(family)
+    try:
+        attach(model, METHODS[method][0]).detach()
+    except InputError as error:
+        message = str(error)
+        found = sorted((reason for reason in known if reason in message), key=len)
+        return found[-1] if found else short(message, type(model).__name__, method)
+    return None
 
 
-def update(readme: Path = README) -> None:
-    """Put the matrix between the README's markers."""
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(before + BEGIN + render() + END + after, encoding="utf-8")
+def short(message: str, model: str, method: str) -> str:
+    """The first clause of an error, without the names of the model and of the method."""
+    text = message.removeprefix(f"{method}: ").removeprefix(f"{model} ")
+    return re.split(r", |; |: |\. |\.$", text)[0]
+
+
+def measure() -> dict[tuple[str, str], str]:
+    """The reason of every refused cell."""
+    known = set(REFUSED.values())
+    cells = [(f, m) for f in FAMILIES for m in METHODS]
+    reasons = {cell: refusal(*cell, known) for cell in cells}
+    return {cell: reason for cell, reason in reasons.items() if reason is not None}
 
 
 if __name__ == "__main__":
-    update()
+    support_table.write(measure())

@@ -17,9 +17,9 @@ from tests.deltas.zoo import (
     DEEP,
     FAMILIES,
     METHODS,
-    RANDOM,
     attached,
     batch_of,
+    draws_at_random,
     gradients,
     move,
     out,
@@ -107,20 +107,19 @@ class TestDeepConformance:
         model = build(family)
         batch = batch_of(model)
 
-        def start(seed: int) -> tuple[dict[str, Tensor], Tensor]:
+        def start(seed: int) -> tuple[dict[str, Tensor], Tensor, bool]:
             torch.manual_seed(torch.seed() % 1000)  # the global generator must not matter
             generator = torch.get_rng_state()
             controlled = attached(model, delta, seed=seed)
             assert torch.equal(torch.get_rng_state(), generator)
-            state = controlled.state()
+            state, random = controlled.state(), draws_at_random(controlled, seed)
             outputs = out(move(controlled), batch).detach()
             controlled.detach()
-            return state, outputs
+            return state, outputs, random
 
-        (state, outputs), (again, same), (other, different) = start(0), start(0), start(1)
+        (state, outputs, random), (again, same, _), (other, different, _) = map(start, (0, 0, 1))
         assert all(torch.equal(state[k], again[k]) for k in state)
         assert torch.equal(outputs, same)
-        random = method in RANDOM
         assert any(not torch.equal(state[k], other[k]) for k in state) == random
         assert torch.equal(outputs, different) != random
 

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 import deltacontrol.deltas.interop
 from deltacontrol.deltas import BitFit, DoRA, HeadTuning, LayerNormTuning, LoRA, SelectedModules
 from deltacontrol.deltas.interop import export_peft, import_peft
+from deltacontrol.deltas.interop.peft import available
 from tests.deltas.peft_models import logits, peft, same, save
 from tests.deltas.zoo import batch_of, out
 
@@ -105,7 +107,18 @@ def cases():
     yield "prefix-mlp", "llama", peft.PrefixTuningConfig, inner
 
 
+def unlisted(known: set[str]) -> Iterator[tuple[str, str, type, dict[str, Any]]]:
+    """A format without a case of its own: peft's defaults, at queries or with a prompt of three."""
+    for name in sorted(set(available()) - known):
+        config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(name)]
+        fields = {field.name for field in dataclasses.fields(config)}
+        for f in ALL:
+            targets = {"target_modules": QV[f], "num_virtual_tokens": 3}
+            yield name.lower(), f, config, {k: v for k, v in targets.items() if k in fields}
+
+
 CASES: list[Any] = [(*case, None)[:5] for case in cases()]
+CASES += [(*case, None) for case in unlisted({kind().peft_type.value for _, _, kind, *_ in CASES})]
 
 
 @pytest.fixture(autouse=True)
@@ -230,6 +243,13 @@ def test_generates_what_peft_generates(build: Build, tmp_path, family):
     theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a").eval()
     expected = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     assert torch.equal(ours, expected)
+
+
+def test_a_format_without_a_case_is_tested_with_the_defaults_of_peft():
+    assert not list(unlisted(set(available())))
+    assert [case[:2] for case in unlisted(set(available()) - {"LORA"})] == [
+        ("lora", family) for family in ALL
+    ]
 
 
 def test_needs_no_peft():

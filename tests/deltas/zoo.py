@@ -1,7 +1,8 @@
-"""What each delta must cost on the small models of ``architectures``, and what both refuse.
+"""Every delta on the small models of ``architectures``: what it must cost, and what is refused.
 
 The counts are formulas of the dimensions, written here a second time on purpose: they never ask a
-delta or a model.
+delta or a model. A delta that is not listed is tested as its ``example()``, against the formula in
+its own file.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ from deltacontrol.deltas import (
     UniPELT,
     VeRA,
     attach,
+    registry,
 )
+from tests.deltas import support_table
 from tests.deltas.architectures import (  # noqa: F401 - tests take all of it from here
     CLASSES,
     FAMILIES,
@@ -72,7 +75,7 @@ from tests.deltas.architectures import (  # noqa: F401 - tests take all of it fr
     texts,
 )
 
-METHODS: dict[str, tuple[Delta, Callable[[Family], int]]] = {
+_COUNTED: dict[str, tuple[Delta, Callable[[Family], int]]] = {
     "full": (FullFineTuning(), lambda f: f.total),
     "head": (HeadTuning(), lambda f: f.head),
     "bitfit": (BitFit(), lambda f: f.biases),
@@ -147,55 +150,29 @@ METHODS: dict[str, tuple[Delta, Callable[[Family], int]]] = {
     ),
 }
 
-# What an architecture has not, and what the refusal says: tested in test_support.py.
-REFUSED: dict[tuple[str, str], str] = {
-    **{(f, "bitfit"): "has no bias" for f, family in FAMILIES.items() if not family.biases},
-    **{
-        ("mpnet", name): "does not use the attention interface"
-        for name in ("mam", "prefix", "unipelt")
-    },
-    **{(f, "ladder"): "has two stacks of blocks" for f in ("bart", "t5-seq2seq")},
-    ("t5", "head"): "has no head",
-    ("t5-seq2seq", "head"): "lm_head.weight is tied to shared.weight",
-    **{
-        (f, name): "not tokens through a table of embeddings"
-        for f, family in FAMILIES.items()
-        for name in ("intrinsic-prompt", "p-tuning", "prompt")
-        if family.reads != "tokens"
-    },
+METHODS: dict[str, tuple[Delta, Callable[[Family], int] | None]] = {
+    name: _COUNTED.get(name) or (kind.example(), None)
+    for name, kind in registry.available().items()
 }
-# Methods with a random start or random constants: the seed of `attach` matters to them.
-RANDOM = {
-    "adalora",
-    "adapterdrop",
-    "attention-control",
-    "compacter",
-    "dora",
-    "houlsby",
-    "intrinsic-prompt",
-    "ladder",
-    "loha",
-    "lokr",
-    "lora",
-    "low-rank-adapter",
-    "mam",
-    "mixture-of-control",
-    "p-tuning",
-    "parallel-adapter",
-    "pfeiffer",
-    "prefix",
-    "prompt",
-    "random-mask",
-    "said",
-    "state-based",
-    "subspace",
-    "unipelt",
-    "vera",
-}
+# What the README's support matrix refuses, with the reason: tested in test_support.py. A method
+# that it does not list yet must work everywhere.
+REFUSED = support_table.refused()
 PAIRS = [(f, name) for f in FAMILIES for name in METHODS if (f, name) not in REFUSED]
 # Every way in which a delta may act on a model, for what costs too much in every pair.
 REPRESENTATIVE = ("bitfit", "lora", "prefix", "prompt", "subspace")
 DEEP = [(f, name) for f, name in PAIRS if f in ("bert", "gpt2", "llama") or name in REPRESENTATIVE]
+
+
+def num_parameters(method: str, sizes: Family, controlled: DeltaModel) -> int:
+    """What the method must cost: the formula above, or the one in the method's own file."""
+    delta, count = METHODS[method]
+    return delta.num_parameters(controlled.host) if count is None else count(sizes)
+
+
+def draws_at_random(controlled: DeltaModel, seed: int) -> bool:
+    """Whether attaching with this seed drew anything from the generator of controls."""
+    fresh = torch.Generator().manual_seed(seed)
+    return not torch.equal(controlled.host.generator.get_state(), fresh.get_state())
 
 
 def out(model: nn.Module, batch: dict[str, Tensor], **more: Any) -> Tensor:

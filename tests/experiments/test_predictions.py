@@ -9,11 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertTokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
-)
 
 from deltacontrol.deltas import parse
 from deltacontrol.experiments.measures.initial_model import InitialModel
@@ -32,41 +27,15 @@ from deltacontrol.experiments.studies.threshold.predictions import (
 from deltacontrol.theory.dimension.random_subspaces import falls
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.model_curvature import ModelCurvature
+from tests import tiny_model
 
-WORDS = ("good", "bad", "fine", "poor", "the", "film", "was", "a", "very", "so")
 ROWS, HELDOUT = 24, 12
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A tiny random model in a folder, and a task of three classes in a file."""
-    folder = tmp_path_factory.mktemp("places")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    model = folder / "tiny-bert"
-    model.mkdir()
-    (model / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizerFast(vocab=str(model / "vocab.txt")).save_pretrained(model)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        initializer_range=0.3,
-    )
-    BertForSequenceClassification(config).save_pretrained(model)
-    generator = np.random.default_rng(0)
-    rows = [
-        {
-            "text": " ".join(generator.choice(WORDS, 3 + index % 5)) + " " + WORDS[index % 3],
-            "label": ("yes", "no", "so")[index % 3],
-        }
-        for index in range(200)
-    ]
-    pd.DataFrame(rows).to_csv(folder / "task.csv", index=False)
-    return {"model": str(model), "task": str(folder / "task.csv")}
+    return tiny_model.write(tmp_path_factory.mktemp("places"))
 
 
 def made(places: dict[str, str], *deltas: str, **options) -> InitialModel:

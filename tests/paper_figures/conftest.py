@@ -1,15 +1,16 @@
-"""A figure, its synthetic grid, and the records of that grid."""
+"""A figure, and records that it can be drawn from."""
 
 import pytest
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.runs.store import RunStore
-from tests.paper_figures.synthetic import GRIDS, Grid, write
+from deltacontrol.paper_figures import base
+from tests.paper_figures.synthetic import GRIDS, Grid, committed, write
 
 
-@pytest.fixture(scope="module", params=sorted(GRIDS))
+@pytest.fixture(scope="module", params=base.names())
 def name(request: pytest.FixtureRequest) -> str:
-    """Each figure that has synthetic records; `test_mechanism` checks that all have."""
+    """Each figure."""
     return request.param
 
 
@@ -19,5 +20,11 @@ def grid(name: str) -> Grid:
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory, name: str, grid: Grid) -> list[Record]:
-    return write(RunStore(tmp_path_factory.mktemp(name)), grid)
+def records(
+    tmp_path_factory: pytest.TempPathFactory, name: str, request: pytest.FixtureRequest
+) -> list[Record]:
+    """Synthetic ones, or the committed ones of a figure that has no grid."""
+    if name in GRIDS:
+        store = RunStore(tmp_path_factory.mktemp(name))
+        return write(store, request.getfixturevalue("grid"))
+    return committed(name)

@@ -7,11 +7,17 @@ import pytest
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.paper_figures import base
 from deltacontrol.theory.errors import InputError
-from tests.paper_figures.synthetic import GRIDS, Synthetic, performance, write
+from tests.paper_figures.synthetic import GRIDS, Synthetic, committed, write
 
 
-def test_every_figure_has_synthetic_records() -> None:
-    assert base.names() == sorted(GRIDS)
+def test_every_figure_has_records_to_be_tested_on() -> None:
+    assert set(GRIDS) <= set(base.names())
+    for name in set(base.names()) - set(GRIDS):
+        assert committed(name)
+
+
+def test_a_figure_without_a_grid_has_its_committed_records() -> None:
+    assert {record.kind for record in committed("d90")} != {"synthetic"}
 
 
 def test_every_figure_is_complete() -> None:
@@ -27,7 +33,7 @@ def test_unknown_figure_names_the_nearest() -> None:
 
 
 def test_settings_are_not_pooled(tmp_path: Path) -> None:
-    grid = performance(seeds=2)
+    grid = GRIDS["performance"](seeds=2)
     other = Synthetic(grid[1][0].config | {"learning_rate": 0.5})
     records = write(RunStore(tmp_path), [grid[0], (other, *grid[1][1:])])
     with pytest.raises(InputError, match="more than their seed"):
@@ -35,6 +41,6 @@ def test_settings_are_not_pooled(tmp_path: Path) -> None:
 
 
 def test_a_seed_counts_once(tmp_path: Path) -> None:
-    records = write(RunStore(tmp_path), performance(seeds=1)[:1])
+    records = write(RunStore(tmp_path), GRIDS["performance"](seeds=1)[:1])
     with pytest.raises(InputError, match="two records"):
         base.check_replicates(records * 2, ["lora", "lora"])

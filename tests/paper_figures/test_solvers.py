@@ -12,7 +12,7 @@ from tests.paper_figures import synthetic
 
 
 def test_gaps_are_above_the_lowest_of_the_same_seed(tmp_path: Path) -> None:
-    records = synthetic.write(RunStore(tmp_path), synthetic.solvers(seeds=2))
+    records = synthetic.write(RunStore(tmp_path), synthetic.GRIDS["solvers"](seeds=2))
     table, curves = solvers.table(records), solvers.curves(records)
     for seed in (0, 1):
         lines = curves[curves["seed"] == seed]
@@ -25,7 +25,7 @@ def test_gaps_are_above_the_lowest_of_the_same_seed(tmp_path: Path) -> None:
 
 
 def test_the_caption_tells_what_the_records_say(tmp_path: Path) -> None:
-    records = synthetic.write(RunStore(tmp_path), synthetic.solvers(seeds=3))
+    records = synthetic.write(RunStore(tmp_path), synthetic.GRIDS["solvers"](seeds=3))
     table = solvers.table(records)
     text = solvers.caption(table)
     assert "74,498 controls" in text and "4 fixed examples of at most 12 tokens" in text

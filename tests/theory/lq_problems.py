@@ -10,40 +10,17 @@ from torch import Tensor
 
 from deltacontrol.theory.control.costs import QuadraticCost
 from deltacontrol.theory.control.problem import ControlProblem, Controls
+from deltacontrol.theory.control.solved_problems import random_linear_quadratic as random_problem  # noqa: F401 - tests take it from here
 from deltacontrol.theory.control.systems import LinearDynamics
 from deltacontrol.theory.lq import LQPolicy, riccati
 from tests.theory.dense import flat
-from tests.theory.problems import normal, positive
+from tests.theory.problems import normal
 
 F64 = torch.float64
 
 
 ONE = torch.ones(1, 1, dtype=F64)
 QUADRATIC = ("A", "B", "Q", "R", "Qf", "N")
-
-
-def random_problem(
-    sizes: list[int], controls: list[int], seed: int, batch: int | None = None, scale: float = 0.8
-) -> ControlProblem:
-    """All terms present; ``[Q N; N' R]`` is positive definite."""
-    steps = range(len(controls))
-    dynamics = LinearDynamics(
-        A=[scale * normal(sizes[t + 1], sizes[t], seed=seed + 10 * t) for t in steps],
-        B=[normal(sizes[t + 1], controls[t], seed=seed + 10 * t + 1) for t in steps],
-        c=[normal(sizes[t + 1], seed=seed + 10 * t + 2) for t in steps],
-    )
-    weights = [positive(sizes[t] + controls[t], seed + 10 * t + 3, 0.5) for t in steps]
-    cost = QuadraticCost(
-        Q=[W[:n, :n] for W, n in zip(weights, sizes, strict=False)],
-        R=[W[n:, n:] for W, n in zip(weights, sizes, strict=False)],
-        N=[W[:n, n:] for W, n in zip(weights, sizes, strict=False)],
-        q=[normal(sizes[t], seed=seed + 10 * t + 4) for t in steps],
-        r=[normal(controls[t], seed=seed + 10 * t + 5) for t in steps],
-        Qf=positive(sizes[-1], seed + 6, 0.1),
-        qf=normal(sizes[-1], seed=seed + 7),
-    )
-    shape = (sizes[0],) if batch is None else (batch, sizes[0])
-    return ControlProblem(dynamics, cost, x0=normal(*shape, seed=seed + 8))
 
 
 def parts(problem: ControlProblem) -> tuple[LinearDynamics, QuadraticCost]:

@@ -1,160 +1,30 @@
-"""Control problems with known answers, as data."""
+"""The problems of `deltacontrol.theory.control.solved_problems`, and more of them that only tests need."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deltacontrol.theory.control.costs import CrossEntropyCost, QuadraticCost, SquaredErrorCost
-from deltacontrol.theory.control.problem import Box, ControlProblem, Controls, Cost, Dynamics
-from deltacontrol.theory.control.systems import LinearDynamics, LowRankDynamics, ResidualNetwork
+from deltacontrol.theory.control.problem import Box, ControlProblem, Cost, Dynamics
+from deltacontrol.theory.control.solved_problems import (  # noqa: F401 - tests take all problems from here
+    PROBLEMS,
+    double_integrator,
+    low_rank,
+    residual_classifier,
+    residual_network,
+    scalar,
+    varying,
+)
+from deltacontrol.theory.control.solved_problems import KnownProblem as Case  # noqa: F401
+from deltacontrol.theory.control.solved_problems import _normal as normal
+from deltacontrol.theory.control.solved_problems import _positive as positive  # noqa: F401
+from deltacontrol.theory.control.systems import ResidualNetwork
 
 F64 = torch.float64
 
 
-@dataclass(frozen=True)
-class Case:
-    """A problem, how to make it, and what is known about it.
-
-    `exact` gives the optimal controls in closed form, `linear_quadratic` says that `kkt` applies,
-    and `strongly_convex` that all solvers must find the same controls.
-    """
-
-    name: str
-    make: Callable[[], ControlProblem]
-    per_example: bool = False
-    linear_quadratic: bool = False
-    strongly_convex: bool = True
-    exact: Callable[[], Controls] | None = None
-
-    def start(self, problem: ControlProblem, scale: float = 0.0) -> Controls:
-        """Zero controls, or random ones of the given scale."""
-        zeros = problem.zero_controls(per_example=self.per_example, dtype=F64)
-        generator = torch.Generator().manual_seed(5)
-        return tuple(scale * torch.randn(u.shape, generator=generator, dtype=F64) for u in zeros)
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def positive(size: int, seed: int, least: float) -> Tensor:
-    """A symmetric matrix with eigenvalues of at least `least`."""
-    root = normal(size, size, seed=seed)
-    return root @ root.mT / max(size, 1) + least * torch.eye(size, dtype=F64)
-
-
-SCALAR_HORIZON = 5
-
-
-def scalar() -> ControlProblem:
-    """``x_{t+1} = x_t + u_t``, ``J = 1/2 sum u_t^2 + 1/2 x_L^2``, ``x_0 = 3``."""
-    one = torch.ones(1, 1, dtype=F64)
-    return ControlProblem(
-        LinearDynamics.constant(SCALAR_HORIZON, one, one),
-        QuadraticCost.constant(SCALAR_HORIZON, Q=0 * one, R=one, Qf=one),
-        x0=torch.tensor([3.0], dtype=F64),
-    )
-
-
-def scalar_exact() -> Controls:
-    """``u_t = -x_L`` for all t, hence ``x_L = x_0/(1 + L)``."""
-    return (torch.tensor([-3.0 / (1 + SCALAR_HORIZON)], dtype=F64),) * SCALAR_HORIZON
-
-
-INTEGRATOR_HORIZON = 5
-INTEGRATOR_WEIGHT = 2.0
-
-
-def double_integrator() -> ControlProblem:
-    """Bring position and velocity to rest with the least energy and a terminal penalty."""
-    A = torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=F64)
-    B = torch.tensor([[0.5], [1.0]], dtype=F64)
-    cost = QuadraticCost.constant(
-        INTEGRATOR_HORIZON,
-        Q=torch.zeros(2, 2, dtype=F64),
-        R=torch.ones(1, 1, dtype=F64),
-        Qf=INTEGRATOR_WEIGHT * torch.eye(2, dtype=F64),
-    )
-    dynamics = LinearDynamics.constant(INTEGRATOR_HORIZON, A, B)
-    return ControlProblem(dynamics, cost, x0=torch.tensor([1.0, -0.5], dtype=F64))
-
-
-def double_integrator_exact() -> Controls:
-    """``u = -C'(CC' + I/w)^{-1} A^L x_0`` with columns ``(L - 1 - t + 1/2, 1)`` of ``C``."""
-    steps = torch.arange(INTEGRATOR_HORIZON, dtype=F64)
-    C = torch.stack([INTEGRATOR_HORIZON - 1 - steps + 0.5, torch.ones_like(steps)])
-    free = torch.tensor([1.0 - 0.5 * INTEGRATOR_HORIZON, -0.5], dtype=F64)
-    gram = C @ C.mT + torch.eye(2, dtype=F64) / INTEGRATOR_WEIGHT
-    return tuple((-C.mT @ torch.linalg.solve(gram, free)).reshape(-1, 1))
-
-
-VARYING_SIZES = (3, 4, 4, 2, 3)
-VARYING_CONTROLS = (2, 0, 3, 1)
-
-
-def varying(batch: int | None) -> ControlProblem:
-    """Sizes that change, a step without control, cross and affine terms everywhere."""
-    sizes, controls = VARYING_SIZES, VARYING_CONTROLS
-    steps = range(len(controls))
-    dynamics = LinearDynamics(
-        A=[0.6 * normal(sizes[t + 1], sizes[t], seed=t) for t in steps],
-        B=[normal(sizes[t + 1], controls[t], seed=10 + t) for t in steps],
-        c=[normal(sizes[t + 1], seed=20 + t) for t in steps],
-    )
-    cost = QuadraticCost(
-        Q=[positive(sizes[t], 30 + t, 1.0) for t in steps],
-        R=[positive(controls[t], 40 + t, 1.0) for t in steps],
-        N=[0.2 * normal(sizes[t], controls[t], seed=50 + t) for t in steps],
-        q=[normal(sizes[t], seed=60 + t) for t in steps],
-        r=[normal(controls[t], seed=70 + t) for t in steps],
-        Qf=positive(sizes[-1], 80, 0.5),
-        qf=normal(sizes[-1], seed=81),
-    )
-    shape = (sizes[0],) if batch is None else (batch, sizes[0])
-    return ControlProblem(dynamics, cost, x0=normal(*shape, seed=90))
-
-
-def residual_network() -> ControlProblem:
-    """Tanh layers, squared error; enough weight decay that one minimum remains."""
-    dynamics = ResidualNetwork.random(5, width=4, hidden=6, control_size=3, seed=1)
-    cost = SquaredErrorCost(normal(7, 4, seed=2), weight_decay=1.0)
-    return ControlProblem(dynamics, cost, x0=normal(7, 4, seed=3))
-
-
-def residual_classifier() -> ControlProblem:
-    """The same layers with cross-entropy and one label that does not count."""
-    dynamics = ResidualNetwork.random(4, width=5, hidden=6, control_size=3, seed=4)
-    labels = torch.tensor([0, 3, -100, 1, 4, 2])
-    return ControlProblem(dynamics, CrossEntropyCost(labels, 0.5), x0=normal(6, 5, seed=5))
-
-
-def low_rank() -> ControlProblem:
-    """Bilinear layers as in LoRA: not convex in the controls."""
-    dynamics = LowRankDynamics([0.5 * normal(3, 4, seed=6), 0.5 * normal(4, 3, seed=7)], rank=2)
-    cost = SquaredErrorCost(normal(5, 3, seed=8), weight_decay=0.3)
-    return ControlProblem(dynamics, cost, x0=normal(5, 3, seed=9))
-
-
-CASES = (
-    Case("scalar", scalar, linear_quadratic=True, exact=scalar_exact),
-    Case(
-        "double-integrator",
-        double_integrator,
-        linear_quadratic=True,
-        exact=double_integrator_exact,
-    ),
-    Case("varying", lambda: varying(None), linear_quadratic=True),
-    Case("varying-batch", lambda: varying(6), linear_quadratic=True),
-    Case("varying-per-example", lambda: varying(3), per_example=True, linear_quadratic=True),
-    Case("residual", residual_network),
-    Case("residual-per-example", residual_network, per_example=True),
-    Case("classifier", residual_classifier),
-    Case("low-rank", low_rank, strongly_convex=False),
-)
+CASES = tuple(known for known in PROBLEMS if known.make().box is None)
 
 
 class Embedding(Dynamics):

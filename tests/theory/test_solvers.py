@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from inspect import isabstract
 
 import cvxpy
 import pytest
 import torch
 
+from deltacontrol.theory import solvers
 from deltacontrol.theory.control.costs import QuadraticCost, SquaredErrorCost
 from deltacontrol.theory.control.problem import ControlProblem, Controls
+from deltacontrol.theory.control.solved_problems import exact_problems
 from deltacontrol.theory.control.systems import LinearDynamics
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.solvers import (
@@ -42,20 +47,25 @@ F64 = torch.float64
 
 @dataclass(frozen=True)
 class Entry:
-    """A solver for the suite: how to make it for a problem, and which cases it is for.
+    """A solver of the suite: how to make it for a problem, and which cases it is for."""
 
-    `tol32` is the residual that it reaches in float32.
-    `general` says that it takes any dynamics and cost, `looks` that it compares values of ``J``.
-    """
+    kind: type[Solver]
+    tol: float
+    max_steps: int
+    tol32: float = 1e-4  # the residual that it reaches in float32
+    variant: str = ""
 
-    name: str
-    make: Callable[[ControlProblem, Controls], Solver]
-    solves: Callable[[Case], bool] = lambda case: True
-    tol: float = 1e-7
-    tol32: float = 1e-4
-    max_steps: int = 20_000
-    general: bool = True
-    looks: bool = True
+    @property
+    def name(self) -> str:
+        return self.kind.__name__ + (f"-{self.variant}" if self.variant else "")
+
+    def make(self, problem: ControlProblem, at: Controls) -> Solver:
+        return MAKERS.get(self.name, self.kind.example)(problem, at)
+
+    def solves(self, case: Case) -> bool:
+        if self.kind is ExtendedMSA:
+            return case.name in EXTENDED
+        return case.linear_quadratic or not self.kind.linear_quadratic
 
 
 def msa(problem: ControlProblem, at: Controls) -> Solver:
@@ -79,31 +89,40 @@ def quasi_newton(problem: ControlProblem, at: Controls) -> Solver:
     )
 
 
+def found() -> Iterator[type[Solver]]:
+    """Every solver of the package, wherever its file."""
+    for info in pkgutil.iter_modules(solvers.__path__, solvers.__name__ + "."):
+        for kind in vars(importlib.import_module(info.name)).values():
+            if isinstance(kind, type) and issubclass(kind, Solver) and not isabstract(kind):
+                if kind.__module__ == info.name and not kind.__name__.startswith("_"):
+                    yield kind
+
+
+MAKERS = {
+    "MSA": msa,
+    "TorchOptimiser-sgd": descent,
+    "TorchOptimiser-adam": lambda problem, at: TorchOptimiser("Adam", lr=0.02),
+    "TorchOptimiser-lbfgs": quasi_newton,
+}
 # Extended MSA is slow where J is badly conditioned; tests/theory/test_msa.py has more of it.
 EXTENDED = ("scalar", "varying-batch", "varying-per-example", "classifier")
-
-SOLVERS = (
-    Entry("msa", msa, looks=False),
-    Entry("emsa", lambda problem, at: ExtendedMSA(), lambda case: case.name in EXTENDED),
-    Entry("shooting", lambda problem, at: Shooting()),
-    Entry("torch-sgd", descent, looks=False),
-    Entry("torch-adam", lambda problem, at: TorchOptimiser("Adam", lr=0.02), looks=False),
+# A solver that is not listed has to reach 1e-7 in 20,000 steps.
+FASTER = {
+    ILQR: (1e-8, 200),
+    DDP: (1e-9, 30),
+    GaussNewton: (1e-8, 200),
+    NewtonCG: (1e-8, 30),
+    Riccati: (1e-9, 2),
+}
+SOLVERS = [
+    *(Entry(k, *FASTER.get(k, (1e-7, 20_000))) for k in found() if k is not TorchOptimiser),
+    Entry(TorchOptimiser, 1e-7, 20_000, variant="sgd"),
+    Entry(TorchOptimiser, 1e-7, 20_000, variant="adam"),
     # Torch's line search gives up at (eps |J| curvature)^(1/2), 6e-4 for the network in float32.
-    Entry("torch-lbfgs", quasi_newton, max_steps=200, tol32=3e-4),
-    Entry("ilqr", lambda problem, at: ILQR(), tol=1e-8, max_steps=200),
-    Entry("ddp", lambda problem, at: DDP(), tol=1e-9, max_steps=30),
-    Entry("gauss-newton", lambda problem, at: GaussNewton(), tol=1e-8, max_steps=200),
-    Entry("newton-cg", lambda problem, at: NewtonCG(), tol=1e-8, max_steps=30),
-    Entry(
-        "riccati",
-        lambda problem, at: Riccati(),
-        lambda case: case.linear_quadratic,
-        tol=1e-9,
-        max_steps=2,
-        general=False,
-    ),
-)
-GENERAL = [entry for entry in SOLVERS if entry.general]
+    Entry(TorchOptimiser, 1e-7, 200, tol32=3e-4, variant="lbfgs"),
+]
+GENERAL = [entry for entry in SOLVERS if not entry.kind.linear_quadratic]
+KEEPING = [entry for entry in SOLVERS if entry.kind.takes_box]
 
 PAIRS = [
     pytest.param(entry, case, id=f"{entry.name}-{case.name}")
@@ -180,6 +199,20 @@ def test_equals_the_closed_form(entry: Entry, case: Case) -> None:
     assert case.exact is not None
     bound = solution.residual.norm / curvature(case, solution.controls)
     assert distance(solution.controls, case.exact()) <= 1.001 * bound + 1e-13
+
+
+def test_the_solvers_are_found() -> None:
+    assert {MSA, Shooting, ExtendedMSA, *FASTER} <= {entry.kind for entry in SOLVERS}
+
+
+@pytest.mark.parametrize("entry", KEEPING, ids=lambda entry: entry.name)
+def test_bounds_are_kept_and_active_where_the_answer_says_so(entry: Entry) -> None:
+    known = next(known for known in exact_problems(box=True) if known.name == "scalar-box")
+    problem = known.make()
+    start = known.start(problem)
+    solution = solve(problem, entry.make(problem, start), start, max_steps=500, tol=1e-9)
+    assert solution.status is Status.CONVERGED, solution.message
+    assert known.error(solution.controls) <= 1e-8
 
 
 @pytest.mark.parametrize(
@@ -287,7 +320,7 @@ def test_controls_keep_their_dtype_and_the_start_is_left_alone(entry: Entry) -> 
     assert not any(u.any() for u in start)
 
 
-FALLING = [entry for entry in GENERAL if entry.looks]
+FALLING = [entry for entry in GENERAL if entry.kind.descends]
 
 
 @pytest.mark.parametrize("entry", FALLING, ids=lambda entry: entry.name)

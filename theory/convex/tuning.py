@@ -75,6 +75,7 @@ class ConvexTuning:
     Example:
         Half the squared error with orthonormal features and group lasso is soft thresholding:
 
+        >>> from deltacontrol.theory import GroupLasso
         >>> features = torch.eye(2, dtype=torch.float64).reshape(2, 1, 2)
         >>> labels = torch.tensor([3.0, 1.0], dtype=torch.float64)
         >>> lasso = GroupLasso()

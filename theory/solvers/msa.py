@@ -62,6 +62,7 @@ class MSA(Solver):
 
     takes_box: ClassVar[bool] = True
     default_steps: ClassVar[int] = 2000
+    descends: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Turn a number into a gradient step."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class Riccati(Solver):
         InputError: from `run`, if the problem is not `LinearDynamics` with `QuadraticCost`, or if
             some controls are shared and others are not.
     """
+
+    linear_quadratic: ClassVar[bool] = True
 
     def run(
         self, problem: ControlProblem, u0: Controls, report: Report, memory: Memory

@@ -72,10 +72,19 @@ class Solver(ABC):
     Attributes:
         takes_box: whether the method keeps the controls inside `ControlProblem.box`.
         default_steps: how many iterations `solve` allows where it is not told.
+        linear_quadratic: whether it is for linear dynamics with a quadratic cost alone.
+        descends: whether it accepts no iterate that raises ``J``, and ends where none lowers it.
     """
 
     takes_box: ClassVar[bool] = False
     default_steps: ClassVar[int] = 200
+    linear_quadratic: ClassVar[bool] = False
+    descends: ClassVar[bool] = True
+
+    @classmethod
+    def example(cls, problem: ControlProblem, u0: Controls) -> Solver:
+        """An instance that solves the problem from ``u0``, for tests; by default the defaults."""
+        return cls()
 
     @abstractmethod
     def run(

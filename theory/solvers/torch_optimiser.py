@@ -92,6 +92,7 @@ class TorchOptimiser(Solver):
 
     takes_box: ClassVar[bool] = True
     default_steps: ClassVar[int] = 2000
+    descends: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -1,0 +1,84 @@
+"""The support matrix as the README shows it: read, and written.
+
+The README is its home. What it says is tested cell by cell: a tick by `test_conformance`, a refusal
+by `test_support`. `python -m tests.deltas.support_matrix` measures it anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import get_args
+
+from deltacontrol.deltas import registry
+from deltacontrol.deltas.base import Category
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+BEGIN, END = "<!-- support:begin -->\n", "<!-- support:end -->"
+TICK = "✓"
+
+TITLES = {
+    "bert": "BERT",
+    "roberta": "RoBERTa",
+    "distilbert": "DistilBERT",
+    "electra": "ELECTRA",
+    "modernbert": "ModernBERT",
+    "mpnet": "MPNet",
+    "gpt2": "GPT-2",
+    "opt": "OPT",
+    "gpt_neox": "GPT-NeoX",
+    "llama": "Llama",
+    "qwen3": "Qwen3",
+    "gemma3": "Gemma3",
+    "t5": "T5 encoder",
+    "t5-seq2seq": "T5",
+    "bart": "BART",
+    "vit": "ViT",
+    "dinov2": "DINOv2",
+    "whisper": "Whisper encoder",
+}
+
+
+def refused(readme: Path = README) -> dict[tuple[str, str], str]:
+    """The reason of every refused cell (architecture, method); a cell without one has a tick."""
+    lines = readme.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].splitlines()
+    notes = lines[-1].partition("with the reason: ")[2].removesuffix(".")
+    reasons = dict(re.fullmatch(r"(\(.\)) (.+)", note).groups() for note in notes.split("; "))
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if "|" in line]
+    families = {title: family for family, title in TITLES.items()}
+    columns = [families[title] for title in rows[0][1:]]
+    return {
+        (family, row[0].strip("`")): reasons[cell]
+        for row in rows[2:]
+        for family, cell in zip(columns, row[1:], strict=True)
+        if cell != TICK and row[0].strip("`") in registry.available()
+    }
+
+
+def render(refused: Mapping[tuple[str, str], str]) -> str:
+    """Methods by category in rows, architectures in columns, reasons of refusals below."""
+    kinds = registry.available()
+    letters: dict[str, str] = {}
+    head = ["method", *TITLES.values()]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " :-: |" * len(TITLES)]
+    for category in get_args(Category):
+        for method in sorted(name for name, kind in kinds.items() if kind.category == category):
+            cells = [f"`{method}`"]
+            for family in TITLES:
+                reason = refused.get((family, method))
+                if reason is None:
+                    cells.append(TICK)
+                else:
+                    cells.append(letters.setdefault(reason, f"({chr(ord('a') + len(letters))})"))
+            lines.append("| " + " | ".join(cells) + " |")
+    notes = "; ".join(f"{letter} {reason}" for reason, letter in letters.items())
+    count = f"{len(kinds)} methods on {len(TITLES)} architectures"
+    return "\n".join(lines) + f"\n\n{count}. Refused with the reason: {notes}.\n"
+
+
+def write(refused: Mapping[tuple[str, str], str], readme: Path = README) -> None:
+    """Put the matrix between the README's markers."""
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    readme.write_text(before + BEGIN + render(refused) + END + after, encoding="utf-8")
