@@ -19,6 +19,7 @@ from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 from deltacontrol.experiments import cli as commands
+from deltacontrol.experiments.runs.citing import version
 from deltacontrol.theory.errors import InputError, unknown
 
 GROUP = "deltacontrol.commands"
@@ -30,6 +31,8 @@ control on it. Start with
     deltacontrol finetune --task movie --delta lora
     deltacontrol inspect --delta lora:rank=16 bitfit
     deltacontrol figures
+
+and read the version with deltacontrol --version.
 """
 
 
@@ -60,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: list[str]) -> int:
     import tyro
 
+    if argv == ["--version"]:
+        print(f"deltacontrol {version()}")
+        return 0
     known = available()
     if argv and not argv[0].startswith("-") and argv[0] not in known:
         return _fail(unknown("command", argv[0], known))
