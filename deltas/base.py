@@ -28,6 +28,8 @@ class Delta(ABC):
             reparametrisation; combined, where it is several at once.
         law: the control law, h the state at the site.
         reference: the paper, with the equation.
+        bibtex: the same papers as BibTeX entries, for `deltacontrol.experiments.runs.citing`; may
+        be empty.
         num_parameters_formula: the number of parameters as a formula.
         identity_at_start: the model's output is unchanged right after attaching.
         trains_head: it already controls the task head.
@@ -38,6 +40,7 @@ class Delta(ABC):
     category: ClassVar[Category]
     law: ClassVar[str]
     reference: ClassVar[str]
+    bibtex: ClassVar[str] = ""
     num_parameters_formula: ClassVar[str]
     identity_at_start: ClassVar[bool] = True
     trains_head: ClassVar[bool] = False

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,13 @@ def to_csv(table: DataFrame) -> bytes:
 
 
 def to_latex(summary: DataFrame) -> str:
-    """`summary` as a booktabs tabular; every cell is text already."""
+    r"""`summary` as a booktabs tabular; every cell is text already.
+
+    The preamble needs `\usepackage{booktabs}` alone.
+
+    Raises:
+        InputError: A cell has a character that LaTeX does not set.
+    """
     columns = [_latex(str(column)) for column in summary.columns]
     rows = [[_latex(str(cell)) for cell in row] for row in summary.itertuples(index=False)]
     lines = [f"\\begin{{tabular}}{{{'l' * len(columns)}}}", "\\toprule"]
@@ -83,21 +90,63 @@ def to_latex(summary: DataFrame) -> str:
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
 
 
-_LATEX: dict[str, str] = {character: f"\\{character}" for character in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "≤": r"$\leq$",
-    "≥": r"$\geq$",
-    "–": "--",
-    "‖": r"$\Vert$",
-}
+_GREEK = dict(
+    zip(
+        "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
+        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau "
+        "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
+        strict=True,
+    )
+)
+# What LaTeX reads as a command, or does not have in its text fonts (< in OT1 is an inverted !). A
+# bracket or star in braces is no argument of the line end before it.
+_LATEX: dict[str, str] = (
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {character: f"{{{character}}}" for character in "[]*"}
+    | {character: f"${character}$" for character in "<>|"}
+    | {letter: f"$\\{name}$" for letter, name in _GREEK.items()}
+    | {digit: f"$_{i}$" for i, digit in enumerate("₀₁₂₃₄₅₆₇₈₉")}
+    | {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "×": r"$\times$",
+        "·": r"$\cdot$",
+        "−": "$-$",
+        "≤": r"$\leq$",
+        "≥": r"$\geq$",
+        "≈": r"$\approx$",
+        "∞": r"$\infty$",
+        "∇": r"$\nabla$",
+        "∂": r"$\partial$",
+        "∈": r"$\in$",
+        "√": r"$\surd$",
+        "→": r"$\rightarrow$",
+        "‖": r"$\Vert$",
+        "⟨": r"$\langle$",
+        "⟩": r"$\rangle$",
+        "ℓ": r"$\ell$",
+        "²": "$^2$",
+        "½": r"$\frac{1}{2}$",
+        "–": "--",
+        "…": r"\ldots{}",
+    }
+)
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
+    return "".join(_LATEX.get(character) or _plain(character) for character in text)
+
+
+def _plain(character: str) -> str:
+    """`character`, where LaTeX sets it as it is: ASCII, and Latin letters with accents."""
+    if not character.isascii() and not unicodedata.name(character, "").startswith("LATIN"):
+        raise InputError(
+            f"{character!r} has no LaTeX form here, so that the table would not compile; add it "
+            "to _LATEX in paper_figures/export.py, or rename what bears it"
+        )
+    return character
 
 
 def _saved(picture: Figure, **options: object) -> bytes:

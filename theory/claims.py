@@ -165,7 +165,7 @@ class Outcome:
     """A judged claim, as it is stored.
 
     Attributes:
-        id: the claim's number; likewise name, title, statement, source and notebook.
+        id: the claim's number. Also name, title, statement, source and notebook are the claim's.
         threshold: the condition that was fixed beforehand.
         prediction: what `Claim.predict` gave.
         evidence: the measurement.

@@ -71,6 +71,14 @@ class AdaLoRA(Delta):
     category = "reparametrisation"
     law = "x (W + (alpha/r) Q Λ P)"
     reference = "Zhang et al., ICLR 2023, Eq. 3-12"
+    bibtex = r"""
+        @inproceedings{zhang2023adalora,
+          author = {Zhang, Qingru and Chen, Minshuo and Bukharin, Alexander and others},
+          title = {Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning},
+          booktitle = {International Conference on Learning Representations},
+          year = {2023},
+        }
+    """
     num_parameters_formula = "sum over sites of r (d_in + d_out + 1)"
 
     def __post_init__(self) -> None:

@@ -45,6 +45,15 @@ class AdapterDrop(Delta):
     category = "addition"
     law = "h + [t >= n] phi(h W_d) W_u"
     reference = "Rücklé et al., EMNLP 2021, Section 3"
+    bibtex = r"""
+        @inproceedings{ruckle2021adapterdrop,
+          author = {R{\"u}ckl{\'e}, Andreas and Geigle, Gregor and Glockner, Max and Beck,
+            Tilman and Pfeiffer, Jonas and Reimers, Nils and Gurevych, Iryna},
+          title = {{AdapterDrop}: On the Efficiency of Adapters in Transformers},
+          booktitle = {Conference on Empirical Methods in Natural Language Processing},
+          year = {2021},
+        }
+    """
     num_parameters_formula = "sum over blocks with an adapter of 2 m d + d + m"
     unmergeable = "its bottleneck is not linear in the state"
 

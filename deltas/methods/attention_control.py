@@ -39,6 +39,14 @@ class AttentionControl(Delta):
     category = "addition"
     law = "f(h) + s (z + softmax(z z^T) z), z = h W_d W_u"
     reference = "Zhang, Cheng, Xu, Li, ICML 2024 (parameter-free attention)"
+    bibtex = r"""
+        @inproceedings{zhang2024controls,
+          author = {Zhang, Chi and Cheng, Jingpu and Xu, Yanyu and Li, Qianxiao},
+          title = {Parameter-Efficient Fine-Tuning with Controls},
+          booktitle = {International Conference on Machine Learning},
+          year = {2024},
+        }
+    """
     num_parameters_formula = "sum over blocks of r (d_in + d_out)"
     unmergeable = "its gain depends on the state"
 

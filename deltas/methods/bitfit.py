@@ -35,6 +35,15 @@ class BitFit(Delta):
     category = "specification"
     law = "h + b"
     reference = "Ben Zaken, Goldberg, Ravfogel, ACL 2022, Eq. 1-6"
+    bibtex = r"""
+        @inproceedings{benzaken2022bitfit,
+          author = {Ben Zaken, Elad and Goldberg, Yoav and Ravfogel, Shauli},
+          title = {{BitFit}: Simple Parameter-efficient Fine-tuning for Transformer-based
+            Masked Language-models},
+          booktitle = {Annual Meeting of the Association for Computational Linguistics},
+          year = {2022},
+        }
+    """
     num_parameters_formula = "sum of the widths of all biases"
 
     def __post_init__(self) -> None:

@@ -44,6 +44,14 @@ class Compacter(Delta):
     category = "addition"
     law = "h + phi(h W_d) W_u, W = sum_i A_i (x) (s_i t_i)"
     reference = "Karimi Mahabadi, Henderson, Ruder, NeurIPS 2021, Section 3"
+    bibtex = r"""
+        @inproceedings{karimimahabadi2021compacter,
+          author = {Karimi Mahabadi, Rabeeh and Henderson, James and Ruder, Sebastian},
+          title = {{Compacter}: Efficient Low-Rank Hypercomplex Adapter Layers},
+          booktitle = {Advances in Neural Information Processing Systems},
+          year = {2021},
+        }
+    """
     num_parameters_formula = "n^3 + sum over sites of 2 r (d + m) + d + m"
     unmergeable = "its bottleneck is not linear in the state"
 

@@ -59,6 +59,20 @@ class DiffPruning(Delta):
     category = "specification"
     law = "theta_0 + z w, z hard-concrete gates"
     reference = "Guo, Rush, Kim, ACL 2021, Section 3; Louizos et al., ICLR 2018, Eq. 10-12"
+    bibtex = r"""
+        @inproceedings{guo2021diff,
+          author = {Guo, Demi and Rush, Alexander M. and Kim, Yoon},
+          title = {Parameter-Efficient Transfer Learning with Diff Pruning},
+          booktitle = {Annual Meeting of the Association for Computational Linguistics},
+          year = {2021},
+        }
+        @inproceedings{louizos2018learning,
+          author = {Louizos, Christos and Welling, Max and Kingma, Diederik P.},
+          title = {Learning Sparse Neural Networks through {$L_0$} Regularization},
+          booktitle = {International Conference on Learning Representations},
+          year = {2018},
+        }
+    """
     num_parameters_formula = "2 D, and one a tensor if structured, of which density D remain"
 
     def __post_init__(self) -> None:

@@ -45,6 +45,15 @@ class DoRA(Delta):
     category = "reparametrisation"
     law = "x m (W + (alpha/r) A B) / |W + (alpha/r) A B|"
     reference = "Liu et al., ICML 2024, Eq. 5"
+    bibtex = r"""
+        @inproceedings{liu2024dora,
+          author = {Liu, Shih-Yang and Wang, Chien-Yi and Yin, Hongxu and Molchanov, Pavlo and
+            Wang, Yu-Chiang Frank and Cheng, Kwang-Ting and Chen, Min-Hung},
+          title = {{DoRA}: Weight-Decomposed Low-Rank Adaptation},
+          booktitle = {International Conference on Machine Learning},
+          year = {2024},
+        }
+    """
     num_parameters_formula = "sum over sites of r (d_in + d_out) + d_out"
 
     def __post_init__(self) -> None:

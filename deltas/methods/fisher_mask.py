@@ -47,6 +47,14 @@ class FisherMask(Delta):
     category = "specification"
     law = "theta_0 + delta, delta_i = 0 where the Fisher information is small"
     reference = "Sung, Nair, Raffel, NeurIPS 2021, Section 3.1"
+    bibtex = r"""
+        @inproceedings{sung2021training,
+          author = {Sung, Yi-Lin and Nair, Varun and Raffel, Colin},
+          title = {Training Neural Networks with Fixed Sparse Masks},
+          booktitle = {Advances in Neural Information Processing Systems},
+          year = {2021},
+        }
+    """
     num_parameters_formula = "k = density D"
 
     def __post_init__(self) -> None:

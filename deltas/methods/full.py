@@ -19,6 +19,17 @@ class FullFineTuning(Delta):
     category = "specification"
     law = "θ = u"
     reference = "Devlin et al., NAACL 2019, Section 3.2"
+    bibtex = r"""
+        @inproceedings{devlin2019bert,
+          author = {Devlin, Jacob and Chang, Ming-Wei and Lee, Kenton and Toutanova,
+            Kristina},
+          title = {{BERT}: Pre-training of Deep Bidirectional Transformers for Language
+            Understanding},
+          booktitle = {Conference of the North American Chapter of the Association for
+            Computational Linguistics},
+          year = {2019},
+        }
+    """
     num_parameters_formula = "D"
     trains_head = True
 

@@ -21,6 +21,15 @@ class HeadTuning(Delta):
     category = "specification"
     law = "θ_head = u"
     reference = "Peters, Ruder, Smith, RepL4NLP 2019, Section 3 (feature extraction)"
+    bibtex = r"""
+        @inproceedings{peters2019tune,
+          author = {Peters, Matthew E. and Ruder, Sebastian and Smith, Noah A.},
+          title = {To Tune or Not to Tune? Adapting Pretrained Representations to Diverse
+            Tasks},
+          booktitle = {Workshop on Representation Learning for NLP ({RepL4NLP})},
+          year = {2019},
+        }
+    """
     num_parameters_formula = "D_head"
     trains_head = True
 

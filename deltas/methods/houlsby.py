@@ -26,4 +26,14 @@ class HoulsbyAdapter(OutputAdapter):
 
     name = "houlsby"
     reference = "Houlsby et al., ICML 2019, Section 2.1"
+    bibtex = r"""
+        @inproceedings{houlsby2019parameter,
+          author = {Houlsby, Neil and Giurgiu, Andrei and Jastrzebski, Stanislaw and Morrone,
+            Bruna and de Laroussilhe, Quentin and Gesmundo, Andrea and Attariyan, Mona and
+            Gelly, Sylvain},
+          title = {Parameter-Efficient Transfer Learning for {NLP}},
+          booktitle = {International Conference on Machine Learning},
+          year = {2019},
+        }
+    """
     num_parameters_formula = "sum over sites of 2 m d + d + m"

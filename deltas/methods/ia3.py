@@ -37,6 +37,16 @@ class IA3(Delta):
     category = "addition"
     law = "h * (1 + u)"
     reference = "Liu et al., NeurIPS 2022, Section 3.3"
+    bibtex = r"""
+        @inproceedings{liu2022fewshot,
+          author = {Liu, Haokun and Tam, Derek and Muqeeth, Mohammed and Mohta, Jay and Huang,
+            Tenghao and Bansal, Mohit and Raffel, Colin},
+          title = {Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
+            In-Context Learning},
+          booktitle = {Advances in Neural Information Processing Systems},
+          year = {2022},
+        }
+    """
     num_parameters_formula = "sum of the widths of the scaled states"
 
     def __post_init__(self) -> None:

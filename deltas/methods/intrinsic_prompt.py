@@ -48,6 +48,15 @@ class IntrinsicPrompt(Delta):
     category = "reparametrisation"
     law = "x_0 = [Dec(z); E(x)]"
     reference = "Qin et al., arXiv 2110.07867, Section 3"
+    bibtex = r"""
+        @misc{qin2021exploring,
+          author = {Qin, Yujia and Wang, Xiaozhi and Su, Yusheng and others},
+          title = {Exploring Universal Intrinsic Task Subspace via Prompt Tuning},
+          eprint = {2110.07867},
+          archiveprefix = {arXiv},
+          year = {2021},
+        }
+    """
     num_parameters_formula = "k"
     unmergeable = "a prompt is no weight of the base model"
     identity_at_start = False

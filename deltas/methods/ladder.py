@@ -42,6 +42,15 @@ class LadderSideTuning(Delta):
     category = "addition"
     law = "x_L + s_L U, s_t = g_t(mu_t x_t D_t + (1 - mu_t) s_{t-1})"
     reference = "Sung, Cho, Bansal, NeurIPS 2022, Section 3.2"
+    bibtex = r"""
+        @inproceedings{sung2022lst,
+          author = {Sung, Yi-Lin and Cho, Jaemin and Bansal, Mohit},
+          title = {{LST}: Ladder Side-Tuning for Parameter and Memory Efficient Transfer
+            Learning},
+          booktitle = {Advances in Neural Information Processing Systems},
+          year = {2022},
+        }
+    """
     num_parameters_formula = "(L + 2) d w + L (8 w^2 + 1), w = d / k"
     unmergeable = "a side network is no weight of the base model"
 

@@ -23,6 +23,15 @@ class LastLayers(Delta):
     category = "specification"
     law = "θ_t = u_t, t >= L - k"
     reference = "Lee, Tang, Lin, arXiv 1911.03090, Section 3"
+    bibtex = r"""
+        @misc{lee2019elsa,
+          author = {Lee, Jaejun and Tang, Raphael and Lin, Jimmy},
+          title = {What Would {Elsa} Do? Freezing Layers During Transformer Fine-Tuning},
+          eprint = {1911.03090},
+          archiveprefix = {arXiv},
+          year = {2019},
+        }
+    """
     num_parameters_formula = "sum of the sizes of the last k blocks"
 
     def __post_init__(self) -> None:

@@ -26,6 +26,24 @@ class LayerNormTuning(Delta):
     category = "specification"
     law = "n(h) g + b"
     reference = "Zhao et al., ICLR 2024, Section 3; Qi et al., arXiv 2211.08682, Section 3"
+    bibtex = r"""
+        @inproceedings{zhao2024tuning,
+          author = {Zhao, Bingchen and Tu, Haoqin and Wei, Chen and Mei, Jieru and Xie,
+            Cihang},
+          title = {Tuning {LayerNorm} in Attention: Towards Efficient Multi-Modal {LLM}
+            Finetuning},
+          booktitle = {International Conference on Learning Representations},
+          year = {2024},
+        }
+        @misc{qi2022layernorm,
+          author = {Qi, Wang and Ruan, Yu-Ping and Zuo, Yuan and Li, Taihao},
+          title = {Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language
+            Models},
+          eprint = {2211.08682},
+          archiveprefix = {arXiv},
+          year = {2022},
+        }
+    """
     num_parameters_formula = "sum of the widths of all gains and shifts"
 
     def build(self, host: Host) -> None:

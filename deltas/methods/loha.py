@@ -38,6 +38,15 @@ class LoHa(Delta):
     category = "reparametrisation"
     law = "x (W + (alpha/r) (X1 Y1) * (X2 Y2))"
     reference = "Hyeon-Woo, Ye-Bin, Oh, ICLR 2022 (FedPara), Proposition 1"
+    bibtex = r"""
+        @inproceedings{hyeonwoo2022fedpara,
+          author = {Hyeon-Woo, Nam and Ye-Bin, Moon and Oh, Tae-Hyun},
+          title = {{FedPara}: Low-rank {Hadamard} Product for Communication-Efficient
+            Federated Learning},
+          booktitle = {International Conference on Learning Representations},
+          year = {2022},
+        }
+    """
     num_parameters_formula = "sum over sites of 2 r (d_in + d_out)"
 
     def __post_init__(self) -> None:

@@ -46,6 +46,24 @@ class LoKr(Delta):
     category = "reparametrisation"
     law = "x (W + (alpha/r) kron(W1, W2))"
     reference = "Yeh et al., ICLR 2024, arXiv 2309.14859; Edalati et al., arXiv 2212.10650"
+    bibtex = r"""
+        @inproceedings{yeh2024navigating,
+          author = {Yeh, Shih-Ying and Hsieh, Yu-Guan and Gao, Zhidong and others},
+          title = {Navigating Text-To-Image Customization: From {LyCORIS} Fine-Tuning to Model
+            Evaluation},
+          booktitle = {International Conference on Learning Representations},
+          eprint = {2309.14859},
+          archiveprefix = {arXiv},
+          year = {2024},
+        }
+        @misc{edalati2022krona,
+          author = {Edalati, Ali and Tahaei, Marzieh and Kobyzev, Ivan and others},
+          title = {{KronA}: Parameter Efficient Tuning with {Kronecker} Adapter},
+          eprint = {2212.10650},
+          archiveprefix = {arXiv},
+          year = {2022},
+        }
+    """
     num_parameters_formula = "sum over sites of (a b or r (a + b)) + (c d or r (c + d))"
 
     def __post_init__(self) -> None:

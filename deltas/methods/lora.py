@@ -58,6 +58,35 @@ class LoRA(Delta):
         "Hu et al., ICLR 2022, Eq. 3; Kalajdzievski, arXiv 2312.03732, Theorem 3.2 (rsLoRA); "
         "Hayou, Ghosh, Yu, ICML 2024 (LoRA+); Meng, Wang, Zhang, NeurIPS 2024, Eq. 2-4 (PiSSA)"
     )
+    bibtex = r"""
+        @inproceedings{hu2022lora,
+          author = {Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan
+            and Li, Yuanzhi and Wang, Shean and Wang, Lu and Chen, Weizhu},
+          title = {{LoRA}: Low-Rank Adaptation of Large Language Models},
+          booktitle = {International Conference on Learning Representations},
+          year = {2022},
+        }
+        @misc{kalajdzievski2023rslora,
+          author = {Kalajdzievski, Damjan},
+          title = {A Rank Stabilization Scaling Factor for Fine-Tuning with {LoRA}},
+          eprint = {2312.03732},
+          archiveprefix = {arXiv},
+          year = {2023},
+        }
+        @inproceedings{hayou2024loraplus,
+          author = {Hayou, Soufiane and Ghosh, Nikhil and Yu, Bin},
+          title = {{LoRA+}: Efficient Low Rank Adaptation of Large Models},
+          booktitle = {International Conference on Machine Learning},
+          year = {2024},
+        }
+        @inproceedings{meng2024pissa,
+          author = {Meng, Fanxu and Wang, Zhaohui and Zhang, Muhan},
+          title = {{PiSSA}: Principal Singular Values and Singular Vectors Adaptation of Large
+            Language Models},
+          booktitle = {Advances in Neural Information Processing Systems},
+          year = {2024},
+        }
+    """
     num_parameters_formula = "sum over sites of r (d_in + d_out)"
 
     def __post_init__(self) -> None:

@@ -47,6 +47,21 @@ class LotteryTicket(Delta):
         "Ansell, Ponti, Korhonen, Vulić, ACL 2022, Section 3.1; Frankle & Carbin, ICLR 2019, "
         "Section 1"
     )
+    bibtex = r"""
+        @inproceedings{ansell2022composable,
+          author = {Ansell, Alan and Ponti, Edoardo Maria and Korhonen, Anna and Vuli{\'c},
+            Ivan},
+          title = {Composable Sparse Fine-Tuning for Cross-Lingual Transfer},
+          booktitle = {Annual Meeting of the Association for Computational Linguistics},
+          year = {2022},
+        }
+        @inproceedings{frankle2019lottery,
+          author = {Frankle, Jonathan and Carbin, Michael},
+          title = {The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks},
+          booktitle = {International Conference on Learning Representations},
+          year = {2019},
+        }
+    """
     num_parameters_formula = "D while it is sought, of which density D remain"
 
     def __post_init__(self) -> None:

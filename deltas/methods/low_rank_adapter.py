@@ -41,6 +41,14 @@ class LowRankAdapter(Delta):
     category = "addition"
     law = "h + phi(h S_d T_d) S_u T_u"
     reference = "Karimi Mahabadi, Henderson, Ruder, NeurIPS 2021, Section 4 (Adapter-LowRank)"
+    bibtex = r"""
+        @inproceedings{karimimahabadi2021compacter,
+          author = {Karimi Mahabadi, Rabeeh and Henderson, James and Ruder, Sebastian},
+          title = {{Compacter}: Efficient Low-Rank Hypercomplex Adapter Layers},
+          booktitle = {Advances in Neural Information Processing Systems},
+          year = {2021},
+        }
+    """
     num_parameters_formula = "sum over sites of 2 r (d + m) + d + m"
     unmergeable = "its bottleneck is not linear in the state"
 

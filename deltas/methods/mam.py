@@ -34,6 +34,15 @@ class MixAndMatch(Delta):
     category = "combined"
     law = "prefix in the attention; mlp(h) + s phi(h W_d) W_u"
     reference = "He et al., ICLR 2022, Section 4.6 (MAM adapter)"
+    bibtex = r"""
+        @inproceedings{he2022unified,
+          author = {He, Junxian and Zhou, Chunting and Ma, Xuezhe and Berg-Kirkpatrick, Taylor
+            and Neubig, Graham},
+          title = {Towards a Unified View of Parameter-Efficient Transfer Learning},
+          booktitle = {International Conference on Learning Representations},
+          year = {2022},
+        }
+    """
     num_parameters_formula = "sum over blocks of 2 n d_kv + 2 m d"
     unmergeable = "a prefix is no weight of the base model"
     identity_at_start = False

@@ -42,6 +42,22 @@ class MixtureOfControl(Delta):
     reference = (
         "Zhang et al., ICML 2025 (parallel control); Zadouri et al., ICLR 2024 (soft router)"
     )
+    bibtex = r"""
+        @inproceedings{zhang2025statebased,
+          author = {Zhang, Chi and Ren, Lianhai and Cheng, Jingpu and Li, Qianxiao},
+          title = {From Weight-Based to State-Based Fine-Tuning: Further Memory Reduction on
+            {LoRA} with Parallel Control},
+          booktitle = {International Conference on Machine Learning},
+          year = {2025},
+        }
+        @inproceedings{zadouri2024pushing,
+          author = {Zadouri, Ted and {\"U}st{\"u}n, Ahmet and Ahmadian, Arash and others},
+          title = {Pushing Mixture of Experts to the Limit: Extremely Parameter Efficient
+            {MoE} for Instruction Tuning},
+          booktitle = {International Conference on Learning Representations},
+          year = {2024},
+        }
+    """
     num_parameters_formula = "sum over blocks of K (r (d_in + d_out) + d_in)"
     unmergeable = "its gain depends on the state"
 

@@ -46,6 +46,17 @@ class PTuning(Delta):
     category = "addition"
     law = "x_0 = [Enc(P); E(x)]"
     reference = "Liu et al., arXiv 2103.10385 (AI Open 2024), Section 3"
+    bibtex = r"""
+        @article{liu2024gpt,
+          author = {Liu, Xiao and Zheng, Yanan and Du, Zhengxiao and Ding, Ming and Qian,
+            Yujie and Yang, Zhilin and Tang, Jie},
+          title = {{GPT} Understands, Too},
+          journal = {AI Open},
+          eprint = {2103.10385},
+          archiveprefix = {arXiv},
+          year = {2024},
+        }
+    """
     num_parameters_formula = (
         "n d + (d+1) k + (k+1) k + (k+1) d (MLP); "
         "n d + sum over layers of 8 k (d_in + k + 1) + (2k+1) 2k + (2k+1) d (LSTM)"

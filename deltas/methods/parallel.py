@@ -65,6 +65,15 @@ class ParallelAdapter(_Parallel):
     category = "addition"
     law = "sublayer(h) + s phi(h W_d) W_u"
     reference = "He et al., ICLR 2022, Table 1 (parallel adapter, scaled PA)"
+    bibtex = r"""
+        @inproceedings{he2022unified,
+          author = {He, Junxian and Zhou, Chunting and Ma, Xuezhe and Berg-Kirkpatrick, Taylor
+            and Neubig, Graham},
+          title = {Towards a Unified View of Parameter-Efficient Transfer Learning},
+          booktitle = {International Conference on Learning Representations},
+          year = {2022},
+        }
+    """
     num_parameters_formula = "sum over sub-layers of m (d_in + d_out)"
     unmergeable = "its bottleneck is not linear in the state"
 
@@ -120,6 +129,15 @@ class StateBasedTuning(_Parallel):
     category = "addition"
     law = "f(h) + s phi(h W_d) W_u, f a block"
     reference = "Zhang, Ren, Cheng, Li, ICML 2025 (parallel control)"
+    bibtex = r"""
+        @inproceedings{zhang2025statebased,
+          author = {Zhang, Chi and Ren, Lianhai and Cheng, Jingpu and Li, Qianxiao},
+          title = {From Weight-Based to State-Based Fine-Tuning: Further Memory Reduction on
+            {LoRA} with Parallel Control},
+          booktitle = {International Conference on Machine Learning},
+          year = {2025},
+        }
+    """
     num_parameters_formula = "sum over blocks of r (d_in + d_out)"
     unmergeable = "it acts beside a block, which is no linear map"
 

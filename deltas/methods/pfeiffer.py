@@ -27,4 +27,21 @@ class PfeifferAdapter(OutputAdapter):
 
     name = "pfeiffer"
     reference = "Pfeiffer et al., EACL 2021, Section 4; Pfeiffer et al., EMNLP 2020, Eq. 1"
+    bibtex = r"""
+        @inproceedings{pfeiffer2021adapterfusion,
+          author = {Pfeiffer, Jonas and Kamath, Aishwarya and R{\"u}ckl{\'e}, Andreas and Cho,
+            Kyunghyun and Gurevych, Iryna},
+          title = {{AdapterFusion}: Non-Destructive Task Composition for Transfer Learning},
+          booktitle = {Conference of the European Chapter of the Association for Computational
+            Linguistics},
+          year = {2021},
+        }
+        @inproceedings{pfeiffer2020madx,
+          author = {Pfeiffer, Jonas and Vuli{\'c}, Ivan and Gurevych, Iryna and Ruder,
+            Sebastian},
+          title = {{MAD-X}: An Adapter-Based Framework for Multi-Task Cross-Lingual Transfer},
+          booktitle = {Conference on Empirical Methods in Natural Language Processing},
+          year = {2020},
+        }
+    """
     num_parameters_formula = "sum over blocks of 2 m d + d + m"

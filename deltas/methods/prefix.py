@@ -47,6 +47,21 @@ class PrefixTuning(Delta):
     category = "addition"
     law = "(1-lambda(h)) Attn(h) + lambda(h) softmax(h W_q P_k^T) P_v"
     reference = "Li & Liang, ACL 2021, Eq. 3; He et al., ICLR 2022, Eq. 7"
+    bibtex = r"""
+        @inproceedings{li2021prefix,
+          author = {Li, Xiang Lisa and Liang, Percy},
+          title = {Prefix-Tuning: Optimizing Continuous Prompts for Generation},
+          booktitle = {Annual Meeting of the Association for Computational Linguistics},
+          year = {2021},
+        }
+        @inproceedings{he2022unified,
+          author = {He, Junxian and Zhou, Chunting and Ma, Xuezhe and Berg-Kirkpatrick, Taylor
+            and Neubig, Graham},
+          title = {Towards a Unified View of Parameter-Efficient Transfer Learning},
+          booktitle = {International Conference on Learning Representations},
+          year = {2022},
+        }
+    """
     num_parameters_formula = (
         "2 n d_kv for each layer; n d + (d+1) k + (k+1) 2 d_kv for each layer (projection)"
     )

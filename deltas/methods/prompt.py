@@ -41,6 +41,14 @@ class PromptTuning(Delta):
     category = "addition"
     law = "x_0 = [P; E(x)]"
     reference = "Lester, Al-Rfou, Constant, EMNLP 2021, Section 2"
+    bibtex = r"""
+        @inproceedings{lester2021power,
+          author = {Lester, Brian and Al-Rfou, Rami and Constant, Noah},
+          title = {The Power of Scale for Parameter-Efficient Prompt Tuning},
+          booktitle = {Conference on Empirical Methods in Natural Language Processing},
+          year = {2021},
+        }
+    """
     num_parameters_formula = "n d"
     unmergeable = "a prompt is no weight of the base model"
     identity_at_start = False

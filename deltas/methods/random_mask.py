@@ -38,6 +38,20 @@ class RandomMask(Delta):
     category = "specification"
     law = "theta_0 + delta, delta_i = 0 outside a random set"
     reference = "Xu & Zhang, ICML 2024, Section 3; Sung, Nair, Raffel, NeurIPS 2021, Section 4"
+    bibtex = r"""
+        @inproceedings{xu2024random,
+          author = {Xu, Jing and Zhang, Jingzhao},
+          title = {Random Masking Finds Winning Tickets for Parameter Efficient Fine-tuning},
+          booktitle = {International Conference on Machine Learning},
+          year = {2024},
+        }
+        @inproceedings{sung2021training,
+          author = {Sung, Yi-Lin and Nair, Varun and Raffel, Colin},
+          title = {Training Neural Networks with Fixed Sparse Masks},
+          booktitle = {Advances in Neural Information Processing Systems},
+          year = {2021},
+        }
+    """
     num_parameters_formula = "k = density D"
 
     def __post_init__(self) -> None:

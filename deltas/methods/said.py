@@ -33,6 +33,15 @@ class StructuredSubspace(SubspaceDelta):
     name = "said"
     law = "theta_i = theta_0_i + lambda_i (P z)_i"
     reference = "Aghajanyan, Gupta, Zettlemoyer, ACL 2021, Eq. 2 (SAID)"
+    bibtex = r"""
+        @inproceedings{aghajanyan2021intrinsic,
+          author = {Aghajanyan, Armen and Gupta, Sonal and Zettlemoyer, Luke},
+          title = {Intrinsic Dimensionality Explains the Effectiveness of Language Model
+            Fine-Tuning},
+          booktitle = {Annual Meeting of the Association for Computational Linguistics},
+          year = {2021},
+        }
+    """
     num_parameters_formula = "d = (d - m) + m, m the number of layers with a gain"
 
     def build(self, host: Host) -> None:

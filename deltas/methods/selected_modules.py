@@ -34,6 +34,15 @@ class SelectedModules(Delta):
     category = "specification"
     law = "θ_S = u"
     reference = "Touvron et al., ECCV 2022, Section 4 (attention only)"
+    bibtex = r"""
+        @inproceedings{touvron2022three,
+          author = {Touvron, Hugo and Cord, Matthieu and El-Nouby, Alaaeldin and Verbeek,
+            Jakob and J{\'e}gou, Herv{\'e}},
+          title = {Three Things Everyone Should Know about Vision Transformers},
+          booktitle = {European Conference on Computer Vision},
+          year = {2022},
+        }
+    """
     num_parameters_formula = "sum of the sizes of the chosen modules"
 
     def build(self, host: Host) -> None:

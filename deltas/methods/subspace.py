@@ -26,6 +26,21 @@ class Subspace(SubspaceDelta):
     name = "subspace"
     law = "theta = theta_0 + P z"
     reference = "Li et al., ICLR 2018, Eq. 2; Aghajanyan et al., ACL 2021, Eq. 1 (DID)"
+    bibtex = r"""
+        @inproceedings{li2018measuring,
+          author = {Li, Chunyuan and Farkhoor, Heerad and Liu, Rosanne and Yosinski, Jason},
+          title = {Measuring the Intrinsic Dimension of Objective Landscapes},
+          booktitle = {International Conference on Learning Representations},
+          year = {2018},
+        }
+        @inproceedings{aghajanyan2021intrinsic,
+          author = {Aghajanyan, Armen and Gupta, Sonal and Zettlemoyer, Luke},
+          title = {Intrinsic Dimensionality Explains the Effectiveness of Language Model
+            Fine-Tuning},
+          booktitle = {Annual Meeting of the Association for Computational Linguistics},
+          year = {2021},
+        }
+    """
     num_parameters_formula = "d"
 
     def build(self, host: Host) -> None:

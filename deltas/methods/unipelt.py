@@ -55,6 +55,16 @@ class UniPELT(Delta):
     category = "combined"
     law = "h (W + G_L A B); [G_P P; K], [G_P P; V]; y + G_A phi(y W_d) W_u"
     reference = "Mao et al., ACL 2022, Section 3"
+    bibtex = r"""
+        @inproceedings{mao2022unipelt,
+          author = {Mao, Yuning and Mathias, Lambert and Hou, Rui and Almahairi, Amjad and Ma,
+            Hao and Han, Jiawei and Yih, Wen-tau and Khabsa, Madian},
+          title = {{UniPELT}: A Unified Framework for Parameter-Efficient Language Model
+            Tuning},
+          booktitle = {Annual Meeting of the Association for Computational Linguistics},
+          year = {2022},
+        }
+    """
     num_parameters_formula = (
         "sum over blocks of r (2 d + d_q + d_kv) + 2 n d_kv + 2 m d + m + d + 3 (d + 1)"
     )

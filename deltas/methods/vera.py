@@ -42,6 +42,14 @@ class VeRA(Delta):
     category = "reparametrisation"
     law = "x (W + A diag(d) B diag(b))"
     reference = "Kopiczko, Blankevoort, Asano, ICLR 2024, Eq. 2"
+    bibtex = r"""
+        @inproceedings{kopiczko2024vera,
+          author = {Kopiczko, Dawid J. and Blankevoort, Tijmen and Asano, Yuki M.},
+          title = {{VeRA}: Vector-based Random Matrix Adaptation},
+          booktitle = {International Conference on Learning Representations},
+          year = {2024},
+        }
+    """
     num_parameters_formula = "sum over sites of r + d_out"
 
     def __post_init__(self) -> None:

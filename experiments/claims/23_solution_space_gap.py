@@ -30,7 +30,7 @@ class _Case:
 
     Attributes:
         name: delta, task and seed.
-        gap: trained F of the delta, minus F of full fine-tuning.
+        gap: F after the last step of the delta, minus F after that of full fine-tuning.
         distance: of θ⁺ from the nearest point of Im ψ.
         slopes: size of F's derivative along the segment, at equal steps from θ⁺ to that point.
         losses: F there.
@@ -86,19 +86,17 @@ def _all_cases() -> Iterator[_Case]:
 
 
 def _trained(controlled: DeltaModel, batch: Mapping[str, Tensor], rate: float) -> float:
-    """The least loss of AdamW on all rows at once."""
+    """The loss after the last of `STEPS` steps of AdamW on all rows at once."""
     import torch
 
     optimiser = torch.optim.AdamW(controlled.trainable().values(), lr=rate, weight_decay=0.0)
-    loss = float("inf")
     for _ in range(STEPS):
         optimiser.zero_grad()
         now = controlled(**batch).loss
         now.backward()
         optimiser.step()
     with torch.no_grad():
-        loss = float(controlled(**batch).loss)
-    return loss
+        return float(controlled(**batch).loss)
 
 
 def _nearest(controlled: DeltaModel, start: Parameters, best: Parameters) -> Parameters:

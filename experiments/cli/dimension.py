@@ -145,9 +145,10 @@ def print_record(experiment: FineTuningDimension, record: Record) -> None:
     for d, runs in rows[rows["used"]].groupby("dimension", sort=True):
         values = runs["performance"]
         spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
+        seeds = "1 seed" if len(values) == 1 else f"{len(values)} seeds"
         print(
-            f"  d = {d:<9,} {values.mean():.3f}{spread} ({len(values)} "
-            f"seed{'s'[: len(values) > 1]}, learning rate {runs['rate'].iloc[0]:.3g})"
+            f"  d = {d:<9,} {values.mean():.3f}{spread} ({seeds}, "
+            f"learning rate {runs['rate'].iloc[0]:.3g})"
         )
     if found["baseline"]:
         mean = sum(found["baseline"]) / len(found["baseline"])

@@ -19,9 +19,18 @@ _SHOWN = {
     "num_evaluated": "d",
     "num_trainable": ",d",
     "num_total": ",d",
+    "num_head": ",d",
     "trainable_share": ".4%",
+    "trainable_share_with_head": ".4%",
     "final_train_loss": ".4f",
     "seconds_per_step": ".3f",
+}
+# What a number leaves out, or takes in, said beside it.
+_MEANING = {
+    "num_trainable": "the head's among them",
+    "num_head": "parameters of the head that are trained",
+    "trainable_share": "of num_total, without the head",
+    "trainable_share_with_head": "num_trainable over num_total",
 }
 
 
@@ -71,10 +80,11 @@ def print_record(record: Record, folder: Path, verb: str) -> None:
     for name, form in _SHOWN.items():
         value = record.result.get(name)
         if value is not None:
-            print(f"  {name:18} {value:{form}}")
+            meaning = f" ({_MEANING[name]})" if name in _MEANING else ""
+            print(f"  {name:25} {value:{form}}{meaning}")
     memory = record.result.get("peak_memory_bytes")
     if memory:
-        print(f"  {'peak_memory':18} {memory / 2**20:.0f} MiB ({record.result['memory_method']})")
+        print(f"  {'peak_memory':25} {memory / 2**20:.0f} MiB ({record.result['memory_method']})")
     print(f"{verb} {folder}")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deltacontrol.experiments import cli
+from deltacontrol.experiments.runs.citing import version
 from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError, unknown
 
@@ -36,6 +37,8 @@ control on it. Start with
 Your own delta, solver, claim, task, model, figure or command is a Python file:
 
     deltacontrol --load my_delta.py finetune --delta mine
+
+and read the version with deltacontrol --version.
 """
 
 
@@ -68,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: list[str]) -> int:
     import tyro
 
+    if argv == ["--version"]:
+        print(f"deltacontrol {version()}")
+        return 0
     try:
         argv, files = _loads(argv)
         for file in (*plugins.configured(Path.cwd()), *files):

@@ -11,7 +11,7 @@ In the kernel regime LoRA of rank ``r`` minimises
 
 a convex program. Any slopes ``a`` with ``||1/N sum_i a_i G_i||_2 <= lambda`` bound it from below by
 ``1/N sum_i min_z (l_i(z) - a_i z) + a_i z_i``. So the distance of a local minimum from the global
-one is a number, not a comparison of runs. The real model is trained likewise.
+one is a number, not a comparison of runs. The real model is trained on the same objective.
 
 Sources: Jang, Lee & Ryu, ICML 2024, theorem 4.1; Recht, Fazel & Parrilo, SIAM Review 52(3), 2010,
 lemma 5.1 (the nuclear norm as a product of factors).
@@ -93,7 +93,7 @@ class LinearLoRA:
             rows: ``G``, ``(n, out, in)``.
             margins: ``z``, ``(n,)``.
             signs: ``s``, ``(n,)``.
-            loss: see there.
+            loss: "logistic" or "squared".
             share: of ``||1/N sum_i l'_i(z_i) G_i||_2``, in (0, 1).
 
         Raises:

@@ -111,7 +111,7 @@ class Tuned:
         objective_drop: fall of the training loss plus weight_decay/2 ‖du‖².
         energy: 1/2 ‖du‖².
         test_loss_drop: fall of the loss on unseen examples; NaN where there are none.
-        test_accuracy_gain: likewise for the accuracy.
+        test_accuracy_gain: rise of the accuracy on unseen examples; NaN where there are none.
         evaluations: of loss and gradient.
     """
 

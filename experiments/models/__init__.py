@@ -65,7 +65,7 @@ def resolve(name: str) -> ResolvedModel:
 
 
 def digest(name: str) -> str | None:
-    """Return `resolve(name).digest` without fetching or converting; errors as there."""
+    """Return `resolve(name).digest` without fetching or converting; errors of `resolve`."""
     folder = _local(name)
     if folder is not None:
         return folder_digest(folder)

@@ -65,7 +65,7 @@ def digest(
     label_column: str = "label",
     kind: Kind | None = None,
 ) -> str:
-    """Return `load(...).digest` without fetching or converting; arguments and errors as there."""
+    """Return `load(...).digest` without fetching or converting; arguments and errors of `load`."""
     if is_file_name(name):
         return file_digest(name, text_column=text_column, label_column=label_column, kind=kind)
     return _packaged(name, kind).digest

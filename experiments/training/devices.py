@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import math
 import sys
 from collections.abc import Mapping
@@ -74,9 +76,15 @@ def attention(inputs: Mapping[str, Any], precision: str, device: str) -> Abstrac
 class PeakMemory:
     """Peak memory in bytes since the object was made.
 
-    On CUDA: memory allocated by torch on the current device. On the CPU: resident set of the
-    process. Linux can reset the peak (VmHWM) at the start; elsewhere the peak is that of the whole
-    life of the process, and `method` says so.
+    On CUDA: memory that torch allocated on the current device. On the CPU: resident set of the
+    process, that is the interpreter, its libraries, the pages of the model that were touched, and
+    all that the training allocates. `peak() - baseline` is what the training added.
+
+    An allocator keeps freed memory and fills it again, so that the resident set of a process which
+    trained before would hardly grow. On Linux with glibc the freed memory goes back to the system
+    at the start (malloc_trim), and the peak is reset (VmHWM); what the training adds then hardly
+    depends on what the process did before. Where one of the two cannot be had, `method` says so:
+    without a reset the peak is that of the whole life of the process.
 
     Attributes:
         device: "cuda" or "cpu".
@@ -95,10 +103,13 @@ class PeakMemory:
             self.baseline = torch.cuda.memory_allocated()
             self.method = "torch.cuda.max_memory_allocated"
             return
+        trimmed = _return_freed_memory()
         try:
             Path("/proc/self/clear_refs").write_text("5")
             self.baseline = _status("VmRSS")
             self.method = "resident set during training (VmHWM)"
+            if trimmed:
+                self.method += ", freed memory returned before"
             _status("VmHWM")
         except (OSError, KeyError):
             self.baseline = _process_peak()
@@ -109,6 +120,16 @@ class PeakMemory:
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated()
         return _status("VmHWM") if "VmHWM" in self.method else _process_peak()
+
+
+def _return_freed_memory() -> bool:
+    """Give freed memory back to the system; False where the C library has no call for it."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):  # TypeError: Windows has no CDLL(None)
+        return False
+    return True
 
 
 def _status(field: str) -> int:

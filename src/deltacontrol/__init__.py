@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         save,
     )
     from deltacontrol.deltas.dynamics.transformer import control_problem
-    from deltacontrol.experiments.citing import cite
+    from deltacontrol.experiments.runs.citing import cite
     from deltacontrol.experiments.interactive import claims, estimate_dimension, finetune
     from deltacontrol.experiments.models import load as load_model
     from deltacontrol.experiments.runs.table import runs
@@ -61,7 +61,7 @@ _PLACES = {
     "PrefixTuning": "deltas",
     "PromptTuning": "deltas",
     "attach": "deltas",
-    "cite": "experiments.citing",
+    "cite": "experiments.runs.citing",
     "claims": "experiments.interactive",
     "control_problem": "deltas.dynamics.transformer",
     "estimate_dimension": "experiments.interactive",

@@ -72,6 +72,8 @@ def test_finetune_records_once_and_is_listed(
     assert finetune(tiny, reviews, store, "--delta", "lora:rank=2", "bitfit") == 0
     first = capsys.readouterr().out
     assert "accuracy" in first and "recorded" in first
+    (share,) = [line for line in first.splitlines() if line.split()[0] == "trainable_share"]
+    assert share.endswith("% (of num_total, without the head)")
     assert finetune(tiny, reviews, store, "--delta", "lora:rank=2", "bitfit") == 0
     assert "found" in capsys.readouterr().out
     csv = tmp_path / "list.csv"

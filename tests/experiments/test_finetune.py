@@ -173,11 +173,23 @@ def test_too_long_texts_and_unknown_names(places, store):
         run(FineTuning(task="moive"), store, progress=False)
 
 
+# A training that has written a checkpoint waits for its end, so that no kill comes too late.
 SWEEP = """
+    import signal
     import sys
+    from deltacontrol.experiments.training import checkpoints
     from deltacontrol.experiments.training.finetune import FineTuning
     from deltacontrol.experiments.runs.store import RunStore
     from deltacontrol.experiments.runs.sweep import run_all
+
+    save = checkpoints.save
+
+    def save_and_wait(folder, progress, *rest):
+        save(folder, progress, *rest)
+        if progress.step > 3:
+            signal.pause()
+
+    checkpoints.save = save_and_wait
     if __name__ == "__main__":
         import json
         configs = json.loads(sys.argv[2])
@@ -197,11 +209,11 @@ def test_killed_sweep_goes_on_and_gives_the_same_numbers(places, store, tmp_path
         [sys.executable, str(script), str(store.root), configs], env=environment
     )
     checkpoint = store.partial(slow) / "checkpoint.safetensors"
-    end = time.monotonic() + 60
-    while not checkpoint.exists() and time.monotonic() < end:
+    end = time.monotonic() + 300
+    while not checkpoint.exists() and sweep.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
     sweep.send_signal(signal.SIGKILL)
-    sweep.wait(10)
+    sweep.wait(60)
     assert checkpoint.exists() and store.find(quick) and store.find(slow) is None
     finished = {p: p.stat().st_mtime_ns for p in store.path(quick).iterdir()}
 

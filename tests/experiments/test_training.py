@@ -348,13 +348,23 @@ def test_measures():
     assert measures["final_train_loss"] == pytest.approx(result.curve["loss"][-10:].mean())
 
 
-def test_peak_memory_sees_an_allocation():
+def test_peak_memory_sees_what_fits_into_freed_memory():
+    """Blocks too small for pages of their own: the allocator would fill those that it holds."""
+    size, block = 200_000_000, 100_000
+
+    def blocks() -> list[torch.Tensor]:
+        return [torch.ones(block // 4) for _ in range(size // block)]
+
+    held = blocks()
+    pin = torch.ones(block // 4)  # above the others, so that freeing them does not shrink the heap
+    del held
     memory = resources.PeakMemory("cpu")
-    size = 200_000_000
-    del_me = torch.ones(size // 4)
-    del del_me
-    if "VmHWM" in memory.method:
-        assert memory.peak() - memory.baseline == pytest.approx(size, rel=0.2)
+    if "freed memory returned" not in memory.method:
+        pytest.skip(f"the peak is no measure of one allocation here: {memory.method}")
+    allocated = blocks()
+    assert memory.peak() - memory.baseline == pytest.approx(size, rel=0.1)
+    del allocated, pin
+    assert memory.peak() - memory.baseline == pytest.approx(size, rel=0.1)
 
 
 def test_short_sequences_take_elementary_attention_on_the_cpu():

@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures import base
 from deltacontrol.paper_figures.export import Exported, export, to_csv, to_latex
+from deltacontrol.theory.errors import InputError
 from tests.paper_figures.synthetic import MODULES
 
 
@@ -109,6 +110,23 @@ def test_latex_is_escaped() -> None:
     table = to_latex(pd.DataFrame({"a_b (%)": ["82.6 ± 0.5"], "c": ["x & y"]}))
     assert r"a\_b (\%) & c \\" in table
     assert r"82.6 $\pm$ 0.5 & x \& y \\" in table
+
+
+def test_latex_has_no_character_without_a_meaning(exported: Exported) -> None:
+    text = file(exported, ".tex").read_text(encoding="utf-8")
+    assert text.isascii(), {character for character in text if not character.isascii()}
+    assert not re.search(r"\\\\\s*[\[*]", text)  # an argument of the line end
+    words = re.sub(r"\$[^$]*\$", "", text.replace(r"\$", ""))  # without the mathematics
+    assert not re.search(r"[<>|^~]", words)
+    assert not re.search(r"(?<!\\)[%#_]", words)
+
+
+def test_latex_of_laws_and_names() -> None:
+    table = to_latex(pd.DataFrame({"λ": ["[P; x] |θ₀| >= 1"], "name": ["é"]}))
+    assert r"$\lambda$ & name \\" in table
+    assert r"{[}P; x{]} $|$$\theta$$_0$$|$ $>$= 1 & é \\" in table
+    with pytest.raises(InputError, match="'日' has no LaTeX form"):
+        to_latex(pd.DataFrame({"task": ["日"]}))
 
 
 def _off_scale(text: Text) -> bool:

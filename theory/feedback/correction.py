@@ -94,7 +94,8 @@ class StateFeedback(FeedbackLaw):
             dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
             sizes = x.shape if x.ndim == 1 else x.shape[1:]
             size = sizes.numel() if x.is_floating_point() else 0
-            return torch.zeros(*x.shape[: x.ndim > 1], size, dtype=dtype, device=x.device)
+            batch = x.shape[:1] if x.ndim > 1 else ()
+            return torch.zeros(*batch, size, dtype=dtype, device=x.device)
         return u if x.ndim == 1 else u.flatten(1)
 
 
@@ -138,8 +139,8 @@ class PIDCorrection(StateFeedback):
     Attributes:
         subspaces: one for each step, all of one width, or None where the law does not act.
         proportional: ``kp_t``, one number or one for each step.
-        integral: ``ki_t``, likewise.
-        derivative: ``kd_t``, likewise.
+        integral: ``ki_t``, one number or one for each step.
+        derivative: ``kd_t``, one number or one for each step.
 
     Raises:
         InputError: if the numbers of gains and of steps differ.

@@ -53,7 +53,7 @@ class OutputSteering(StateFeedback):
     Attributes:
         adjoints: ``S_t a_t`` and None where the law does not act: ``(batch, k, *state)``, the state
             without its batch axis.
-        full_adjoints: ``a_t`` likewise; where ``S_t = I`` the same tensors.
+        full_adjoints: ``a_t``, of the same shapes; where ``S_t = I`` they are the same tensors.
         information: ``M_t``, ``(batch, k, k)``.
         response: ``M_t^{-1}``, a pseudo-inverse where too few controls are left for all outputs.
         miss: ``d_t``, ``(batch, k)``.
@@ -208,12 +208,12 @@ def steer_output(
         dynamics: the system with additive controls, over a batch of examples.
         x0: ``(batch, ...)``.
         output: the outputs ``(batch, k)`` of the last state.
-        target: as in `OutputSteering.of`; likewise weight, control_cost and masks.
-        weight: see there.
-        control_cost: see there.
-        masks: see there.
+        target: as in `OutputSteering.of`.
+        weight: as in `OutputSteering.of`.
+        control_cost: as in `OutputSteering.of`.
+        masks: as in `OutputSteering.of`.
         controls: the controls ``(batch, m_t)`` to linearise at; zero by default.
-        damping: see there.
+        damping: as in `OutputSteering.of`.
     """
     base, states = dynamics.base, [x0]
     shifted: list[Tensor] = []

@@ -47,8 +47,8 @@ class Reading:
 
     Attributes:
         performance: on test rows; None after a divergence.
-        validation: on validation rows, likewise.
-        validation_loss: likewise.
+        validation: on validation rows; None after a divergence.
+        validation_loss: of the validation rows; None after a divergence.
         chance: the performance of guessing.
     """
 
@@ -268,10 +268,9 @@ def estimate_from(
 
     Args:
         curve: of the record of a `DimensionSearch`.
-        target: as in `deltacontrol.theory.dimension.estimate.estimate_dimension`; likewise chance
-        and confidence.
-        chance: see there.
-        confidence: see there.
+        target: as in `deltacontrol.theory.dimension.estimate.estimate_dimension`.
+        chance: the performance of guessing; a target that it meets says nothing.
+        confidence: of the interval.
         seed: of the bootstrap; draws of two searches with one seed are not independent.
 
     Raises:

@@ -54,7 +54,7 @@ class Trial:
         move: rate·√d; the rate itself for a baseline.
         rate: the peak learning rate.
         performance: on test rows; that of guessing after a divergence.
-        validation: on validation rows, likewise.
+        validation: on validation rows; that of guessing after a divergence.
         validation_loss: breaks ties; infinite after a divergence.
         status: of the run.
         run: its id.

@@ -58,8 +58,8 @@ class DimensionPrediction:
         target: its value.
         dimension: ``d*``; 0 where the start reaches it, NaN where these rows reach it nowhere.
         standard_error: of ``d*`` over the draw of the rows, by a jackknife of groups.
-        low: dimension at which 5 % of the subspaces reach it; likewise NaN.
-        high: the same of 95 %.
+        low: dimension at which 5 % of the subspaces reach it; NaN where ``d*`` is.
+        high: dimension at which 95 % of the subspaces reach it; NaN where ``d*`` is.
         rank: of ``G``, the largest dimension that these rows can tell.
         num_parameters: ``D``.
         reason: what ``d*`` rests on, or why there is none.
@@ -118,7 +118,7 @@ def predict_dimension(
         metric: "accuracy" on validation rows, or "loss", the cross-entropy of the training rows.
         rows: the first so many training rows; fewer of a task with many classes, `OUTPUTS` /
             (classes - 1) of them, as the exact kernel takes a gradient for each row and contrast.
-        heldout: the first so many validation rows, likewise.
+        heldout: the first so many validation rows; fewer of a task with many classes, as `rows`.
         max_length: tokens of a text at most.
         pretrained: False draws the backbone from the seed.
         seed: of the weights that are drawn.

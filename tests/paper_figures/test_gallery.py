@@ -1,0 +1,47 @@
+"""The gallery shows what the committed records draw today."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from deltacontrol.paper_figures import base
+from deltacontrol.paper_figures.command import Figures
+
+# Share of pixels that may differ visibly. The fonts come with matplotlib and nothing is random, so
+# that on one version of it none does; one marker of the smallest figure is about this many.
+TOLERANCE = 2e-4
+
+
+def differing(one: np.ndarray, other: np.ndarray) -> float:
+    """Share of pixels of which some channel differs by a tenth of its range; 1 for other sizes."""
+    if one.shape != other.shape:
+        return 1.0
+    return float((np.abs(one - other).max(-1) > 0.1).mean())
+
+
+@pytest.mark.parametrize("name", base.names())
+def test_the_gallery_is_a_redraw(name: str, tmp_path: Path) -> None:
+    Figures(preset="paper", only=(name,), out=tmp_path).run()
+    drawn, shown = imread(tmp_path / f"{name}.png"), imread(base.GALLERY / f"{name}.png")
+    assert differing(drawn, shown) <= TOLERANCE, (
+        f"paper_figures/gallery/{name}.png is stale; put the one there that "
+        f"`deltacontrol figures --preset paper --only {name}` draws"
+    )
+
+
+def test_a_moved_marker_is_seen() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    pictures = []
+    for x in (0.5, 0.502, 0.52):
+        figure = Figure(figsize=(base.PAGE_WIDTH, 4.5), dpi=300)
+        figure.subplots().scatter([x, 0, 1], [0.5, 0, 1], s=14, color="black")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pictures.append(np.asarray(canvas.buffer_rgba()) / 255)
+    assert differing(pictures[0], pictures[0].copy()) == 0.0
+    assert 0 < differing(pictures[0], pictures[2])
+    assert differing(pictures[0], pictures[2][:-1]) == 1.0

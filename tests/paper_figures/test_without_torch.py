@@ -1,0 +1,55 @@
+"""Figures are drawn from records without torch, even indirectly."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from deltacontrol.experiments.cli.deltas import Deltas
+from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.paper_figures import base
+from deltacontrol.paper_figures.figures import taxonomy
+from tests.paper_figures.synthetic import GRIDS, write
+
+ROOT = Path(__file__).resolve().parents[2]
+DRAW = """
+import importlib, json, pkgutil, sys
+from pathlib import Path
+import deltacontrol.paper_figures
+from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.paper_figures import base
+from deltacontrol.paper_figures.export import export
+for info in pkgutil.walk_packages(paper_figures.__path__, "paper_figures."):
+    importlib.import_module(info.name)
+    assert "torch" not in sys.modules, f"{info.name} imports torch"
+root, out, ids = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+for name, wanted in ids.items():
+    store = RunStore(root / name)
+    export(name, base.load(name), [store.get(one) for one in wanted], out)
+    assert "torch" not in sys.modules, f"drawing {name} imports torch"
+"""
+
+
+def test_all_figures_are_drawn_without_torch(tmp_path: Path) -> None:
+    """A subprocess, because this process has torch already."""
+    ids = {
+        name: [record.id for record in write(RunStore(tmp_path / name), GRIDS[name]())]
+        for name in base.names()
+    }
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", DRAW, str(tmp_path), str(out), json.dumps(ids)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {path.stem for path in out.glob("*.png")} == set(base.names())
+
+
+def test_the_table_of_methods_is_that_of_the_deltas(tmp_path: Path) -> None:
+    Deltas(csv=tmp_path / "methods.csv").run()
+    assert (tmp_path / "methods.csv").read_bytes() == taxonomy.METHODS.read_bytes(), (
+        f"{taxonomy.METHODS.name} is stale: deltacontrol deltas --csv {taxonomy.METHODS}"
+    )
+    assert len(pd.read_csv(taxonomy.METHODS)) > 30
