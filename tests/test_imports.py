@@ -15,6 +15,7 @@ FILES = [file for layer in LAYERS for file in sorted((ROOT / layer).rglob("*.py"
 LIGHT = [
     "experiments/cli/main.py",
     "experiments/runs/store.py",
+    "experiments/setting.py",
     "experiments/sources.py",
     "experiments/models/*.py",
     "experiments/studies/*.py",

@@ -39,6 +39,7 @@ class TransformerDynamics(Dynamics):
         batch: the model's keyword arguments; ``labels`` are left out.
 
     Attributes:
+        delta_model: the controlled model.
         stage_names: "input", "block.0", …, "readout".
         x0: the tokens, x_0.
         replay_error: largest difference between the logits of the stages and of the model, relative
@@ -61,7 +62,7 @@ class TransformerDynamics(Dynamics):
                 "the layered dynamics take encoders and decoders; give the encoder of an "
                 "encoder-decoder, for example T5EncoderModel."
             )
-        delta_model.eval()
+        self.delta_model = delta_model.eval()
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         main = getattr(delta_model.model, "main_input_name", "input_ids")
         if main not in inputs:

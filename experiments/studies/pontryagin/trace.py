@@ -88,24 +88,27 @@ class PontryaginTrace(Experiment):
         """Train, recording residuals and costates; compare with autograd at both ends."""
         import pandas as pd
 
-        from deltacontrol.deltas.registry import from_dict
-        from deltacontrol.experiments.measures.problems import fixed_problem
+        from deltacontrol.experiments.measures.identities import identity_difference
+        from deltacontrol.experiments.setting import Setting
 
-        fixed = fixed_problem(
-            (from_dict(self.delta),),
-            model=self.model,
-            task=self.task,
-            num_examples=self.num_examples,
+        setting = Setting(
+            self.model,
+            self.task,
+            deltas=(self.delta,),
+            train_rows=self.num_examples,
+            expects="classification",
             max_length=self.max_length,
-            weight_decay=self.weight_decay,
+            dtype="float64",
             seed=self.seed,
         )
-        dynamics, start = fixed.dynamics, fixed.dynamics.controls()
+        problem = setting.control_problem(weight_decay=self.weight_decay)
+        dynamics: Any = problem.dynamics
+        start = dynamics.controls()
         rows: list[dict[str, float]] = []
-        first = fixed.identity_difference(start)
+        first = identity_difference(problem, start)
         train = _with_lbfgs if self.optimiser == "lbfgs" else _with_adamw
-        final, status, message = train(self, fixed.problem, start, rows, workspace.progress)
-        last = fixed.identity_difference(final)
+        final, status, message = train(self, problem, start, rows, workspace.progress)
+        last = identity_difference(problem, final)
         result = {
             "status": status,
             "stages": list(dynamics.stage_names),
@@ -116,7 +119,7 @@ class PontryaginTrace(Experiment):
             "identity_relative_difference": max(first, last),
             "replay_error": dynamics.replay_error,
         }
-        controls = fixed.controlled.state()
+        controls = setting.controlled.state()
         return Outcome("completed", result, pd.DataFrame(rows), controls, message)
 
 
