@@ -41,6 +41,7 @@ MOST_LINES, MOST_MODULES = 400, 15
 LIGHT = [
     "experiments/cli/main.py",
     "experiments/runs/store.py",
+    "experiments/setting.py",
     "experiments/sources.py",
     "experiments/models/**/*.py",
     "experiments/studies/*/grid.py",

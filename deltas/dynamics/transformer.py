@@ -62,6 +62,7 @@ class TransformerDynamics(Dynamics):
         batch: the model's keyword arguments; ``labels`` are left out.
 
     Attributes:
+        delta_model: the controlled model.
         stage_names: "input", "block.0", …, "readout"; see the module.
         x0: the tokens, x_0.
         replay_error: largest difference between the logits of the stages and of the model, relative
@@ -75,7 +76,7 @@ class TransformerDynamics(Dynamics):
 
     def __init__(self, delta_model: DeltaModel, batch: Mapping[str, Any]) -> None:
         delta_model.host  # noqa: B018 - fails when detached
-        delta_model.eval()
+        self.delta_model = delta_model.eval()
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         main = getattr(delta_model.model, "main_input_name", "input_ids")
         if main not in inputs:

@@ -41,7 +41,6 @@ from deltacontrol.deltas import (
     attach_many,
 )
 from deltacontrol.deltas.dynamics.frozen_states import FrozenStates
-from deltacontrol.experiments import models
 from deltacontrol.experiments.benchmarks.contest import (
     alternate,
     peak_allocated,
@@ -50,6 +49,7 @@ from deltacontrol.experiments.benchmarks.contest import (
     training_step,
 )
 from deltacontrol.experiments.runs import provenance
+from deltacontrol.experiments.setting import Setting
 from deltacontrol.experiments.training.devices import choose_device, choose_precision
 from deltacontrol.experiments.training.ensemble import Loop
 from deltacontrol.experiments.training.loop import Settings
@@ -329,14 +329,14 @@ class Benchmark:
         return [name for name in (self.model, self.decoder) if name]
 
     def _base(self, model: str) -> PreTrainedModel:
-        return models.load(model, kind="classification", num_labels=2)[0]
+        return Setting(model, model_kind="classification", num_labels=2).base
 
     def _attached(self, model: str, *deltas: Delta, seed: int = 0) -> Any:
         return attach(self._base(model), *deltas, seed=seed).to(self._setting()[1]).eval()
 
     def _batch(self, model: str, rows: int, length: int) -> dict[str, Tensor]:
         """Full rows of random tokens: every example has ``length`` tokens that count."""
-        vocabulary = models.load(model, kind="classification", num_labels=2)[0].config.vocab_size
+        vocabulary = self._base(model).config.vocab_size
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(5, vocabulary, (rows, length), generator=generator)
         labels = torch.randint(2, (rows,), generator=generator)

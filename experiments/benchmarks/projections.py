@@ -27,9 +27,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltacontrol.deltas import FullFineTuning, StructuredSubspace, Subspace, attach
-from deltacontrol.experiments import models
 from deltacontrol.experiments.benchmarks.contest import alternate, quartiles, training_step
 from deltacontrol.experiments.runs import provenance
+from deltacontrol.experiments.setting import Setting
 from deltacontrol.experiments.training.devices import PeakMemory
 from deltacontrol.theory.dimension.projections import (
     RANDOM_PROJECTIONS,
@@ -204,7 +204,7 @@ class Benchmark:
         return found
 
     def _base(self) -> PreTrainedModel:
-        return models.load(self.model, kind="classification", num_labels=2)[0].eval()
+        return Setting(self.model, model_kind="classification", num_labels=2).base
 
     def _batch(self) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)

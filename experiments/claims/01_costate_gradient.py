@@ -16,18 +16,23 @@ def _predict() -> dict[str, Any]:
 
 
 def _problems():
-    from deltacontrol.deltas import parse
-    from deltacontrol.experiments.measures.problems import fixed_problem, perturbed
+    from deltacontrol.experiments.measures.identities import perturbed
+    from deltacontrol.experiments.setting import Setting
 
     for name in DELTAS:
-        fixed = fixed_problem((parse(name),), weight_decay=1e-3)
+        setting = Setting(
+            "minilm-l6", "movie", deltas=[name], train_rows=8, max_length=24, dtype="float64"
+        )
+        problem: Any = setting.control_problem(weight_decay=1e-3)
         # Away from the start, where LoRA's and the adapter's second factors are zero.
-        yield name, fixed, perturbed(fixed.dynamics.controls(), 0.1)
+        yield name, problem, perturbed(problem.dynamics.controls(), 0.1)
 
 
 def _measure(prediction: Mapping[str, Any]) -> Evidence:
     """Costates against autograd through the model's own forward pass, every delta."""
-    found = {name: fixed.identity_difference(u) for name, fixed, u in _problems()}
+    from deltacontrol.experiments.measures.identities import identity_difference
+
+    found = {name: identity_difference(problem, u) for name, problem, u in _problems()}
     return Evidence(
         value=max(found.values()) - prediction["relative_difference"],
         details=found,
@@ -39,11 +44,10 @@ def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
     """Costates of another trajectory: the controls they belong to are 1 % away."""
     import torch
 
-    from deltacontrol.experiments.measures.problems import perturbed
+    from deltacontrol.experiments.measures.identities import end_to_end_gradient, perturbed
 
     found = {}
-    for name, fixed, u in _problems():
-        problem = fixed.problem
+    for name, problem, u in _problems():
         elsewhere = perturbed(u, 0.01, seed=1)
         costates = problem.evaluate(elsewhere).costates
         states = problem.rollout(u)
@@ -55,7 +59,7 @@ def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
                 value, leaf, allow_unused=True, materialize_grads=True
             )
             gradient.append(found_gradient)
-        reference = torch.cat(fixed.end_to_end_gradient(u))
+        reference = torch.cat(end_to_end_gradient(problem, u))
         found[name] = float((torch.cat(gradient) - reference).norm() / reference.norm())
     return Evidence(
         value=min(found.values()) - prediction["relative_difference"],

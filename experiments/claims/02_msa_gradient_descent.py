@@ -16,21 +16,24 @@ def _predict() -> dict[str, Any]:
     return {"relative_difference": 0.0, "iterations": ITERATIONS}
 
 
-def _problem():
-    from deltacontrol.deltas import LoRA
-    from deltacontrol.experiments.measures.problems import fixed_problem, perturbed
+def _problem() -> tuple[Any, Any]:
+    from deltacontrol.experiments.measures.identities import perturbed
+    from deltacontrol.experiments.setting import Setting
 
-    fixed = fixed_problem((LoRA(rank=8),), num_examples=6, max_length=20, weight_decay=1e-3)
-    return fixed, perturbed(fixed.dynamics.controls(), 0.1)
+    setting = Setting(
+        "minilm-l6", "movie", deltas=["lora:rank=8"], train_rows=6, max_length=20, dtype="float64"
+    )
+    problem: Any = setting.control_problem(weight_decay=1e-3)
+    return problem, perturbed(problem.dynamics.controls(), 0.1)
 
 
-def _gradient_descent(fixed: Any, start: Any) -> list[Any]:
+def _gradient_descent(problem: Any, start: Any) -> list[Any]:
     """torch.optim.SGD on the model's own parameters, loss by its own forward pass."""
     import torch
 
-    dynamics, problem = fixed.dynamics, fixed.problem
+    dynamics = problem.dynamics
     dynamics.load_controls(start)
-    optimiser = torch.optim.SGD(fixed.controlled.controls.parameters(), lr=STEP_SIZE)
+    optimiser = torch.optim.SGD(dynamics.delta_model.controls.parameters(), lr=STEP_SIZE)
     iterates = [dynamics.controls()]
     for _ in range(ITERATIONS):
         optimiser.zero_grad()
@@ -57,17 +60,17 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
     """MSA by costates against SGD by autograd, all iterates."""
     from deltacontrol.theory.solvers import MSA, solve
 
-    fixed, start = _problem()
+    problem, start = _problem()
     iterates: list[Any] = []
     solution = solve(
-        fixed.problem,
+        problem,
         MSA(STEP_SIZE),
         start,
         max_steps=ITERATIONS,
         tol=0.0,
         callback=lambda iterate: iterates.append(iterate.controls),
     )
-    worst, moved = _distance(iterates, _gradient_descent(fixed, start))
+    worst, moved = _distance(iterates, _gradient_descent(problem, start))
     history = solution.history["objective"].tolist()
     return Evidence(
         value=worst - prediction["relative_difference"],
@@ -81,8 +84,8 @@ def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
     """Layer by layer: each update sees states that the earlier layers' updates already changed."""
     import torch
 
-    fixed, start = _problem()
-    problem, controls = fixed.problem, list(start)
+    problem, start = _problem()
+    controls = list(start)
     iterates = [tuple(controls)]
     for _ in range(ITERATIONS):
         costates = problem.evaluate(tuple(controls)).costates
@@ -97,7 +100,7 @@ def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
             with torch.no_grad():
                 x = problem.dynamics.step(t, x, controls[t])
         iterates.append(tuple(controls))
-    worst, moved = _distance(iterates, _gradient_descent(fixed, start))
+    worst, moved = _distance(iterates, _gradient_descent(problem, start))
     return Evidence(
         value=worst - prediction["relative_difference"],
         details={"moved": moved},

@@ -49,19 +49,20 @@ def _problem(family: str, seed: int) -> tuple[Any, Any]:
 
 def _minilm(seed: int) -> tuple[Any, Any]:
     """LoRA in the last blocks of MiniLM, on three snippets of movie."""
-    from deltacontrol.deltas import LoRA
-    from deltacontrol.experiments.measures.problems import fixed_problem, perturbed
+    from deltacontrol.experiments.measures.identities import perturbed
+    from deltacontrol.experiments.setting import Setting
     from deltacontrol.theory.control.problem import ControlProblem
     from deltacontrol.theory.control.systems import Segment
 
-    fixed = fixed_problem(
-        (LoRA(rank=2),), num_examples=3, max_length=8, weight_decay=1e-3, seed=seed
-    )
-    u = perturbed(fixed.dynamics.controls(), 0.1, seed)
+    setting = Setting(
+        "minilm-l6", "movie", deltas=["lora:rank=2"], train_rows=3, max_length=8, dtype="float64",
+        seed=seed,
+    )  # fmt: skip
+    problem: Any = setting.control_problem(weight_decay=1e-3)
+    u = perturbed(problem.dynamics.controls(), 0.1, seed)
     first = FIRST_BLOCK + 1  # step 0 is the input
-    x0 = fixed.problem.rollout(u)[first].detach()
-    segment = Segment(fixed.dynamics, first)
-    return ControlProblem(segment, fixed.problem.cost, x0), u[first:]
+    x0 = problem.rollout(u)[first].detach()
+    return ControlProblem(Segment(problem.dynamics, first), problem.cost, x0), u[first:]
 
 
 def _ascents(family: str, problem: Any, start: Any, rho: float) -> tuple[int, int]:

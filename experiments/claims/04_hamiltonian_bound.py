@@ -45,7 +45,7 @@ class _Step:
 
 def _moved(u: Any, gradient: Any, kind: str, size: float, seed: int) -> Any:
     """Controls at a relative distance ``size`` from ``u``."""
-    from deltacontrol.experiments.measures.problems import perturbed
+    from deltacontrol.experiments.measures.identities import perturbed
 
     if kind == "gradient":
         sign = 1 if seed % 2 else -1
@@ -68,16 +68,17 @@ def _steps(
 
     import torch
 
-    from deltacontrol.deltas import LoRA
-    from deltacontrol.experiments.measures.problems import fixed_problem, perturbed
+    from deltacontrol.experiments.measures.identities import perturbed
+    from deltacontrol.experiments.setting import Setting
     from deltacontrol.theory.solvers.emsa import step_change
 
     for base in bases:
-        fixed = fixed_problem(
-            (LoRA(rank=4),), num_examples=3, max_length=12, weight_decay=1e-3, seed=base
-        )
-        problem = fixed.problem
-        u = perturbed(fixed.dynamics.controls(), 0.3, seed=base)
+        setting = Setting(
+            "minilm-l6", "movie", deltas=["lora:rank=4"], train_rows=3, max_length=12,
+            dtype="float64", seed=base,
+        )  # fmt: skip
+        problem: Any = setting.control_problem(weight_decay=1e-3)
+        u = perturbed(problem.dynamics.controls(), 0.3, seed=base)
         now = problem.evaluate(u)
         if not right_costates:
             elsewhere = problem.evaluate(perturbed(u, WRONG, seed=100 + base))

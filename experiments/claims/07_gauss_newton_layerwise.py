@@ -19,7 +19,7 @@ def _problems() -> Iterator[tuple[str, Any, Any]]:
     """Problems whose batch fits one dense state, and controls away from their start."""
     import torch
 
-    from deltacontrol.experiments.measures.problems import perturbed
+    from deltacontrol.experiments.measures.identities import perturbed
     from deltacontrol.theory.control.costs import SquaredErrorCost
     from deltacontrol.theory.control.problem import ControlProblem
     from deltacontrol.theory.control.systems import LowRankDynamics, ResidualNetwork

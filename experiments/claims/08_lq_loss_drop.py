@@ -23,18 +23,19 @@ def _line(seed: int, elsewhere: float) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from deltacontrol.deltas import LoRA
-    from deltacontrol.experiments.measures.problems import fixed_problem, perturbed
+    from deltacontrol.experiments.measures.identities import perturbed
+    from deltacontrol.experiments.setting import Setting
     from deltacontrol.theory.linear.curvature import GaussNewtonCurvature, HessianCurvature
     from deltacontrol.theory.linear.operator import flatten, unflatten
     from deltacontrol.theory.solvers.gauss_newton import damped_step
 
-    fixed = fixed_problem(
-        (LoRA(rank=8),), num_examples=8, max_length=16, weight_decay=1e-2, seed=seed
-    )
-    problem = fixed.problem
+    setting = Setting(
+        "minilm-l6", "movie", deltas=["lora:rank=8"], train_rows=8, max_length=16, dtype="float64",
+        seed=seed,
+    )  # fmt: skip
+    problem: Any = setting.control_problem(weight_decay=1e-2)
     # Away from the start, where LoRA's second factor is zero.
-    u = perturbed(fixed.dynamics.controls(), 0.1, seed=seed)
+    u = perturbed(problem.dynamics.controls(), 0.1, seed=seed)
     now = problem.evaluate(u)
     curvature = GaussNewtonCurvature(problem, u, now)
     gradient = curvature.gradient

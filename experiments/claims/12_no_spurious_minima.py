@@ -27,13 +27,14 @@ SPREAD = 0.05  # of the real model's final objectives over seeds, over the most 
 @cache
 def _real(place: tuple[str, int]) -> RealLoRA:
     from deltacontrol.experiments.measures.low_rank_minima import RealLoRA
-    from deltacontrol.experiments.measures.margins import margin_data
+    from deltacontrol.experiments.measures.margins import MarginData
+    from deltacontrol.experiments.setting import Setting
 
-    data = margin_data(
-        MODEL, TASK, kind="classification", num_examples=EXAMPLES, max_length=TOKENS,
-        head_rows=HEAD_ROWS,
+    setting = Setting(
+        MODEL, TASK, train_rows=EXAMPLES, test_rows=0, order="shuffled", strict_rows=True,
+        max_length=TOKENS, head="ridge", head_rows=HEAD_ROWS, dtype="float64",
     )  # fmt: skip
-    return RealLoRA(data, *place)
+    return RealLoRA(MarginData.of(setting), *place)
 
 
 @cache

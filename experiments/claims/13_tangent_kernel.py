@@ -25,14 +25,14 @@ DISTANCE = 0.25  # of LoRA's kernel from that of full fine-tuning of the same ma
 
 @cache
 def _data(seed: int, prompted: bool) -> MarginData:
-    from deltacontrol.experiments.measures.kernel_regime import unprompted
-    from deltacontrol.experiments.measures.margins import margin_data
+    from deltacontrol.experiments.measures.margins import MarginData
+    from deltacontrol.experiments.setting import Setting
 
-    data = margin_data(
-        MODEL, TASK, kind="causal-lm", num_examples=SHOTS, max_length=TOKENS, test_rows=UNSEEN,
-        dtype="float32", seed=seed,
+    setting = Setting(
+        MODEL, TASK, train_rows=SHOTS, test_rows=UNSEEN, order="shuffled", strict_rows=True,
+        max_length=TOKENS, head="words" if prompted else "own", seed=seed,
     )  # fmt: skip
-    return data if prompted else unprompted(data, MODEL, seed)
+    return MarginData.of(setting)
 
 
 @cache

@@ -41,18 +41,21 @@ class _Setting:
 
 
 def _settings() -> Iterator[_Setting]:
-    from deltacontrol.deltas import parse
-    from deltacontrol.experiments.measures.problems import fixed_problem
+    from deltacontrol.experiments.setting import Setting
     from deltacontrol.theory.linear.linearisation import Linearisation
     from deltacontrol.theory.linear.reachability import Reachability
 
     for name in DELTAS:
         for seed in SEEDS:
-            fixed = fixed_problem((parse(name),), num_examples=4, max_length=12, seed=seed)
-            start = fixed.dynamics.controls()
-            linear = Linearisation.of(fixed.problem, start, keep=True)
+            setting = Setting(
+                "minilm-l6", "movie", deltas=[name], train_rows=4, max_length=12, dtype="float64",
+                seed=seed,
+            )  # fmt: skip
+            problem: Any = setting.control_problem()
+            start = problem.dynamics.controls()
+            linear = Linearisation.of(problem, start, keep=True)
             outputs = Reachability(linear).output_map()
-            yield _Setting(f"{name}/{seed}", fixed.problem, fixed.dynamics, start, linear, outputs)
+            yield _Setting(f"{name}/{seed}", problem, problem.dynamics, start, linear, outputs)
 
 
 def _train(setting: _Setting, optimiser: str, *, linear: bool) -> tuple[Controls, Tensor, float]:

@@ -21,12 +21,13 @@ RANDOM_DIRECTIONS = 8
 FACTORS = (2, 4, 8)
 
 
-def _fixed(name: str | None):
-    from deltacontrol.deltas import parse
-    from deltacontrol.experiments.measures.problems import fixed_problem
+def _problem(*deltas: str) -> Any:
+    from deltacontrol.experiments.setting import Setting
 
-    deltas = () if name is None else (parse(name),)
-    return fixed_problem(deltas, num_examples=EXAMPLES, max_length=TOKENS)
+    return Setting(
+        "minilm-l6", "movie", deltas=deltas, train_rows=EXAMPLES, max_length=TOKENS,
+        dtype="float64",
+    ).control_problem()  # fmt: skip
 
 
 def _base() -> tuple[Segment, list[Tensor]]:
@@ -35,28 +36,28 @@ def _base() -> tuple[Segment, list[Tensor]]:
 
     from deltacontrol.theory.control.systems import Segment
 
-    fixed = _fixed(None)
+    problem = _problem()
     with torch.no_grad():
-        states = fixed.problem.rollout(fixed.dynamics.controls())
-    return Segment(fixed.dynamics, 1, fixed.dynamics.horizon - 1), states[1:-1]
+        states = problem.rollout(problem.dynamics.controls())
+    return Segment(problem.dynamics, 1, problem.dynamics.horizon - 1), states[1:-1]
 
 
 def _trained(name: str) -> tuple[list[Tensor], float, float]:
     """The states of the model with a delta after full-batch Adam; the loss before and after."""
     import torch
 
-    fixed = _fixed(name)
-    leaves = [u.requires_grad_() for u in fixed.dynamics.controls()]
+    problem = _problem(name)
+    leaves = [u.requires_grad_() for u in problem.dynamics.controls()]
     optimiser = torch.optim.Adam(leaves, lr=LEARNING_RATE)
     losses = []
     for _ in range(TRAINING_STEPS):
-        now = fixed.problem.evaluate(tuple(leaves))
+        now = problem.evaluate(tuple(leaves))
         losses.append(float(now.objective))
         for leaf, g in zip(leaves, now.gradient, strict=True):
             leaf.grad = g
         optimiser.step()
     trained: Controls = tuple(u.detach() for u in leaves)
-    final = fixed.problem.evaluate(trained)
+    final = problem.evaluate(trained)
     return final.states[1:-1], losses[0], float(final.objective)
 
 

@@ -49,26 +49,20 @@ def _cases() -> tuple[_Case, ...]:
 
 
 def _all_cases() -> Iterator[_Case]:
-    import torch
-
     from deltacontrol.deltas import FullFineTuning, HeadTuning, attach, parse
-    from deltacontrol.experiments import models, tasks
+    from deltacontrol.experiments.setting import Setting
 
     for task in TASKS:
-        data = tasks.load(task)
         for seed in SEEDS:
-            base, tokenizer = models.load(
-                "minilm-l6", kind="classification", num_labels=len(data.labels), seed=seed
-            )
-            rows = data.train.sample(NUM_EXAMPLES, random_state=seed)
-            batch = tokenizer(
-                list(rows["text"]),
-                truncation=True,
+            setting = Setting(
+                "minilm-l6",
+                task,
+                train_rows=NUM_EXAMPLES,
+                order="sampled",
                 max_length=LENGTH,
-                padding=True,
-                return_tensors="pt",
+                seed=seed,
             )
-            batch = {**batch, "labels": torch.tensor(rows["label"].to_numpy())}
+            base, batch = setting.base, setting.batch()
             start = {n: p.detach().clone() for n, p in base.named_parameters()}
             controlled = attach(base, FullFineTuning(), seed=seed)
             full = _trained(controlled, batch, FULL_RATE)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deltacontrol.experiments.setting import Setting
     from deltacontrol.theory.control.problem import ControlProblem, Controls
     from deltacontrol.theory.linear.operator import SymmetricOperator
 
@@ -32,18 +33,12 @@ def _fitted_head() -> Tensor:
     """Weight and bias, flat, of the ridge regression of ±1 targets on the head's frozen input."""
     import torch
 
-    from deltacontrol.experiments.measures.problems import fixed_problem
+    from deltacontrol.experiments.heads import head_inputs
 
-    fixed = fixed_problem((), num_examples=EXAMPLES + HEAD_ROWS, max_length=TOKENS)
-    (head,) = fixed.controlled.host.sites.head_paths()
-    inputs: list[Tensor] = []
-    module = fixed.controlled.model.get_submodule(head)
-    handle = module.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
-    with torch.no_grad():
-        fixed.dynamics.logits()
-    handle.remove()
-    features = inputs[-1][EXAMPLES:]
-    targets = _targets(fixed.problem)[EXAMPLES:]
+    setting = _setting(num_examples=EXAMPLES + HEAD_ROWS)
+    batch = setting.batch()
+    features = head_inputs(setting.base, [batch])[EXAMPLES:]
+    targets = _targets(batch["labels"])[EXAMPLES:]
     center = features.mean(0)
     z = features - center
     gram = z.mT @ z / len(z) + HEAD_RIDGE * torch.eye(z.shape[1], dtype=z.dtype)
@@ -51,14 +46,20 @@ def _fitted_head() -> Tensor:
     return torch.cat([weight.reshape(-1), targets.mean(0) - weight @ center])
 
 
-def _targets(problem: ControlProblem) -> Tensor:
+def _setting(*deltas: str, num_examples: int, seed: int = 0) -> Setting:
+    from deltacontrol.experiments.setting import Setting
+
+    return Setting(
+        "minilm-l6", "movie", deltas=deltas, train_rows=num_examples, max_length=TOKENS,
+        dtype="float64", seed=seed,
+    )  # fmt: skip
+
+
+def _targets(labels: Tensor) -> Tensor:
     import torch
     from torch.nn.functional import one_hot
 
-    from deltacontrol.theory.control.costs import CrossEntropyCost
-
-    assert isinstance(problem.cost, CrossEntropyCost)
-    return 2.0 * one_hot(problem.cost.labels).to(torch.float64) - 1.0
+    return 2.0 * one_hot(labels).to(torch.float64) - 1.0
 
 
 @cache
@@ -66,19 +67,18 @@ def _start(name: str, seed: int) -> tuple[ControlProblem, Controls, Tensor]:
     """The problem in squared error, the delta's initial controls, and a mask without the head."""
     import torch
 
-    from deltacontrol.deltas import parse
-    from deltacontrol.experiments.measures.problems import fixed_problem
     from deltacontrol.theory.control.costs import SquaredErrorCost
     from deltacontrol.theory.control.problem import ControlProblem
 
-    fixed = fixed_problem((parse(name),), num_examples=EXAMPLES, max_length=TOKENS, seed=seed)
-    cost = SquaredErrorCost(_targets(fixed.problem))
-    problem = ControlProblem(fixed.dynamics, cost, fixed.problem.x0)
-    controls, head = list(fixed.dynamics.controls()), _fitted_head()
-    names = fixed.dynamics.control_names(len(controls) - 1)
-    (path,) = fixed.controlled.host.sites.head_paths()
-    sizes = [fixed.controlled.trainable()[n].numel() for n in names]
-    in_head = [fixed.controlled.host.state_path[n].startswith(path) for n in names]
+    setting = _setting(name, num_examples=EXAMPLES, seed=seed)
+    controlled, dynamics = setting.controlled, cast(Any, setting.control_problem().dynamics)
+    cost = SquaredErrorCost(_targets(setting.batch()["labels"]))
+    problem = ControlProblem(dynamics, cost, dynamics.x0)
+    controls, head = list(dynamics.controls()), _fitted_head()
+    names = dynamics.control_names(len(controls) - 1)
+    (path,) = controlled.host.sites.head_paths()
+    sizes = [controlled.trainable()[n].numel() for n in names]
+    in_head = [controlled.host.state_path[n].startswith(path) for n in names]
     free = torch.cat(
         [torch.full((s,), float(not h)) for s, h in zip(sizes, in_head, strict=True)]
     ).to(torch.float64)

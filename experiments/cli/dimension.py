@@ -78,26 +78,21 @@ class Dimension(FineTuningDimension):
         self, experiment: FineTuningDimension, record: Record
     ) -> DimensionPrediction | None:
         """From the start of seed 0; of a subspace without gains, also where said adds them."""
-        from deltacontrol.experiments import tasks
         from deltacontrol.experiments.studies.threshold.predictions import predict_dimension
 
-        columns: dict[str, Any] = {
-            "text_column": experiment.text_column,
-            "label_column": experiment.label_column,
-        }
         try:
-            task = tasks.load(experiment.task, kind=experiment.task_kind, **columns)
             return predict_dimension(
                 experiment.model,
                 experiment.task,
                 [experiment.delta] if experiment.delta else [],
                 target=record.result["target"],
-                rows=min(self.predict_rows, len(task.train)),
-                heldout=min(self.predict_rows, len(task.validation)),
+                rows=self.predict_rows,
+                heldout=self.predict_rows,
                 max_length=experiment.max_length,
                 pretrained=experiment.pretrained,
+                text_column=experiment.text_column,
+                label_column=experiment.label_column,
                 task_kind=experiment.task_kind,
-                **columns,
             )
         except InputError as error:
             print(f"  predicted     nothing: {error}")

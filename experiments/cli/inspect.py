@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deltacontrol.experiments import models, tasks
+from deltacontrol.experiments import tasks
+from deltacontrol.experiments.setting import Setting
 
 if TYPE_CHECKING:
     from deltacontrol.deltas.model import DeltaModel
@@ -36,16 +37,18 @@ class Inspect:
 
     def run(self) -> None:
         """Load, attach, print."""
-        from deltacontrol.deltas import attach, parse
-
-        deltas = [parse(text) for text in self.delta]
-        kind = self.kind or "classification"
-        labels = self.num_labels if kind == "classification" else None
-        base, _ = models.load(self.model, kind=kind, num_labels=labels)
-        if not deltas:
+        setting = Setting(
+            self.model,
+            deltas=self.delta,
+            add_head=False,
+            model_kind=self.kind or "classification",
+            num_labels=self.num_labels,
+        )
+        if not self.delta:
+            base = setting.base
             print(f"{type(base).__name__}: {sum(p.numel() for p in base.parameters()):,d}")
             return
-        print("\n".join(tree(attach(base, *deltas), self.depth)))
+        print("\n".join(tree(setting.controlled, self.depth)))
 
 
 def tree(controlled: DeltaModel, depth: int = 99) -> list[str]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from deltacontrol.deltas import Delta, attach
 from deltacontrol.deltas.editing.sites import SiteMap
-from deltacontrol.experiments import models, tasks
+from deltacontrol.experiments.setting import Setting
+from deltacontrol.experiments.tasks.encoding import without_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,16 +79,16 @@ class Probe:
         cls, model: str = "minilm-l6", task: str = "movie", num_examples: int = 8, length: int = 24
     ) -> Probe:
         """A packaged or local BERT and the first rows of a task."""
-        data = tasks.load(task)
-        base, tokenizer = models.load(
-            model, kind="classification", num_labels=len(data.labels), dtype="float64"
+        setting = Setting(
+            model,
+            task,
+            train_rows=num_examples,
+            expects="classification",
+            max_length=length,
+            dtype="float64",
         )
-        base.set_attn_implementation("eager")
-        texts = list(data.train["text"].head(num_examples))
-        batch = tokenizer(
-            texts, truncation=True, max_length=length, padding=True, return_tensors="pt"
-        )
-        return cls(base, batch)
+        setting.base.set_attn_implementation("eager")
+        return cls(setting.base, without_labels(setting.batch()))
 
     @property
     def num_layers(self) -> int:

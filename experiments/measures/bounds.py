@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deltacontrol.experiments import models, tasks
@@ -202,27 +202,23 @@ class _Bench:
     def __init__(self, experiment: GeneralisationBound) -> None:
         import numpy as np
 
-        from deltacontrol.deltas import attach, parse
         from deltacontrol.deltas.dynamics.frozen_states import FrozenStates
-        from deltacontrol.experiments.tasks import encoding as data
-        from deltacontrol.experiments.training.finetune import majority_share
+        from deltacontrol.experiments.setting import Setting
 
-        task = tasks.load(experiment.task)
-        if task.kind != "classification":
-            raise InputError(f"{experiment.task} is a {task.kind} task; expected a classification")
-        if experiment.random_labels:
-            task = _relabelled(task, experiment.seed)
-        self.experiment = experiment
-        base, tokenizer = models.load(
+        setting = Setting(
             experiment.model,
-            kind="classification",
-            num_labels=len(task.labels),
+            experiment.task,
+            deltas=(experiment.delta,),
+            add_head=False,
+            expects="classification",
+            max_length=experiment.max_length,
             seed=experiment.seed,
         )
-        self.encoded: Encoded = data.encode(task, tokenizer, max_length=experiment.max_length)
-        self.controlled: DeltaModel = attach(
-            base, parse(experiment.delta), seed=experiment.seed
-        ).eval()
+        if experiment.random_labels:
+            setting = replace(setting, task=_relabelled(setting.data, experiment.seed))
+        self.experiment = experiment
+        self.encoded: Encoded = setting.encoded
+        self.controlled: DeltaModel = setting.controlled.eval()
         if self.controlled.needs_data:
             raise self.refusal()
         self.fixed = self._buffers()
@@ -232,9 +228,7 @@ class _Bench:
         except InputError:
             self.frozen = None
         self.start = self._flat()
-        share = majority_share(self.train.labels)
-        assert share is not None
-        self.chance = 1 - share
+        self.chance = 1 - self.train.majority_share
 
     def refusal(self) -> InputError:
         """For a delta whose hypotheses depend on the rows in more than w."""
@@ -329,8 +323,6 @@ class _Bench:
 
 def _relabelled(task: Task, seed: int) -> Task:
     """The task with the labels of every split dealt out again."""
-    from dataclasses import replace
-
     import numpy as np
 
     random = np.random.default_rng([seed, 17])

@@ -10,27 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from deltacontrol.experiments import models, tasks
-from deltacontrol.experiments.measures.tangent_kernel import (
-    Batch,
-    TangentKernel,
-    tangent_kernel,
-    without_labels,
-)
-from deltacontrol.experiments.tasks import encoding as data
-from deltacontrol.experiments.training.finetune import sizes
+from deltacontrol.experiments.heads import head_controls
+from deltacontrol.experiments.measures.tangent_kernel import TangentKernel, tangent_kernel
+from deltacontrol.experiments.tasks.encoding import Batch, without_labels
 from deltacontrol.theory.dimension.subspace_outputs import LinearisedRows, eliminate
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.model_curvature import softmax_factor
 
 if TYPE_CHECKING:
-    from deltacontrol.deltas import Delta
+    from deltacontrol.experiments.setting import Setting
 
 LEAST_ROWS = 10
 DRAWS = 400  # of subspaces, for accuracies
@@ -40,19 +33,11 @@ class InitialModel:
     """A model at its initial point, and the tangent kernel of training and of held-out rows.
 
     Args:
-        model: as in `deltacontrol.experiments.models.load`.
-        task: a classification task, as in `deltacontrol.experiments.tasks.load`.
-        deltas: whose parameters are restricted to a subspace; all of the model if empty. The head
-            is trained beside it, without restriction, where none of them trains it.
-        rows: the first so many training rows.
-        heldout: the first so many validation rows; 0 for none, and no accuracies.
-        max_length: tokens of a text at most.
-        pretrained: False draws the backbone from the seed.
-        seed: of the weights that are drawn.
-        dtype: of the parameters; float64 for kernels that are exact.
-        text_column: of a task file.
-        label_column: of a task file.
-        task_kind: what the labels of a task file are; inferred by default.
+        setting: model and rows, of a classification. Its deltas are those whose parameters are
+            restricted to a subspace; all of the model if there are none. The head is trained beside
+            it, without restriction, where none of them moves it. The held-out rows are the
+            validation rows; with none of them there are no accuracies. In float64 the kernels are
+            exact.
 
     Attributes:
         controlled: the model with the deltas.
@@ -63,76 +48,52 @@ class InitialModel:
         free: names of those trained beside it.
 
     Raises:
-        InputError: the task is no classification, there are too few rows, or a delta is a subspace
-            itself.
+        InputError: the task is no classification, there are other than `LEAST_ROWS` to all rows, or
+            a delta is a subspace itself.
     """
 
-    def __init__(
-        self,
-        model: str,
-        task: str,
-        deltas: Sequence[Delta | str] = (),
-        *,
-        rows: int = 256,
-        heldout: int = 256,
-        max_length: int = 64,
-        pretrained: bool = True,
-        seed: int = 0,
-        dtype: str = "float32",
-        text_column: str = "text",
-        label_column: str = "label",
-        task_kind: Literal["classification", "regression"] | None = None,
-    ) -> None:
-        from deltacontrol.deltas import FullFineTuning, HeadTuning, attach, parse
+    def __init__(self, setting: Setting) -> None:
+        from deltacontrol.deltas import FullFineTuning, HeadTuning, attach
         from deltacontrol.deltas.methods.parts.coordinates import SubspaceDelta
 
-        loaded = tasks.load(
-            task, kind=task_kind, text_column=text_column, label_column=label_column
-        )
-        if loaded.kind != "classification":
-            raise InputError(f"{task} is a {loaded.kind} task; a prediction needs classes")
-        if len(loaded.labels) < 2:
-            raise InputError(f"{task} has one class, {loaded.labels}; a prediction needs two")
-        for name, wanted, split in (
-            ("rows", rows, loaded.train),
-            ("heldout", heldout, loaded.validation),
+        task = setting.data
+        if task.kind != "classification":
+            raise InputError(f"{task.name} is a {task.kind} task; a prediction needs classes")
+        if len(task.labels) < 2:
+            raise InputError(f"{task.name} has one class, {task.labels}; a prediction needs two")
+        for name, wanted, rows in (
+            ("rows", setting.train_rows, task.train),
+            ("heldout", setting.validation_rows, task.validation),
         ):
             least = LEAST_ROWS if name == "rows" else 0
-            if not least <= wanted <= len(split):
+            if not least <= (len(rows) if wanted is None else wanted) <= len(rows):
                 raise InputError(
-                    f"{name} is {wanted}; {task} allows {least} to {len(split)} of them"
+                    f"{name} is {wanted}; {task.name} allows {least} to {len(rows)} of them"
                 )
-        made = [parse(d) if isinstance(d, str) else d for d in deltas] or [FullFineTuning()]
+        made = setting.parsed_deltas or [FullFineTuning()]
         if any(isinstance(delta, SubspaceDelta) for delta in made):
             raise InputError(
                 "a delta is a subspace itself; give the one whose parameters it is of, or none "
                 "for all parameters of the model"
             )
-        classes = len(loaded.labels)
-        self.base, tokenizer = models.load(
-            model, kind="classification", num_labels=classes, pretrained=pretrained, seed=seed,
-            dtype=dtype,
-        )  # fmt: skip
-        self._encoded = data.encode(
-            loaded, tokenizer, max_length=max_length, train_limit=rows, eval_limit=heldout or 1
-        )
-        self.controlled = attach(self.base, *made, seed=seed)
+        self.base = setting.base
+        self._train, self._validation = setting.split("train"), setting.split("validation")
+        self.controlled = attach(self.base, *made, seed=setting.seed)
         self.restricted = list(self.controlled.trainable())
-        if not sizes(self.controlled)["num_head"]:
+        if not head_controls(self.controlled):
             self.controlled.detach()
-            self.controlled = attach(self.base, *made, HeadTuning(), seed=seed)
+            self.controlled = attach(self.base, *made, HeadTuning(), seed=setting.seed)
         self.free = [n for n in self.controlled.trainable() if n not in self.restricted]
-        self.contrasts = _contrasts(classes)
-        self.rows, self.heldout = rows, heldout
+        self.contrasts = _contrasts(len(task.labels))
+        self.rows, self.heldout = len(self._train), len(self._validation)
         self.labels, self.heldout_labels = (
-            torch.from_numpy(self._encoded.split(name).labels) for name in ("train", "validation")
+            torch.from_numpy(split.labels) for split in (self._train, self._validation)
         )
 
     @cached_property
     def kernel(self) -> TangentKernel:
         """Over all controls, of the contrasts of the logits, training rows first."""
-        examples = [self._encoded.train.batch(np.array([i])) for i in range(self.rows)]
-        examples += [self._encoded.validation.batch(np.array([i])) for i in range(self.heldout)]
+        examples = [*self._train.batches(1), *self._validation.batches(1)]
         contrasts = self.contrasts
         return tangent_kernel(
             self.controlled,
@@ -154,8 +115,7 @@ class InitialModel:
 
     def batches(self, size: int = 32) -> list[Batch]:
         """The training rows in order, with labels."""
-        starts = range(0, self.rows, size)
-        return [self._encoded.train.batch(np.arange(i, min(i + size, self.rows))) for i in starts]
+        return list(self._train.batches(size))
 
     def loss(self, rows: Tensor) -> float:
         """At the start, over training rows."""

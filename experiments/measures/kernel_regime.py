@@ -13,7 +13,7 @@ the parameters, features that stay).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,16 +61,6 @@ class Followed:
     rate: float
 
 
-def unprompted(data: MarginData, model: str, seed: int) -> MarginData:
-    """The same examples without a prompt, read out by a head that is drawn from the seed."""
-    from deltacontrol.experiments import models
-
-    base, _ = models.load(
-        model, kind="classification", num_labels=2, seed=seed, dtype=str(data.model.dtype)[6:]
-    )
-    return replace(data, model=base, words=None, prompt=[])
-
-
 def follow(
     data: MarginData,
     deltas: Sequence[Delta],
@@ -96,11 +86,11 @@ def follow(
     Raises:
         InputError: there are no unseen examples.
     """
-    if not data.test_texts:
+    if not len(data.test):
         raise InputError("the prediction is judged on unseen examples; give test_rows")
     controlled = attach(data.model, *deltas, seed=seed)
     try:
-        n = len(data.texts)
+        n = len(data.examples)
         before = kernel_of(data, controlled)
         K, z = before.total(), before.outputs[:, 0].double()
         rate = stretch * 4 * n / float(torch.linalg.eigvalsh(K[:n, :n])[-1])
@@ -143,7 +133,7 @@ def follow(
 
 def kernel_of(data: MarginData, controlled: DeltaModel) -> TangentKernel:
     """Of the margins of all examples, those that are tuned on first."""
-    examples = [data.batch([text]) for text in [*data.texts, *data.test_texts]]
+    examples = [*data.singles(data.examples), *data.singles(data.test)]
 
     def read(out: Any, example: dict[str, Tensor]) -> Tensor:
         return data.margins(out.logits, example["attention_mask"])
@@ -157,7 +147,7 @@ def kernel_distance(first: Tensor, second: Tensor) -> float:
 
 
 def _descend(data: MarginData, controlled: DeltaModel, rate: float, steps: int) -> None:
-    batch = data.batch(data.texts)
+    batch = data.batch(data.examples)
     parameters = list(controlled.trainable().values())
     for _ in range(steps):
         margins = data.margins(controlled(**batch).logits, batch["attention_mask"])

@@ -182,7 +182,7 @@ class RealLoRA:
 
     def __init__(self, data: MarginData, site: str, layer: int) -> None:
         self.data, self.site, self.layer = data, site, layer
-        self.batch = data.batch(data.texts)
+        self.batch = data.batch(data.examples)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """``G`` ``(n, out, in)`` and ``z`` ``(n,)``, from the model itself."""

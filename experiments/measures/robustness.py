@@ -15,19 +15,20 @@ fitted to the network as it is, and whatever changes the network a little may sp
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from deltacontrol.experiments import models, tasks
 from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
+from deltacontrol.experiments.setting import Setting
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
-    import pandas as pd
     from torch import Tensor
 
     from deltacontrol.deltas import DeltaModel
@@ -50,25 +51,18 @@ class Sample:
     rows: np.ndarray
 
     @classmethod
-    def of(cls, frame: pd.DataFrame, tokenizer: Any, max_length: int, change: Any = None) -> Sample:
-        """The texts of a frame, each passed through ``change`` in the order of the frame."""
-        import torch
-
-        texts = [str(text) if change is None else change(str(text)) for text in frame["text"]]
-        labels = torch.tensor(frame["label"].to_numpy())
-        lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
-        order = np.argsort(lengths, kind="stable")
-        batches = []
-        for start in range(0, len(order), BATCH_SIZE):
-            chosen = order[start : start + BATCH_SIZE]
-            encoded = tokenizer(
-                [texts[i] for i in chosen],
-                truncation=True,
-                max_length=max_length,
-                padding=True,
-                return_tensors="pt",
-            )
-            batches.append({**encoded, "labels": labels[torch.from_numpy(chosen)]})
+    def of(cls, setting: Setting, split: str, change: Callable[[str], str] | None = None) -> Sample:
+        """The chosen texts of a split, each passed through ``change`` in their order."""
+        frame = setting.frame(split)
+        if change is not None:
+            frame = frame.assign(text=[change(text) for text in frame["text"]])
+        rows = setting.encode(frame)
+        # By the lengths of the whole texts, so that those that are cut are sorted too.
+        order = np.argsort(setting.encode(frame, cut=False).lengths, kind="stable")
+        batches = [
+            rows.batch(order[start : start + BATCH_SIZE])
+            for start in range(0, len(order), BATCH_SIZE)
+        ]
         return cls(batches, order)
 
 
@@ -182,25 +176,23 @@ class Robustness(Experiment):
 
         classifier, texts = self._classifier(workspace)
         attack = EmbeddingAttack(self.epsilon, self.attack_steps)
-        calibration = calibrate(classifier, texts("train", self.num_calibration).batches)
+        calibration = calibrate(classifier, texts("train").batches)
 
-        held_out = texts("validation", self.num_validation)
+        held_out = texts("validation")
         noise = [attack.perturbation(classifier, batch) for batch in held_out.batches]
         choice, search = self._choose(classifier, calibration, held_out, noise)
         rival, rival_search = self._choose(
             classifier, calibration, held_out, noise, random=self.seed
         )
 
-        test = texts("test", self.num_test)
+        test = texts("test")
         noise = [attack.perturbation(classifier, batch) for batch in test.batches]
         law = choice.law(calibration)
         control = rival.law(calibration, random=self.seed)
         same = choice.law(calibration, random=self.seed)
         adaptive = [attack.perturbation(classifier, batch, law) for batch in test.batches]
         generator = np.random.default_rng(self.seed)
-        typos = texts(
-            "test", self.num_test, lambda text: corrupted(text, self.typo_rate, generator)
-        )
+        typos = texts("test", lambda text: corrupted(text, self.typo_rate, generator))
         right = {
             "clean": correct(classifier, test),
             "clean_corrected": correct(classifier, test, law=law),
@@ -237,10 +229,19 @@ class Robustness(Experiment):
 
     def _classifier(self, workspace: Workspace) -> tuple[DeltaModel, Any]:
         """The trained model, frozen, and a function that gives batches of a split."""
-        from deltacontrol.deltas import HeadTuning, attach
-        from deltacontrol.deltas.registry import from_dict
         from deltacontrol.experiments.training.finetune import FineTuning
 
+        setting = Setting(
+            self.model,
+            self.task,
+            deltas=(self.delta,),
+            train_rows=self.num_calibration,
+            validation_rows=self.num_validation,
+            test_rows=self.num_test,
+            expects="classification",
+            max_length=self.max_length,
+            seed=self.seed,
+        )
         training = FineTuning(
             model=self.model,
             task=self.task,
@@ -254,21 +255,10 @@ class Robustness(Experiment):
         trained = training.execute(workspace)
         if trained.controls is None or trained.status != "completed":
             raise InputError(f"the training of the classifier failed: {trained.message}")
-        data = tasks.load(self.task)
-        base, tokenizer = models.load(
-            self.model, kind="classification", num_labels=len(data.labels), seed=self.seed
-        )
-        delta = from_dict(self.delta)
-        head = () if delta.trains_head else (HeadTuning(),)
-        classifier = attach(base, delta, *head, seed=self.seed)
+        classifier = setting.controlled
         classifier.load(trained.controls)
         classifier.eval().requires_grad_(False)
-
-        def texts(split: str, count: int, change: Any = None) -> Sample:
-            rows = getattr(data, split).head(count)
-            return Sample.of(rows, tokenizer, self.max_length, change)
-
-        return classifier, texts
+        return classifier, partial(Sample.of, setting)
 
     def _choose(
         self,

@@ -17,6 +17,7 @@ from deltacontrol.deltas import LoRA, attach
 from deltacontrol.deltas.dynamics.transformer import TransformerDynamics
 from deltacontrol.deltas.model import DeltaModel
 from deltacontrol.experiments.measures.margins import MarginData, logistic_loss
+from deltacontrol.experiments.tasks.encoding import EncodedSplit
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.linearisation import Linearisation, differentiable_attention
 from deltacontrol.theory.linear.output_map import OutputMap
@@ -81,8 +82,7 @@ def margin_map(data: MarginData, sites: Sequence[str], rank: int, seed: int) -> 
     controlled = attach_everywhere(data, sites, rank, seed)
     try:
         maps, margins, parts = [], [], {}
-        for text in data.texts:
-            batch = data.batch([text])
+        for batch in data.singles(data.examples):
             dynamics = TransformerDynamics(controlled, batch)
             parts = parts or site_parts(controlled, dynamics, sites)
             controls = dynamics.controls()
@@ -141,11 +141,9 @@ class SiteTuner:
     ) -> None:
         self.data, self.weight_decay = data, weight_decay
         self.controlled = attach_everywhere(data, sites, rank, seed)
-        self._train = _Examples(self.controlled, data, data.texts, data.signs)
+        self._train = _Examples(self.controlled, data, data.examples, data.signs)
         self._test = (
-            _Examples(self.controlled, data, data.test_texts, data.test_signs)
-            if data.test_texts
-            else None
+            _Examples(self.controlled, data, data.test, data.test_signs) if len(data.test) else None
         )
         self.parts = site_parts(self.controlled, self._train.dynamics, sites)
 
@@ -189,9 +187,9 @@ class _Examples:
     """One batch, and its states under the untouched controls."""
 
     def __init__(
-        self, controlled: DeltaModel, data: MarginData, texts: Sequence[str], signs: Tensor
+        self, controlled: DeltaModel, data: MarginData, rows: EncodedSplit, signs: Tensor
     ) -> None:
-        batch = data.batch(texts)
+        batch = data.batch(rows)
         self.data, self.signs, self.mask = data, signs, batch["attention_mask"]
         self.dynamics = TransformerDynamics(controlled, batch)
         self.controls = self.dynamics.controls()

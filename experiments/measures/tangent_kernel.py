@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltacontrol.experiments.tasks.encoding import Batch, without_labels
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.step_graph import differentiable_attention
 
-Batch = dict[str, Tensor]
 Read = Callable[[Any, Batch], Tensor]
 
 CAPACITY = 2**29
@@ -85,11 +85,6 @@ def tangent_kernel(
         for name in group:
             parts[name] = _gram(rows.pop(name))
     return TangentKernel(torch.stack(outputs), {name: parts[name] for name in parameters})
-
-
-def without_labels(batch: Batch) -> Batch:
-    """The arguments of a model that is to compute no loss."""
-    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def _groups(

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -20,6 +21,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # Part of every packaged task's digest: raise it when the conversion or the split changes.
 CONVERSION = 1
+SHOWN_CLASSES = 6
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,29 @@ class Task:
     test: pd.DataFrame
     digest: str
     source: str
+
+    def __repr__(self) -> str:
+        """Name, kind, rows of each split, and classes."""
+        rows = ", ".join(f"{split} {count:,d}" for split, count in self._sizes().items())
+        return f"Task({self.name}: {self._what()}; rows: {rows})"
+
+    def _repr_html_(self) -> str:
+        """The same as a table."""
+        rows = {"kind": self._what(), **{k: f"{v:,d} rows" for k, v in self._sizes().items()}}
+        cells = "".join(
+            f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in rows.items()
+        )
+        return f"<table><caption>{escape(self.name)}</caption>{cells}</table>"
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: len(getattr(self, name)) for name in ("train", "validation", "test")}
+
+    def _what(self) -> str:
+        if not self.labels:
+            return self.kind
+        names = ", ".join(self.labels[:SHOWN_CLASSES])
+        more = ", …" if len(self.labels) > SHOWN_CLASSES else ""
+        return f"{self.kind}, {len(self.labels)} classes ({names}{more})"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """From texts to batches: tokenised once, batched by length, the same on every machine.
 
+The tokenizer is called here alone, by `encode_rows`.
+
 A split is stored ragged: all token ids in one array (tokens,), and offsets (rows + 1,). A batch
 is the dictionary that a model's forward takes:
 
@@ -15,7 +17,7 @@ size), so a run that was killed goes on with the batch it would have had.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
-    from deltacontrol.experiments.tasks import Task
+    from deltacontrol.experiments.tasks import Kind, Task
 
 Batch = dict[str, torch.Tensor]
 
@@ -58,13 +60,46 @@ class EncodedSplit:
         """Number of rows."""
         return len(self.offsets) - 1
 
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Yield all rows in order, `size` of them a batch."""
+        for start in range(0, len(self), size):
+            yield self.batch(np.arange(start, min(start + size, len(self))))
+
+    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Yield every row exactly once, longest first."""
+        # The first batch needs the most memory: too large a batch fails at once.
+        order = np.argsort(-self.lengths, kind="stable")
+        for start in range(0, len(order), batch_size):
+            yield self.batch(order[start : start + batch_size])
+
     @property
     def lengths(self) -> np.ndarray:
         """Number of tokens of each row (rows,)."""
         return np.diff(self.offsets)
 
-    def batch(self, rows: np.ndarray) -> Batch:
-        """Return the rows (batch,) as one batch, padded to the longest among them."""
+    @property
+    def majority_share(self) -> float:
+        """Share of the most frequent label: the accuracy of always guessing it.
+
+        Raises:
+            InputError: the rows have no labels.
+        """
+        if self.labels is None:
+            raise InputError("rows of a language-model task have no labels, so no majority.")
+        return float(np.unique(self.labels, return_counts=True)[1].max() / len(self.labels))
+
+    def batch(self, rows: np.ndarray | Sequence[int] | None = None) -> Batch:
+        """Return the rows (batch,) as one batch, padded to the longest among them.
+
+        Args:
+            rows: their numbers; all rows in order by default.
+
+        Raises:
+            InputError: no rows.
+        """
+        rows = np.arange(len(self)) if rows is None else np.asarray(rows)
+        if not len(rows):
+            raise InputError("a batch of no rows; ask for one row or more.")
         starts, lengths = self.offsets[rows], self.lengths[rows]
         columns = np.arange(lengths.max())
         mask = columns < lengths[:, None]
@@ -128,74 +163,92 @@ class Encoded:
         Raises:
             InputError: as in `split`.
         """
-        part = self.split(split)
-        # The first batch needs the most memory: too large a batch fails at once.
-        order = np.argsort(-part.lengths, kind="stable")
-        for start in range(0, len(order), batch_size):
-            yield part.batch(order[start : start + batch_size])
+        yield from self.split(split).eval_batches(batch_size)
 
     def num_eval_batches(self, split: str, batch_size: int) -> int:
         """Number of batches that `eval_batches` yields."""
         return math.ceil(len(self.split(split)) / batch_size)
 
 
-def encode(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    train_limit: int | None = None,
-    eval_limit: int | None = None,
-) -> Encoded:
-    """Tokenise a task.
+def without_labels(batch: Batch) -> Batch:
+    """The arguments of a model that is to compute no loss."""
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def encode(task: Task, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Encoded:
+    """Tokenise all rows of a task.
 
     Args:
-        task: rows in a fair order, so a limit takes a sample with the task's class shares.
-        tokenizer: a fast tokenizer with a padding token, as `deltacontrol.experiments.models.load`
-        gives.
-        max_length: longer texts are cut at this many tokens, special ones included.
-        train_limit: use the first so many training rows.
-        eval_limit: use the first so many validation and test rows.
+        task: the rows.
+        tokenizer: as in `encode_rows`.
+        max_length: as in `encode_rows`.
 
     Raises:
-        InputError: a limit or `max_length` that is too small, no padding token, or no text with two
-            tokens for causal-lm (a single one has nothing to predict; such rows are left out).
+        InputError: as in `encode_rows`.
     """
-    if max_length < 2 + tokenizer.num_special_tokens_to_add():
-        raise InputError(f"max_length={max_length} leaves no room for text; give 8 or more.")
-    for name, limit in (("train_limit", train_limit), ("eval_limit", eval_limit)):
-        if limit is not None and limit < 1:
-            raise InputError(f"{name} must be 1 or more, got {limit}.")
-    limits = {"train": train_limit, "validation": eval_limit, "test": eval_limit}
-    frames = {name: getattr(task, name).iloc[:limit] for name, limit in limits.items()}
     return Encoded(
-        **{name: _encode_split(part, task, tokenizer, max_length) for name, part in frames.items()}
+        **{
+            split: encode_rows(
+                getattr(task, split),
+                tokenizer,
+                kind=task.kind,
+                max_length=max_length,
+                name=task.name,
+            )
+            for split in ("train", "validation", "test")
+        }
     )
 
 
-def _encode_split(
-    frame: pd.DataFrame, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+def encode_rows(
+    frame: pd.DataFrame,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    kind: Kind,
+    max_length: int | None,
+    suffix: Sequence[int] = (),
+    name: str = "the task",
 ) -> EncodedSplit:
+    """Tokenise rows of a task.
+
+    Args:
+        frame: columns `text` and, unless causal-lm, `label`.
+        tokenizer: a fast tokenizer with a padding token, as `deltacontrol.experiments.models.load`
+        gives.
+        kind: what the labels are.
+        max_length: longer texts are cut at this many tokens, special ones included; None cuts none.
+        suffix: tokens that follow every text, after the cut: a prompt.
+        name: of the task, for errors.
+
+    Raises:
+        InputError: a `max_length` that is too small, no padding token, or no text with two tokens
+            for causal-lm (a single one has nothing to predict; such rows are left out).
+    """
+    if max_length is not None and max_length < 2 + tokenizer.num_special_tokens_to_add():
+        raise InputError(f"max_length={max_length} leaves no room for text; give 8 or more.")
     pad = tokenizer.pad_token_id
     if not isinstance(pad, int):
         raise InputError("the tokenizer has no padding token; set one, its end token for example.")
-    ids = tokenizer(
-        frame["text"].tolist(),
-        truncation=True,
-        max_length=max_length,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )["input_ids"]
+    ids: list[list[int]] = []
+    if len(frame):
+        ids = tokenizer(
+            frame["text"].tolist(),
+            truncation=max_length is not None,
+            max_length=max_length,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]  # type: ignore[assignment]
+    ids = [[*row, *suffix] for row in ids]
     labels = None
-    if task.kind == "causal-lm":
+    if kind == "causal-lm":
         ids = [row for row in ids if len(row) > 1]
         if not ids:
-            raise InputError(f"{task.name}: no text of a split has two tokens; nothing to predict.")
+            raise InputError(f"{name}: no text of a split has two tokens; nothing to predict.")
     else:
         # A text of none of the tokenizer's tokens still needs one position to be read out from.
         ids = [row or [pad] for row in ids]
-        kind = np.float32 if task.kind == "regression" else np.int64
-        labels = frame["label"].to_numpy(dtype=kind, copy=True)
+        dtype = np.float32 if kind == "regression" else np.int64
+        labels = frame["label"].to_numpy(dtype=dtype, copy=True)
     lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.fromiter((token for row in ids for token in row), np.int64, count=offsets[-1])

@@ -5,20 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import numpy as np
 import tyro
 
 from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
+from deltacontrol.experiments.setting import Setting
 from deltacontrol.experiments.training.rates import default_rate
 from deltacontrol.experiments.training.schedules import SCHEDULES
 from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from deltacontrol.deltas import DeltaModel
-    from deltacontrol.experiments.tasks import Task
     from deltacontrol.experiments.tasks.encoding import Encoded
 
 METRICS = {
@@ -199,7 +196,9 @@ class FineTuning(Experiment):
         """Digests of the model and the task, without fetching them."""
         from deltacontrol.experiments import models, tasks
 
-        return Digests(models.digest(self.model), tasks.digest(self.task, **self._columns()))
+        columns = {"text_column": self.text_column, "label_column": self.label_column}
+        task = tasks.digest(self.task, kind=self.task_kind, **columns)
+        return Digests(models.digest(self.model), task)
 
     def execute(self, workspace: Workspace) -> Outcome:
         """Train and evaluate.
@@ -224,20 +223,13 @@ class FineTuning(Experiment):
             ) from error
 
     def _execute(self, workspace: Workspace) -> Outcome:
-        from deltacontrol.experiments.tasks import encoding as data
         from deltacontrol.experiments.training import loop as training
         from deltacontrol.experiments.training import sequential as stages
         from deltacontrol.experiments.training.devices import autocast
         from deltacontrol.experiments.training.evaluation import MONITORED, evaluate
 
-        model, tokenizer, task = self.load()
-        encoded = data.encode(
-            task,
-            tokenizer,
-            max_length=self.max_length,
-            train_limit=self.train_limit,
-            eval_limit=self.eval_limit,
-        )
+        setting = self.setting()
+        task, encoded, model = setting.data, setting.encoded, setting.controlled
 
         def metrics(module: Any, split: str) -> dict[str, float]:
             return evaluate(module, encoded.eval_batches(split, self.batch_size), task.kind)
@@ -268,13 +260,13 @@ class FineTuning(Experiment):
         if trained.best is not None:
             best[f"best_validation_{monitor}"] = trained.best["value"]
             best["best_validation_step"] = int(trained.best["step"])
-        labels = encoded.split(self.evaluate_on).labels
+        evaluated = encoded.split(self.evaluate_on)
         return Outcome(
             status=trained.status,
             result={
                 **final,
-                "majority_share": majority_share(labels) if task.kind == "classification" else None,
-                "num_evaluated": len(encoded.split(self.evaluate_on)),
+                "majority_share": evaluated.majority_share if task.labels else None,
+                "num_evaluated": len(evaluated),
                 "num_labels": len(task.labels),
                 **sizes(model),
                 **best,
@@ -287,40 +279,22 @@ class FineTuning(Experiment):
             earlier_seconds=trained.earlier_seconds,
         )
 
-    def load(self) -> tuple[DeltaModel, PreTrainedTokenizerBase, Task]:
-        """The model with its deltas before training, its tokenizer, and the task.
-
-        Raises:
-            InputError: from loading either, or from attaching the deltas; max_length is too long.
-        """
-        from deltacontrol.experiments import models, tasks
-
-        task = tasks.load(self.task, **self._columns())
-        base, tokenizer = models.load(
+    def setting(self) -> Setting:
+        """The model with its deltas before training, and the rows; made anew at every call."""
+        return Setting(
             self.model,
-            kind=task.kind,
-            num_labels=len(task.labels) if task.kind == "classification" else None,
+            self.task,
+            deltas=self.deltas,
+            train_rows=self.train_limit,
+            validation_rows=self.eval_limit,
+            test_rows=self.eval_limit,
+            max_length=self.max_length,
             pretrained=self.pretrained,
             seed=self.seed,
+            text_column=self.text_column,
+            label_column=self.label_column,
+            task_kind=self.task_kind,
         )
-        check_length(self.max_length, base, self.model)
-        return self.attached(base, task.kind), tokenizer, task
-
-    def attached(self, base: Any, kind: str) -> DeltaModel:
-        """`base` with the deltas, and with the head where none of them trains it."""
-        from deltacontrol.deltas import HeadTuning, attach, from_dict
-
-        deltas = [from_dict(delta) for delta in self.deltas]
-        if kind != "causal-lm" and not any(delta.trains_head for delta in deltas):
-            deltas.append(HeadTuning())
-        return attach(base, *deltas, seed=self.seed)
-
-    def _columns(self) -> dict[str, Any]:
-        return {
-            "text_column": self.text_column,
-            "label_column": self.label_column,
-            "kind": self.task_kind,
-        }
 
 
 def _expanded(delta: Any) -> dict[str, Any]:
@@ -350,24 +324,12 @@ class _TrainingBatches:
         return torch.from_numpy(rows)
 
 
-def check_length(max_length: int, base: Any, name: str) -> None:
-    """Refuse texts that are longer than a model's positions."""
-    longest = getattr(base.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and max_length > longest:
-        raise InputError(
-            f"max_length is {max_length}, but {name} has {longest} positions; choose max_length <= "
-            f"{longest}"
-        )
-
-
 def sizes(model: DeltaModel) -> dict[str, Any]:
     """Numbers of parameters; a control belongs to the head where it replaces one of its own."""
-    heads = tuple(f"{path}." for path in model.host.sites.head_paths())
-    head = sum(
-        parameter.numel()
-        for name, parameter in model.trainable().items()
-        if name.partition(".")[2].startswith(heads)
-    )
+    from deltacontrol.experiments.heads import head_controls
+
+    trained = model.trainable()
+    head = sum(trained[name].numel() for name in head_controls(model))
     trainable, total = model.num_trainable, model.num_total
     return {
         "num_trainable": trainable,
@@ -376,10 +338,3 @@ def sizes(model: DeltaModel) -> dict[str, Any]:
         "trainable_share": (trainable - head) / total,
         "trainable_share_with_head": trainable / total,
     }
-
-
-def majority_share(labels: np.ndarray | None) -> float | None:
-    """Share of the most frequent class: the accuracy of always guessing it."""
-    if labels is None:
-        return None
-    return float(np.unique(labels, return_counts=True)[1].max() / len(labels))

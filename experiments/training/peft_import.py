@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
 from deltacontrol.experiments.runs.record import Record
-from deltacontrol.experiments.training.finetune import (
-    METRICS,
-    FineTuning,
-    check_length,
-    majority_share,
-    sizes,
-)
+from deltacontrol.experiments.setting import Setting
+from deltacontrol.experiments.training.finetune import METRICS, FineTuning, sizes
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from deltacontrol.deltas import DeltaModel
     from deltacontrol.experiments.models import ModelKind
 
@@ -79,7 +72,8 @@ class ImportedAdapter(Experiment):
         """Digests of the base model and the task."""
         from deltacontrol.experiments import models, tasks
 
-        data = tasks.digest(self.task, **self._columns()) if self.task else None
+        columns = {"text_column": self.text_column, "label_column": self.label_column}
+        data = tasks.digest(self.task, kind=self.task_kind, **columns) if self.task else None
         return Digests(models.digest(self._model()), data)
 
     def execute(self, workspace: Workspace) -> Outcome:
@@ -95,37 +89,43 @@ class ImportedAdapter(Experiment):
         import pandas as pd
 
         from deltacontrol.deltas.interop import import_peft
-        from deltacontrol.experiments import models, tasks
-        from deltacontrol.experiments.tasks import encoding as data
         from deltacontrol.experiments.training.evaluation import evaluate
 
         del workspace
-        if self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}; expected a whole number >= 1")
-        task = tasks.load(self.task, **self._columns()) if self.task else None
-        kind = task.kind if task else self._kind()
-        num_labels = len(task.labels) if task else self._num_labels()
-        base, tokenizer = models.load(
-            self._model(), kind=kind, num_labels=num_labels if kind == "classification" else None
-        )
-        model = import_peft(self.adapter, base)
+        for name in ("batch_size", "eval_limit"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise InputError(f"{name} is {count}; expected a whole number >= 1")
+        setting = self.setting()
+        model = import_peft(self.adapter, setting.base)
         result: dict[str, Any] = {
             "deltas": [delta.to_dict() for delta in model.deltas],
-            "model_kind": kind,
-            "num_labels": num_labels if kind == "classification" else None,
+            "model_kind": setting.kind,
+            "num_labels": setting.classes,
             **sizes(model),
         }
-        if task is not None:
-            check_length(self.max_length, base, self._model())
-            encoded = data.encode(
-                task, tokenizer, max_length=self.max_length, eval_limit=self.eval_limit
-            )
-            labels = encoded.split(self.evaluate_on).labels
-            batches = encoded.eval_batches(self.evaluate_on, self.batch_size)
-            result |= evaluate(model, batches, task.kind)
-            result["num_evaluated"] = len(encoded.split(self.evaluate_on))
-            result["majority_share"] = majority_share(labels) if task.labels else None
+        if self.task:
+            rows = setting.split(self.evaluate_on)
+            batches = rows.eval_batches(self.batch_size)
+            result |= evaluate(model, batches, setting.data.kind)
+            result["num_evaluated"] = len(rows)
+            result["majority_share"] = rows.majority_share if setting.data.labels else None
         return Outcome("completed", result, pd.DataFrame({"step": []}), model.state())
+
+    def setting(self) -> Setting:
+        """The base model with the head that the task or else the adapter needs, and the rows."""
+        return Setting(
+            self._model(),
+            self.task or None,
+            validation_rows=self.eval_limit,
+            test_rows=self.eval_limit,
+            max_length=self.max_length,
+            model_kind=None if self.task else self._kind(),
+            num_labels=None if self.task else self._num_labels(),
+            text_column=self.text_column,
+            label_column=self.label_column,
+            task_kind=self.task_kind,
+        )
 
     def _read(self) -> Any:
         from deltacontrol.deltas.interop.adapter import read
@@ -159,13 +159,6 @@ class ImportedAdapter(Experiment):
         heads = [v for k, v in tensors.items() if k.endswith(_HEADS) and k.startswith("base_model")]
         return len(heads[0]) if heads else 2
 
-    def _columns(self) -> dict[str, Any]:
-        return {
-            "text_column": self.text_column,
-            "label_column": self.label_column,
-            "kind": self.task_kind,
-        }
-
 
 def _digest(folder: Path) -> str:
     """SHA-256 of both files, shortened."""
@@ -181,6 +174,20 @@ def restore(record: Record) -> DeltaModel:
     """The controlled model at the end of a recorded run.
 
     Raises:
+        InputError: as in `setting_of`.
+    """
+    return setting_of(record).controlled
+
+
+def setting_of(record: Record, **changes: Any) -> Setting:
+    """The setting of a recorded run, its controls those at the end of the run.
+
+    Args:
+        record: of a fine-tuning or an imported adapter.
+        changes: other fields of the setting, such as ``dtype="float64"``: the control problem is
+            exact there.
+
+    Raises:
         InputError: the run keeps no controls, is of another kind, or its model has changed.
     """
     controls = record.controls()
@@ -191,39 +198,34 @@ def restore(record: Record) -> DeltaModel:
             f"{', '.join(builders)}."
         )
     _same_model(record)
-    controlled = builders[record.kind](record)
-    controlled.load(controlled.state() | controls)
-    return controlled
+    setting = replace(builders[record.kind](record), **changes)
+    setting.controlled.load(setting.controlled.state() | controls)
+    return setting
 
 
-def _fine_tuned(record: Record) -> DeltaModel:
+def _fine_tuned(record: Record) -> Setting:
     kind = next((k for k, names in METRICS.items() if names[0] in record.result), None)
     if kind is None:
         raise InputError(f"run {record.id} has no metric, so its kind of task is not known.")
-    base = _base(record, kind, record.result.get("num_labels"))
-    return FineTuning.from_config(record.config).attached(base, kind)
+    made: Any = {"model_kind": kind, "num_labels": record.result.get("num_labels")}
+    return replace(FineTuning.from_config(record.config).setting(), **made)
 
 
-def _imported(record: Record) -> DeltaModel:
-    from deltacontrol.deltas import attach, from_dict
-
+def _imported(record: Record) -> Setting:
     result = record.result
-    base = _base(record, result["model_kind"], result["num_labels"])
-    return attach(base, *(from_dict(delta) for delta in result["deltas"]))
-
-
-def _base(record: Record, kind: Any, num_labels: int | None) -> PreTrainedModel:
-    from deltacontrol.experiments import models
-
     config = record.config
-    base, _ = models.load(
+    return Setting(
         config["model"],
-        kind=kind,
-        num_labels=num_labels if kind == "classification" else None,
-        pretrained=config.get("pretrained", True),
-        seed=config.get("seed", 0),
+        config["task"] or None,
+        deltas=result["deltas"],
+        add_head=False,
+        max_length=config["max_length"],
+        text_column=config["text_column"],
+        label_column=config["label_column"],
+        task_kind=config["task_kind"],
+        model_kind=result["model_kind"],
+        num_labels=result["num_labels"],
     )
-    return base
 
 
 def _same_model(record: Record) -> None:

@@ -73,13 +73,17 @@ def test_lora_on_a_tiny_transformer(
 )
 def test_lora_on_real_blocks(minilm_l6: str, solver: Solver, converges: bool) -> None:
     """Nearly separated examples have little Gauss-Newton curvature, so that GN only descends."""
-    from deltacontrol.experiments.measures.problems import fixed_problem
+    from deltacontrol.experiments.measures.identities import end_to_end_gradient
+    from deltacontrol.experiments.setting import Setting
 
-    fixed = fixed_problem((LoRA(rank=4),), num_examples=4, max_length=12, weight_decay=1e-2)
-    start = fixed.dynamics.controls()
-    solution = solve(fixed.problem, solver, start, max_steps=60, tol=1e-6)
+    setting = Setting(
+        minilm_l6, "movie", deltas=[LoRA(rank=4)], train_rows=4, max_length=12, dtype="float64"
+    )
+    problem = setting.control_problem(weight_decay=1e-2)
+    start = problem.dynamics.controls()  # type: ignore[attr-defined]
+    solution = solve(problem, solver, start, max_steps=60, tol=1e-6)
     expected = Status.CONVERGED if converges else Status.MAX_STEPS
     assert solution.status is expected, solution.message
-    assert solution.objective < 0.1 * float(fixed.problem.objective(start))
-    reference = torch.cat(fixed.end_to_end_gradient(solution.controls)).norm()
+    assert solution.objective < 0.1 * float(problem.objective(start))
+    reference = torch.cat(end_to_end_gradient(problem, solution.controls)).norm()
     assert float(reference) == pytest.approx(solution.residual.norm, rel=1e-3, abs=1e-10)

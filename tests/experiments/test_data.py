@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deltacontrol.experiments.tasks import Task
-from deltacontrol.experiments.tasks.encoding import IGNORED, Encoded, encode
+from deltacontrol.experiments.tasks.encoding import IGNORED, Encoded, encode, encode_rows
 from deltacontrol.theory.errors import InputError
 
 PAD = 0
@@ -165,37 +165,46 @@ def test_long_texts_are_cut_and_empty_ones_keep_a_position(
     assert split.batch(np.array([1]))["input_ids"].tolist() == [[PAD]]
 
 
-def test_limits_take_the_first_rows(tokenizer: PreTrainedTokenizerFast) -> None:
-    limited = encode(task(), tokenizer, max_length=8, train_limit=10, eval_limit=20)
-    assert [len(limited.split(name)) for name in ("train", "validation", "test")] == [10, 15, 20]
-    seen = {row for batch in limited.eval_batches("train", 4) for row in rows_of(batch)}
-    assert seen == set(range(2, 12))
+def test_rows_in_order(encoded: Encoded) -> None:
+    split = encoded.train
+    assert rows_of(split.batch()) == list(range(2, 102))
+    assert [rows_of(batch) for batch in split.batches(60)] == [
+        list(range(2, 62)),
+        list(range(62, 102)),
+    ]
+    assert split.majority_share == 34 / 100
+    with pytest.raises(InputError, match="a batch of no rows"):
+        split.batch([])
+
+
+def test_a_prompt_follows_the_cut_text_and_nothing_is_cut_where_that_is_asked_for(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    rows = pd.DataFrame({"text": ["w2 w3", "w4 w5 w6 w7"], "label": [0, 1]})
+    prompted = encode_rows(
+        rows, tokenizer, kind="classification", max_length=3, suffix=[8, 9]
+    ).batch()
+    assert prompted["input_ids"].tolist() == [[2, 3, 8, 9, PAD], [4, 5, 6, 8, 9]]
+    assert prompted["attention_mask"].sum(1).tolist() == [4, 5]
+    whole = encode_rows(rows, tokenizer, kind="classification", max_length=None)
+    assert whole.lengths.tolist() == [2, 4]
+    assert len(encode_rows(rows[:0], tokenizer, kind="classification", max_length=3)) == 0
 
 
 def test_a_split_smaller_than_a_batch_is_one_batch(tokenizer: PreTrainedTokenizerFast) -> None:
-    limited = encode(task(), tokenizer, max_length=8, train_limit=5)
+    limited = encode(task(rows=5), tokenizer, max_length=8)
     for step in range(3):
         batch = limited.training_batch(step, seed=0, batch_size=16)
         assert sorted(rows_of(batch)) == [2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_length": 1}, "max_length=1 leaves no room"),
-        ({"max_length": 8, "train_limit": 0}, "train_limit must be 1 or more"),
-        ({"max_length": 8, "eval_limit": -1}, "eval_limit must be 1 or more"),
-    ],
-)
-def test_limits_that_make_no_sense(
-    options: dict, message: str, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    with pytest.raises(InputError, match=message):
-        encode(task(), tokenizer, **options)
+def test_a_length_without_room_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InputError, match="max_length=1 leaves no room"):
+        encode(task(), tokenizer, max_length=1)
 
 
 def test_texts_of_one_token_leave_nothing_to_predict(tokenizer: PreTrainedTokenizerFast) -> None:
     source = task("causal-lm")
     source.validation["text"] = "w5"
-    with pytest.raises(InputError, match="nothing to predict"):
+    with pytest.raises(InputError, match="words: no text .* nothing to predict"):
         encode(source, tokenizer, max_length=8)

@@ -9,16 +9,18 @@ import torch
 
 from deltacontrol.deltas import HeadTuning, LoRA
 from deltacontrol.experiments.measures.kernel_regime import follow, kernel_distance
-from deltacontrol.experiments.measures.margins import MarginData, margin_data
+from deltacontrol.experiments.measures.margins import MarginData
+from deltacontrol.experiments.setting import Setting
 from deltacontrol.theory.errors import InputError
 
 
 @pytest.fixture(scope="module")
 def data(minilm_l6: str) -> MarginData:
-    return margin_data(
-        minilm_l6, "movie", kind="classification", num_examples=4, max_length=8, head_rows=64,
-        test_rows=3,
+    setting = Setting(
+        minilm_l6, "movie", train_rows=4, test_rows=3, order="shuffled", max_length=8,
+        head="ridge", head_rows=64, dtype="float64",
     )  # fmt: skip
+    return MarginData.of(setting)
 
 
 def test_a_head_follows_its_kernel_exactly(data: MarginData) -> None:
@@ -48,5 +50,6 @@ def test_the_distance_of_kernels_forgets_their_sizes() -> None:
 
 
 def test_unseen_examples_are_needed(data: MarginData) -> None:
+    none = replace(data.test, tokens=data.test.tokens[:0], offsets=data.test.offsets[:1])
     with pytest.raises(InputError, match="unseen"):
-        follow(replace(data, test_texts=[]), [LoRA()])
+        follow(replace(data, test=none), [LoRA()])

@@ -13,7 +13,8 @@ from deltacontrol.experiments.measures.low_rank_minima import (
     RealLoRA,
     needed_rank,
 )
-from deltacontrol.experiments.measures.margins import MarginData, margin_data
+from deltacontrol.experiments.measures.margins import MarginData
+from deltacontrol.experiments.setting import Setting
 from deltacontrol.theory.errors import InputError
 
 F64 = torch.float64
@@ -31,9 +32,11 @@ def problem(loss: Loss, share: float = 0.2) -> LinearLoRA:
 
 @pytest.fixture(scope="module")
 def data(minilm_l6: str) -> MarginData:
-    return margin_data(
-        minilm_l6, "movie", kind="classification", num_examples=3, max_length=8, head_rows=64
-    )
+    setting = Setting(
+        minilm_l6, "movie", train_rows=3, test_rows=0, order="shuffled", max_length=8,
+        head="ridge", head_rows=64, dtype="float64",
+    )  # fmt: skip
+    return MarginData.of(setting)
 
 
 def test_the_rank_that_is_needed() -> None:
@@ -93,7 +96,7 @@ def test_rows_are_derivatives_of_the_real_margins(data: MarginData) -> None:
     rows, margins = real.rows()
     weight = data.model.get_parameter("bert.encoder.layer.2.attention.self.value.weight")
     direction = normal(*weight.shape, seed=5) / weight.numel() ** 0.5
-    batch = data.batch(data.texts)
+    batch = data.batch(data.examples)
     errors = []
     for h in (1e-1, 1e-2):
         with torch.no_grad():

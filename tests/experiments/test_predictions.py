@@ -12,8 +12,9 @@ import torch
 
 from deltacontrol.deltas import parse
 from deltacontrol.experiments.measures.initial_model import InitialModel
-from deltacontrol.experiments.measures.tangent_kernel import tangent_kernel, without_labels
+from deltacontrol.experiments.measures.tangent_kernel import tangent_kernel
 from deltacontrol.experiments.runs.experiment import Workspace
+from deltacontrol.experiments.setting import Setting
 from deltacontrol.experiments.studies.threshold.measurement import (
     ModelThreshold,
     QuadraticThreshold,
@@ -24,6 +25,7 @@ from deltacontrol.experiments.studies.threshold.predictions import (
     predict_dimension,
     predict_ranks,
 )
+from deltacontrol.experiments.tasks.encoding import without_labels
 from deltacontrol.theory.dimension.random_subspaces import falls
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.model_curvature import ModelCurvature
@@ -39,8 +41,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def made(places: dict[str, str], *deltas: str, **options) -> InitialModel:
-    options = {"rows": ROWS, "heldout": HELDOUT, "max_length": 12, "dtype": "float64"} | options
-    return InitialModel(places["model"], places["task"], deltas, **options)
+    rows = {"train_rows": ROWS, "validation_rows": HELDOUT}
+    options = rows | {"max_length": 12, "dtype": "float64"} | options
+    return InitialModel(Setting(places["model"], places["task"], deltas=deltas, **options))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +150,7 @@ def test_accuracies_are_those_of_solved_subspaces(full: InitialModel) -> None:
     problem = full.linearised()
     examples = full.batches(1)
     (batch,) = full.batches(ROWS)
-    held = full._encoded.validation.batch(np.arange(HELDOUT))
+    held = full._validation.batch()
     rows = torch.eye(2 * ROWS, dtype=torch.float64) @ curvature(full, batch).jacobian
     others = torch.eye(2 * HELDOUT, dtype=torch.float64) @ curvature(full, held).jacobian
     assert len(examples) == len(every)
@@ -254,12 +257,12 @@ def test_records_of_thresholds(places: dict[str, str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda p: made(p, rows=3), "allows 10 to"),
+        (lambda p: made(p, train_rows=3), "allows 10 to"),
         (lambda p: made(p, "subspace:dimension=5"), "subspace itself"),
-        (lambda p: dimension_of(made(p, rows=12, heldout=0), 0.5, "accuracy"), "heldout is 0"),
-        (lambda p: dimension_of(made(p, rows=12, heldout=2), 1.5, "accuracy"), "between 0 and 1"),
-        (lambda p: dimension_of(made(p, rows=12, heldout=2), -1.0, "loss"), "positive loss"),
-        (lambda p: predict_ranks(made(p, "bitfit", rows=12)), "without deltas"),
+        (lambda p: dimension_of(made(p, validation_rows=0), 0.5, "accuracy"), "heldout is 0"),
+        (lambda p: dimension_of(made(p, validation_rows=2), 1.5, "accuracy"), "between 0 and 1"),
+        (lambda p: dimension_of(made(p, validation_rows=2), -1.0, "loss"), "positive loss"),
+        (lambda p: predict_ranks(made(p, "bitfit", train_rows=12)), "without deltas"),
         (lambda p: ModelThreshold(targets=(1.5,)), "targets are"),
         (lambda p: ModelThreshold(dimensions=(4, 2)), "increasing"),
         (lambda p: QuadraticThreshold(draws=3), "draws is 3"),

@@ -1,10 +1,16 @@
 """Pontryagin's identities on the real pre-trained model, in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from deltacontrol.deltas import parse
-from deltacontrol.experiments.measures.problems import fixed_problem, perturbed
+from deltacontrol.experiments.measures.identities import (
+    end_to_end_gradient,
+    identity_difference,
+    perturbed,
+)
+from deltacontrol.experiments.setting import Setting
 from deltacontrol.experiments.studies.pontryagin.trace import PontryaginTrace
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.solvers import MSA, solve
@@ -12,25 +18,28 @@ from deltacontrol.theory.solvers import MSA, solve
 DELTAS = ("lora", "houlsby", "prefix", "prompt", "bitfit")
 
 
+def problem_of(model: str, name: str, weight_decay: float = 0.0) -> Any:
+    setting = Setting(model, "movie", deltas=[name], train_rows=2, max_length=8, dtype="float64")
+    return setting.control_problem(weight_decay=weight_decay)
+
+
 @pytest.mark.parametrize("name", DELTAS)
 def test_costates_give_the_gradient_of_the_real_model(minilm_l6: str, name: str) -> None:
-    fixed = fixed_problem(
-        (parse(name),), model=minilm_l6, num_examples=2, max_length=8, weight_decay=1e-3
-    )
-    controls = perturbed(fixed.dynamics.controls(), 0.1)
-    assert fixed.dynamics.replay_error == 0.0
-    assert fixed.identity_difference(controls) <= 1e-12
-    stale = fixed.problem.gradient(perturbed(controls, 0.01, seed=1))
-    exact = torch.cat(fixed.end_to_end_gradient(controls))
+    problem = problem_of(minilm_l6, name, weight_decay=1e-3)
+    controls = perturbed(problem.dynamics.controls(), 0.1)
+    assert problem.dynamics.replay_error == 0.0
+    assert identity_difference(problem, controls) <= 1e-12
+    stale = problem.gradient(perturbed(controls, 0.01, seed=1))
+    exact = torch.cat(end_to_end_gradient(problem, controls))
     assert (torch.cat(stale) - exact).norm() / exact.norm() > 1e-6
 
 
 def test_msa_with_a_gradient_step_is_gradient_descent_on_the_real_model(minilm_l6: str) -> None:
-    fixed = fixed_problem((parse("lora"),), model=minilm_l6, num_examples=2, max_length=8)
-    start = perturbed(fixed.dynamics.controls(), 0.1)
+    problem = problem_of(minilm_l6, "lora")
+    start = perturbed(problem.dynamics.controls(), 0.1)
     iterates: list[torch.Tensor] = []
     solve(
-        fixed.problem,
+        problem,
         MSA(0.05),
         start,
         max_steps=3,
@@ -41,7 +50,7 @@ def test_msa_with_a_gradient_step_is_gradient_descent_on_the_real_model(minilm_l
     for found in iterates:
         expected = torch.cat(descent)
         assert (found - expected).norm() <= 1e-12 * expected.norm()
-        gradient = fixed.end_to_end_gradient(descent)
+        gradient = end_to_end_gradient(problem, descent)
         descent = tuple(u - 0.05 * g for u, g in zip(descent, gradient, strict=True))
 
 

@@ -16,10 +16,10 @@ from deltacontrol.experiments.measures.margins import (
     MarginData,
     logistic_derivatives,
     logistic_loss,
-    margin_data,
 )
 from deltacontrol.experiments.measures.site_maps import SiteTuner, attach_everywhere, margin_map
 from deltacontrol.experiments.runs.experiment import Workspace
+from deltacontrol.experiments.setting import Setting
 from deltacontrol.experiments.studies.reachability.measurement import (
     SITES,
     SiteGramians,
@@ -30,22 +30,25 @@ from deltacontrol.theory.errors import InputError
 FEW = ("attention.value", "mlp.up")
 
 
+def margin_data(model: str, **options: Any) -> MarginData:
+    sizes = {"train_rows": 4, "test_rows": 0, "max_length": 8, "head_rows": 64}
+    kind = {"task": "movie", "order": "shuffled", "head": "ridge", "dtype": "float64"}
+    return MarginData.of(Setting(model, strict_rows=True, **sizes | kind | options))
+
+
 @pytest.fixture(scope="module")
 def data(minilm_l6: str) -> MarginData:
-    return margin_data(
-        minilm_l6, "movie", kind="classification", num_examples=4, max_length=8, head_rows=64,
-        test_rows=6,
-    )  # fmt: skip
+    return margin_data(minilm_l6, test_rows=6)
 
 
 def plain_margins(data: MarginData, model: torch.nn.Module) -> torch.Tensor:
-    batch = data.batch(data.texts)
+    batch = data.batch(data.examples)
     with torch.no_grad():
         return data.margins(model(**batch).logits, batch["attention_mask"])
 
 
 def test_margins_are_differences_of_logits_and_carry_the_loss(data: MarginData) -> None:
-    batch = data.batch(data.texts)
+    batch = data.batch(data.examples)
     with torch.no_grad():
         logits = data.model(**batch).logits
     margins = data.margins(logits, batch["attention_mask"])
@@ -61,20 +64,16 @@ def test_margins_are_differences_of_logits_and_carry_the_loss(data: MarginData) 
 
 def test_the_fitted_head_is_stationary_for_its_ridge_regression(minilm_l6: str) -> None:
     """Logistic regression with unit ridge on 64 other rows: its gradient in (w, b) vanishes."""
-    few = margin_data(
-        minilm_l6, "movie", kind="classification", num_examples=4, max_length=8, head_rows=64
-    )
-    many = margin_data(
-        minilm_l6, "movie", kind="classification", num_examples=68, max_length=8, head_rows=16
-    )
-    texts, signs = many.texts[4:], many.signs[4:]
-    assert many.texts[:4] == few.texts
+    few, many = margin_data(minilm_l6), margin_data(minilm_l6, train_rows=68, head_rows=16)
+    batch, signs = many.batch(many.examples, range(4, 68)), many.signs[4:]
+    ids = [data.batch(data.examples, range(4))["input_ids"] for data in (few, many)]
+    assert torch.equal(*ids)
     features = []
     head = few.model.get_submodule("classifier")
     assert isinstance(head, torch.nn.Linear)
     handle = head.register_forward_pre_hook(lambda _m, a: features.append(a[0]))
     with torch.no_grad():
-        few.model(**few.batch(texts))
+        few.model(**batch)
     handle.remove()
     weight = (2 * head.weight[1]).detach().requires_grad_()
     bias = (2 * head.bias[1]).detach().requires_grad_()
@@ -188,20 +187,13 @@ def test_a_language_model_has_the_margin_of_two_words_at_the_last_token(data: Ma
     words = replace(data, words=(3, 5))
     expected = torch.stack([logits[0, 3, 5] - logits[0, 3, 3], logits[1, 1, 5] - logits[1, 1, 3]])
     assert torch.equal(words.margins(logits, mask), expected)
-    prompted = replace(data, words=(3, 5), prompt=[7, 8]).batch(["one film", "a longer film it is"])
-    assert prompted["input_ids"][1, -2:].tolist() == [7, 8]
-    last = int(prompted["attention_mask"][0].sum())
-    assert prompted["input_ids"][0, last - 2 : last].tolist() == [7, 8]
 
 
 @pytest.mark.slow
 def test_rows_of_a_language_model_are_derivatives_too() -> None:
     """SmolLM2 in float32: finite differences along one direction of one site, to 1 %."""
     try:
-        words = margin_data(
-            "smollm2-135m", "movie", kind="causal-lm", num_examples=2, max_length=8,
-            dtype="float32",
-        )  # fmt: skip
+        words = margin_data("smollm2-135m", head="words", train_rows=2, dtype="float32")
     except InputError as error:
         pytest.skip(f"smollm2-135m cannot be had here: {error}")
     site, layer = "mlp.up", 20
@@ -226,14 +218,15 @@ def test_rows_of_a_language_model_are_derivatives_too() -> None:
 
 
 def test_wrong_data_is_refused(minilm_l6: str) -> None:
-    sizes: dict[str, Any] = {"num_examples": 2, "max_length": 6}
     with pytest.raises(InputError, match="two classes"):
-        margin_data(minilm_l6, "trec6", kind="classification", **sizes)
-    with pytest.raises(InputError, match="kind is 'regression'"):
-        margin_data(minilm_l6, "movie", kind="regression", **sizes)
-    with pytest.raises(InputError, match="training and"):
-        margin_data(minilm_l6, "movie", kind="classification", head_rows=10**6, **sizes)
+        margin_data(minilm_l6, task="trec6")
+    with pytest.raises(InputError, match="two classes"):
+        margin_data(minilm_l6, task="trec6", head="own")
+    with pytest.raises(InputError, match="unknown head 'regression'"):
+        SiteGramians(model=minilm_l6, head="regression").setting()
+    with pytest.raises(InputError, match="training rows of movie were asked for; it has"):
+        margin_data(minilm_l6, head_rows=10**6)
     with pytest.raises(InputError, match="one class"):
-        margin_data(minilm_l6, "movie", kind="classification", head_rows=1, **sizes)
+        margin_data(minilm_l6, head_rows=1)
     with pytest.raises(InputError, match="positive"):
         SiteGramians(weight_decay=0.0)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from deltacontrol.experiments.measures.frozen_classifier import FrozenClassifier, loss_and_accuracy
+from deltacontrol.experiments.heads import loss_and_accuracy
 from deltacontrol.experiments.runs.experiment import Workspace
+from deltacontrol.experiments.studies.selection.frozen_model import FrozenModel, changed, logits
 from deltacontrol.experiments.studies.selection.measurement import Selection, _picked, _sets
 from deltacontrol.theory.errors import InputError
 
@@ -96,22 +97,23 @@ def test_a_small_run(minilm_l6: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_frozen_classifier_is_left_as_it_was(minilm_l6: str) -> None:
+def test_the_frozen_model_is_left_as_it_was(minilm_l6: str) -> None:
     sizes = {"num_examples": 8, "num_heldout": 8, "num_test": 6, "max_length": 8}
-    frozen = FrozenClassifier.load(minilm_l6, "movie", seed=1, **sizes)
-    assert frozen.head_gap < 1e-7
-    before = frozen.logits(frozen.train)
+    setting = Selection(model=minilm_l6, seed=1, **sizes).setting()
+    frozen = FrozenModel.of(setting)
+    assert setting.head_fit is not None and setting.head_fit.gap < 1e-7
+    before = logits(frozen.model, frozen.train)
     name = "bert.encoder.layer.5.output.dense.weight"
     change = 1e-2 * torch.randn(384, 1536, dtype=torch.float64)
-    with frozen.changed({name: change}):
-        assert not torch.allclose(frozen.logits(frozen.train), before)
-    assert torch.equal(frozen.logits(frozen.train), before)
-    single = frozen.single()
-    assert next(single.model.parameters()).dtype is torch.float32
+    with changed(frozen.model, {name: change}):
+        assert not torch.allclose(logits(frozen.model, frozen.train), before)
+    assert torch.equal(logits(frozen.model, frozen.train), before)
+    assert next(frozen.real.parameters()).dtype is torch.float32
     assert next(frozen.model.parameters()).dtype is torch.float64
-    torch.testing.assert_close(single.logits(frozen.train).double(), before, rtol=1e-4, atol=1e-5)
+    single = logits(frozen.real, frozen.train).double()
+    torch.testing.assert_close(single, before, rtol=1e-4, atol=1e-5)
     loss, accuracy = loss_and_accuracy(before, frozen.train["labels"])
     uniform = torch.log(torch.tensor(2.0))
     assert loss < uniform and 0 <= accuracy <= 1
     with pytest.raises(InputError, match="9999999 test rows"):
-        FrozenClassifier.load(minilm_l6, "movie", seed=1, **(sizes | {"num_test": 9999999}))
+        Selection(model=minilm_l6, seed=1, **sizes | {"num_test": 9999999}).setting().batch("test")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -316,3 +317,19 @@ def test_lines_of_json_keep_unicode(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), "utf-8")
     assert tasks.load(str(path)).train["text"].str.startswith("naïve – ").all()
+
+
+def test_a_task_shows_name_kind_rows_and_classes() -> None:
+    frame = pd.DataFrame({"text": ["a"], "label": [0]})
+    many = pd.concat([frame] * 1200, ignore_index=True)
+    task = Task("movie", "classification", ("no", "yes"), many, frame, frame, "", "")
+    shown = (
+        "Task(movie: classification, 2 classes (no, yes); rows: train 1,200, validation 1, test 1)"
+    )
+    assert repr(task) == shown
+    html = replace(task, name="a<b")._repr_html_()
+    assert "a&lt;b" in html and "1,200 rows" in html and "2 classes (no, yes)" in html
+    plain = Task("talk", "causal-lm", (), frame, frame, frame, "", "")
+    assert repr(plain) == "Task(talk: causal-lm; rows: train 1, validation 1, test 1)"
+    letters = replace(task, labels=tuple("abcdefgh"))
+    assert "8 classes (a, b, c, d, e, f, …)" in repr(letters)

@@ -389,7 +389,7 @@ class FineTuningDimension(DimensionSearch, _Trained):
 
         def laid(method: str, dimension: int, kind: type[Any]) -> Any:
             delta = self._subspace(method, dimension)
-            tuned = self._tuning(delta, 1.0, 0, self.pretrained).load()[0]
+            tuned = self._tuning(delta, 1.0, 0, self.pretrained).setting().controlled
             return next(module for module in tuned.modules() if isinstance(module, kind))
 
         most = laid("did", 1, Coordinates).full_dim

@@ -88,28 +88,31 @@ class PontryaginTrace(Experiment):
         """Train, recording residuals and costates; compare with autograd at both ends."""
         import pandas as pd
 
-        from deltacontrol.deltas.registry import from_dict
-        from deltacontrol.experiments.measures.problems import fixed_problem
+        from deltacontrol.experiments.measures.identities import identity_difference
+        from deltacontrol.experiments.setting import Setting
         from deltacontrol.theory.solvers import solve
 
-        fixed = fixed_problem(
-            (from_dict(self.delta),),
-            model=self.model,
-            task=self.task,
-            num_examples=self.num_examples,
+        setting = Setting(
+            self.model,
+            self.task,
+            deltas=(self.delta,),
+            train_rows=self.num_examples,
+            expects="classification",
             max_length=self.max_length,
-            weight_decay=self.weight_decay,
+            dtype="float64",
             seed=self.seed,
         )
-        dynamics, start = fixed.dynamics, fixed.dynamics.controls()
+        problem = setting.control_problem(weight_decay=self.weight_decay)
+        dynamics: Any = problem.dynamics
+        start = dynamics.controls()
         rows: list[dict[str, float]] = []
-        first = fixed.identity_difference(start)
+        first = identity_difference(problem, start)
 
         def note(iterate: Iterate) -> None:
-            rows.append({"iteration": iterate.iteration, **_row(fixed.problem, iterate)})
+            rows.append({"iteration": iterate.iteration, **_row(problem, iterate)})
 
         solution = solve(
-            fixed.problem,
+            problem,
             _solver(self),
             start,
             max_steps=self.steps,
@@ -117,7 +120,7 @@ class PontryaginTrace(Experiment):
             callback=note,
             progress=workspace.progress,
         )
-        last = fixed.identity_difference(solution.controls)
+        last = identity_difference(problem, solution.controls)
         result = {
             "status": str(solution.status),
             "stages": list(dynamics.stage_names),
@@ -128,7 +131,7 @@ class PontryaginTrace(Experiment):
             "identity_relative_difference": max(first, last),
             "replay_error": dynamics.replay_error,
         }
-        controls = fixed.controlled.state()
+        controls = setting.controlled.state()
         return Outcome("completed", result, pd.DataFrame(rows), controls, solution.message)
 
 

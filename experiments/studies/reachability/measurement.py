@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from deltacontrol.experiments import models, tasks
 from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
-from deltacontrol.theory.errors import InputError
+from deltacontrol.experiments.setting import Head, Setting
+from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from deltacontrol.experiments.measures.margins import MarginData
@@ -85,18 +86,27 @@ class _OnSites(Experiment):
         return Digests(models.digest(self.model), tasks.digest(self.task))
 
     def _data(self, test_rows: int = 0) -> MarginData:
-        from deltacontrol.experiments.measures.margins import margin_data
+        from deltacontrol.experiments.measures.margins import MarginData
 
-        return margin_data(
+        return MarginData.of(self.setting(test_rows))
+
+    def setting(self, test_rows: int = 0) -> Setting:
+        """The model, the examples, and so many unseen ones."""
+        heads: dict[str, Head] = {"classification": "ridge", "causal-lm": "words"}
+        if self.head not in heads:
+            raise unknown("head", self.head, heads)
+        return Setting(
             self.model,
             self.task,
-            kind=self.head,
-            num_examples=self.num_examples,
-            max_length=self.max_length,
-            head_rows=self.head_rows,
+            train_rows=self.num_examples,
             test_rows=test_rows,
-            pretrained=self.pretrained,
+            order="shuffled",
+            strict_rows=True,
+            max_length=self.max_length,
+            head=heads[self.head],
+            head_rows=self.head_rows,
             dtype=self.dtype,
+            pretrained=self.pretrained,
             seed=self.seed,
         )
 

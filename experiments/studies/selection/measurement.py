@@ -21,14 +21,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from deltacontrol.experiments import models, tasks
 from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
+from deltacontrol.experiments.setting import Setting
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from deltacontrol.deltas.editing.sites import Site
-    from deltacontrol.experiments.measures.frozen_classifier import FrozenClassifier
+    from deltacontrol.experiments.studies.selection.frozen_model import FrozenModel
     from deltacontrol.theory.convex import ConvexSolution, Features
 
 SITES = {
@@ -100,6 +102,23 @@ class Selection(Experiment):
         """Model, task and seed."""
         return f"selection {self.model} {self.task} seed {self.seed}"
 
+    def setting(self) -> Setting:
+        """The frozen model with its fitted head, and the rows."""
+        return Setting(
+            self.model,
+            self.task,
+            train_rows=self.num_examples,
+            validation_rows=self.num_heldout,
+            test_rows=self.num_test,
+            order="shuffled",
+            order_seed=self.seed,
+            strict_rows=True,
+            expects="classification",
+            max_length=self.max_length,
+            head="fitted",
+            dtype="float64",
+        )
+
     def execute(self, workspace: Workspace) -> Outcome:
         """Fit the head, linearise, solve both paths, and compare with real training."""
         import numpy as np
@@ -107,42 +126,31 @@ class Selection(Experiment):
         from tqdm.auto import tqdm
 
         from deltacontrol.deltas.dynamics.logit_features import bias_features, weight_features
-        from deltacontrol.experiments.measures.frozen_classifier import (
-            FrozenClassifier,
-            loss_and_accuracy,
-        )
+        from deltacontrol.experiments.heads import loss_and_accuracy
+        from deltacontrol.experiments.studies.selection.frozen_model import FrozenModel, logits
         from deltacontrol.theory.convex import GroupLasso, NuclearNorm
 
-        frozen = FrozenClassifier.load(
-            self.model,
-            self.task,
-            num_examples=self.num_examples,
-            num_heldout=self.num_heldout,
-            num_test=self.num_test,
-            max_length=self.max_length,
-            seed=self.seed,
-        )
-        real = frozen.single()
-        head = loss_and_accuracy(real.logits(real.test), real.test["labels"])
-        sites = _sites(frozen)
+        setting = self.setting()
+        frozen = FrozenModel.of(setting)
+        assert setting.head_fit is not None
+        head = loss_and_accuracy(logits(frozen.real, frozen.test), frozen.test["labels"])
+        sites = _sites(frozen.model)
         names = {name: f"{site.path}.bias" for name, site in sites.items()}
         with tqdm(total=3, disable=not workspace.progress, unit="part") as bar:
             bar.set_description("group lasso")
-            rows, errors = _path(
-                self, frozen, real, bias_features, names, GroupLasso(), "group lasso"
-            )
+            rows, errors = _path(self, frozen, bias_features, names, GroupLasso(), "group lasso")
             first = max(sites, key=lambda name: rows[1][f"norm.{name}"])
             bar.update()
             bar.set_description("nuclear norm")
             weight = {first: f"{sites[first].path}.weight"}
             ranked, more = _path(
-                self, frozen, real, weight_features, weight, NuclearNorm(), "nuclear norm"
+                self, frozen, weight_features, weight, NuclearNorm(), "nuclear norm"
             )
             bar.update()
             bar.set_description("real tuning")
             budget, selected, unused = _picked(self, rows, list(sites))
             sets = _sets(self, sites, selected, unused)
-            trained = [_tuned(self, real, sites, kind, chosen) for kind, chosen in sets]
+            trained = [_tuned(self, frozen, sites, kind, chosen) for kind, chosen in sets]
             bar.update()
         result = {
             "names": list(sites),
@@ -152,8 +160,8 @@ class Selection(Experiment):
             "budget": budget,
             "selected": selected,
             "num_unused": len(unused),
-            "head_weight": frozen.head_weight,
-            "head_gap": frozen.head_gap,
+            "head_weight": setting.head_fit.weight,
+            "head_gap": setting.head_fit.gap,
             "head_test_loss": head[0],
             "head_test_accuracy": head[1],
             "linearisation_error": max(errors, more),
@@ -163,11 +171,11 @@ class Selection(Experiment):
         return Outcome("completed", result, pd.DataFrame([*rows, *ranked]))
 
 
-def _sites(frozen: FrozenClassifier) -> dict[str, Site]:
+def _sites(model: PreTrainedModel) -> dict[str, Site]:
     """The linear maps by the name "layer.site", in the order of the layers."""
     from deltacontrol.deltas.editing.sites import SiteMap
 
-    found = SiteMap(frozen.model)
+    found = SiteMap(model)
     kinds = {short: found.resolve([semantic]) for short, semantic in SITES.items()}
     pairs = [(site.layer, short, site) for short, of_kind in kinds.items() for site in of_kind]
     pairs.sort(key=lambda pair: (pair[0], list(SITES).index(pair[1])))
@@ -176,8 +184,7 @@ def _sites(frozen: FrozenClassifier) -> dict[str, Site]:
 
 def _path(
     run: Selection,
-    frozen: FrozenClassifier,
-    real: FrozenClassifier,
+    frozen: FrozenModel,
     compute: Any,
     parameters: Mapping[str, str],
     penalty: Any,
@@ -187,8 +194,7 @@ def _path(
 
     Args:
         run: the configuration.
-        frozen: the model in float64, for the features.
-        real: the model in float32, into which the changes are put.
+        frozen: the model, in float64 for the features and in float32 for the changes.
         compute: `bias_features` or `weight_features`.
         parameters: the name of each group's parameter.
         penalty: of the program.
@@ -213,7 +219,7 @@ def _path(
         pairs = zip(solution.names, solution.controls, strict=True)
         change = {name: control for name, control in pairs if bool(control.any())}
         row = _row(program, solution, solutions[0].weight)
-        row |= _heldout_row(real, parameters, z.numpy(), heldout, change)
+        row |= _heldout_row(frozen, parameters, z.numpy(), heldout, change)
         row |= {f"norm.{n}": v for n, v in zip(solution.names, solution.norms, strict=True)}
         row |= {f"bound.{n}": b for n, b in zip(solution.names, solution.rank_bounds, strict=True)}
         rows.append(row)
@@ -239,7 +245,7 @@ def _row(program: str, solution: ConvexSolution, first: float) -> dict[str, Any]
 
 
 def _heldout_row(
-    real: FrozenClassifier,
+    frozen: FrozenModel,
     parameters: Mapping[str, str],
     offset: np.ndarray,
     features: Mapping[str, Features],
@@ -248,13 +254,14 @@ def _heldout_row(
     """Loss and accuracy on held-out rows: of the linear model, and of the real one."""
     import torch
 
-    from deltacontrol.experiments.measures.frozen_classifier import loss_and_accuracy
+    from deltacontrol.experiments.heads import loss_and_accuracy
+    from deltacontrol.experiments.studies.selection.frozen_model import changed, logits
 
-    labels = real.heldout["labels"]
+    labels = frozen.heldout["labels"]
     moved = sum((features[n] @ u.reshape(-1)).reshape(offset.shape) for n, u in change.items())
     loss, accuracy = loss_and_accuracy(torch.from_numpy(offset) + moved, labels)
-    with real.changed({parameters[name]: u for name, u in change.items()}):
-        real_loss, real_accuracy = loss_and_accuracy(real.logits(real.heldout), labels)
+    with changed(frozen.real, {parameters[name]: u for name, u in change.items()}):
+        real_loss, real_accuracy = loss_and_accuracy(logits(frozen.real, frozen.heldout), labels)
     return {
         "heldout_loss": loss,
         "heldout_accuracy": accuracy,
@@ -299,7 +306,7 @@ def _sets(
 
 def _tuned(
     run: Selection,
-    real: FrozenClassifier,
+    frozen: FrozenModel,
     sites: Mapping[str, Site],
     kind: str,
     names: Sequence[str],
@@ -309,34 +316,36 @@ def _tuned(
     import torch
 
     from deltacontrol.deltas import BitFit, attach
-    from deltacontrol.experiments.measures.frozen_classifier import loss_and_accuracy
+    from deltacontrol.experiments.heads import loss_and_accuracy
+    from deltacontrol.experiments.studies.selection.frozen_model import logits
+    from deltacontrol.experiments.tasks.encoding import without_labels
     from deltacontrol.experiments.training.schedules import learning_rate
 
     delta = BitFit(sites=tuple(f"^{sites[name].path}$" for name in names))
-    controlled = attach(real.model, delta, seed=run.seed)
+    controlled = attach(frozen.real, delta, seed=run.seed)
     controls = list(controlled.trainable().values())
     optimiser = torch.optim.AdamW(controls, lr=run.learning_rate, weight_decay=0.0)
     random = np.random.default_rng(run.seed)
-    count, order = len(real.train["labels"]), np.zeros(0, dtype=int)
+    count, order = len(frozen.train["labels"]), np.zeros(0, dtype=int)
     for step in range(run.steps):
         while len(order) < run.batch_size:
             order = np.concatenate([order, random.permutation(count)])
         rows, order = torch.from_numpy(order[: run.batch_size]), order[run.batch_size :]
-        batch = {name: value[rows] for name, value in real.train.items()}
+        batch = {name: value[rows] for name, value in frozen.train.items()}
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(
                 step, peak=run.learning_rate, steps=run.steps, warmup=0.1, schedule="linear"
             )
         optimiser.zero_grad()
         loss = torch.nn.functional.cross_entropy(
-            controlled(**{n: v for n, v in batch.items() if n != "labels"}).logits, batch["labels"]
+            controlled(**without_labels(batch)).logits, batch["labels"]
         )
         loss.backward()
         optimiser.step()
     metrics = {}
     for split in ("train", "test"):
-        batch = getattr(real, split)
-        value, accuracy = loss_and_accuracy(real.logits(batch), batch["labels"])
+        batch = getattr(frozen, split)
+        value, accuracy = loss_and_accuracy(logits(frozen.real, batch), batch["labels"])
         metrics |= {f"{split}_loss": value, f"{split}_accuracy": accuracy}
     num_trainable = controlled.num_trainable
     controlled.detach()
@@ -344,7 +353,7 @@ def _tuned(
 
 
 def _linearisation_error(
-    frozen: FrozenClassifier, parameters: Mapping[str, str], features: Mapping[str, Features]
+    frozen: FrozenModel, parameters: Mapping[str, str], features: Mapping[str, Features]
 ) -> float:
     """Features against forward-mode derivatives of the model, relative, on a few rows.
 
@@ -364,11 +373,11 @@ def _linearisation_error(
     count = min(4, len(frozen.train["labels"]))
     inputs = {n: v[:count] for n, v in frozen.train.items() if n != "labels"}
 
-    def logits(values: dict[str, Tensor]) -> Tensor:
+    def outputs(values: dict[str, Tensor]) -> Tensor:
         return functional_call(frozen.model, values, (), dict(inputs)).logits
 
     with differentiable_attention(), torch.no_grad():
-        exact = jvp(logits, (at,), (along,))[1]
+        exact = jvp(outputs, (at,), (along,))[1]
     products = (f @ along[parameters[n]].reshape(-1) for n, f in features.items())
     found = sum(p.reshape(-1, exact.shape[1])[:count] for p in products)
     return float((found - exact).norm() / exact.norm())

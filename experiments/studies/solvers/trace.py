@@ -107,19 +107,20 @@ class SolverTrace(Experiment):
         import pandas as pd
         import torch
 
-        from deltacontrol.deltas.registry import from_dict
-        from deltacontrol.experiments.measures.problems import fixed_problem
+        from deltacontrol.experiments.setting import Setting
 
-        fixed = fixed_problem(
-            (from_dict(self.delta),),
-            model=self.model,
-            task=self.task,
-            num_examples=self.num_examples,
+        setting = Setting(
+            self.model,
+            self.task,
+            deltas=(self.delta,),
+            train_rows=self.num_examples,
+            expects="classification",
             max_length=self.max_length,
-            weight_decay=self.weight_decay,
+            dtype="float64",
             seed=self.seed,
         )
-        problem, start = fixed.problem, fixed.dynamics.controls()
+        problem = setting.control_problem(weight_decay=self.weight_decay)
+        start = problem.dynamics.controls()  # type: ignore[attr-defined]
         trace, rate = None, None
         search: list[dict[str, Any]] = []
         threads = torch.get_num_threads()

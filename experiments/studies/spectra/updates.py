@@ -195,30 +195,21 @@ class _Bench:
 
     def __init__(self, experiment: UpdateSpectra) -> None:
         from deltacontrol.deltas.editing.sites import SiteMap
-        from deltacontrol.experiments.tasks import encoding as data
+        from deltacontrol.experiments.setting import Setting
 
-        task = tasks.load(experiment.task)
-        if task.kind != "classification":
-            raise InputError(f"{experiment.task} is a {task.kind} task; expected a classification")
-        if experiment.train_rows > len(task.train):
-            raise InputError(
-                f"{experiment.task} has {len(task.train)} training rows; train_rows is "
-                f"{experiment.train_rows}"
-            )
-        self.experiment = experiment
-        self.base, tokenizer = models.load(
+        setting = Setting(
             experiment.model,
-            kind="classification",
-            num_labels=len(task.labels),
+            experiment.task,
+            train_rows=experiment.train_rows,
+            validation_rows=1,
+            test_rows=1,
+            strict_rows=True,
+            expects="classification",
+            max_length=experiment.max_length,
             seed=experiment.seed,
         )
-        self.encoded = data.encode(
-            task,
-            tokenizer,
-            max_length=experiment.max_length,
-            train_limit=experiment.train_rows,
-            eval_limit=1,
-        )
+        self.experiment = experiment
+        self.encoded, self.base = setting.encoded, setting.base
         found = SiteMap(self.base)
         self.places = {
             site.key: (site.layer, name)

@@ -198,13 +198,21 @@ class ModelThreshold(Experiment):
         import torch
 
         from deltacontrol.experiments.measures.initial_model import InitialModel
+        from deltacontrol.experiments.setting import Setting
         from deltacontrol.experiments.studies.threshold.subspace_training import train_in_subspaces
         from deltacontrol.theory.dimension.random_subspaces import measured_threshold
 
         initial = InitialModel(
-            self.model, self.task, self.deltas, rows=self.rows, heldout=0,
-            max_length=self.max_length, seed=self.seed,
-        )  # fmt: skip
+            Setting(
+                self.model,
+                self.task,
+                deltas=self.deltas,
+                train_rows=self.rows,
+                validation_rows=0,
+                max_length=self.max_length,
+                seed=self.seed,
+            )
+        )
         if initial.free:
             raise InputError(
                 f"the head is not among the parameters of {'+'.join(self.deltas)}, and alone fits "

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,8 +28,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from deltacontrol.experiments import tasks
 from deltacontrol.experiments.measures.initial_model import LEAST_ROWS, InitialModel
+from deltacontrol.experiments.setting import Setting
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.model_curvature import softmax_factor
 from deltacontrol.theory.rank.low_rank import (
@@ -116,9 +116,9 @@ def predict_dimension(
             is trained beside it where none of them trains it.
         target: the value to reach.
         metric: "accuracy" on validation rows, or "loss", the cross-entropy of the training rows.
-        rows: the first so many training rows; fewer of a task with many classes, `OUTPUTS` /
-            (classes - 1) of them, as the exact kernel takes a gradient for each row and contrast.
-        heldout: the first so many validation rows; fewer of a task with many classes, as `rows`.
+        rows: at most so many training rows, the first; fewer of a task with many classes, `OUTPUTS`
+            / (classes - 1) of them, as the exact kernel takes a gradient for each row and contrast.
+        heldout: at most so many validation rows, the first; fewer of a task with many classes.
         max_length: tokens of a text at most.
         pretrained: False draws the backbone from the seed.
         seed: of the weights that are drawn.
@@ -140,15 +140,26 @@ def predict_dimension(
         >>> prediction.text.startswith("d* = ")
         True
     """
-    columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
-    classes = max(2, len(tasks.load(task, kind=task_kind, **columns).labels))
-    most = max(LEAST_ROWS, OUTPUTS // (classes - 1))
-    rows, heldout = min(rows, most), min(heldout, most)
-    initial = InitialModel(
-        model, task, deltas, rows=rows, heldout=heldout, max_length=max_length,
-        pretrained=pretrained, seed=seed, task_kind=task_kind, **columns,
-    )  # fmt: skip
-    return dimension_of(initial, target, metric)
+    setting = Setting(
+        model,
+        task,
+        deltas=deltas,
+        max_length=max_length,
+        pretrained=pretrained,
+        seed=seed,
+        text_column=text_column,
+        label_column=label_column,
+        task_kind=task_kind,
+    )
+    data = setting.data
+    most = max(LEAST_ROWS, OUTPUTS // (max(2, len(data.labels)) - 1))
+    few = replace(
+        setting,
+        task=data,
+        train_rows=min(rows, most, len(data.train)),
+        validation_rows=min(heldout, most, len(data.validation)),
+    )
+    return dimension_of(InitialModel(few), target, metric)
 
 
 def dimension_of(initial: InitialModel, target: float, metric: Metric) -> DimensionPrediction:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deltacontrol.experiments.measures.initial_model import InitialModel
-from deltacontrol.experiments.measures.tangent_kernel import Batch, without_labels
+from deltacontrol.experiments.tasks.encoding import Batch, without_labels
 from deltacontrol.theory.dimension.projections import RANDOM_PROJECTIONS, Projection
 from deltacontrol.theory.errors import unknown
 from deltacontrol.theory.solvers.lbfgs import differentiated, minimise_lbfgs

@@ -1,0 +1,376 @@
+"""Where a question meets a real network: model, task rows, tokens, head, deltas, number format.
+
+    setting = Setting("minilm-l6", "movie", deltas=["lora:rank=4"], train_rows=8, max_length=24,
+                      dtype="float64")
+    setting.controlled                         # the DeltaModel, deltas and head on the frozen base
+    setting.batch()                            # the chosen training rows as one batch
+    setting.control_problem(weight_decay=1e-3) # J(u) = mean loss of these rows + λ/2 Σ_t ‖u_t‖²
+
+A setting is a description; each of its parts is made when it is first asked for, and once. All of
+it is a function of the fields: the seeds are fixed, and no global random state is read or changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from deltacontrol.experiments import models, tasks
+from deltacontrol.theory.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from deltacontrol.deltas import Delta, DeltaModel
+    from deltacontrol.experiments.heads import HeadFit
+    from deltacontrol.experiments.models import ModelKind
+    from deltacontrol.experiments.tasks import Kind, Task
+    from deltacontrol.experiments.tasks.encoding import Batch, Encoded, EncodedSplit
+    from deltacontrol.theory.control.problem import ControlProblem
+
+Order = Literal["given", "shuffled", "sampled"]
+Head = Literal["own", "fitted", "ridge", "words"]
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Setting:
+    """One model on rows of one task, with deltas.
+
+    Attributes:
+        model: as in `deltacontrol.experiments.models.load`.
+        task: a packaged task's name, a file, or a task that is loaded already; None for a model
+            alone, which then needs ``model_kind``.
+        deltas: what acts on the model: deltas, texts such as "lora:rank=16", or dictionaries.
+        add_head: the head is controlled too, where no delta trains it (and there is one).
+        train_rows: the first so many training rows in the ``order``, or all that there are.
+        validation_rows: the first so many validation rows.
+        test_rows: the first so many test rows.
+        order: of the training rows. "given": as in the task, where every head of the split has the
+            class shares of the whole; "shuffled": by `numpy.random.default_rng(order_seed)`;
+            "sampled": by `pandas.DataFrame.sample` with ``order_seed``.
+        order_seed: ``seed`` by default.
+        strict_rows: refuse a task with fewer rows than asked for.
+        expects: refuse a task of another kind.
+        max_length: tokens of a text at most; longer ones are cut.
+        head: how the model is read out. "own": the checkpoint's head, or one drawn from ``seed``
+            where it has none; "fitted": the head fitted to the training rows, its penalty chosen by
+            the validation rows (`deltacontrol.experiments.heads.fit_head`); "ridge": fitted to
+            ``head_rows`` training rows that follow the chosen ones (`fit_two_class_head`); "words": a causal
+            language model, read out at two words after a prompt
+            (`deltacontrol.experiments.heads.WORDS`).
+        head_rows: of the head "ridge".
+        dtype: of the parameters.
+        pretrained: False draws every weight from ``seed``.
+        seed: of the weights that are drawn and of the controls.
+        model_kind: of the model; by default the task's kind.
+        num_labels: classes of the head; by default the task's.
+        text_column: of a task file.
+        label_column: of a task file.
+        task_kind: what the labels of a task file are; inferred by default.
+
+    Raises:
+        InputError: a count that is too small, an unknown order or head, or no task and no kind.
+    """
+
+    model: str = "minilm-l6"
+    task: str | Task | None = None
+    _: KW_ONLY
+    deltas: Sequence[Delta | str | Mapping[str, Any]] = ()
+    add_head: bool = True
+    train_rows: int | None = None
+    validation_rows: int | None = None
+    test_rows: int | None = None
+    order: Order = "given"
+    order_seed: int | None = None
+    strict_rows: bool = False
+    expects: Kind | None = None
+    max_length: int = 64
+    head: Head = "own"
+    head_rows: int = 512
+    dtype: str = "float32"
+    pretrained: bool = True
+    seed: int = 0
+    model_kind: ModelKind | None = None
+    num_labels: int | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    task_kind: Kind | None = None
+    _splits: dict[str, EncodedSplit] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        for name, options in (("order", get_args(Order)), ("head", get_args(Head))):
+            if getattr(self, name) not in options:
+                raise unknown(name, str(getattr(self, name)), options)
+        for name, least in (
+            ("train_rows", 1), ("validation_rows", 0), ("test_rows", 0), ("head_rows", 1),
+        ):  # fmt: skip
+            count = getattr(self, name)
+            if count is not None and count < least:
+                raise InputError(f"{name} is {count}; expected a whole number >= {least}")
+        if self.task is None and self.model_kind is None:
+            raise InputError(
+                "a setting has a task, or says by model_kind which head its model has; give one"
+            )
+
+    def __repr__(self) -> str:
+        """The fields that are not as by default."""
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.init}
+        values["task"] = (getattr(self.task, "name", self.task), None)
+        shown = [f"{name}={v!r}" for name, (v, default) in values.items() if v != default]
+        return f"Setting({', '.join(shown)})"
+
+    # -- rows and tokens -------------------------------------------------------------------------
+
+    @cached_property
+    def data(self) -> Task:
+        """The task with all of its rows.
+
+        Raises:
+            InputError: there is no task, as in `deltacontrol.experiments.tasks.load`, it is not of
+            the kind
+                that is expected, or it has not two classes for the head "ridge" or "words".
+        """
+        if self.task is None:
+            raise InputError("the setting has no task; give one, such as task='movie'")
+        found = self.task
+        if isinstance(found, str):
+            columns = {"text_column": self.text_column, "label_column": self.label_column}
+            found = tasks.load(found, kind=self.task_kind, **columns)
+        if self.expects not in (None, found.kind):
+            raise InputError(f"{self._name} is a {found.kind} task; expected a {self.expects}")
+        if self.head in ("ridge", "words") and len(found.labels) != 2:
+            raise InputError(
+                f"{self._name} is no classification of two classes, which the head {self.head!r} "
+                "needs; try movie, rt or sms"
+            )
+        return found
+
+    def frame(self, split: str) -> pd.DataFrame:
+        """The chosen rows of a split, as text.
+
+        Raises:
+            InputError: no such split, or fewer rows than asked for where that is refused.
+        """
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
+        rows, wanted = getattr(self.data, split), getattr(self, f"{split}_rows")
+        if self.strict_rows and wanted is not None:
+            needed = wanted + (self.head_rows if split == "train" and self.head == "ridge" else 0)
+            if needed > len(rows):
+                name = "training" if split == "train" else split
+                raise InputError(
+                    f"{needed} {name} rows of {self._name} were asked for; it has {len(rows)}"
+                )
+        if split == "train" and self.order != "given":
+            return rows.iloc[self._order[:wanted]]
+        return rows.iloc[:wanted]
+
+    def split(self, name: str) -> EncodedSplit:
+        """The chosen rows of a split, tokenised.
+
+        Raises:
+            InputError: as in `frame`, `encode` and
+            `deltacontrol.experiments.tasks.encoding.encode_rows`.
+        """
+        if name not in self._splits:
+            self._splits[name] = self.encode(self.frame(name))
+        return self._splits[name]
+
+    @cached_property
+    def encoded(self) -> Encoded:
+        """All three splits, for training.
+
+        Raises:
+            InputError: as in `split`.
+        """
+        from deltacontrol.experiments.tasks.encoding import Encoded
+
+        return Encoded(**{name: self.split(name) for name in SPLITS})
+
+    def encode(self, frame: pd.DataFrame, *, cut: bool = True) -> EncodedSplit:
+        """Rows of the task, or such that are made of them, as tokens.
+
+        Args:
+            frame: the columns of the task.
+            cut: at `max_length`; otherwise texts stay as long as they are.
+
+        Raises:
+            InputError: `max_length` is beyond the model's positions, or as in
+                `deltacontrol.experiments.tasks.encoding.encode_rows`.
+        """
+        from deltacontrol.experiments.heads import prompt_tokens
+        from deltacontrol.experiments.tasks.encoding import encode_rows
+
+        longest = getattr(self._loaded[0].config, "max_position_embeddings", None)
+        if isinstance(longest, int) and self.max_length > longest:
+            raise InputError(
+                f"max_length is {self.max_length}, but {self.model} has {longest} positions; "
+                f"choose max_length <= {longest}"
+            )
+        return encode_rows(
+            frame,
+            self.tokenizer,
+            kind=self.data.kind,
+            max_length=self.max_length if cut else None,
+            suffix=prompt_tokens(self.tokenizer) if self.head == "words" else (),
+            name=self._name,
+        )
+
+    def batch(self, split: str = "train", rows: Sequence[int] | None = None) -> Batch:
+        """Chosen rows of a split as one batch, with labels.
+
+        Args:
+            split: train, validation or test.
+            rows: numbers among the chosen rows; all of them in order by default.
+
+        Raises:
+            InputError: as in `split`, or no rows.
+        """
+        return self.split(split).batch(rows)
+
+    # -- model -----------------------------------------------------------------------------------
+
+    @cached_property
+    def kind(self) -> ModelKind:
+        """What the model is for; `data.kind` unless said otherwise."""
+        return "causal-lm" if self.head == "words" else self.model_kind or self.data.kind
+
+    @cached_property
+    def classes(self) -> int | None:
+        """Of the model's head; None where it has none."""
+        if self.kind != "classification":
+            return None
+        return len(self.data.labels) if self.num_labels is None else self.num_labels
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer; `split` and `encode` call it."""
+        return self._loaded[1]
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The model with its head, without deltas.
+
+        Raises:
+            InputError: as in `deltacontrol.experiments.models.load`, and as in the fit of the head.
+        """
+        return self._read_out[0]
+
+    @property
+    def head_fit(self) -> HeadFit | None:
+        """How the head "fitted" was fitted; None for the other heads."""
+        return self._read_out[1]
+
+    @cached_property
+    def words(self) -> tuple[int, int] | None:
+        """The tokens of the two words, with the head "words"."""
+        from deltacontrol.experiments.heads import word_tokens
+
+        return word_tokens(self.tokenizer) if self.head == "words" else None
+
+    @cached_property
+    def controlled(self) -> DeltaModel:
+        """`base` with the deltas; what is attached once stays so until ``detach()``.
+
+        Raises:
+            InputError: as in `base` and `deltas.attach`; no deltas where no head is added.
+        """
+        from deltacontrol.deltas import HeadTuning, attach
+
+        made = self.parsed_deltas
+        has_head = self.kind in ("classification", "regression")
+        if self.add_head and has_head and not any(delta.trains_head for delta in made):
+            made.append(HeadTuning())
+        return attach(self.base, *made, seed=self.seed)
+
+    @property
+    def parsed_deltas(self) -> list[Delta]:
+        """The deltas as such, without the head that is added."""
+        from deltacontrol.deltas import from_dict, parse
+
+        return [
+            parse(delta)
+            if isinstance(delta, str)
+            else from_dict(delta)
+            if isinstance(delta, Mapping)
+            else delta
+            for delta in self.deltas
+        ]
+
+    def control_problem(
+        self,
+        rows: Sequence[int] | None = None,
+        *,
+        split: str = "train",
+        weight_decay: float = 0.0,
+    ) -> ControlProblem:
+        """The fine-tuning of `controlled` on fixed rows, J(u) = mean loss + λ/2 Σ_t ‖u_t‖².
+
+        It is deterministic: one batch of these rows, without dropout.
+
+        Args:
+            rows: as in `batch`.
+            split: as in `batch`.
+            weight_decay: λ.
+
+        Raises:
+            InputError: as in `controlled` and `batch`; the head "words", whose labels are words.
+        """
+        from deltacontrol.deltas.dynamics.transformer import control_problem
+
+        if self.head == "words":
+            raise InputError("the labels of the head 'words' are no logits; give another head")
+        batch = self.batch(split, rows)
+        return control_problem(self.controlled, batch, weight_decay=weight_decay)
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    @property
+    def _name(self) -> str:
+        """The task's, as the user gave it."""
+        return self.task if isinstance(self.task, str) else getattr(self.task, "name", "no task")
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        """Numbers of all training rows (rows,), the chosen ones first."""
+        count = len(self.data.train)
+        seed = self.seed if self.order_seed is None else self.order_seed
+        if self.order == "shuffled":
+            return np.random.default_rng(seed).permutation(count)
+        if self.order == "sampled":
+            # A sample of n rows is the head of a sample of all of them.
+            whole = self.data.train.reset_index(drop=True)
+            return whole.sample(frac=1, random_state=seed).index.to_numpy()
+        return np.arange(count)
+
+    @cached_property
+    def _read_out(self) -> tuple[PreTrainedModel, HeadFit | None]:
+        """The model once its head is what `head` says."""
+        from deltacontrol.experiments import heads
+
+        model, fit = self._loaded[0], None
+        if self.head == "fitted":
+            fit = heads.fit_head(model, self.batch("train"), self.batch("validation"))
+        elif self.head == "ridge":
+            first = len(self.frame("train"))
+            others = self.data.train.iloc[self._order[first : first + self.head_rows]]
+            heads.fit_two_class_head(model, self.encode(others).batches(64))
+        return model, fit
+
+    @cached_property
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return models.load(
+            self.model,
+            kind=self.kind,
+            num_labels=self.classes,
+            pretrained=self.pretrained,
+            seed=self.seed,
+            dtype=self.dtype,
+        )
