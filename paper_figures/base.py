@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent
 STYLE = FOLDER / "style.mplstyle"
-RECORDS = FOLDER / "records"
 GALLERY = FOLDER / "gallery"
 
 COLUMN_WIDTH = 3.5
