@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 FIGURES = FOLDER / "figures"
 STYLE = FOLDER / "style.mplstyle"
-RECORDS = FOLDER / "records"
 GALLERY = FOLDER / "gallery"
 
 COLUMN_WIDTH = 3.5

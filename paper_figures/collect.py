@@ -1,16 +1,24 @@
-"""The records behind a figure: computed here, or the committed ones of the paper."""
+"""The records behind a figure: computed here, or the committed ones of the paper.
+
+Reading committed records imports no torch; computing does.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from deltacontrol.experiments import studies
-from deltacontrol.experiments.runs.experiment import Experiment, canonical_json
-from deltacontrol.experiments.runs.record import CURVE_FILE, RUN_FILE, Record
-from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.experiments.runs.experiment import Experiment
+from deltacontrol.experiments.runs.publishing import publish as publish_records
+from deltacontrol.experiments.runs.record import Record
+from deltacontrol.experiments.runs.store import COMMITTED, RunStore
 from deltacontrol.theory.errors import InputError
+
+FIGURES = "figures"  # the folder of studies in the committed records
+GRID_FILE = "grid.json"  # in a study's folder: the ids of its runs, in the order of its grid
 
 
 def study(name: str, preset: str) -> list[Experiment]:
@@ -25,32 +33,35 @@ def study(name: str, preset: str) -> list[Experiment]:
     return list(experiments)
 
 
-def committed(folder: Path, experiments: Sequence[Experiment]) -> list[Record]:
-    """The records of `experiments` in `folder`, found by configuration: needs no model, no data.
+def committed(study: str, root: Path | None = None) -> list[Record]:
+    """The records that a study's figures were published with, in the order of its grid.
+
+    They are found by the ids that `publish` wrote down, so that neither torch nor a model nor data
+    is needed to redraw a figure.
 
     Raises:
-        InputError: Some are missing, or one configuration has several records.
+        InputError: The study was never published, or some of its records are not there.
     """
-    from deltacontrol.deltas.registry import completed  # imports torch
-
-    found: dict[tuple[str, str], Record] = {}
-    for record in RunStore(folder).records():
-        key = (record.kind, canonical_json(completed(record.config)))
-        if key in found:
-            raise InputError(
-                f"{folder} has two records of one configuration, {found[key].id} and {record.id}, "
-                "from different model or data files; delete the one that is out of date"
-            )
-        found[key] = record
-    keys = [(e.kind, canonical_json(completed(e.to_config()))) for e in experiments]
-    missing = [e for e, key in zip(experiments, keys, strict=True) if key not in found]
+    root = root or COMMITTED
+    path = root / FIGURES / study / GRID_FILE
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    except FileNotFoundError as error:
+        raise InputError(
+            f"study {study!r} has no committed records: {path} does not exist. Nothing was "
+            "computed. Add --recompute to compute them (hours), or use --preset quick (minutes)"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); restore it") from error
+    found = {record.id: record for record in RunStore(path.parent, committed=root).records()}
+    missing = [identity for identity in ids if identity not in found]
     if missing:
         raise InputError(
-            f"{len(missing)} of {len(experiments)} runs are not among the committed records in "
-            f"{folder}, the first of them: {missing[0].label}. Nothing was computed. Add "
-            "--recompute to compute them (hours), or use --preset quick (minutes)"
+            f"{len(missing)} of {len(ids)} runs are not among the committed records in {root}, the "
+            f"first of them: {missing[0]}. Nothing was computed. Restore them, add --recompute to "
+            "compute them (hours), or use --preset quick (minutes)"
         )
-    return [found[key] for key in keys]
+    return [found[identity] for identity in ids]
 
 
 def computed(
@@ -102,24 +113,13 @@ def show(picture: Path, gallery: Path) -> None:
         raise InputError(f"cannot write to {gallery}: {error.strerror or error}") from error
 
 
-def publish(records: Sequence[Record], folder: Path) -> None:
-    """Make `folder` hold exactly `records`, without their trained controls.
+def publish(study: str, records: Sequence[Record], root: Path | None = None) -> None:
+    """Make `records`, in their order, the committed ones of a study; trained controls stay out.
 
     Raises:
-        InputError: `folder` cannot be written.
+        InputError: A record is damaged, or the folder cannot be written.
     """
-    wanted = {record.id for record in records}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.iterdir():
-            if old.name not in wanted:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-        for record in records:
-            target = folder / record.id
-            target.mkdir(exist_ok=True)
-            for name in (RUN_FILE, CURVE_FILE):
-                shutil.copyfile(record.folder / name, target / name)
-    except OSError as error:
-        raise InputError(
-            f"cannot publish records to {folder}: {error.strerror or error}"
-        ) from error
+    root = root or COMMITTED
+    publish_records(records, f"{FIGURES}/{study}", root, exactly=True)
+    text = json.dumps({"runs": [record.id for record in records]}, indent=1) + "\n"
+    (root / FIGURES / study / GRID_FILE).write_text(text, encoding="utf-8")

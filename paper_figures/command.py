@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.paper_figures import base, collect
 from deltacontrol.theory.errors import InputError
@@ -31,8 +32,8 @@ class Figures:
         out: Where the pictures, tables and captions go.
         workers: Runs at a time, one process with one thread each; chosen by the machine if absent.
         runs: Where finished runs are kept.
-        publish: Copy the records that were drawn into the package, for preset paper to read, and
-            the pictures into its gallery.
+        publish: Put the records that were drawn among the committed ones, for preset paper to
+            read, and the pictures into the gallery; from a clean checkout only.
     """
 
     preset: Literal["quick", "paper"] = "quick"
@@ -53,6 +54,8 @@ class Figures:
         """
         if self.publish and self.preset != "paper":
             raise InputError("--publish is for --preset paper: quick runs are not published")
+        if self.publish:
+            provenance.require_clean()
         chosen = dict.fromkeys(self.only or base.names())
         figures = {name: base.load(name) for name in chosen}
         failures: dict[str, InputError] = {}
@@ -70,20 +73,18 @@ class Figures:
     def _draw(self, name: str, figure: base.FigureModule) -> None:
         from deltacontrol.paper_figures.export import export
 
-        experiments = collect.study(figure.STUDY, self.preset)
-        folder = base.RECORDS / figure.STUDY
         if self.preset == "paper" and not self.recompute:
-            records = collect.committed(folder, experiments)
+            records = collect.committed(figure.STUDY)
         else:
             records = collect.computed(
                 RunStore(self.runs),
-                experiments,
+                collect.study(figure.STUDY, self.preset),
                 discard=self.recompute and self.preset == "quick",
                 workers=self.workers,
             )
         done = export(name, figure, records, self.out)
         if self.publish:
-            collect.publish(records, folder)
+            collect.publish(figure.STUDY, records)
             collect.show(self.out / f"{name}.png", base.GALLERY)
         print(f"\n{name}: {figure.TITLE} ({len(records)} runs)\n")
         print(done.summary.to_string(index=False))

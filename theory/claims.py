@@ -18,22 +18,28 @@ four steps that never look ahead:
    otherwise                                                ``fails``
    =======================================================  ======================
 
+A claim that rests on recorded runs names them in ``runs``. Its three functions then take, as their
+last argument, a function that gives the record of each of these runs, so that the claim is judged
+anew from records alone.
+
 The module does not import torch.
 """
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from deltacontrol.theory.errors import InputError, unknown
 
-__all__ = ["Claim", "Evidence", "Outcome", "Threshold", "Verdict", "judge"]
+__all__ = ["Claim", "Evidence", "Outcome", "Records", "Threshold", "Verdict", "judge", "verdict_of"]
 
 Prediction = Mapping[str, Any]
+Records = Callable[[Any], Any]  # from an experiment to its record
 
 _OPERATORS: dict[str, Callable[[float, Any], bool]] = {
     "<=": lambda value, bound: value <= bound,
@@ -146,6 +152,9 @@ class Claim:
         predict: computes numbers without training.
         measure: measures, given the prediction.
         negative_control: measures with an assumption broken, given the prediction.
+        runs: the experiments whose records the claim rests on. With it, ``predict(records)``,
+            ``measure(prediction, records)`` and ``negative_control(prediction, records)`` take a
+            function from an experiment to its record; they read nothing else that was measured.
     """
 
     id: int
@@ -155,12 +164,13 @@ class Claim:
     source: str
     notebook: str
     threshold: Threshold
-    predict: Callable[[], Prediction]
-    measure: Callable[[Prediction], Evidence]
-    negative_control: Callable[[Prediction], Evidence]
+    predict: Callable[..., Prediction]
+    measure: Callable[..., Evidence]
+    negative_control: Callable[..., Evidence]
+    runs: Callable[[], Sequence[Any]] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Outcome:
     """A judged claim, as it is stored.
 
@@ -172,6 +182,8 @@ class Outcome:
         control: the measurement with an assumption broken.
         verdict: what follows.
         reason: why, in one sentence.
+        runs: ids of the runs that the numbers were computed from.
+        code: digest of the code that measured; None where it is not known.
     """
 
     id: int
@@ -186,6 +198,31 @@ class Outcome:
     control: Evidence
     verdict: Verdict
     reason: str
+    runs: tuple[str, ...] = ()
+    code: str | None = None
+
+    def __post_init__(self) -> None:
+        """Take a list of runs, as JSON has it."""
+        object.__setattr__(self, "runs", tuple(self.runs))
+
+    def __repr__(self) -> str:
+        """One line: the number, the title, the verdict and its reason."""
+        return f"Outcome({self.id}, {self.title!r}: {self.verdict.text}; {self.reason})"
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "claim": f"{self.id}. {self.title}",
+            "statement": self.statement,
+            "condition": str(self.threshold),
+            "measured": f"{self.evidence.value:.3g}",
+            "negative control": f"{self.control.value:.3g}",
+            "verdict": self.verdict.text,
+        }
+        cells = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
+            for name, text in rows.items()
+        )
+        return f"<table>{cells}</table>"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries for JSON; numbers that are not finite become words such as "nan"."""
@@ -217,12 +254,23 @@ class Outcome:
             raise InputError(f"this is not the record of a judged claim: {error}") from error
 
 
-def judge(claim: Claim) -> Outcome:
-    """Predict, measure, run the negative control, and give the verdict."""
-    prediction = _plain(claim.predict())
-    evidence = claim.measure(prediction)
-    control = claim.negative_control(prediction)
-    verdict, reason = _verdict(claim.threshold, evidence, control)
+def judge(claim: Claim, records: Records | None = None) -> Outcome:
+    """Predict, measure, run the negative control, and give the verdict.
+
+    Args:
+        claim: What is judged.
+        records: From each of the claim's runs to its record.
+
+    Raises:
+        InputError: the claim rests on runs, and no records were given.
+    """
+    if claim.runs is not None and records is None:
+        raise InputError(f"claim {claim.id} rests on runs; hand over their records to judge it")
+    given = () if claim.runs is None else (records,)
+    prediction = _plain(claim.predict(*given))
+    evidence = claim.measure(prediction, *given)
+    control = claim.negative_control(prediction, *given)
+    verdict, reason = verdict_of(claim.threshold, evidence, control)
     return Outcome(
         id=claim.id,
         name=claim.name,
@@ -239,7 +287,8 @@ def judge(claim: Claim) -> Outcome:
     )
 
 
-def _verdict(threshold: Threshold, evidence: Evidence, control: Evidence) -> tuple[Verdict, str]:
+def verdict_of(threshold: Threshold, evidence: Evidence, control: Evidence) -> tuple[Verdict, str]:
+    """The verdict that a measurement and its negative control give, and why."""
     value = f"{evidence.value:.3g}"
     if not evidence.assumption_met:
         reason = evidence.note or "an assumption of the statement did not hold here"

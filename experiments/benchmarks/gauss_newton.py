@@ -25,8 +25,6 @@ import tyro
 from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.training.devices import PeakMemory
 
-RECORD = Path(__file__).parent / "records" / "gauss_newton.json"
-
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -43,7 +41,7 @@ class Benchmark:
         max_products: products at most.
         keep: keep the graphs of all layers between products.
         threads: threads of torch.
-        out: where the result is written as JSON; empty for nowhere.
+        out: also write the result to this JSON file.
     """
 
     tokens: int = 128
@@ -56,7 +54,7 @@ class Benchmark:
     max_products: int = 200
     keep: bool = True
     threads: int = 1
-    out: Path | None = RECORD
+    out: Path | None = None
 
     def run(self) -> dict[str, Any]:
         """Measure, print and return the numbers."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from deltacontrol.theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Records, Threshold
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,29 +21,38 @@ PUBLISHED_SIZES = ((1608, 1037), (8030, 1200), (896, 207), (896, 774))
 Pair = tuple["Record", "Record"]
 
 
-def _records(searches: list[FineTuningDimension]) -> dict[str, Record]:
-    """The records of the study behind the figure by task; those that are missing are computed."""
-    from pathlib import Path
-
-    from deltacontrol.experiments.runs.store import RunStore
-    from deltacontrol.experiments.runs.sweep import run
-
-    store = RunStore(Path("runs"))
-    found = {search.task: run(search, store, progress=False) for search in searches}
-    return {task: record for task, record in found.items() if record is not None}
-
-
-def _searches(model: str, *, pretrained: bool, method: Any = "said") -> dict[str, Record]:
+def _runs() -> list[FineTuningDimension]:
+    """The searches of the study behind the figure, and those from random weights on their own."""
     from deltacontrol.experiments.studies.d90 import grid as d90
 
-    return _records([s for s in d90.starts(model, method) if s.pretrained is pretrained])
+    models = (d90.SMALL, d90.LARGE, d90.WIDE)
+    methods: tuple[d90.Method, ...] = ("said", "did")
+    starts = [s for model in models for method in methods for s in d90.starts(model, method)]
+    return [*starts, *d90.own()]
+
+
+def _searches(
+    records: Records, model: str, *, pretrained: bool, method: Any = "said"
+) -> dict[str, Record]:
+    """Records by task."""
+    from deltacontrol.experiments.studies.d90 import grid as d90
+
+    found = [s for s in d90.starts(model, method) if s.pretrained is pretrained]
+    return {search.task: records(search) for search in found}
+
+
+def _own(records: Records) -> dict[str, Record]:
+    """Records by task of what is held to full fine-tuning from the same random weights."""
+    from deltacontrol.experiments.studies.d90 import grid as d90
+
+    return {search.task: records(search) for search in d90.own()}
 
 
 def _pairs(before: dict[str, Record], after: dict[str, Record]) -> dict[str, Pair]:
     return {task: (before[task], after[task]) for task in before if task in after}
 
 
-def _predict() -> dict[str, Any]:
+def _predict(records: Records) -> dict[str, Any]:
     """Both ratios are below one; the published sizes differ by this factor on average."""
     logs = [math.log10(large / base) for base, large in PUBLISHED_SIZES]
     return {"log10 ratio": 0.0, "published, base to large": sum(logs) / len(logs)}
@@ -104,29 +113,29 @@ def _log_ratio(
     return float(middle), (float(low), float(high)), details
 
 
-def _effects(method: str = "said") -> dict[str, dict[str, Pair]]:
+def _effects(records: Records, method: str = "said") -> dict[str, dict[str, Pair]]:
     from deltacontrol.experiments.studies.d90 import grid as d90
 
-    small = _searches(d90.SMALL, pretrained=True, method=method)
-    large = _searches(d90.LARGE, pretrained=True, method=method)
+    small = _searches(records, d90.SMALL, pretrained=True, method=method)
+    large = _searches(records, d90.LARGE, pretrained=True, method=method)
     effects = {"size": _pairs(small, large)}
     if method == "said":
-        random = _searches(d90.SMALL, pretrained=False)
+        random = _searches(records, d90.SMALL, pretrained=False)
         effects = {"pre-training": _pairs(random, small), **effects}
     return {name: pairs for name, pairs in effects.items() if pairs}
 
 
-def _beside() -> dict[str, dict[str, Pair]]:
+def _beside(records: Records) -> dict[str, dict[str, Pair]]:
     """What is told beside the judged effects: other rules, methods and models."""
     from deltacontrol.experiments.studies.d90 import grid as d90
 
     small, large, wide = (
-        _searches(model, pretrained=True) for model in (d90.SMALL, d90.LARGE, d90.WIDE)
+        _searches(records, model, pretrained=True) for model in (d90.SMALL, d90.LARGE, d90.WIDE)
     )
-    random = (_searches(model, pretrained=False) for model in (d90.SMALL, d90.LARGE))
+    random = (_searches(records, model, pretrained=False) for model in (d90.SMALL, d90.LARGE))
     # Where full fine-tuning learns nothing, its share is reached by guessing.
-    own = {task: r for task, r in _records(d90.own()).items() if r.result["dimensions"]}
-    told = {f"{name} by DID": pairs for name, pairs in _effects("did").items()}
+    own = {task: r for task, r in _own(records).items() if r.result["dimensions"]}
+    told = {f"{name} by DID": pairs for name, pairs in _effects(records, "did").items()}
     return told | {
         f"pre-training, each by its own full fine-tuning ({', '.join(own)})": _pairs(own, small),
         "size from random weights": _pairs(*random),
@@ -134,10 +143,8 @@ def _beside() -> dict[str, dict[str, Pair]]:
     }
 
 
-def _measure(prediction: Mapping[str, Any]) -> Evidence:
+def _measure(prediction: Mapping[str, Any], records: Records) -> Evidence:
     """The upper ends of both mean log ratios; the greater one is judged."""
-    from deltacontrol.experiments.studies.d90 import grid as d90
-
     details: dict[str, Any] = dict(prediction)
     upper, lower, met = {}, {}, True
 
@@ -147,17 +154,17 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
         details[f"{name}, by task"] = tasks
         return low, high
 
-    effects = _effects()
+    effects = _effects(records)
     for name, pairs in effects.items():
         lower[name], upper[name] = tell(name, pairs)
         told = (record.result for pair in pairs.values() for record in pair)
         met &= all(result["target"] > result["chance"] for result in told)
     tell("size, both by the target of 3 layers", effects["size"], common=True)
-    for name, pairs in _beside().items():
+    for name, pairs in _beside(records).items():
         if pairs:
             tell(name, pairs)
     reached, missed = [], []
-    for task, record in _records(d90.own()).items():
+    for task, record in _own(records).items():
         scores, goal = record.result["baseline"], effects["pre-training"][task][1].result["target"]
         details[f"full fine-tuning from random weights, {task}"] = (
             f"{_mean(scores):.3f}, target {goal:.3f}"
@@ -184,14 +191,14 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
+def _negative_control(prediction: Mapping[str, Any], records: Records) -> Evidence:
     """Nothing differs: every search from pre-trained weights against itself."""
     from deltacontrol.experiments.studies.d90 import grid as d90
 
     pairs = {
         f"{model}, {task}": (record, record)
         for model in (d90.SMALL, d90.LARGE)
-        for task, record in _searches(model, pretrained=True).items()
+        for task, record in _searches(records, model, pretrained=True).items()
     }
     middle, (low, high), tasks = _log_ratio(pairs, seed=1)
     return Evidence(
@@ -219,4 +226,5 @@ CLAIM = Claim(
     predict=_predict,
     measure=_measure,
     negative_control=_negative_control,
+    runs=_runs,
 )

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
-from deltacontrol.theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Records, Threshold
 
 # Fixed before the measurement.
 ERROR = 0.2  # relative, of the predicted dimension against the measured median
 LEAST = 8.0  # predicted dimensions below are not judged: an error of order one always remains
 
 
-@cache
-def _records() -> list[Any]:
-    """The records of the study behind the figure; those that are missing are computed."""
-    from pathlib import Path
+def _runs() -> list[Any]:
+    """The study behind the figure."""
+    from deltacontrol.experiments.studies.threshold import grid as threshold
 
-    from deltacontrol.experiments import studies
-    from deltacontrol.experiments.runs.store import RunStore
-    from deltacontrol.experiments.runs.sweep import run
-
-    store = RunStore(Path("runs"))
-    return [run(e, store, progress=False) for e in studies.experiments("threshold", "paper")]
+    return threshold.experiments("paper")
 
 
-def _cases() -> dict[str, tuple[Any, dict[str, Any]]]:
+def _cases(records: Records) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Record and comparison, by name."""
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
-    for record in _records():
+    for record in map(records, _runs()):
         config = record.config
         if record.kind == "quadratic-threshold":
             where = f"eigenvalues i^-{config['exponent']:g}"
@@ -43,9 +36,9 @@ def _cases() -> dict[str, tuple[Any, dict[str, Any]]]:
     return found
 
 
-def _predict() -> dict[str, Any]:
+def _predict(records: Records) -> dict[str, Any]:
     """d* of every case: by Lanczos, or from the tangent kernel of the initial model."""
-    return {name: case["predicted"] for name, (_, case) in _cases().items()}
+    return {name: case["predicted"] for name, (_, case) in _cases(records).items()}
 
 
 def _isotropic(record: Any, case: Mapping[str, Any]) -> float:
@@ -61,12 +54,12 @@ def _moves(record: Any) -> list[float]:
     return [float(move) for move in record.result["displacement"]]
 
 
-def _judged(predicted: Callable[[Any, Mapping[str, Any]], float]) -> Evidence:
+def _judged(records: Records, predicted: Callable[[Any, Mapping[str, Any]], float]) -> Evidence:
     import math
 
     worst: dict[str, list[float]] = {}
     details: dict[str, Any] = {}
-    for name, (record, case) in _cases().items():
+    for name, (record, case) in _cases(records).items():
         d = predicted(record, case)
         measured = math.inf if case["measured"] is None else case["measured"]
         text = f"predicted {d:.4g} (width {case['width']:.3g}), measured {measured:.4g}"
@@ -84,7 +77,7 @@ def _judged(predicted: Callable[[Any, Mapping[str, Any]], float]) -> Evidence:
         if kind == "fine-tuned":
             kind += f" {'+'.join(record.config['deltas'])}"
         worst.setdefault(kind, []).append(abs(d / measured - 1))
-    for record in _records():
+    for record in map(records, _runs()):
         if record.config.get("dimensions"):
             name = f"change of a parameter at the optimum, {'+'.join(record.config['deltas'])}"
             details[name] = (
@@ -100,11 +93,11 @@ def _judged(predicted: Callable[[Any, Mapping[str, Any]], float]) -> Evidence:
     )
 
 
-def _measure(prediction: Mapping[str, Any]) -> Evidence:
+def _measure(prediction: Mapping[str, Any], records: Records) -> Evidence:
     """Exact solves, and L-BFGS in subspaces of the controls of the real model."""
     from dataclasses import replace
 
-    found = _judged(lambda _, case: case["predicted"])
+    found = _judged(records, lambda _, case: case["predicted"])
     return replace(
         found,
         note=(
@@ -116,20 +109,20 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
     )
 
 
-def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
+def _negative_control(prediction: Mapping[str, Any], records: Records) -> Evidence:
     """The spectrum ignored: all curved directions alike."""
     import math
     from dataclasses import replace
     from statistics import median
 
     apart: dict[str, list[float]] = {}
-    for record, case in _cases().values():
+    for record, case in _cases(records).values():
         if case["predicted"] >= LEAST:
             ratio = abs(math.log(_isotropic(record, case) / case["predicted"]))
             apart.setdefault(case["kind"], []).append(ratio)
     told = ", ".join(f"{math.exp(median(logs)):.3g} ({kind})" for kind, logs in apart.items())
     return replace(
-        _judged(_isotropic),
+        _judged(records, _isotropic),
         note=(
             f"d* = rank × share of the largest fall, which is the prediction times or over {told} "
             f"in median: kinds where that is within {1 + ERROR:g} do not tell the two apart"
@@ -154,4 +147,5 @@ CLAIM = Claim(
     predict=_predict,
     measure=_measure,
     negative_control=_negative_control,
+    runs=_runs,
 )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
-from deltacontrol.theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Records, Threshold
 
 SMALL = "subspace:dimension=50,of=selected-modules:sites=bert.pooler+classifier"
 # Task, seeds, and what differs from the defaults of the experiment.
@@ -19,29 +18,31 @@ CONTROL = ("trec6", (0, 1))
 BOUNDS = ("compression", "pac_bayes")
 
 
-@cache
-def _run(random_labels: bool) -> dict[str, list[dict[str, Any]]]:
-    """Results by task, one a seed; the runs that are missing are computed."""
-    from pathlib import Path
-
+def _bounds(random_labels: bool) -> dict[str, list[Any]]:
+    """The experiments by task, one a seed."""
     from deltacontrol.experiments.measures.bounds import GeneralisationBound
-    from deltacontrol.experiments.runs.store import RunStore
-    from deltacontrol.experiments.runs.sweep import run
 
-    store, results = RunStore(Path("runs")), {}
-    for task, seeds, options in [(*CONTROL, {})] if random_labels else SETTINGS:
-        results[task] = []
-        for seed in seeds:
-            experiment = GeneralisationBound(
-                task=task, seed=seed, random_labels=random_labels, **options
-            )
-            record = run(experiment, store, progress=False)
-            assert record is not None
-            results[task].append(record.result)
-    return results
+    return {
+        task: [
+            GeneralisationBound(task=task, seed=seed, random_labels=random_labels, **options)
+            for seed in seeds
+        ]
+        for task, seeds, options in ([(*CONTROL, {})] if random_labels else SETTINGS)
+    }
 
 
-def _predict() -> dict[str, Any]:
+def _runs() -> list[Any]:
+    """Every bound, then those of random labels."""
+    return [e for dealt in (False, True) for seeds in _bounds(dealt).values() for e in seeds]
+
+
+def _results(records: Records, random_labels: bool) -> dict[str, list[dict[str, Any]]]:
+    """Results by task, one a seed."""
+    found = _bounds(random_labels).items()
+    return {task: [records(experiment).result for experiment in seeds] for task, seeds in found}
+
+
+def _predict(records: Records) -> dict[str, Any]:
     """Chance is known without training; a bound below it is non-vacuous."""
     return {"bound over chance, below": 1.0}
 
@@ -93,19 +94,20 @@ def _evidence(results: Mapping[str, list[dict[str, Any]]], note: str) -> Evidenc
     )
 
 
-def _measure(prediction: Mapping[str, Any]) -> Evidence:
+def _measure(prediction: Mapping[str, Any], records: Records) -> Evidence:
     """Three tasks; every bound beside chance and beside the test error of what it bounds."""
     return _evidence(
-        _run(random_labels=False),
+        _results(records, random_labels=False),
         "MiniLM-L3, a random subspace of the last block, pooler and head (sms: pooler and head), "
         "all training rows; each bound holds with probability 0.99 and pays for 10,000 settings; "
         "spread over the seeds of the best task",
     )
 
 
-def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
+def _negative_control(prediction: Mapping[str, Any], records: Records) -> Evidence:
     """Labels dealt out at random: whatever fits them must not be promised to generalise."""
-    return _evidence(_run(random_labels=True), "the same rows of trec6 with random labels")
+    dealt = _results(records, random_labels=True)
+    return _evidence(dealt, "the same rows of trec6 with random labels")
 
 
 CLAIM = Claim(
@@ -124,4 +126,5 @@ CLAIM = Claim(
     predict=_predict,
     measure=_measure,
     negative_control=_negative_control,
+    runs=_runs,
 )

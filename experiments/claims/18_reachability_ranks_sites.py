@@ -5,34 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deltacontrol.theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Records, Threshold
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from deltacontrol.experiments.runs.experiment import Experiment
-
 RESAMPLES = 2000
 
 
-def _records(experiments: Sequence[Experiment]) -> list[Any]:
-    """The records of the study behind the figure; those that are missing are computed."""
-    from pathlib import Path
+def _runs() -> list[Any]:
+    """Gramians of the model and of one with random weights, and the tunings of every site."""
+    from deltacontrol.experiments.studies.reachability import grid as reachability
 
-    from deltacontrol.experiments.runs.store import RunStore
-    from deltacontrol.experiments.runs.sweep import run
-
-    store = RunStore(Path("runs"))
-    return [run(experiment, store, progress=False) for experiment in experiments]
+    random = reachability.predictions(pretrained=False)
+    return [*reachability.predictions(), *random, *reachability.measurements()]
 
 
-def _scores(pretrained: bool) -> dict[str, Any]:
+def _scores(records: Records, pretrained: bool) -> dict[str, Any]:
     """For each (layer, site) the mean of every score over the seeds, and the judged one by seed."""
     from deltacontrol.experiments.studies.reachability import grid as reachability
 
-    found = _records(reachability.predictions(pretrained=pretrained))
     by_seed = []
-    for record in found:
+    for record in map(records, reachability.predictions(pretrained=pretrained)):
         rows = [r for r in record.result["parts"] if r["layer"] is not None and r["site"]]
         by_seed.append(rows)
     names = [f"{row['layer']}/{row['site']}" for row in by_seed[0]]
@@ -44,18 +38,18 @@ def _scores(pretrained: bool) -> dict[str, Any]:
     return {"pairs": names, "scores": scores, "by_seed": own}
 
 
-def _predict() -> dict[str, Any]:
+def _predict(records: Records) -> dict[str, Any]:
     """½ gᵀ(λI + W H)⁻¹ W g of every layer and site, from the untrained delta."""
-    return _scores(pretrained=True)
+    return _scores(records, pretrained=True)
 
 
-def _gains() -> tuple[pd.DataFrame, list[pd.DataFrame]]:
+def _gains(records: Records) -> tuple[pd.DataFrame, list[pd.DataFrame]]:
     """Measured gains: their means over the seeds, and those of each seed."""
     import pandas as pd
 
     from deltacontrol.experiments.studies.reachability import grid as reachability
 
-    curves = [record.curve() for record in _records(reachability.measurements())]
+    curves = [records(tuning).curve() for tuning in reachability.measurements()]
     return pd.concat(curves).groupby(level=0).mean(numeric_only=True), curves
 
 
@@ -75,8 +69,8 @@ def _interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, f
     return float(low), float(high)
 
 
-def _evidence(prediction: Mapping[str, Any], note: str) -> Evidence:
-    gains, curves = _gains()
+def _evidence(prediction: Mapping[str, Any], records: Records, note: str) -> Evidence:
+    gains, curves = _gains(records)
     names = [f"{row.layer}/{row.site}" for row in curves[0].itertuples()]
     if names != list(prediction["pairs"]):
         raise AssertionError("predictions and measurements are of different sites")
@@ -117,18 +111,20 @@ def _evidence(prediction: Mapping[str, Any], note: str) -> Evidence:
     )
 
 
-def _measure(prediction: Mapping[str, Any]) -> Evidence:
+def _measure(prediction: Mapping[str, Any], records: Records) -> Evidence:
     """LoRA tuned at one site of one layer alone, all of them, three seeds."""
     return _evidence(
         prediction,
+        records,
         "MiniLM-L6, 48 snippets of movie a seed, 6 layers × 6 sites, 15 iterations of L-BFGS "
         "each; the spread is a bootstrap over the pairs",
     )
 
 
-def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
+def _negative_control(prediction: Mapping[str, Any], records: Records) -> Evidence:
     """The Gramians of the same architecture with random weights, against the same tunings."""
-    return _evidence(_scores(pretrained=False), "predicted from a backbone of random weights")
+    random = _scores(records, pretrained=False)
+    return _evidence(random, records, "predicted from a backbone of random weights")
 
 
 CLAIM = Claim(
@@ -147,4 +143,5 @@ CLAIM = Claim(
     predict=_predict,
     measure=_measure,
     negative_control=_negative_control,
+    runs=_runs,
 )

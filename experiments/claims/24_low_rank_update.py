@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
-from deltacontrol.theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Records, Threshold
 
 # Fixed before the measurement; the judged number is the largest of measured / limit.
 STABLE_RANK = 0.1  # mean over the modules of stable rank / that of a Gaussian matrix of the shape
@@ -15,17 +14,11 @@ ERROR = 0.25  # relative error of the predicted gaps to full fine-tuning
 SHUFFLES = 2000
 
 
-@cache
-def _records() -> list[Any]:
-    """The records of the study behind the figure; those that are missing are computed."""
-    from pathlib import Path
+def _runs() -> list[Any]:
+    """The study behind the figure."""
+    from deltacontrol.experiments.studies.spectra import grid as spectra
 
-    from deltacontrol.experiments import studies
-    from deltacontrol.experiments.runs.store import RunStore
-    from deltacontrol.experiments.runs.sweep import run
-
-    store = RunStore(Path("runs"))
-    return [run(e, store, progress=False) for e in studies.experiments("spectra", "paper")]
+    return spectra.experiments("paper")
 
 
 def _last(record: Any) -> list[dict[str, Any]]:
@@ -43,12 +36,13 @@ def _gaussian(shape: tuple[int, int]) -> tuple[float, list[float]]:
     return stable_rank(values), (tails / tails[0]).tolist()
 
 
-def _predict() -> dict[str, Any]:
+def _predict(records: Records) -> dict[str, Any]:
     """From the update alone: its stable ranks, and the share of its energy beyond each rank."""
     runs = {}
-    gaussian = {tuple(row["shape"]): None for r in _records() for row in _last(r)}
+    updates = [records(experiment) for experiment in _runs()]
+    gaussian = {tuple(row["shape"]): None for r in updates for row in _last(r)}
     found = {shape: _gaussian(shape) for shape in gaussian}
-    for record in _records():
+    for record in updates:
         modules, ranks = _last(record), [row["rank"] for row in record.result["ranks"]]
         energy = sum(m["norm"] ** 2 for m in modules)
         random = [
@@ -75,13 +69,15 @@ def _spearman(first: Any, second: Any) -> float:
     return float(spearmanr(first, second).statistic)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _judged(prediction: Mapping[str, Any], tails: str, terms: set[str]) -> tuple[float, dict]:
+def _judged(
+    prediction: Mapping[str, Any], records: Records, tails: str, terms: set[str]
+) -> tuple[float, dict]:
     """The largest of measured / limit over all runs and terms, and every number behind it."""
     import numpy as np
 
     random = np.random.default_rng(0)
     excess, details = {}, {}
-    for record, (name, run) in zip(_records(), prediction.items(), strict=True):
+    for record, (name, run) in zip(map(records, _runs()), prediction.items(), strict=True):
         losses = np.array([row["loss"] for row in record.result["ranks"]])
         ends = record.result["losses"]
         gaps = (losses - ends["full"]) / (ends["head"] - ends["full"])
@@ -115,9 +111,9 @@ def _judged(prediction: Mapping[str, Any], tails: str, terms: set[str]) -> tuple
     return max(excess.values()), {"largest of measured over limit": excess, **details}
 
 
-def _measure(prediction: Mapping[str, Any]) -> Evidence:
+def _measure(prediction: Mapping[str, Any], records: Records) -> Evidence:
     """LoRA at ranks 1 to 64 on every linear map of the blocks, two tasks, two seeds."""
-    value, details = _judged(prediction, "tail shares", {"stable rank", "order", "gaps"})
+    value, details = _judged(prediction, records, "tail shares", {"stable rank", "order", "gaps"})
     values = details["largest of measured over limit"].values()
     return Evidence(
         value=value,
@@ -131,9 +127,9 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
     )
 
 
-def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
+def _negative_control(prediction: Mapping[str, Any], records: Records) -> Evidence:
     """Gaussian matrices of the same shapes and norms in the place of the update."""
-    value, details = _judged(prediction, "tail shares of Gaussian matrices", {"gaps"})
+    value, details = _judged(prediction, records, "tail shares of Gaussian matrices", {"gaps"})
     return Evidence(
         value=value,
         details=details,
@@ -165,4 +161,5 @@ CLAIM = Claim(
     predict=_predict,
     measure=_measure,
     negative_control=_negative_control,
+    runs=_runs,
 )

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from deltacontrol.theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Records, Threshold
 
 SEEDS = (0, 1, 2)
 LEAST_LOST = 0.1  # an attack that costs less accuracy than this leaves nothing to restore
 MOST_CLEAN_LOSS = 0.01
-RUNS = Path("runs")
 
 
-def _predict() -> dict[str, Any]:
+def _predict(records: Records) -> dict[str, Any]:
     """What the sources report and the scoreboard asks for, before anything is measured."""
     return {"recovered_at_least": 0.25, "clean_loss_at_most": MOST_CLEAN_LOSS, "seeds": SEEDS}
 
 
-@cache
-def _results() -> list[dict[str, Any]]:
+def _runs() -> list[Any]:
     """One classifier, calibration, choice and measurement for each seed."""
     from deltacontrol.experiments.measures.robustness import Robustness
-    from deltacontrol.experiments.runs.store import RunStore
-    from deltacontrol.experiments.runs.sweep import run
 
-    records = [run(Robustness(seed=seed), RunStore(RUNS)) for seed in SEEDS]
-    return [{**r.result, "curve": r.curve()} for r in records if r is not None]
+    return [Robustness(seed=seed) for seed in SEEDS]
+
+
+def _results(records: Records) -> list[dict[str, Any]]:
+    found = [records(experiment) for experiment in _runs()]
+    return [{**record.result, "curve": record.curve()} for record in found]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -57,12 +55,12 @@ def _interval(results: list[dict[str, Any]], corrected: str) -> tuple[float, flo
     return float(low), float(high)
 
 
-def _evidence(kind: str, recovered: str, note: str) -> Evidence:
+def _evidence(records: Records, kind: str, recovered: str, note: str) -> Evidence:
     """The mean recovered share of a kind of correction; 0 where it costs too much clean accuracy.
 
     Accuracy that is bought with clean accuracy does not count as restored.
     """
-    results = _results()
+    results = _results(records)
     corrected, clean = f"attacked_{kind}", f"clean_{kind}"
     accuracies = [r["accuracy"] for r in results]
     lost = [a["clean"] - a["attacked"] for a in accuracies]
@@ -86,24 +84,27 @@ def _evidence(kind: str, recovered: str, note: str) -> Evidence:
     )
 
 
-def _measure(prediction: Mapping[str, Any]) -> Evidence:
+def _measure(prediction: Mapping[str, Any], records: Records) -> Evidence:
     """The correction chosen on validation examples, on test examples, three trainings."""
     evidence = _evidence(
+        records,
         "corrected",
         "recovered",
         "MiniLM-L6 with LoRA on movie, an adversary who does not know the correction",
     )
     more = ("recovered_adaptive", "recovered_same_random", "recovered_typos", "outside")
-    results = _results()
+    results = _results(records)
     extra = {name: [r[name] for r in results] for name in (*more, "relative_time")}
     known = _mean(extra["recovered_adaptive"])
     note = f"{evidence.note}; against one who does, {known:.2f} is restored"
     return replace(evidence, details={**evidence.details, **extra}, note=note)
 
 
-def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
+def _negative_control(prediction: Mapping[str, Any], records: Records) -> Evidence:
     """Random subspaces around the same means; rank and gain chosen by the same procedure."""
-    return _evidence("random", "recovered_random", "random subspaces, chosen in the same way")
+    return _evidence(
+        records, "random", "recovered_random", "random subspaces, chosen in the same way"
+    )
 
 
 CLAIM = Claim(
@@ -124,4 +125,5 @@ CLAIM = Claim(
     predict=_predict,
     measure=_measure,
     negative_control=_negative_control,
+    runs=_runs,
 )

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from deltacontrol.experiments.claims import scoreboard
-from deltacontrol.theory.claims import Outcome, Verdict
+from deltacontrol.experiments.runs import provenance
+from deltacontrol.experiments.runs.store import RunStore, both_homes
+from deltacontrol.theory.claims import Claim, Outcome, Verdict
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)
 class Claims:
-    """Print the scoreboard, judge claims, or show one.
+    """Print the scoreboard, judge or measure claims, or show one.
 
     A claim compares a prediction, made without training, with a measurement, against a threshold
     that was written down before. A negative control breaks an assumption on purpose: the check must
@@ -21,37 +26,86 @@ class Claims:
 
     For example
 
+        deltacontrol claims judge
         deltacontrol claims run 1 2
 
     Attributes:
-        action: list prints the scoreboard, run judges claims anew, show prints one in full.
+        action: list prints the scoreboard, with your own results beside the committed ones; judge
+            gives every verdict anew from recorded evidence, without training; run measures anew and
+            trains what is not recorded; show prints a claim in full.
         ids: Numbers of claims; none means all.
+        runs: Your folder of runs; what run measures is kept in its folder claims.
+        publish: With judge or run, from a clean checkout only: put the results, and the records
+            of the runs behind them, among the committed ones, and the scoreboard into the README.
     """
 
-    action: tyro.conf.Positional[Literal["list", "run", "show"]] = "list"
+    action: tyro.conf.Positional[Literal["list", "judge", "run", "show"]] = "list"
     ids: tyro.conf.Positional[tuple[int, ...]] = ()
+    runs: Path = Path("runs")
+    publish: bool = False
 
     def run(self) -> int:
-        """Do the action; exit code 1 where a judged claim does not hold."""
-        chosen = [scoreboard.find(i) for i in self.ids] or list(scoreboard.available().values())
-        if self.action == "list":
-            import pandas as pd
+        """Do the action; exit code 1 where a claim does not hold or could not be judged.
 
-            table = pd.DataFrame([row for row in scoreboard.rows()])
-            wanted = [claim.id for claim in chosen]
-            print(table[table["#"].isin(wanted)].drop(columns="source").to_string(index=False))
-            return 0
+        Raises:
+            InputError: A claim is unknown, or the checkout is not clean enough to publish from.
+        """
+        chosen = [scoreboard.find(i) for i in self.ids] or list(scoreboard.available().values())
+        store = both_homes(self.runs)
+        if self.action in ("list", "show"):
+            if self.publish:
+                raise InputError("--publish goes with judge or run: these have results to publish")
+            return self._list(chosen) if self.action == "list" else self._show(chosen)
+        if self.publish:
+            provenance.require_clean()
+        judged, failures = {}, []
+        for claim in chosen:
+            try:
+                judged[claim.id] = self._judged(claim, store)
+            except InputError as error:
+                print(f"claim {claim.id}: {error}\n", file=sys.stderr)
+                failures.append(str(claim.id))
+        if self.publish:
+            for claim in (claim for claim in chosen if claim.id in judged):
+                scoreboard.publish(claim, judged[claim.id], store)
+            if scoreboard.update_readme():
+                print("the scoreboard in README.md is up to date")
+        if failures:
+            print(f"not judged: {', '.join(failures)}")
+        verdicts = [found.outcome.verdict for found in judged.values()]
+        return int(bool(failures) or any(verdict is not Verdict.HOLDS for verdict in verdicts))
+
+    def _judged(self, claim: Claim, store: RunStore) -> scoreboard.Judged:
+        if self.action == "run":
+            found = scoreboard.evaluate(claim, store)
+            scoreboard.keep(claim, found, store.root / scoreboard.CLAIMS)
+        else:
+            found = scoreboard.rejudge(claim, store)
+        print_outcome(found.outcome)
+        return found
+
+    def _list(self, chosen: list[Claim]) -> int:
+        import pandas as pd
+
+        own = self.runs / scoreboard.CLAIMS
+        table = pd.DataFrame(scoreboard.rows(own if own.is_dir() else None))
+        wanted = [claim.id for claim in chosen]
+        print(table[table["#"].isin(wanted)].drop(columns="source").to_string(index=False))
+        return 0
+
+    def _show(self, chosen: list[Claim]) -> int:
         verdicts = []
         for claim in chosen:
-            run = self.action == "run"
-            outcome = scoreboard.evaluate(claim) if run else scoreboard.stored(claim)
-            if outcome is None:
-                print(f"claim {claim.id} was not judged yet: deltacontrol claims run {claim.id}")
-                continue
-            print_outcome(outcome)
-            verdicts.append(outcome.verdict)
-        if self.action == "run" and scoreboard.update_readme():
-            print("the scoreboard in README.md is up to date")
+            for home, folder in (("committed", None), ("own", self.runs / scoreboard.CLAIMS)):
+                outcome = scoreboard.stored(claim, folder)
+                if outcome is not None:
+                    print(f"{home}{', stale' * scoreboard.is_stale(claim, outcome)}")
+                    print_outcome(outcome)
+                    verdicts.append(outcome.verdict)
+                elif folder is None:
+                    print(
+                        f"claim {claim.id} was not judged yet: deltacontrol claims run {claim.id}"
+                    )
         return int(any(verdict is not Verdict.HOLDS for verdict in verdicts))
 
 
@@ -67,6 +121,7 @@ def print_outcome(outcome: Outcome) -> None:
         for key, value in evidence.details.items():
             print(f"  {'':17} {key}: {value:.3g}" if isinstance(value, float) else
                   f"  {'':17} {key}: {value}")  # fmt: skip
+    print(f"  runs              {', '.join(outcome.runs) or 'none: measured directly'}")
     print(f"  verdict           {outcome.verdict.text}: {outcome.reason}\n")
 
 

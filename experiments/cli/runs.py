@@ -6,55 +6,120 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltacontrol.experiments.runs.store import Record, RunStore
+from deltacontrol.experiments.runs.store import Record, RunStore, both_homes
+from deltacontrol.experiments.runs.upgrade import upgrade
+from deltacontrol.theory.errors import InputError, unknown
 
 
 @dataclass(frozen=True)
 class Runs:
-    """List the recorded runs of a folder.
+    """List recorded runs: your own, or those that come with the package as well.
+
+    For example
+
+        deltacontrol runs --where task=movie delta=lora --sort accuracy --limit 5
 
     Attributes:
-        runs: Folder of the records.
-        show: Id of a run (or its beginning): print the whole record.
-        csv: Write the list to this file.
+        runs: Your folder of records.
+        committed: List the records that come with the package too.
+        where: Conditions FIELD=VALUE on columns of the list or on fields of the configuration.
+        sort: Column to sort by, the largest first.
+        limit: Rows to print; 0 prints all.
+        show: Id of a run (or its beginning), in either home: print the whole record.
+        csv: Write the chosen rows, all of them, to this file.
+        upgrade: Bring records of earlier versions in the folder to today's form first.
     """
 
     runs: Path = Path("runs")
+    committed: bool = False
+    where: tuple[str, ...] = ()
+    sort: str = "date"
+    limit: int = 20
     show: str | None = None
     csv: Path | None = None
+    upgrade: bool = False
 
     def run(self) -> None:
-        """Print the list, or one record."""
+        """Print the list, or one record.
+
+        Raises:
+            InputError: A condition, a column or an id is wrong, or a record that was asked for is
+                damaged.
+        """
         import pandas as pd
 
-        store = RunStore(self.runs)
+        if self.limit < 0:
+            raise InputError(f"limit is {self.limit}; expected a number of rows, or 0 for all")
+        if self.upgrade:
+            self._upgrade()
         if self.show is not None:
-            print(json.dumps(_document(store.get(self.show)), indent=1))
+            print(json.dumps(_document(both_homes(self.runs).get(self.show)), indent=1))
             return
+        store = both_homes(self.runs) if self.committed else RunStore(self.runs)
         records = store.records()
         if not records:
             print(f"no runs in {self.runs}; `deltacontrol finetune` makes one")
             return
-        table = pd.DataFrame([_row(record) for record in records])
-        print(table.to_string(index=False, na_rep=""))
+        chosen = [record for record in records if self._meets(record)]
+        rows = pd.DataFrame([_row(record) for record in chosen], columns=list(_row(records[0])))
+        if self.sort not in rows:
+            raise unknown("column", self.sort, rows.columns)
+        table = rows.sort_values(self.sort, ascending=False, kind="stable")
+        shown = table.head(self.limit) if self.limit else table
+        if len(shown):
+            print(shown.to_string(index=False, na_rep=""))
+        if len(shown) < len(records):
+            print(f"{len(shown)} of {len(chosen)} that were asked for, of {len(records)} runs")
         if self.csv is not None:
             table.to_csv(self.csv, index=False)
+
+    def _upgrade(self) -> None:
+        done, failures = 0, []
+        for folder in RunStore(self.runs).folders():
+            try:
+                upgrade(folder)
+                done += 1
+            except (InputError, OSError) as error:
+                failures.append(f"{folder.name}: {error}")
+        print(f"{done} records in {self.runs} are in today's form")
+        if failures:
+            raise InputError("some records are left as they were:\n" + "\n".join(failures))
+
+    def _meets(self, record: Record) -> bool:
+        shown = {name: value for name, value in _row(record).items() if value is not None}
+        fields = record.config | shown
+        for condition in self.where:
+            name, equals, value = condition.partition("=")
+            if not equals:
+                raise InputError(f"{condition!r} is not FIELD=VALUE, such as task=movie")
+            if str(fields.get(name)) != value and not _same_number(fields.get(name), value):
+                return False
+        return True
+
+
+def _same_number(found: object, wanted: str) -> bool:
+    try:
+        return isinstance(found, int | float) and float(wanted) == found
+    except ValueError:
+        return False
 
 
 def _row(record: Record) -> dict:
     config, result = record.config, record.result
     deltas = config.get("deltas") or [config.get("delta", {})]
+    named = [delta["name"] if isinstance(delta, dict) else str(delta) for delta in deltas if delta]
     return {
         "id": record.id,
         "kind": record.kind,
         "model": config.get("model"),
         "task": config.get("task"),
-        "delta": "+".join(delta.get("name", "") for delta in deltas),
+        "delta": "+".join(named),
         "seed": config.get("seed"),
         "rate": config.get("learning_rate"),
         "status": record.status,
         "accuracy": result.get("accuracy"),
         "loss": result.get("loss"),
+        "date": record.provenance.get("finished", ""),
     }
 
 

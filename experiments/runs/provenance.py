@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from deltacontrol.theory.errors import InputError
+
 PACKAGES = (
     "deltacontrol",
     "torch",
@@ -25,6 +27,12 @@ PACKAGES = (
     "pandas",
     "pyarrow",
     "scikit-learn",
+    "scipy",
+    "cvxpy",
+    "sympy",
+    "numba",
+    "peft",
+    "torchdiffeq",
 )
 
 
@@ -44,6 +52,40 @@ def package_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def modified_files() -> list[str]:
+    """The files of the checkout that hold what no commit does, as git names them.
+
+    Raises:
+        InputError: This file is not in a checkout.
+    """
+    folder = Path(__file__).resolve().parent
+    try:
+        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
+        lines = _git(folder, "status", "--porcelain").splitlines()
+    except (OSError, subprocess.SubprocessError) as error:
+        raise InputError(
+            "publishing changes files of a checkout, and this is an installed package: clone the "
+            "project and publish from there"
+        ) from error
+    return [line[3:] for line in lines]
+
+
+def require_clean() -> None:
+    """Refuse to publish what was measured by code that no commit holds.
+
+    Raises:
+        InputError: A file of the checkout is modified or not tracked, or there is no checkout.
+    """
+    found = modified_files()
+    if found:
+        names = ", ".join(found[:5]) + ", ..." * (len(found) > 5)
+        raise InputError(
+            f"publishing needs a clean checkout, and {len(found)} of its files hold what no commit "
+            f"does: {names}; commit or remove them first"
+        )
+    project_commit()  # keeps what it finds: the commit as it is before anything is published
 
 
 @cache
@@ -82,13 +124,16 @@ def processor_name() -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, threads in use and GPU. Asks torch only where the run has imported it."""
+    """Processor, cores, memory, threads, GPU. Asks torch only where the run has imported it."""
+    import psutil
+
     torch = sys.modules.get("torch")
     return {
         "processor": processor_name(),
         "machine": platform.machine(),
         "system": platform.system(),
         "cores": usable_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
         "threads": torch.get_num_threads() if torch is not None else None,
         "gpu": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None,
     }

@@ -1,41 +1,66 @@
 """Reading a run's record: a folder of run.json, curve.parquet and maybe controls.safetensors.
 
+run.json is under a digest of its own, ``digest`` = SHA-256 of its canonical JSON without that
+entry, and holds the size and SHA-256 of every other file under ``files``. ``left_out`` names the
+files that were left out on purpose where a record was published. `read` checks run.json and the
+curve; `Record.curve` and `Record.controls` check the file that they read.
+
+Only these three names in the record's own folder are ever opened, and never through a link.
 A record that is damaged is never passed over: the error names the file and says what to do.
 """
 
 from __future__ import annotations
 
 import hashlib
+import html
 import json
+import os
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltacontrol.experiments.runs.experiment import Digests, run_id
+from deltacontrol.experiments.runs.experiment import Digests, canonical_json, run_id
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-SCHEMA = 1
+SCHEMA = 2
 RUN_FILE, CURVE_FILE, CONTROLS_FILE = "run.json", "curve.parquet", "controls.safetensors"
-_FIELDS = ("schema", "id", "kind", "config", "digests", "provenance", "status", "result", "files")
+_FIELDS = {
+    "schema": int,
+    "digest": str,
+    "id": str,
+    "kind": str,
+    "config": dict,
+    "digests": dict,
+    "provenance": dict,
+    "status": str,
+    "message": str,
+    "result": dict,
+    "files": dict,
+    "left_out": list,
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Record:
     """A finished run, as read from its folder.
 
     Attributes:
         id: The run id.
         kind: The experiment's kind, such as "fine-tuning".
-        config: The configuration.
+        config: The configuration, with the defaults of fields that are younger than the record.
         result: The result; numbers that were not finite are None.
         provenance: Seeds, digests, versions, commit, hardware, times.
         status: How the run ended.
         message: A sentence on how it ended; may be empty.
         folder: Where the record lies.
+        files: Size and SHA-256 digest of the curve and, where they were kept, of the controls.
+        left_out: Those of `files` that are not in the folder, on purpose.
     """
 
     id: str
@@ -45,81 +70,143 @@ class Record:
     provenance: dict[str, Any]
     status: str
     message: str = ""
-    folder: Path = field(default=Path(), compare=False, repr=False)
+    folder: Path = field(default=Path(), compare=False)
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
+    left_out: tuple[str, ...] = field(default=(), compare=False)
+
+    def __repr__(self) -> str:
+        """One line: id, kind, what differs most between runs, how it ended, the first numbers."""
+        shown = ", ".join(f"{name}={value}" for name, value in self._summary().items())
+        return f"Record({self.id}, {self.kind}, {shown})"
+
+    def _repr_html_(self) -> str:
+        rows = {"id": self.id, "kind": self.kind, **self._summary()}
+        cells = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
+            for name, value in rows.items()
+        )
+        return f"<table>{cells}</table>"
+
+    def _summary(self) -> dict[str, Any]:
+        names = ("model", "task", "seed", "learning_rate")
+        found = {name: self.config[name] for name in names if name in self.config}
+        deltas = [d["name"] for d in self.config.get("deltas") or [] if isinstance(d, dict)]
+        if deltas:
+            found["deltas"] = "+".join(deltas)
+        found["status"] = self.status
+        numbers = {k: v for k, v in self.result.items() if isinstance(v, int | float)}
+        return found | {k: f"{v:.4g}" for k, v in list(numbers.items())[:3]}
 
     def curve(self) -> pd.DataFrame:
-        """The recorded curve, one row per step."""
+        """The recorded curve, one row per step; raises `InputError` where it is damaged."""
         import pandas as pd
 
+        path = self._checked(CURVE_FILE)
         try:
-            return pd.read_parquet(self.folder / CURVE_FILE)
+            return pd.read_parquet(path)
         except Exception as error:
-            raise damaged(self.folder / CURVE_FILE, str(error)) from error
+            raise damaged(path, str(error)) from error
 
     def controls(self) -> dict[str, torch.Tensor]:
         """The trained controls; raises `InputError` where the record was kept without them."""
         from safetensors.torch import load_file
 
-        path = self.folder / CONTROLS_FILE
-        if not path.exists():
+        if CONTROLS_FILE not in self.files:
             raise InputError(f"run {self.id} has no {CONTROLS_FILE}: it was kept without controls")
+        if CONTROLS_FILE in self.left_out:
+            raise InputError(
+                f"run {self.id} was published without its {CONTROLS_FILE}; run its configuration "
+                "anew to have them"
+            )
+        path = self._checked(CONTROLS_FILE)
         try:
             return load_file(path)
         except Exception as error:
             raise damaged(path, str(error)) from error
 
+    def _checked(self, name: str) -> Path:
+        path = self.folder / name
+        if fingerprint(path) != self.files[name]:
+            raise damaged(path, "its contents differ from what run.json recorded")
+        return path
 
-def read(folder: Path) -> Record:
+
+def read(folder: Path, *, whole: bool = True) -> Record:
     """Read and check one record's folder.
+
+    Args:
+        folder: The folder, named by the run id.
+        whole: Whether to check the other files and the id as well. Without it only run.json is
+            looked at, which its digest holds to what was written: for lists of many records.
 
     Raises:
         InputError: A file is missing, cut short, or not what run.json says.
     """
+    if os.path.islink(folder):
+        raise InputError(f"{folder} is a link, and no record is read through a link")
     path = folder / RUN_FILE
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise damaged(path, "the file is missing") from error
-    except (OSError, ValueError) as error:
-        raise damaged(path, str(error)) from error
-    missing = [f for f in _FIELDS if not isinstance(document, dict) or f not in document]
-    if missing:
-        raise damaged(path, f"it lacks {', '.join(missing)}")
-    if document["schema"] != SCHEMA:
+    document = _parsed(path)
+    if document.get("schema") == 1:
         raise InputError(
-            f"{path} has schema {document['schema']}, this version reads schema {SCHEMA}; "
+            f"{path} is of version 0.1, which kept no digest of the result; take it over, as it "
+            f"is, with: deltacontrol runs --upgrade --runs {folder.parent}"
+        )
+    if document.get("schema") != SCHEMA:
+        raise InputError(
+            f"{path} has schema {document.get('schema')!r}, this version reads schema {SCHEMA}; "
             "use the version that wrote it, or delete the folder and run again"
         )
-    digests = Digests(**document["digests"])
-    identity = run_id(document["kind"], document["config"], digests)
+    lacking = [n for n, kind in _FIELDS.items() if not isinstance(document.get(n), kind)]
+    if lacking:
+        raise damaged(path, f"it lacks {', '.join(lacking)}")
+    if document["digest"] != _digest(path, document):
+        raise damaged(path, "its contents differ from what its digest was taken of")
+    identity = document["id"]
+    if whole:
+        identity = run_id(document["kind"], document["config"], _digests(path, document))
     if not identity == document["id"] == folder.name:
         raise damaged(path, f"its contents belong to run {identity}")
-    for name, expected in document["files"].items():
-        file = folder / name
-        if name == CONTROLS_FILE and not file.exists():
-            continue  # left out on purpose where records are published
-        if not file.exists():
-            raise damaged(file, "the file is missing")
-        if file.stat().st_size != expected["bytes"] or (
-            name != CONTROLS_FILE and fingerprint(file) != expected
-        ):
-            raise damaged(file, "its contents differ from what run.json recorded")
-    return Record(
+    completed = document.get("completed")
+    if completed is not None and not _extends(completed, document["config"]):
+        raise damaged(path, "its completed configuration contradicts the configuration")
+    _check_names(path, document["files"], document["left_out"])
+    record = Record(
         id=identity,
         kind=document["kind"],
-        config=document["config"],
+        config=completed or document["config"],
         result=document["result"],
         provenance={"digests": document["digests"], **document["provenance"]},
         status=document["status"],
-        message=document.get("message", ""),
+        message=document["message"],
         folder=folder,
+        files=document["files"],
+        left_out=tuple(document["left_out"]),
     )
+    if whole:
+        _check_files(record)
+        record._checked(CURVE_FILE)
+    return record
+
+
+def digest_of(document: Mapping[str, Any]) -> str:
+    """SHA-256 of a document's canonical JSON, without its entry ``digest``."""
+    content = {name: value for name, value in document.items() if name != "digest"}
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with the digest of its contents."""
+    return {**document, "digest": digest_of(document)}
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 digest of a file, as run.json keeps them."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    """Size and SHA-256 digest of a file, as run.json keeps them; a link is not followed."""
+    try:
+        with open(path, "rb", opener=_opener) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"bytes": file.tell(), "sha256": digest}
+    except OSError as error:
+        raise damaged(path, error.strerror or str(error)) from error
 
 
 def damaged(path: Path, why: str) -> InputError:
@@ -128,3 +215,77 @@ def damaged(path: Path, why: str) -> InputError:
         f"the record file {path} is damaged: {why}; "
         f"delete the folder {path.parent} and run again to compute it anew"
     )
+
+
+def _opener(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb", opener=_opener) as file:
+            document = json.loads(file.read())
+    except FileNotFoundError as error:
+        raise damaged(path, "the file is missing") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(path, str(getattr(error, "strerror", None) or error)) from error
+    if not isinstance(document, dict):
+        raise damaged(path, "it is not a JSON object")
+    return document
+
+
+def _digest(path: Path, document: Mapping[str, Any]) -> str:
+    try:
+        return digest_of(document)
+    except InputError as error:  # NaN and infinity, which json reads, are not JSON
+        raise damaged(path, "it holds numbers that are not JSON") from error
+
+
+def _digests(path: Path, document: Mapping[str, Any]) -> Digests:
+    try:
+        return Digests(**document["digests"])
+    except TypeError as error:
+        raise damaged(path, "its digests are not those of a model and data") from error
+
+
+def _extends(longer: Any, shorter: Any) -> bool:
+    """Whether a configuration only adds fields to another one."""
+    if isinstance(longer, dict) and isinstance(shorter, dict):
+        return all(k in longer and _extends(longer[k], v) for k, v in shorter.items())
+    if isinstance(longer, list) and isinstance(shorter, list):
+        pairs = zip(longer, shorter, strict=False)
+        return len(longer) == len(shorter) and all(_extends(a, b) for a, b in pairs)
+    return type(longer) is type(shorter) and longer == shorter
+
+
+def _check_names(path: Path, files: Mapping[str, Any], left_out: list[Any]) -> None:
+    """Check what run.json names: other names than a record's own are refused without a look."""
+    if not set(files) <= {CURVE_FILE, CONTROLS_FILE}:
+        raise damaged(path, f"it names files other than {CURVE_FILE} and {CONTROLS_FILE}")
+    if CURVE_FILE not in files:
+        raise damaged(path, f"it names no {CURVE_FILE}, which every record has")
+    if left_out and (left_out != [CONTROLS_FILE] or CONTROLS_FILE not in files):
+        raise damaged(path, f"of its files only {CONTROLS_FILE} can be left out")
+    for name, expected in files.items():
+        if not isinstance(expected, dict) or set(expected) != {"bytes", "sha256"}:
+            raise damaged(path, f"it keeps no size and digest of {name}")
+
+
+def _check_files(record: Record) -> None:
+    """Check that the folder holds the files of the record, in their sizes, and no other of them."""
+    present = {}
+    with os.scandir(record.folder) as entries:
+        for entry in entries:
+            if entry.name in (CURVE_FILE, CONTROLS_FILE):
+                present[entry.name] = entry.stat(follow_symlinks=False)
+    wanted = set(record.files) - set(record.left_out)
+    for name in set(present) - wanted:
+        raise damaged(record.folder / name, "run.json does not say that it is there")
+    for name in wanted:
+        path = record.folder / name
+        if name not in present:
+            raise damaged(path, "the file is missing")
+        if not stat.S_ISREG(present[name].st_mode):
+            raise damaged(path, "it is not a plain file")
+        if present[name].st_size != record.files[name]["bytes"]:
+            raise damaged(path, "its size differs from what run.json recorded")

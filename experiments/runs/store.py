@@ -1,11 +1,16 @@
-"""A store of run records.
+"""Where run records are kept, found and written.
 
     <store>/<run id>/run.json              configuration, provenance, status, result
                      curve.parquet         one row per step
                      controls.safetensors  the trained controls, if any
 
-A record is written to a temporary folder in the same store and renamed: it is there whole or not at
-all. Hidden folders of a store (`.partial`, `.locks`) hold work in progress and are not records.
+Records have two homes: a folder of the user's, ``runs`` beside their project, and the committed
+records that come with the package, in sub-folders of ``experiments/records``. `both_homes` looks in
+both, the user's first, and writes to the user's only.
+
+A record is written to a temporary folder in the same store and renamed: it is there whole or not
+at all. Hidden folders of a store (`.partial`, `.locks`) hold work in progress and are not records;
+neither is `claims`, where judged claims are kept.
 """
 
 from __future__ import annotations
@@ -17,8 +22,9 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +46,7 @@ from deltacontrol.experiments.runs.record import (
     Record,
     fingerprint,
     read,
+    sealed,
 )
 from deltacontrol.theory.errors import InputError, unknown
 
@@ -47,27 +54,45 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-__all__ = ["Digests", "Experiment", "Outcome", "Record", "RunStore", "Workspace", "read", "run_id"]
+__all__ = [
+    "COMMITTED",
+    "Digests",
+    "Experiment",
+    "Outcome",
+    "Record",
+    "RunStore",
+    "Workspace",
+    "both_homes",
+    "configuration",
+    "read",
+    "run_id",
+]
+
+COMMITTED = next(p for p in Path(__file__).resolve().parents if p.name == "experiments") / "records"
+CLAIMS = "claims"  # the folder of judged claims, in either home
+_IDENTITY = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
 class RunStore:
-    """A folder of records.
+    """A folder of records to write to, and perhaps another one that is only read.
 
     Attributes:
         root: The folder; made at the first write.
         keep_controls: Whether `write` keeps the trained controls.
+        committed: A folder whose sub-folders, at any depth, hold further records.
     """
 
     root: Path
     keep_controls: bool = True
+    committed: Path | None = None
 
     def __post_init__(self) -> None:
         """Accept a string for `root`."""
         object.__setattr__(self, "root", Path(self.root))
 
     def path(self, experiment: Experiment) -> Path:
-        """The folder where the record of `experiment` is, or will be."""
+        """The folder in `root` where the record of `experiment` is, or will be."""
         return self.root / run_id(experiment.kind, experiment.to_config(), experiment.digests())
 
     def partial(self, experiment: Experiment) -> Path:
@@ -76,31 +101,94 @@ class RunStore:
 
     def find(self, experiment: Experiment) -> Record | None:
         """The record of `experiment`, or None; raises `InputError` where it is damaged."""
-        folder = self.path(experiment)
-        return read(folder) if folder.exists() else None
+        own = self.path(experiment)
+        if os.path.lexists(own):
+            return read(own)
+        folder = self._committed().get(own.name)
+        return None if folder is None else read(folder)
 
     def matching(self, experiment: Experiment) -> list[Record]:
         """Records of the same configuration, whatever the digests: needs no model and no data."""
-        wanted = (experiment.kind, canonical_json(experiment.to_config()))
-        return [r for r in self.records() if (r.kind, canonical_json(r.config)) == wanted]
+        wanted = configuration(experiment)
+        return [record for record in self.records() if configuration(record) == wanted]
+
+    def lookup(self, experiments: Sequence[Experiment]) -> list[Record | None]:
+        """For each experiment the record of its configuration, whatever the digests, or None.
+
+        The user's record goes before the committed one.
+
+        Raises:
+            InputError: A home has two records of one of the configurations.
+        """
+        found: dict[str, Record] = {}
+        wanted = [configuration(experiment) for experiment in experiments]
+        relevant = set(wanted)
+        for record in self.records():
+            key = configuration(record)
+            other = found.setdefault(key, record)
+            if other is not record and key in relevant and self._own(other) == self._own(record):
+                raise InputError(
+                    f"there are two records of one configuration, {other.folder} and "
+                    f"{record.folder}, from different model or data files; delete the one that is "
+                    "out of date"
+                )
+        return [found.get(key) for key in wanted]
 
     def records(self) -> list[Record]:
-        """All records, sorted by id; raises `InputError` at the first damaged one."""
-        if not self.root.exists():
-            return []
-        try:
-            folders = sorted(p for p in self.root.iterdir() if p.is_dir() and p.name[0] != ".")
-        except OSError as error:
-            raise unwritable(self.root, error) from error
-        return [read(folder) for folder in folders]
+        """All records by id, those in `root` first; what is no whole record is skipped with a note.
+
+        The files beside run.json are checked when they are read.
+        """
+        found, skipped = [], []
+        for folder in self._folders(warn=True).values():
+            try:
+                found.append(read(folder, whole=False))
+            except (InputError, OSError):
+                skipped.append(folder)
+        if skipped:
+            names = ", ".join(map(str, skipped[:3])) + ", ..." * (len(skipped) > 3)
+            warnings.warn(
+                f"skipped {len(skipped)} folders that hold no whole record of this version: "
+                f"{names}; `deltacontrol runs --show {skipped[0].name}` says what is wrong",
+                stacklevel=2,
+            )
+        return found
+
+    def folders(self) -> list[Path]:
+        """The folders in `root` that are named as records are, whole or not."""
+        return list(replace(self, committed=None)._folders(warn=False).values())
 
     def get(self, beginning: str) -> Record:
-        """The record whose id starts so; raises `InputError` where it is not exactly one."""
-        records = self.records()
-        found = [record for record in records if record.id.startswith(beginning)]
+        """The record whose id starts so; raises `InputError` where it is not exactly one whole."""
+        folders = self._folders(warn=False)
+        found = [name for name in folders if name.startswith(beginning)]
         if len(found) != 1:
-            raise unknown("run", beginning, [record.id for record in records])
-        return found[0]
+            raise unknown("run", beginning, folders)
+        return read(folders[found[0]])
+
+    def _own(self, record: Record) -> bool:
+        return record.folder.parent == self.root
+
+    def _folders(self, *, warn: bool) -> dict[str, Path]:
+        """The folders that are named as records are, by id; in `root` before the committed ones."""
+        try:
+            names = sorted(_entries(self.root)) if self.root.exists() else []
+        except OSError as error:
+            raise unwritable(self.root, error) from error
+        strays = [n for n in names if not _IDENTITY.fullmatch(n) and n[0] != "." and n != CLAIMS]
+        if strays and warn:
+            shown = ", ".join(map(repr, strays[:3])) + ", ..." * (len(strays) > 3)
+            warnings.warn(
+                f"skipped {len(strays)} folders in {self.root} that are not records: {shown}",
+                stacklevel=3,
+            )
+        own = {name: self.root / name for name in names if _IDENTITY.fullmatch(name)}
+        return own | {n: path for n, path in self._committed().items() if n not in own}
+
+    def _committed(self) -> dict[str, Path]:
+        if self.committed is None:
+            return {}
+        return {path.name: path for path in sorted(_nested(self.committed), reverse=True)}
 
     def write(
         self,
@@ -109,6 +197,7 @@ class RunStore:
         curve: pd.DataFrame,
         controls: dict[str, torch.Tensor] | None = None,
         wall_s: float | None = None,
+        processor_s: float | None = None,
         *,
         status: str = "completed",
         message: str = "",
@@ -145,13 +234,15 @@ class RunStore:
                     "started": (started or finished).isoformat(timespec="seconds"),
                     "finished": finished.isoformat(timespec="seconds"),
                     "wall_seconds": wall_s,
+                    "processor_seconds": processor_s,
                 },
                 "status": status,
                 "message": message,
                 "result": _finite(result),
                 "files": {p.name: fingerprint(p) for p in sorted(temporary.iterdir())},
+                "left_out": [],
             }
-            text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+            text = json.dumps(sealed(document), indent=2, allow_nan=False) + "\n"
             (temporary / RUN_FILE).write_text(text, encoding="utf-8")
             for path in temporary.iterdir():
                 _flush(path)
@@ -161,6 +252,35 @@ class RunStore:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return read(target)
+
+
+def both_homes(root: Path | str = "runs", *, keep_controls: bool = True) -> RunStore:
+    """The user's folder `root` together with the records that come with the package."""
+    return RunStore(Path(root), keep_controls, COMMITTED)
+
+
+def configuration(run: Experiment | Record) -> str:
+    """One text per kind and configuration, whatever the model's and the data's files."""
+    config = run.config if isinstance(run, Record) else run.to_config()
+    return canonical_json([run.kind, config])
+
+
+def _entries(folder: Path) -> Iterator[str]:
+    """Names of the folders and links in `folder`; no link is followed."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False) or entry.is_symlink():
+                yield entry.name
+
+
+def _nested(folder: Path) -> Iterator[Path]:
+    """Folders below `folder`, at any depth, that are named as records are."""
+    if folder.is_dir() and not folder.is_symlink():
+        for name in _entries(folder):
+            if _IDENTITY.fullmatch(name):
+                yield folder / name
+            elif name[0] != ".":
+                yield from _nested(folder / name)
 
 
 def unwritable(folder: Path, error: OSError) -> InputError:

@@ -76,7 +76,7 @@ def run(
         found = store.find(experiment) if first else None
         if found is not None:
             return found
-        began, started = time.perf_counter(), datetime.now(UTC)
+        began, worked, started = time.perf_counter(), time.process_time(), datetime.now(UTC)
         workspace = Workspace(partial, progress, checkpoint_seconds, store.root)
         outcome = experiment.execute(workspace)
         if not first:
@@ -87,6 +87,7 @@ def run(
             outcome.curve,
             outcome.controls,
             outcome.earlier_seconds + time.perf_counter() - began,
+            time.process_time() - worked,
             status=outcome.status,
             message=outcome.message,
             started=started,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+from deltacontrol.experiments.runs.store import COMMITTED
 from deltacontrol.theory.errors import InputError
 
 # Peak learning rates where no search is recorded for (model, task, delta): about a tenth of the
@@ -38,7 +38,7 @@ DEFAULT_RATES = {
     "intrinsic-prompt": 3e-3,
 }
 OTHER_RATE = 1e-3
-RATES_FILE = Path(__file__).parents[1] / "studies" / "learning_rates.json"
+RATES_FILE = COMMITTED / "rates" / "learning_rates.json"
 
 
 def default_rate(model: str, task: str, deltas: tuple[dict[str, Any], ...]) -> float:

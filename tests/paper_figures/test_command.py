@@ -1,11 +1,13 @@
 """`deltacontrol figures`: what it computes, what it refuses, what it prints."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import deltacontrol.experiments.runs.sweep
+from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.runs.experiment import Experiment
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.runs.store import RunStore
@@ -24,7 +26,8 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def synthetic_studies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(collect, "study", lambda name, preset: [e for e, *_ in GRIDS[name]()])
-    monkeypatch.setattr(base, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(collect, "COMMITTED", tmp_path / "records")
+    monkeypatch.setattr(provenance, "modified_files", lambda: [])
     monkeypatch.setattr(base, "GALLERY", tmp_path / "gallery")
 
 
@@ -71,14 +74,21 @@ def test_paper_redraws_published_records_without_computing(
     assert sweep == [len(grid)]
     assert (tmp_path / "elsewhere" / "out" / f"{name}.pdf").read_bytes() == first
     assert (tmp_path / "gallery" / f"{name}.png").exists()
-    published = tmp_path / "records" / base.load(name).STUDY
-    assert {p.name for p in published.rglob("*") if p.is_file()} == {"run.json", "curve.parquet"}
+    published = tmp_path / "records" / "figures" / base.load(name).STUDY
+    files = {p.name for p in published.rglob("*") if p.is_file()}
+    assert files == {"run.json", "curve.parquet", "grid.json"}
 
 
 def test_paper_says_which_records_are_missing(
     name: str, grid: Grid, sweep: list[int], tmp_path: Path
 ) -> None:
-    write(RunStore(tmp_path / "records" / base.load(name).STUDY), grid[2:])
+    with pytest.raises(InputError, match="no committed records.*--recompute"):
+        figures(name, tmp_path, preset="paper").run()
+    study = base.load(name).STUDY
+    records = write(RunStore(tmp_path / "runs"), grid)
+    collect.publish(study, records)
+    for record in records[:2]:
+        shutil.rmtree(tmp_path / "records" / "figures" / study / record.id)
     with pytest.raises(InputError, match=f"2 of {len(grid)} runs .*--recompute"):
         figures(name, tmp_path, preset="paper").run()
     assert not sweep and not (tmp_path / "out").exists()
@@ -86,10 +96,22 @@ def test_paper_says_which_records_are_missing(
 
 def test_publishing_drops_stale_records(name: str, grid: Grid, tmp_path: Path) -> None:
     records = write(RunStore(tmp_path / "runs"), grid[:3])
-    folder = tmp_path / "published"
-    collect.publish(records, folder)
-    collect.publish(records[1:], folder)
-    assert sorted(p.name for p in folder.iterdir()) == sorted(r.id for r in records[1:])
+    root = tmp_path / "published"
+    collect.publish("toys", records, root)
+    collect.publish("toys", records[:0:-1], root)
+    folders = [p.name for p in (root / "figures" / "toys").iterdir() if p.is_dir()]
+    assert sorted(folders) == sorted(r.id for r in records[1:])
+    assert collect.committed("toys", root) == records[:0:-1]  # in the order of the grid
+
+
+def test_nothing_is_published_from_a_dirty_checkout(
+    name: str, sweep: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "modified_files", lambda: ["theory/claims.py"])
+    with pytest.raises(InputError, match="clean checkout.*theory/claims.py"):
+        figures(name, tmp_path, preset="paper", publish=True).run()
+    assert not sweep and not (tmp_path / "records").exists()
+    assert not (tmp_path / "gallery").exists()
 
 
 def test_quick_runs_are_not_published(tmp_path: Path) -> None:
@@ -100,7 +122,7 @@ def test_quick_runs_are_not_published(tmp_path: Path) -> None:
 def test_a_figure_without_records_does_not_keep_the_others_from_being_drawn(
     name: str, grid: Grid, tmp_path: Path
 ) -> None:
-    write(RunStore(tmp_path / "records" / base.load(name).STUDY), grid)
+    collect.publish(base.load(name).STUDY, write(RunStore(tmp_path / "runs"), grid))
     with pytest.raises(InputError, match="1 of 2 figures could not be drawn: performance: "):
         Figures(preset="paper", only=("performance", name), out=tmp_path / "out").run()
     assert (tmp_path / "out" / f"{name}.png").exists()

@@ -1,18 +1,23 @@
 """The learning-rate search: every method gets its own rate, chosen on validation rows.
 
-``python -m deltacontrol.experiments.studies.learning_rates.grid`` runs what is missing in the
-folder ``records`` beside this file and writes ``learning_rates.json``, from which every
-fine-tuning takes its default rate. Test rows are never looked at. A rate at an end of its grid is
-marked, because the best one may lie outside.
+``python -m deltacontrol.experiments.studies.learning_rates.grid`` runs what is recorded neither in
+the folder ``runs`` nor with the package, and prints the chosen rates. With ``--publish``, from a clean
+checkout, it puts the records into ``experiments/records/rates`` and the rates into
+``learning_rates.json`` there, from which every fine-tuning takes its default rate. Test rows are
+never looked at. A rate at an end of its grid is marked, because the best one
+may lie outside.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 
-from deltacontrol.experiments.runs.store import Record, RunStore
+from deltacontrol.experiments.runs.provenance import require_clean
+from deltacontrol.experiments.runs.publishing import publish as publish_records
+from deltacontrol.experiments.runs.store import Record, RunStore, both_homes
 from deltacontrol.experiments.training.finetune import FineTuning
 from deltacontrol.experiments.training.rates import RATES_FILE, recorded_rates, searched_name
 from deltacontrol.theory.errors import InputError
@@ -181,14 +186,25 @@ def subspace_rate(dimension: int, pretrained: bool = True) -> float:
     return float(f"{move / math.sqrt(dimension):.3g}")
 
 
-def search(store: RunStore, workers: int | None = None) -> dict:
-    """Run what is missing in ``store``, write the chosen rates, and return them."""
+def search(store: RunStore, workers: int | None = None) -> list[Record]:
+    """Run what is missing in ``store``; returns all records of the search."""
     from deltacontrol.experiments.runs.sweep import run_all
 
-    chosen = choose(run_all(experiments("paper"), store, workers))
-    RATES_FILE.write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
-    return chosen
+    return run_all(experiments("paper"), store, workers)
+
+
+def publish(records: Sequence[Record]) -> None:
+    """Make the committed rates those of the given records."""
+    publish_records(records, "rates/runs", exactly=True)
+    text = json.dumps(choose(sorted(records, key=lambda r: r.id)), indent=1) + "\n"
+    RATES_FILE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    search(RunStore(RATES_FILE.parent / "records", keep_controls=False))
+    publishing = sys.argv[1:] == ["--publish"]
+    if publishing:
+        require_clean()
+    found = search(both_homes("runs", keep_controls=False))
+    print(json.dumps(choose(found)["rates"], indent=1))
+    if publishing:
+        publish(found)
