@@ -61,8 +61,8 @@ class Setting:
         head: how the model is read out. "own": the checkpoint's head, or one drawn from ``seed``
             where it has none; "fitted": the head fitted to the training rows, its penalty chosen by
             the validation rows (`deltacontrol.experiments.heads.fit_head`); "ridge": fitted to
-            ``head_rows`` training rows that follow the chosen ones (`fit_two_class_head`); "words": a causal
-            language model, read out at two words after a prompt
+            ``head_rows`` training rows that follow the chosen ones (`fit_two_class_head`); "words":
+            a causal language model, read out at two words after a prompt
             (`deltacontrol.experiments.heads.WORDS`).
         head_rows: of the head "ridge".
         dtype: of the parameters.

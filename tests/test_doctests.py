@@ -12,10 +12,7 @@ from types import ModuleType
 
 import pytest
 
-import deltacontrol.deltas
-import deltacontrol.experiments
-import deltacontrol.paper_figures
-import deltacontrol.theory
+from deltacontrol import deltas, experiments, paper_figures, theory
 from tests import tiny_model
 
 PACKAGES = (theory, deltas, experiments, paper_figures)

@@ -1,4 +1,4 @@
-"""A user's own files work without a fork: in Python, on the command line, in a sweep's processes."""
+"""A user's own files work without a fork: in Python, on the command line, in sweeps."""
 
 from __future__ import annotations
 

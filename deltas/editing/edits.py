@@ -218,7 +218,7 @@ class Edits:
         self.around_passes(begin, end)
 
     def around_passes(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
-        """Call ``begin`` before and ``end`` behind every pass; see `deltacontrol.deltas.editing.passes`."""
+        """Call ``begin`` before and ``end`` behind every pass; see `editing.passes`."""
 
         def unless_suspended(act: Callable[[], None]) -> Callable[[], None]:
             return lambda: None if self.is_suspended else act()

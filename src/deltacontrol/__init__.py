@@ -38,9 +38,9 @@ if TYPE_CHECKING:
         save,
     )
     from deltacontrol.deltas.dynamics.transformer import control_problem
-    from deltacontrol.experiments.runs.citing import cite
     from deltacontrol.experiments.interactive import claims, estimate_dimension, finetune
     from deltacontrol.experiments.models import load as load_model
+    from deltacontrol.experiments.runs.citing import cite
     from deltacontrol.experiments.runs.table import runs
     from deltacontrol.experiments.tasks import load as load_task
     from deltacontrol.paper_figures.base import figure

@@ -1,11 +1,12 @@
 """Pairs of a primal and a dual point of linearised tuning, and what their gap proves.
 
 With ``P`` and ``D`` as in `deltacontrol.theory.convex.tuning`, a solver's ``u`` gives ``a = grad
-l(z + G u)``, which is in the domain of ``l*``; its multipliers of the equation that defines the logits are
-another estimate of ``a``, moved by rounding into that domain. For both, ``R*(v)`` may still be
-infinite, because some ``||v_g||_o`` exceeds ``lambda w_g`` a little. For every ``0 <= s <= 1`` the
-multiple ``s a`` is in the domain of ``l*`` too (`deltacontrol.theory.convex.losses`), so ``s =
-min(1, lambda / max_g ||v_g||_o / w_g)`` makes feasible points. ``D`` is evaluated at both and ``P(u) - D`` of the
+l(z + G u)``, which is in the domain of ``l*``; its multipliers of the equation that defines the
+logits are another estimate of ``a``, moved by rounding into that domain. For both, ``R*(v)`` may
+still be infinite, because some ``||v_g||_o`` exceeds ``lambda w_g`` a little. For every ``0 <= s <=
+1`` the multiple ``s a`` is in the domain of ``l*`` too (`deltacontrol.theory.convex.losses`), so
+``s = min(1, lambda / max_g ||v_g||_o / w_g)`` makes feasible points. ``D`` is evaluated at both and
+``P(u) - D`` of the
 better one is reported: whatever the solver returns, it is a proof, and never the solver's word.
 
 *What is certainly zero.* ``D`` is ``1/(N S)``-strongly concave for a loss of smoothness ``S``, so

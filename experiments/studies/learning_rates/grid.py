@@ -1,8 +1,8 @@
 """The learning-rate search: every method gets its own rate, chosen on validation rows.
 
 ``python -m deltacontrol.experiments.studies.learning_rates.grid`` runs what is recorded neither in
-the folder ``runs`` nor with the package, and prints the chosen rates. With ``--publish``, from a clean
-checkout, it puts the records into ``experiments/records/rates`` and the rates into
+the folder ``runs`` nor with the package, and prints the chosen rates. With ``--publish``, from a
+clean checkout, it puts the records into ``experiments/records/rates`` and the rates into
 ``learning_rates.json`` there, from which every fine-tuning takes its default rate. Test rows are
 never looked at. A rate at an end of its grid is marked, because the best one
 may lie outside.

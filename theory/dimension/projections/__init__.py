@@ -2,8 +2,8 @@
 
 ``z`` is ``(d,)`` and ``P z`` is ``(D,)``, ``d <= D``. A projection is a linear operator
 (`deltacontrol.theory.linear.operator`): ``P @ z`` lifts, ``P.T @ v`` is the adjoint, and ``Z @
-P.T`` lifts rows. Each of the two products is the other's backward pass; they work under `torch.func` (vmap, jvp, vjp) and
-to any order.
+P.T`` lifts rows. Each of the two products is the other's backward pass; they work under
+`torch.func` (vmap, jvp, vjp) and to any order.
 
 Random projections are normalised such that
 
