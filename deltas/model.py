@@ -140,8 +140,8 @@ class DeltaModel(nn.Module):
             raise InputError(
                 f"{names} ask the training for more than gradients (a look at the data, a penalty, "
                 "a schedule, or learning rates of their own), which transformers' Trainer does not "
-                "do. Train with deltacontrol.experiments.training.finetune, or in a loop of your own
-                that calls " "prepare(), penalty() and after_step() and heeds rate_factors."
+                "do. Train with deltacontrol.experiments.training.finetune, or in a loop of "
+                "your own that calls prepare(), penalty() and after_step() and heeds rate_factors."
             )
         own = getattr(self.model, "accepts_loss_kwargs", None)
         if own is not None:

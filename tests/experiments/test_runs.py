@@ -307,7 +307,7 @@ def test_full_disk_leaves_nothing(store, monkeypatch):
 
 def test_reading_records_needs_no_torch():
     code = (
-        "import sys; from deltacontrol.experiments.runs.table import runs; found = runs('/nowhere');
-        " "sys.exit('torch' in sys.modules or len(found) < 600)"
+        "import sys; from deltacontrol.experiments.runs.table import runs; "
+        "found = runs('/nowhere'); sys.exit('torch' in sys.modules or len(found) < 600)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
