@@ -262,7 +262,6 @@ def _leaves(results: Iterable[Tensor], inputs: Iterable[Tensor]) -> set[int]:
         if node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
+        found.add(id(getattr(node, "variable", None)))  # a leaf of the graph has one
         waiting += [following for following, _ in node.next_functions if following is not None]
     return found - {id(x) for x in inputs}

@@ -209,18 +209,27 @@ class TransformerDynamics(Dynamics):
             )
 
     def _replay_error(self, recorded: Tensor) -> float:
-        with torch.no_grad():
-            x = self.x0
-            for t, u in enumerate(self.controls()):
-                x = self.step(t, x, u)
+        kind = type(self._stages.delta_model.model).__name__
+        x = self.x0
+        try:
+            with torch.no_grad():
+                for t, u in enumerate(self.controls()):
+                    x = self.step(t, x, u)
+        except InputError:
+            raise
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
+            raise InputError(
+                f"running the stages of {kind} one by one fails ({error}), though the whole model "
+                "runs: what a block or the readout needs is not what the one before gives, so it "
+                "is not a layered system."
+            ) from error
         scale = recorded.abs().max().clamp_min(torch.finfo(recorded.dtype).tiny)
         error = float((x - recorded).abs().max() / scale)
         if not error <= 100 * torch.finfo(recorded.dtype).eps:
             raise InputError(
                 f"replaying the stages gives logits that differ by {error:.1e}; the blocks of "
-                f"{type(self._stages.delta_model.model).__name__} are not functions of what they "
-                "receive alone, or something behind them reads more than the last one gives, so "
-                "it is not a layered system."
+                f"{kind} are not functions of what they receive alone, or something behind them "
+                "reads more than the last one gives, so it is not a layered system."
             )
         return error
 
