@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from deltacontrol.theory.feedback.steering import OutputSteering, steer_output
     from deltacontrol.theory.linear.curvature import GaussNewtonCurvature, HessianCurvature
     from deltacontrol.theory.linear.linearisation import Linearisation
+    from deltacontrol.theory.linear.operator import LinearOperator
     from deltacontrol.theory.linear.reachability import Reachability
     from deltacontrol.theory.lq import LQPolicy, riccati
     from deltacontrol.theory.solvers import (
@@ -141,6 +142,7 @@ _HOME = {
         "LQPolicy",
         "riccati",
     ),
+    "deltacontrol.theory.linear.operator": ("LinearOperator",),
     "deltacontrol.theory.control.problem": (
         "Box",
         "ControlProblem",
@@ -219,6 +221,7 @@ __all__ = [
     "Iterate",
     "LQPolicy",
     "LinearDynamics",
+    "LinearOperator",
     "Linearisation",
     "LowRankDynamics",
     "MSA",

@@ -160,14 +160,14 @@ def test_an_evaluation_projects_once(
 ) -> None:
     controlled = move(attach(build("bert"), parse(text)), scale=3.0)
     batch, calls = batch_of(controlled.model), 0
-    lift = RANDOM_PROJECTIONS["fastfood"].lift
+    product = RANDOM_PROJECTIONS["fastfood"]._product
 
     def counted(self: Any, z: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        return lift(self, z)
+        return product(self, z)
 
-    monkeypatch.setattr(RANDOM_PROJECTIONS["fastfood"], "lift", counted)
+    monkeypatch.setattr(RANDOM_PROJECTIONS["fastfood"], "_product", counted)
     with torch.no_grad():
         expected = out(controlled, batch)
         with held(controlled):
