@@ -25,6 +25,7 @@ def test_it_lowers_the_loss_of_lora(build: Build, family: str, attention: str) -
     controlled = move(attach(model, LoRA(rank=2)))
     problem = control_problem(controlled, batch, weight_decay=1e-2)
     u = problem.dynamics.controls()
+    assert all(map(torch.equal, problem.initial_controls(), u))
     solution = solve(problem, ExtendedMSA(1.0, InnerLBFGS(3)), u, max_steps=4, tol=1e-9)
     history = solution.history["objective"].tolist()
     assert len(history) == 5 and all(b < a for a, b in pairwise(history))

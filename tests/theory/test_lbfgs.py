@@ -44,9 +44,9 @@ def scipy_iterates(bounds: np.ndarray | None, options: dict) -> tuple[list[np.nd
 
 @pytest.mark.parametrize("bounded", [False, True])
 def test_the_iterates_are_scipys(bounded: bool) -> None:
-    low, high = torch.full_like(START, -math.inf), torch.full_like(START, 0.8)
+    low, high = torch.full_like(START, -math.inf), torch.full_like(START, 0.1)
     bounds = np.stack([low.numpy().ravel(), high.numpy().ravel()], 1) if bounded else None
-    start = START.clamp(max=0.8) if bounded else START
+    start = START.clamp(max=0.1) if bounded else START
     options = {"maxcor": 5, "maxiter": 40, "maxfun": 60, "ftol": 0.0, "gtol": 1e-8}
     expected, found = scipy_iterates(bounds, options)
     seen: list[Tensor] = []
@@ -60,17 +60,18 @@ def test_the_iterates_are_scipys(bounded: bool) -> None:
         bounds=(low, high) if bounded else None,
         callback=lambda x: bool(seen.append(x)),
     )
-    assert len(seen) == len(expected) > 10
+    assert len(seen) == len(expected) > 5
     for x, z in zip(seen, expected, strict=True):
         assert x.shape == (2, 2) and np.array_equal(x.numpy().reshape(-1), z)
     assert np.array_equal(result.x.numpy().reshape(-1), found.x)
     assert result.value == found.fun and result.evaluations == found.nfev
     assert result.message == found.message
-    assert result.best_value == result.value and torch.equal(result.best, result.x)
+    assert rosenbrock(result.best).item() == result.best_value <= result.value
     if bounded:
-        assert bool((result.x <= 0.8).all()) and bool((result.x == 0.8).any())
+        assert bool((result.x <= 0.1).all()) and bool((result.x == 0.1).any())
     else:
-        torch.testing.assert_close(result.x, torch.ones_like(START), rtol=0, atol=1e-7)
+        assert result.end is LBFGSEnd.TOLERANCE
+        assert float(differentiated(rosenbrock)(result.x)[1].abs().max()) <= 1e-8
 
 
 def test_every_end_has_its_name() -> None:
