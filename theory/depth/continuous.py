@@ -13,8 +13,8 @@ which interpolates the vector fields, for the weights of a general step are not 
 a method `step_between` (`DepthInterpolation`) interpolates its weights themselves instead; the
 two differ where a step is not affine in its weights. The controls are held or interpolated in the
 same way: ``u(s) = u_t``, or ``u(s) = (1-w) u_t + w u_{t+1}``. After ``s = L-1`` the last layer goes
-on. All linear choices need controls of one size. So Euler steps of size 1 are the layered system in every case, and the
-controls remain the tuple ``u_0..u_{L-1}``.
+on. All linear choices need controls of one size. So Euler steps of size 1 are the layered system in
+every case, and the controls remain the tuple ``u_0..u_{L-1}``.
 
 With ``J = Phi(x(L)) + int_0^L l(s, x, u) ds``, ``l(s, ., .) = l_t`` for ``t <= s < t+1``, and
 ``H(s, x, u, p) = l + <p, F>``,
