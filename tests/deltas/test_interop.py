@@ -118,7 +118,8 @@ def unlisted(known: set[str]) -> Iterator[tuple[str, str, type, dict[str, Any]]]
 
 
 CASES: list[Any] = [(*case, None)[:5] for case in cases()]
-CASES += [(*case, None) for case in unlisted({kind().peft_type.value for _, _, kind, *_ in CASES})]
+TYPES = {config: kind.value for kind, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+CASES += [(*case, None) for case in unlisted({TYPES[config] for _, _, config, *_ in CASES})]
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,6 @@ import pandas as pd
 import pytest
 import torch
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -32,41 +28,18 @@ from deltacontrol.experiments.training import checkpoints
 from deltacontrol.experiments.training import devices as resources
 from deltacontrol.experiments.training.evaluation import evaluate
 from deltacontrol.experiments.training.gradients import step_seed
-from deltacontrol.experiments.training.loop import Settings, train
+from deltacontrol.experiments.training.loop import train
 from deltacontrol.experiments.training.schedules import learning_rate
 from deltacontrol.theory.errors import InputError
-
-VOCABULARY, WIDTH = 50, 16
-
-
-def bert(num_labels: int = 2, dropout: float = 0.1, **overrides):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        num_labels=num_labels,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        **overrides,
-    )
-    return BertForSequenceClassification(config).eval()
-
-
-def llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-    )
-    return LlamaForCausalLM(config).eval()
+from tests.experiments.training_models import (
+    VOCABULARY,
+    WIDTH,
+    ParityBatches,
+    bert,
+    llama,
+    lora_model,
+    settings,
+)
 
 
 def opt():
@@ -82,35 +55,6 @@ def opt():
         dropout=0.5,
     )
     return OPTForCausalLM(config).eval()
-
-
-class ParityBatches:
-    """Label 1 where the first token is odd: learnable; a batch is a function of (seed, step)."""
-
-    def __init__(self, seed: int = 0, rows: int = 8, kind: str = "classification") -> None:
-        self.seed, self.rows, self.kind = seed, rows, kind
-
-    def batch(self, step: int) -> dict:
-        generator = np.random.default_rng([self.seed, step])
-        ids = torch.from_numpy(generator.integers(2, VOCABULARY, (self.rows, 6)))
-        mask = torch.ones_like(ids)
-        mask[: self.rows // 2, 4:] = 0
-        if self.kind == "causal-lm":
-            labels = ids.masked_fill(mask == 0, -100)
-        elif self.kind == "regression":
-            labels = (ids[:, 0] / VOCABULARY).float()
-        else:
-            labels = ids[:, 0] % 2
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def lora_model(**overrides):
-    return attach(bert(**overrides), LoRA(rank=2, dropout=0.2), HeadTuning(), seed=0)
-
-
-def settings(**overrides) -> Settings:
-    defaults = {"steps": 12, "learning_rate": 3e-3, "weight_decay": 0.01, "precision": "fp32"}
-    return Settings(**(defaults | {"device": "cpu"} | overrides))
 
 
 def fit(model, batches=None, **options):
@@ -430,92 +374,3 @@ def test_schedules():
 def test_step_seeds_differ():
     seeds = {step_seed(s, t, r, p) for s in (0, 1) for t in (0, 1) for r in (0, 1) for p in (0, 1)}
     assert len(seeds) == 16 and all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_metrics_against_their_definitions():
-    model = lora_model()
-    batches = [ParityBatches(seed=9).batch(step) for step in range(3)]
-    metrics = evaluate(model, batches, "classification")
-    labels = torch.cat([b["labels"] for b in batches])
-    with torch.no_grad():
-        inputs = [{k: v for k, v in b.items() if k != "labels"} for b in batches]
-        logits = torch.cat([model(**i).logits for i in inputs])
-    guess = logits.argmax(-1)
-    f1 = []
-    for c in (0, 1):
-        hits = ((guess == c) & (labels == c)).sum()
-        f1.append(float(2 * hits / ((guess == c).sum() + (labels == c).sum())))
-    assert metrics["accuracy"] == pytest.approx(float((guess == labels).float().mean()))
-    assert metrics["macro_f1"] == pytest.approx(sum(f1) / 2)
-    loss = torch.nn.functional.cross_entropy(logits, labels)
-    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
-
-
-def test_language_model_metrics_weigh_by_tokens():
-    model = attach(llama(), LoRA(rank=2))
-    batches = [ParityBatches(rows=r, kind="causal-lm").batch(r) for r in (2, 6)]
-    metrics = evaluate(model, batches, "causal-lm")
-    total, count = 0.0, 0
-    for batch in batches:
-        tokens = int((batch["labels"][:, 1:] != -100).sum())
-        with torch.no_grad():
-            total += float(model(**batch).loss) * tokens
-        count += tokens
-    assert metrics["loss"] == pytest.approx(total / count, rel=1e-5)
-    assert metrics["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
-
-
-def test_regression_metrics():
-    model = attach(bert(num_labels=1, problem_type="regression"), HeadTuning())
-    metrics = evaluate(model, [ParityBatches(kind="regression").batch(0)], "regression")
-    assert -1 <= metrics["pearson"] <= 1 and metrics["mse"] > 0
-
-
-class NumberedTexts:
-    """A small training set, shuffled in each epoch; `fixed` keeps the batches, in another order."""
-
-    def __init__(self, fixed: bool) -> None:
-        self.fixed = fixed
-        self.rows = [ParityBatches(rows=1).batch(row) for row in range(12)]
-
-    def examples(self, step: int) -> torch.Tensor:
-        epoch, position = divmod(step, 3)
-        generator = np.random.default_rng(epoch)
-        order = np.arange(12).reshape(3, 4)
-        order = generator.permutation(order if self.fixed else generator.permutation(12))
-        return torch.from_numpy(order.reshape(3, 4)[position])
-
-    def batch(self, step: int) -> dict:
-        rows = [self.rows[int(row)] for row in self.examples(step)]
-        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
-
-
-@pytest.mark.parametrize("slices", [1, 2])
-@pytest.mark.parametrize("fixed", [True, False])
-def test_cached_frozen_states_change_nothing(fixed, slices):
-    found = {}
-    data = NumberedTexts(fixed)
-    calls = []
-    for cached in (False, True):
-        model = attach(bert().double(), LoRA(rank=2, layers=(1,)), HeadTuning())
-        model.host.sites.blocks[0].register_forward_hook(lambda *_: calls.append(1))
-        calls.clear()
-        chosen = settings(steps=9, cache_frozen=cached, grad_accumulation=slices)
-        found[cached] = train(model, data, chosen, progress=False)
-        # One epoch, and the look at what depends on the controls.
-        assert len(calls) == (3 * slices + 1 if cached else 9 * slices)
-    same = torch.equal if fixed else lambda a, b: torch.allclose(a, b, rtol=1e-9, atol=1e-12)
-    for name, value in found[False].controls.items():
-        assert same(found[True].controls[name], value), name
-    assert list(found[True].curve["tokens"]) == list(found[False].curve["tokens"])
-
-
-def test_what_cannot_be_cached_is_refused():
-    model = attach(bert(), LoRA(rank=2, layers=(1,)), HeadTuning())
-    with pytest.raises(InputError, match="other ones each time"):
-        train(model, NumberedTexts(True), settings(cache_frozen=True, dropout=True))
-    with pytest.raises(InputError, match="ParityBatches has no method examples"):
-        train(model, ParityBatches(), settings(cache_frozen=True))
-    with pytest.raises(InputError, match="first block or before it"):
-        whole = attach(bert(), LoRA(rank=2), HeadTuning())
-        train(whole, NumberedTexts(True), settings(cache_frozen=True), progress=False)

@@ -14,6 +14,7 @@ from deltacontrol.theory.control.solved_problems import (  # noqa: F401 - tests 
     residual_classifier,
     residual_network,
     scalar,
+    scalar_exact,
     varying,
 )
 from deltacontrol.theory.control.solved_problems import KnownProblem as Case  # noqa: F401

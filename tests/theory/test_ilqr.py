@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from deltacontrol.theory.control.costs import QuadraticCost, SquaredErrorCost
-from deltacontrol.theory.control.problem import ControlProblem, Controls, Dynamics
-from deltacontrol.theory.control.systems import LinearDynamics, ResidualNetwork
-from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.control.costs import QuadraticCost
+from deltacontrol.theory.control.problem import ControlProblem, Controls
+from deltacontrol.theory.control.systems import LinearDynamics
 from deltacontrol.theory.solvers import Shooting, Solution, Solver, Status, solve
 from deltacontrol.theory.solvers.box_qp import box_qp
 from deltacontrol.theory.solvers.ilqr import DDP, ILQR
@@ -24,13 +22,12 @@ from deltacontrol.theory.solvers.quadratic_model import (
     sweep,
 )
 from tests.theory.dense import box_optimum, flat, hessian, unflatten
+from tests.theory.ilqr_runs import BOTH, run
 from tests.theory.problems import (
-    TerminalOnly,
     boxed,
     deep_residual_network,
     double_integrator,
     embedding_problem,
-    forgetful_problem,
     low_rank,
     normal,
     pendulum,
@@ -42,7 +39,6 @@ from tests.theory.problems import (
 )
 
 F64 = torch.float64
-BOTH = pytest.mark.parametrize("solver", [ILQR(), DDP()], ids=["ilqr", "ddp"])
 
 
 def model_at(problem: ControlProblem, u: Controls, second_order: bool) -> QuadraticModel:
@@ -78,10 +74,6 @@ def gauss_newton(problem: ControlProblem, u: Controls) -> Tensor:
     assert horizon == len(u)
     M = torch.func.jacrev(trajectory)(flat(u))
     return M.mT @ torch.func.hessian(cost)(trajectory(flat(u))) @ M
-
-
-def run(problem: ControlProblem, solver: Solver, tol: float = 1e-8, max_steps: int = 30):
-    return solve(problem, solver, problem.zero_controls(), max_steps=max_steps, tol=tol)
 
 
 SMALL: dict[str, tuple[Callable[[], ControlProblem], bool]] = {
@@ -382,103 +374,3 @@ def test_a_box_gives_a_concave_problem_a_minimum_at_its_bounds(solver: Solver) -
     solution = run(problem, solver)
     assert solution.status is Status.CONVERGED and solution.residual.norm == 0.0
     assert flat(solution.controls).tolist() == [-2.0] * 3
-
-
-@BOTH
-def test_states_of_any_shape_and_of_integers(solver: Solver) -> None:
-    for problem in (embedding_problem(), forgetful_problem()):
-        start = tuple(0.1 * torch.ones(m, dtype=F64) for m in problem.dynamics.control_sizes)
-        solution = solve(problem, solver, start, max_steps=200, tol=1e-8)
-        assert solution.residual.norm <= 1e-8 or solution.status is not Status.CONVERGED
-        assert solution.objective < float(problem.objective(start))
-    solution = solve(
-        embedding_problem(),
-        solver,
-        embedding_problem().zero_controls(per_example=True, dtype=F64),
-        max_steps=200,
-        tol=1e-8,
-    )
-    assert solution.status is Status.CONVERGED, solution.message
-
-
-class Mixed(Dynamics):
-    """Examples see each other's mean."""
-
-    horizon = 2
-    control_sizes = (2, 2)
-
-    def step(self, t: int, x: Tensor, u: Tensor) -> Tensor:
-        return x + u + x.mean(0)
-
-
-def test_examples_that_interact_are_refused() -> None:
-    problem = ControlProblem(
-        Mixed(), SquaredErrorCost(normal(4, 2, seed=1), 0.1), normal(4, 2, seed=2)
-    )
-    assert run(problem, ILQR()).status is Status.CONVERGED
-    with pytest.raises(InputError, match="let examples interact"):
-        solve(problem, ILQR(), problem.zero_controls(per_example=True), max_steps=3, tol=1e-8)
-
-
-def test_a_state_beyond_dense_matrices_is_refused() -> None:
-    x0 = torch.zeros(100, 50, dtype=F64)
-    problem = ControlProblem(ResidualNetwork.random(2, 50, 4, 3), SquaredErrorCost(x0 + 1, 0.1), x0)
-    with pytest.raises(InputError, match="5000 entries.*GaussNewton"):
-        run(problem, ILQR())
-    start = problem.zero_controls(per_example=True)
-    assert solve(problem, DDP(), start, max_steps=1, tol=1e9).status is Status.CONVERGED
-
-
-@BOTH
-def test_rounding_ends_a_solve_honestly(solver: Solver) -> None:
-    problem = residual_network()
-    solution = run(problem, solver, tol=0.0, max_steps=200)
-    assert solution.status is Status.LINE_SEARCH_FAILED or solution.residual.norm == 0.0
-    assert solution.residual.norm <= 1e-14
-    assert solution.gains is not None
-
-
-@BOTH
-def test_an_interrupted_solve_goes_on_with_the_same_iterates(
-    solver: Solver, tmp_path: Path
-) -> None:
-    problem = deep_residual_network(6, horizon=5)
-    start, whole, parts = problem.zero_controls(), [], []
-    solve(problem, solver, start, max_steps=12, tol=1e-9, callback=whole.append)
-    for steps in (4, 12):
-        solve(
-            problem,
-            solver,
-            start,
-            max_steps=steps,
-            tol=1e-9,
-            callback=parts.append,
-            checkpoint=tmp_path / "solve.safetensors",
-        )
-    assert len(parts) == len(whole)
-    for a, b in zip(parts, whole, strict=True):
-        assert torch.equal(flat(a.controls), flat(b.controls))
-
-
-def test_no_control_at_all() -> None:
-    problem = ControlProblem(
-        LinearDynamics.constant(2, torch.eye(2, dtype=F64), torch.zeros(2, 0, dtype=F64)),
-        TerminalOnly(),
-        normal(2, seed=1),
-    )
-    assert run(problem, DDP()).status is Status.CONVERGED
-
-
-class Kinked(TerminalOnly):
-    """``Phi = sum |x|^(3/2)``, whose second derivative is infinite at zero."""
-
-    def terminal(self, x: Tensor) -> Tensor:
-        return x.abs().pow(1.5).sum() + (x - 1).square().sum()
-
-
-def test_an_infinite_curvature_is_named() -> None:
-    eye = torch.eye(2, dtype=F64)
-    problem = ControlProblem(LinearDynamics.constant(1, eye, eye), Kinked(), 0 * eye[0])
-    solution = run(problem, DDP())
-    assert solution.status is Status.LINE_SEARCH_FAILED
-    assert "second derivatives are not" in solution.message
