@@ -19,39 +19,7 @@ from pathlib import Path
 from deltacontrol.experiments import claims
 
 # Packages and modules of `experiments` that measure nothing themselves.
-MACHINERY = {
-    "adapters",
-    "benchmarks",
-    "checkpoints",
-    "cli",
-    "code_digest",
-    "commands",
-    "data",
-    "evaluation",
-    "experiment",
-    "finetune",
-    "gradients",
-    "models",
-    "modes",
-    "provenance",
-    "publishing",
-    "rates",
-    "records",
-    "resources",
-    "run_table",
-    "runs",
-    "schedules",
-    "scoreboard",
-    "setting",
-    "sources",
-    "stages",
-    "sweeps",
-    "tasks",
-    "together",
-    "training",
-    "training_results",
-    "upgrade",
-}
+MACHINERY = {"benchmarks", "cli", "models", "runs", "setting", "sources", "tasks", "training"}
 PACKAGE = claims.__name__.rpartition(".")[0]
 FOLDER = Path(claims.__path__[0]).parent
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import deltacontrol.experiments.benchmarks
+from deltacontrol.experiments.runs.store import COMMITTED
 
-RECORDS = Path(deltacontrol.experiments.benchmarks.__path__[0]) / "records"
+RECORDS = COMMITTED / "benchmarks"
 
 
 def record(name: str) -> dict[str, Any]:

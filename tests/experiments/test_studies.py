@@ -69,7 +69,7 @@ def test_the_best_rate_has_the_best_validation_accuracy_then_the_least_loss() ->
 def test_the_written_rates_are_what_the_records_say() -> None:
     from deltacontrol.experiments.runs.store import RunStore
 
-    store = RunStore(rates.RATES_FILE.parent / "records")
+    store = RunStore(rates.RATES_FILE.parent / "runs")
     chosen = learning_rates.choose(store.records())
     assert json.loads(rates.RATES_FILE.read_text()) == chosen
 

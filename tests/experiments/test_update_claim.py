@@ -53,8 +53,9 @@ def test_each_term_can_fail_the_claim(
     claim: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(claim, "_records", lambda: [made_record(TAILS, gaps, stable_rank)])
-    found = claim._measure(claim._predict())
+    monkeypatch.setattr(claim, "_runs", lambda: ["a run"])
+    record = made_record(TAILS, gaps, stable_rank)
+    found = claim._measure(claim._predict(lambda _: record), lambda _: record)
     over = found.details["a, seed 0"]["measured over limit"]
     assert found.value == max(over.values())
     if term is None:
@@ -68,7 +69,10 @@ def test_the_control_passes_where_the_update_is_as_a_gaussian_matrix(
 ) -> None:
     _, tails = claim._gaussian((64, 48))
     like = [tails[rank] for rank in RANKS]
-    monkeypatch.setattr(claim, "_records", lambda: [made_record(like, like, 40.0)])
-    assert claim._negative_control(claim._predict()).value == pytest.approx(0)
-    monkeypatch.setattr(claim, "_records", lambda: [made_record(TAILS, TAILS, 1.0)])
-    assert claim._negative_control(claim._predict()).value > 1
+    monkeypatch.setattr(claim, "_runs", lambda: ["a run"])
+
+    def control(record: Any) -> float:
+        return claim._negative_control(claim._predict(lambda _: record), lambda _: record).value
+
+    assert control(made_record(like, like, 40.0)) == pytest.approx(0)
+    assert control(made_record(TAILS, TAILS, 1.0)) > 1

@@ -92,6 +92,30 @@ def test_measurement_and_control_get_the_prediction() -> None:
     assert judged.prediction == seen[0]
 
 
+def test_a_claim_on_runs_is_a_function_of_their_records() -> None:
+    records = {"first": 0.25, "second": 0.75}
+    on_runs = replace(
+        claim(Evidence(0.0), threshold=Threshold("<=", 0.5, "number")),
+        predict=lambda of: {"sum": sum(map(of, records))},
+        measure=lambda prediction, of: Evidence(of("first") * prediction["sum"]),
+        negative_control=lambda prediction, of: Evidence(of("second")),
+        runs=lambda: list(records),
+    )
+    judged = judge(on_runs, records.__getitem__)
+    assert (judged.evidence.value, judged.control.value) == (0.25, 0.75)
+    assert judged.prediction == {"sum": 1.0} and judged.verdict is Verdict.HOLDS
+    with pytest.raises(InputError, match="rests on runs"):
+        judge(on_runs)
+
+
+def test_outcomes_print_in_a_line_and_as_a_table() -> None:
+    outcome = replace(judge(claim(Evidence(1e-15))), runs=("a", "b"), code="c")
+    assert repr(outcome).startswith("Outcome(1, 'Costate gradient': holds; measured 1e-15")
+    assert "<th>verdict</th><td>holds</td>" in outcome._repr_html_()
+    again = Outcome.from_dict(json.loads(json.dumps(outcome.to_dict())))
+    assert again == outcome and again.runs == ("a", "b") and again.code == "c"
+
+
 @pytest.mark.parametrize(
     ("op", "value", "inside", "outside"),
     [
