@@ -17,7 +17,7 @@ Feedback laws, which look at each example's states at inference, are another typ
 from deltacontrol.deltas.attaching import attach
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.ensemble.stack import DeltaStack, attach_many
-from deltacontrol.deltas.loading import load
+from deltacontrol.deltas.loading import load, save
 from deltacontrol.deltas.methods.adalora import AdaLoRA
 from deltacontrol.deltas.methods.adapterdrop import AdapterDrop
 from deltacontrol.deltas.methods.attention_control import AttentionControl
@@ -99,5 +99,6 @@ __all__ = [
     "available",
     "from_dict",
     "load",
+    "save",
     "parse",
 ]

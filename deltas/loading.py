@@ -15,6 +15,11 @@ from deltacontrol.deltas.registry import from_dict
 from deltacontrol.theory.errors import InputError
 
 
+def save(controlled: DeltaModel, folder: str | Path) -> None:
+    """Write the deltas, their controls and the base's identity; see `DeltaModel.save`."""
+    controlled.save(folder)
+
+
 def load(model: PreTrainedModel, folder: str | Path) -> DeltaModel:
     """Attach the deltas that `DeltaModel.save` wrote, with their controls.
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.experiments.runs.store import both_homes
+from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -51,7 +52,7 @@ def finetune(
 
     made = deltas if isinstance(deltas, list | tuple) else (deltas,)
     experiment = FineTuning(model=model, task=task, deltas=tuple(made), **options)
-    record = run(experiment, RunStore(Path(runs)), progress=progress)
+    record = run(experiment, both_homes(runs), progress=progress)
     assert record is not None  # it waits for another process that computes the same run
     return record
 
@@ -85,15 +86,32 @@ def estimate_dimension(
     from deltacontrol.experiments.studies.d90.dimension import FineTuningDimension
 
     experiment = FineTuningDimension(model=model, task=task, **options)
-    record = run(experiment, RunStore(Path(runs)), progress=progress)
+    record = run(experiment, both_homes(runs), progress=progress)
     assert record is not None
     return record
 
 
-def claims(number: int | None = None) -> DataFrame | Outcome:
-    """The scoreboard as a table, one row a claim; or the judged claim of a number.
+def claims(number: int | None = None, *, runs: str | Path = RUNS) -> DataFrame | Outcome:
+    """The scoreboard, one row a claim; or one judged claim with its evidence.
+
+    Args:
+        number: of a claim; None gives the whole board.
+        runs: your folder of runs, whose own results are shown beside the committed ones.
 
     Raises:
         InputError: there is no such claim, or it was not judged.
     """
-    raise NotImplementedError
+    import pandas as pd
+
+    from deltacontrol.experiments.claims import scoreboard
+    from deltacontrol.experiments.runs.store import CLAIMS
+
+    if number is None:
+        return pd.DataFrame(scoreboard.rows(Path(runs) / CLAIMS)).set_index("#")
+    claim = scoreboard.find(number)
+    outcome = scoreboard.stored(claim, Path(runs) / CLAIMS) or scoreboard.stored(claim)
+    if outcome is None:
+        raise InputError(
+            f"claim {number} was not judged; `deltacontrol claims run {number}` measures it"
+        )
+    return outcome

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from deltacontrol.experiments.runs.citing import cite
     from deltacontrol.experiments.runs.table import runs
     from deltacontrol.experiments.tasks import load as load_task
-    from deltacontrol.paper_figures.base import figure
+    from deltacontrol.paper_figures.drawing import figure
     from deltacontrol.theory.control.problem import ControlProblem
     from deltacontrol.theory.plugins import load as load_plugin
     from deltacontrol.theory.solvers.solve import solve
@@ -65,7 +65,7 @@ _PLACES = {
     "claims": "experiments.interactive",
     "control_problem": "deltas.dynamics.transformer",
     "estimate_dimension": "experiments.interactive",
-    "figure": "paper_figures.base",
+    "figure": "paper_figures.drawing",
     "finetune": "experiments.interactive",
     "load": "deltas",
     "load_model": "experiments.models:load",
