@@ -233,7 +233,7 @@ class TestSharedControls:
     @pytest.mark.parametrize(
         ("family", "delta"),
         [("bert", Subspace(5)), ("gpt2", LadderSideTuning(8)), ("bart", Compacter(4)),
-         ("t5-seq2seq", FullFineTuning())],
+         ("mpnet", FullFineTuning())],
         ids=lambda value: value if isinstance(value, str) else value.name,
     )  # fmt: skip
     def test_a_step_is_pure_and_differentiable(self, build, family: str, delta: Delta):
