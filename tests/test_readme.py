@@ -34,7 +34,7 @@ CODES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), r
 
 def run(code: str) -> str:
     """What a reader sees who runs `code` in a fresh process."""
-    environment = os.environ | {"PYTHONPATH": str(README.parent)}
+    environment = os.environ | {"PYTHONPATH": str(README.parent / "src")}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
