@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deltacontrol import deltas, experiments, paper_figures, theory
     from deltacontrol.deltas import (
+        IA3,
         BitFit,
         DeltaModel,
         FullFineTuning,
         HoulsbyAdapter,
-        IA3,
         LoRA,
         PrefixTuning,
         PromptTuning,
