@@ -276,6 +276,7 @@ def test_judging_again_gives_the_committed_result(number: int, tmp_path: Path) -
     assert close(again.to_dict() | {"code": None}, committed.to_dict() | {"code": None})
 
 
+@pytest.mark.slow  # what makes it pass are minutes to hours of measurement; the board says "stale"
 @pytest.mark.parametrize("number", sorted(scoreboard.available()))
 def test_no_row_is_stale(number: int) -> None:
     claim = scoreboard.find(number)
