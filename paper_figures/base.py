@@ -40,6 +40,7 @@ class FigureModule(Protocol):
         STUDY: The module of `deltacontrol.experiments.studies` whose records it is drawn from.
     """
 
+    __file__: str
     TITLE: str
     STUDY: str
 

@@ -204,7 +204,7 @@ def test_killed_sweep_goes_on_and_gives_the_same_numbers(places, store, tmp_path
     script = tmp_path / "sweep.py"
     script.write_text(textwrap.dedent(SWEEP))
     configs = json.dumps([quick.to_config(), slow.to_config()])
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     sweep = subprocess.Popen(
         [sys.executable, str(script), str(store.root), configs], env=environment
     )

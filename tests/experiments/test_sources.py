@@ -226,7 +226,7 @@ def test_a_killed_build_is_done_again(cache: Path, tmp_path: Path) -> None:
     target, started = cache / "models" / "one", tmp_path / "started"
     child = subprocess.Popen(
         [sys.executable, "-c", code, str(target), str(started)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
     )
     wait_for(started.exists)
     child.send_signal(signal.SIGKILL)

@@ -153,7 +153,7 @@ def script(tmp_path: Path, body: str) -> list[str]:
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    path = os.pathsep.join([str(ROOT / "src"), str(tmp_path)])
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 

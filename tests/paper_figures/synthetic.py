@@ -11,7 +11,8 @@ from types import ModuleType
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.runs.store import RunStore
-from deltacontrol.paper_figures import base
+from deltacontrol.paper_figures import base, collect
+from deltacontrol.theory.errors import InputError
 from tests.paper_figures.made_up import Grid, Synthetic
 
 __all__ = ["GRIDS", "MODULES", "Grid", "Synthetic", "committed", "write"]
@@ -29,10 +30,10 @@ def write(store: RunStore, grid: Grid) -> list[Record]:
 
 def committed(name: str) -> list[Record]:
     """The committed records of a figure; a failure where there are none."""
-    folder = base.RECORDS / base.load(name).STUDY
-    found = RunStore(folder).records() if folder.exists() else []
-    assert found, (
-        f"the figure {name} has no records to be tested on: publish them (deltacontrol figures "
-        f"--only {name} --preset paper --publish), or write tests/paper_figures/grids/{name}.py"
-    )
-    return list(found)
+    try:
+        return collect.committed(base.load(name).STUDY)
+    except InputError as error:
+        raise AssertionError(
+            f"the figure {name} has no records to be tested on: publish them (deltacontrol figures "
+            f"--only {name} --preset paper --publish), or write tests/paper_figures/grids/{name}.py"
+        ) from error

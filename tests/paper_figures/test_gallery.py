@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from PIL import Image
 
-from deltacontrol.paper_figures import base
+from deltacontrol.paper_figures import base, collect
 from deltacontrol.paper_figures.command import Figures
+from deltacontrol.paper_figures.export import source_digest
 
 # Share of pixels that may differ visibly. The fonts come with matplotlib and nothing is random, so
 # that on one version of it none does; a marker elsewhere is some five times as many.
@@ -21,6 +23,19 @@ def differing(one: np.ndarray, other: np.ndarray) -> float:
     return float((np.abs(one - other).max(-1) > 0.1).mean())
 
 
+@pytest.mark.parametrize("name", base.names())
+def test_the_gallery_is_drawn_from_todays_tables_and_code(name: str) -> None:
+    figure = base.load(name)
+    records = collect.committed(figure.STUDY)
+    with Image.open(base.GALLERY / f"{name}.png") as picture:
+        drawn_from = picture.info.get("Source")
+    assert drawn_from == source_digest(figure, figure.table(records), figure.curves(records)), (
+        f"paper_figures/gallery/{name}.png is stale; put the one there that "
+        f"`deltacontrol figures --preset paper --only {name}` draws"
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", base.names())
 def test_the_gallery_is_a_redraw(name: str, tmp_path: Path) -> None:
     Figures(preset="paper", only=(name,), out=tmp_path).run()

@@ -1,7 +1,5 @@
 """How figures are found, and what may be averaged."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,18 +44,3 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
     records = write(RunStore(tmp_path), GRIDS["performance"](seeds=1)[:1])
     with pytest.raises(InputError, match="two records"):
         base.check_replicates(records * 2, ["lora", "lora"])
-
-
-def test_committed_records_are_drawn_without_torch() -> None:
-    """In a process of its own; what names delta methods asks the registry, which has torch."""
-    names = [n for n in base.names() if "from deltas" not in (base.FOLDER / f"{n}.py").read_text()]
-    code = (
-        "import sys; from paper_figures import base, collect\n"
-        f"for name in {names}:\n"
-        "    figure = base.load(name)\n"
-        "    table = figure.table(collect.committed(figure.STUDY))\n"
-        "    assert len(table) and figure.caption(table)\n"
-        "    assert 'torch' not in sys.modules, f'{name} imports torch'\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert len(names) >= 8 and done.returncode == 0, done.stderr
