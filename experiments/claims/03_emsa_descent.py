@@ -76,7 +76,7 @@ def _ascents(family: str, problem: Any, start: Any, rho: float) -> tuple[int, in
     from deltacontrol.theory.solvers.emsa import ExtendedMSA
     from deltacontrol.theory.solvers.minimisers import InnerLBFGS
     from deltacontrol.theory.solvers.msa import MSA
-    from deltacontrol.theory.solvers.solve import solve
+    from deltacontrol.theory.solvers.solving import solve
 
     inner = InnerLBFGS(INNER_STEPS[family])
     solver = ExtendedMSA(rho, inner, adaptive=False) if rho else MSA(inner)

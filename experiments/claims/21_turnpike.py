@@ -70,7 +70,7 @@ def _fitted(seed: int, tracking: float) -> dict[str, Any]:
     from deltacontrol.theory.control.systems import ResidualNetwork
     from deltacontrol.theory.depth.turnpike import two_sided_rate
     from deltacontrol.theory.solvers.ilqr import DDP
-    from deltacontrol.theory.solvers.solve import solve
+    from deltacontrol.theory.solvers.solving import solve
 
     problem = _problem(seed, tracking)
     solution = solve(problem, DDP(), problem.zero_controls(), max_steps=60, tol=TOLERANCE)

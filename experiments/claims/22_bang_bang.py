@@ -65,7 +65,7 @@ def _solved(depth: int, seed: int, weight_decay: float) -> dict[str, float]:
     import torch
 
     from deltacontrol.theory.solvers.ilqr import DDP
-    from deltacontrol.theory.solvers.solve import solve
+    from deltacontrol.theory.solvers.solving import solve
 
     problem = _problem(depth, seed, weight_decay)
     zero = problem.zero_controls()

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from deltacontrol.paper_figures.drawing import figure
     from deltacontrol.theory.control.problem import ControlProblem
     from deltacontrol.theory.plugins import load as load_plugin
-    from deltacontrol.theory.solvers.solve import solve
+    from deltacontrol.theory.solvers.solving import solve
 
     __version__: str
 

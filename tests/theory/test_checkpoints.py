@@ -18,12 +18,12 @@ from deltacontrol.theory.control.costs import QuadraticCost, SquaredErrorCost
 from deltacontrol.theory.control.problem import Box, ControlProblem, Controls
 from deltacontrol.theory.control.systems import LinearDynamics
 from deltacontrol.theory.errors import InputError
-from deltacontrol.theory.solvers import solve as base
+from deltacontrol.theory.solvers import solving as base
 from deltacontrol.theory.solvers.emsa import ExtendedMSA
 from deltacontrol.theory.solvers.minimisers import ExactArgmin, InnerLBFGS
 from deltacontrol.theory.solvers.msa import MSA
 from deltacontrol.theory.solvers.shooting import Shooting
-from deltacontrol.theory.solvers.solve import Iterate, Solver, Status, solve
+from deltacontrol.theory.solvers.solving import Iterate, Solver, Status, solve
 from tests.theory.dense import flat
 from tests.theory.problems import Case, low_rank, normal, residual_network, scalar, varying
 

@@ -19,7 +19,7 @@ from deltacontrol.theory.feedback.correction import (
 )
 from deltacontrol.theory.feedback.laws import AffineFeedback, closed_loop
 from deltacontrol.theory.solvers.riccati import Riccati
-from deltacontrol.theory.solvers.solve import solve
+from deltacontrol.theory.solvers.solving import solve
 from tests.theory.dense import kkt
 from tests.theory.problems import normal, residual_network
 

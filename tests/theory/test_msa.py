@@ -18,7 +18,7 @@ from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.solvers.emsa import ExtendedMSA, step_change
 from deltacontrol.theory.solvers.minimisers import ExactArgmin, GradientStep, InnerLBFGS
 from deltacontrol.theory.solvers.msa import MSA
-from deltacontrol.theory.solvers.solve import Status, solve
+from deltacontrol.theory.solvers.solving import Status, solve
 from tests.theory.dense import flat, hessian, kkt
 from tests.theory.msa_terms import ones
 from tests.theory.problems import (

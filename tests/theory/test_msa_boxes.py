@@ -13,7 +13,7 @@ from deltacontrol.theory.solvers.emsa import ExtendedMSA
 from deltacontrol.theory.solvers.minimisers import ExactArgmin
 from deltacontrol.theory.solvers.msa import MSA
 from deltacontrol.theory.solvers.shooting import Shooting
-from deltacontrol.theory.solvers.solve import Status, solve
+from deltacontrol.theory.solvers.solving import Status, solve
 from tests.theory.dense import flat, hessian
 from tests.theory.msa_terms import ones
 from tests.theory.problems import (

@@ -210,7 +210,7 @@ def test_a_folder_that_vanishes_does_not_lose_the_solution(tmp_path: Path) -> No
 def test_a_failure_that_passes_is_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deltacontrol.theory.solvers import solve as base
+    from deltacontrol.theory.solvers import solving as base
 
     monkeypatch.setattr(base, "CHECKPOINT_SECONDS", 0.0)
     write, failures = checkpoint.save_file, iter([True, True])

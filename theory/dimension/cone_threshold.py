@@ -19,6 +19,7 @@ al., ICLR 2022, section 3.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import cvxpy
@@ -27,6 +28,8 @@ import torch
 from torch import Tensor
 
 from deltacontrol.theory.errors import InputError
+
+MOREAU = 1e-5  # of |h|^2; the standard error over draws is a thousand times as large
 
 __all__ = ["ConeThreshold", "cross_entropy_threshold"]
 
@@ -102,9 +105,18 @@ def cross_entropy_threshold(
     generator, found = np.random.default_rng(seed), []
     for _ in range(draws):
         h.value = generator.standard_normal(rank)
-        program.solve(solver=cvxpy.CLARABEL)
+        with warnings.catch_warnings():  # whether it is accurate is computed below
+            warnings.filterwarnings("ignore", message="Solution may be inaccurate")
+            program.solve(solver=cvxpy.CLARABEL)
         if program.status not in ("optimal", "optimal_inaccurate") or w.value is None:
             raise InputError(f"the projection on the cone was not found: {program.status}")
+        # Moreau: the projection w on a cone is orthogonal to h - w.
+        missed = abs(float(w.value @ (h.value - w.value))) / float(h.value @ h.value)
+        if missed > MOREAU:
+            raise InputError(
+                f"the projection on the cone is inaccurate: <w, h - w> is {missed:.1e} of |h|^2, "
+                f"expected at most {MOREAU:g}; take fewer rows, or a target nearer to the start's"
+            )
         # |h|^2 = |w|^2 + |h - w|^2, and E |h|^2 = n: the mean of |h - w|^2 varies less.
         found.append(float(np.sum((h.value - w.value) ** 2)))
     return ConeThreshold(

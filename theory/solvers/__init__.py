@@ -25,7 +25,7 @@ from deltacontrol.theory.solvers.msa import MSA
 from deltacontrol.theory.solvers.riccati import Riccati
 from deltacontrol.theory.solvers.shooting import Shooting
 from deltacontrol.theory.solvers.solution import Iterate, Memory, Solution, Status
-from deltacontrol.theory.solvers.solve import Ending, Report, Solver, solve
+from deltacontrol.theory.solvers.solving import Ending, Report, Solver, solve
 from deltacontrol.theory.solvers.torch_optimiser import TorchOptimiser
 
 __all__ = [

@@ -40,7 +40,7 @@ from deltacontrol.theory.control.work import count
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.linearisation import differentiable_attention
 from deltacontrol.theory.solvers.minimisers import InnerLBFGS, Minimiser, NoMinimum, Stage
-from deltacontrol.theory.solvers.solve import Ending, Memory, Report, Solver, Status
+from deltacontrol.theory.solvers.solving import Ending, Memory, Report, Solver, Status
 
 __all__ = ["ExtendedMSA", "StepChange", "step_change"]
 

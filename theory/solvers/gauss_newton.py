@@ -35,7 +35,7 @@ from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.conjugate_gradients import End, ModelStep, conjugate_gradients
 from deltacontrol.theory.linear.curvature import Curvature, GaussNewtonCurvature, HessianCurvature
 from deltacontrol.theory.linear.operator import Shifted, flatten, unflatten
-from deltacontrol.theory.solvers.solve import Ending, Memory, Report, Solver, Status
+from deltacontrol.theory.solvers.solving import Ending, Memory, Report, Solver, Status
 
 __all__ = ["GaussNewton", "NewtonCG", "damped_step"]
 

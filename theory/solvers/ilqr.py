@@ -53,7 +53,7 @@ from deltacontrol.theory.solvers.quadratic_model import (
     num_groups,
     sweep,
 )
-from deltacontrol.theory.solvers.solve import Ending, Memory, Report, Solver, Status
+from deltacontrol.theory.solvers.solving import Ending, Memory, Report, Solver, Status
 
 __all__ = ["DDP", "ILQR"]
 

@@ -23,7 +23,7 @@ from typing import ClassVar
 
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.solvers.minimisers import GradientStep, Minimiser, NoMinimum, Stage
-from deltacontrol.theory.solvers.solve import Ending, Memory, Report, Solver, Status
+from deltacontrol.theory.solvers.solving import Ending, Memory, Report, Solver, Status
 
 __all__ = ["MSA"]
 

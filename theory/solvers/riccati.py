@@ -18,7 +18,7 @@ from deltacontrol.theory.control.problem import ControlProblem, Controls
 from deltacontrol.theory.control.systems import LinearDynamics
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.lq import LQFactor, LQPolicy, UnboundedError, factorise, riccati
-from deltacontrol.theory.solvers.solve import Ending, Memory, Report, Solver, Status
+from deltacontrol.theory.solvers.solving import Ending, Memory, Report, Solver, Status
 
 __all__ = ["LQPolicy", "Riccati", "riccati"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.solvers.lbfgs import LBFGSEnd, minimise_lbfgs
-from deltacontrol.theory.solvers.solve import Ending, Memory, Report, Solver, Status
+from deltacontrol.theory.solvers.solving import Ending, Memory, Report, Solver, Status
 
 __all__ = ["Shooting"]
 
