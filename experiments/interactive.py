@@ -72,7 +72,7 @@ def estimate_dimension(
         runs: the folder of the record, and of the trainings behind it.
         progress: whether to draw a progress bar.
         options: further fields of
-            `deltacontrol.experiments.studies.d90.dimension.FineTuningDimension`, such as
+            `deltacontrol.experiments.studies.d90.fine_tuning.FineTuningDimension`, such as
             ``method``, ``budget`` and ``steps``.
 
     Returns:
@@ -82,7 +82,7 @@ def estimate_dimension(
         InputError: from the configuration or from a training.
     """
     from deltacontrol.experiments.runs.sweep import run
-    from deltacontrol.experiments.studies.d90.dimension import FineTuningDimension
+    from deltacontrol.experiments.studies.d90.fine_tuning import FineTuningDimension
 
     experiment = FineTuningDimension(model=model, task=task, **options)
     record = run(experiment, RunStore(Path(runs)), progress=progress)

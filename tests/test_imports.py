@@ -184,7 +184,7 @@ def test_light_modules_start_without_torch(pattern: str) -> None:
             "    assert 'torch' not in sys.modules, f'{module} imports torch when it is imported'",
         ]
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
