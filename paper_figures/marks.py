@@ -11,7 +11,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from deltacontrol.paper_figures.methods import Look, declared
 
-
 _SPARE = ("#56B4E9", "#7A5C3E", "#882255", "#44AA99", "#999933")
 
 

@@ -61,8 +61,7 @@ class Finetune(FineTuning):
 
         experiment = FineTuning(**{f.name: getattr(self, f.name) for f in fields(FineTuning)})
         if self.learning_rate is None:
-            rate = default_rate(experiment.model, experiment.task, experiment.deltas)
-            print(f"learning rate {rate.value:g}: {rate.source}")
+            print(default_rate(experiment.model, experiment.task, experiment.deltas))
         store = RunStore(self.runs)
         known = store.find(experiment) is not None
         record = run(experiment, store)

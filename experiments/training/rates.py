@@ -20,6 +20,10 @@ class Rate:
     value: float
     source: str
 
+    def __str__(self) -> str:
+        """Both."""
+        return f"learning rate {self.value:g}: {self.source}"
+
 
 def default_rate(model: str, task: str, deltas: tuple[dict[str, Any], ...]) -> Rate:
     """The learning rate of the recorded search for model/task/delta, else a default.

@@ -40,6 +40,7 @@ SHORT = {
     "mlp.down": "down",
 }
 
+
 def table(records: Sequence[Record]) -> pd.DataFrame:
     """One row per run."""
     known = declared()
