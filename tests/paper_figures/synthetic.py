@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from deltacontrol.experiments.runs.record import Record
-from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.experiments.runs.store import COMMITTED, RunStore
 from deltacontrol.paper_figures import base
 from tests.paper_figures.made_up import Grid, Synthetic
 
@@ -29,7 +29,7 @@ def write(store: RunStore, grid: Grid) -> list[Record]:
 
 def committed(name: str) -> list[Record]:
     """The committed records of a figure; a failure where there are none."""
-    folder = base.RECORDS / base.load(name).STUDY
+    folder = COMMITTED / "figures" / base.load(name).STUDY
     found = RunStore(folder).records() if folder.exists() else []
     assert found, (
         f"the figure {name} has no records to be tested on: publish them (deltacontrol figures "
