@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from deltacontrol.deltas.editing.host import Host
 
 Category = Literal["addition", "specification", "reparametrisation", "combined"]
-# Of each category the middle one of its methods' rates, the smaller one of two.
+# The middle one of the rates of each category's methods when this was written.
 CATEGORY_RATES: dict[Category, float] = {
     "addition": 1e-3,
     "specification": 2e-4,
