@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -98,8 +99,16 @@ class Experiment(ABC):
         return Digests()
 
     def code(self) -> str | None:
-        """Digest of the users' own classes that `execute` runs; None where there are none."""
-        return code_digest([type(self)])
+        """Digest of the users' own classes: the experiment's, and those of deltas that it names.
+
+        None where there are none.
+        """
+        kinds: set[type] = {type(self)}
+        if "torch" in sys.modules:  # else no class of a delta has been defined
+            from deltacontrol.deltas import registry
+
+            kinds |= registry.users_own(self.to_config())
+        return code_digest(kinds)
 
     @property
     def label(self) -> str:

@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from deltacontrol.experiments.runs.experiment import (
-    Digests,
-    Experiment,
-    Outcome,
-    Workspace,
-    code_digest,
-)
+from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
 from deltacontrol.experiments.setting import Setting
 from deltacontrol.experiments.training.rates import default_rate
 from deltacontrol.experiments.training.schedules import SCHEDULES
@@ -205,12 +199,6 @@ class FineTuning(Experiment):
         columns = {"text_column": self.text_column, "label_column": self.label_column}
         task = tasks.digest(self.task, kind=self.task_kind, **columns)
         return Digests(models.digest(self.model), task)
-
-    def code(self) -> str | None:
-        """Digest of users' classes among the deltas, and of a user's subclass."""
-        from deltacontrol.deltas import registry
-
-        return code_digest((type(self), *registry.users_own(self.deltas)))
 
     def execute(self, workspace: Workspace) -> Outcome:
         """Train and evaluate.

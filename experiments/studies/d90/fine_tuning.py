@@ -76,10 +76,6 @@ class FineTuningDimension(DimensionSearch, _Trained):
         """Digests of the model and the task."""
         return self.baseline_training(1.0, 0).digests()
 
-    def code(self) -> str | None:
-        """That of its trainings: a delta of the user's may be among them."""
-        return self.training(self.largest, 1.0, 0).code()
-
     @property
     def label(self) -> str:
         """Model, start, task, method and delta."""
