@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from deltacontrol.deltas.editing.host import Host
 
 Category = Literal["addition", "specification", "reparametrisation", "combined"]
+# The middle one of the rates of each category's methods when this was written.
+CATEGORY_RATES: dict[Category, float] = {
+    "addition": 1e-3,
+    "specification": 2e-4,
+    "reparametrisation": 3e-3,
+    "combined": 1e-3,
+}
 
 
 class Delta(ABC):
@@ -34,6 +41,17 @@ class Delta(ABC):
         identity_at_start: the model's output is unchanged right after attaching.
         trains_head: it already controls the task head.
         unmergeable: why the controls cannot become part of the base weights; empty where they can.
+        default_rate: peak learning rate where no search is recorded for (model, task, delta): about
+            a tenth of the least that was best in short runs of a small model, as longer runs and
+            larger models want less. By default that of the category, `CATEGORY_RATES`.
+        searched_rates: what the search of learning rates tries; by default 1, 3, 10 and 30 times
+            the default rate.
+        look: label, colour and marker in figures, and where it stands in their legends (1 is
+            first). By default a spare colour and marker, after those that have a place.
+        acts_on: where it acts, in a few words for a table, if it has no sites to choose.
+
+    What figures read of these, they read from the text of the file, without importing it: write
+    name, category, law, look and acts_on as literals.
     """
 
     name: ClassVar[str]
@@ -45,6 +63,10 @@ class Delta(ABC):
     identity_at_start: ClassVar[bool] = True
     trains_head: ClassVar[bool] = False
     unmergeable: ClassVar[str] = ""
+    default_rate: ClassVar[float | None] = None
+    searched_rates: ClassVar[tuple[float, ...]] = ()
+    look: ClassVar[tuple[str, str, str] | tuple[str, str, str, int] | None] = None
+    acts_on: ClassVar[str] = ""
 
     @abstractmethod
     def build(self, host: Host) -> None:
@@ -58,6 +80,16 @@ class Delta(ABC):
     def example(cls) -> Delta:
         """An instance that fits any small model, for tests; by default with all defaults."""
         return cls()
+
+    @classmethod
+    def rate(cls) -> float:
+        """The method's default learning rate, or that of its category."""
+        return CATEGORY_RATES[cls.category] if cls.default_rate is None else cls.default_rate
+
+    @classmethod
+    def rates_to_search(cls) -> tuple[float, ...]:
+        """What the search of learning rates tries, increasing."""
+        return cls.searched_rates or tuple(float(f"{k * cls.rate():.3g}") for k in (1, 3, 10, 30))
 
     def _positive(self, *fields: str) -> None:
         for field in fields:

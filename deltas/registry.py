@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -40,6 +41,23 @@ def _class(name: str) -> type[Delta]:
     if name not in available():
         raise unknown("delta", name, available())
     return available()[name]
+
+
+def users_own(config: Any) -> set[type[Delta]]:
+    """Users' own classes that are named in a configuration, also in a text such as `of=mine`."""
+    own = {kind.name: kind for kind in plugins.members(Delta)}
+    return {own[name] for name in _words(config) if name in own}
+
+
+def _words(config: Any) -> Iterator[str]:
+    if isinstance(config, str):
+        yield from re.findall(r"[\w-]+", config)
+    elif isinstance(config, Mapping):
+        for value in config.values():
+            yield from _words(value)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            yield from _words(value)
 
 
 def fields(name: str) -> dict[str, tuple[Any, Any]]:

@@ -37,7 +37,7 @@ def finetune(
         task: a packaged task's name, or the path of a task file.
         deltas: one or more, as texts such as ``lora:rank=16`` or objects such as ``LoRA(rank=16)``.
         runs: the folder of the record.
-        progress: whether to draw a progress bar.
+        progress: whether to say where the learning rate is from, and to draw a progress bar.
         options: further fields of `deltacontrol.experiments.training.finetune.FineTuning`, such as
             ``steps``, ``seed`` and ``learning_rate``.
 
@@ -49,9 +49,12 @@ def finetune(
     """
     from deltacontrol.experiments.runs.sweep import run
     from deltacontrol.experiments.training.finetune import FineTuning
+    from deltacontrol.experiments.training.rates import default_rate
 
     made = deltas if isinstance(deltas, list | tuple) else (deltas,)
     experiment = FineTuning(model=model, task=task, deltas=tuple(made), **options)
+    if progress and options.get("learning_rate") is None:
+        print(default_rate(experiment.model, experiment.task, experiment.deltas))
     record = run(experiment, both_homes(runs), progress=progress)
     assert record is not None  # it waits for another process that computes the same run
     return record
@@ -73,7 +76,7 @@ def estimate_dimension(
         runs: the folder of the record, and of the trainings behind it.
         progress: whether to draw a progress bar.
         options: further fields of
-            `deltacontrol.experiments.studies.d90.dimension.FineTuningDimension`, such as
+            `deltacontrol.experiments.studies.d90.fine_tuning.FineTuningDimension`, such as
             ``method``, ``budget`` and ``steps``.
 
     Returns:
@@ -83,7 +86,7 @@ def estimate_dimension(
         InputError: from the configuration or from a training.
     """
     from deltacontrol.experiments.runs.sweep import run
-    from deltacontrol.experiments.studies.d90.dimension import FineTuningDimension
+    from deltacontrol.experiments.studies.d90.fine_tuning import FineTuningDimension
 
     experiment = FineTuningDimension(model=model, task=task, **options)
     record = run(experiment, both_homes(runs), progress=progress)

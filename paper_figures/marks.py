@@ -1,36 +1,16 @@
-"""How a delta method looks, and the marks that several figures share."""
+"""The looks of delta methods, and the marks that several figures share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from deltacontrol.paper_figures.methods import Look, declared
 
-@dataclass(frozen=True)
-class Look:
-    """Label, colour and marker: two channels, so that no reader depends on colour."""
-
-    label: str
-    color: str
-    marker: str
-
-
-LOOKS: dict[str, Look] = {
-    "full": Look("full fine-tuning", "#000000", "s"),
-    "lora": Look("LoRA", "#0072B2", "o"),
-    "houlsby": Look("adapter", "#D55E00", "^"),
-    "bitfit": Look("BitFit", "#E69F00", "D"),
-    "prefix": Look("prefix", "#009E73", "v"),
-    "prompt": Look("prompt", "#CC79A7", "P"),
-    "last-layers": Look("last layers", "#56B4E9", "<"),
-    "subspace": Look("subspace", "#7A5C3E", ">"),
-    "head": Look("head only", "#8C8C8C", "X"),
-}
 _SPARE = ("#56B4E9", "#7A5C3E", "#882255", "#44AA99", "#999933")
 
 
@@ -41,12 +21,13 @@ def method(deltas: Sequence[Mapping[str, Any]]) -> str:
 
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
-    """A look for each method, known ones first in a fixed order, new ones with spare colours."""
-    present = set(methods)
-    found = {name: look for name, look in LOOKS.items() if name in present}
-    for index, name in enumerate(sorted(present - set(LOOKS))):
+    """A look for each method, by its place in legends; those without one get spare colours."""
+    known, present = declared(), sorted(set(methods))
+    own = {name: known[name].look for name in present if name in known}
+    found = {name: look for name, look in own.items() if look is not None}
+    for index, name in enumerate(name for name in present if name not in found):
         found[name] = Look(name, _SPARE[index % len(_SPARE)], "hxd*p"[index % 5])
-    return found
+    return dict(sorted(found.items(), key=lambda item: item[1].place))
 
 
 def letter(axes: Iterable[Axes]) -> None:

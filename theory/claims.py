@@ -147,7 +147,6 @@ class Claim:
         title: a few words for a table.
         statement: the statement, with its assumptions.
         source: the publication, with the number of the equation or theorem.
-        notebook: the file in ``proofs_notebooks`` that derives it.
         threshold: the condition on the measured number.
         predict: computes numbers without training.
         measure: measures, given the prediction.
@@ -155,6 +154,7 @@ class Claim:
         runs: the experiments whose records the claim rests on. With it, ``predict(records)``,
             ``measure(prediction, records)`` and ``negative_control(prediction, records)`` take a
             function from an experiment to its record; they read nothing else that was measured.
+        notebook: the file in ``proofs_notebooks`` that derives it; a user's claim needs none.
     """
 
     id: int
@@ -162,12 +162,12 @@ class Claim:
     title: str
     statement: str
     source: str
-    notebook: str
     threshold: Threshold
     predict: Callable[..., Prediction]
     measure: Callable[..., Evidence]
     negative_control: Callable[..., Evidence]
     runs: Callable[[], Sequence[Any]] | None = None
+    notebook: str = ""
 
 
 @dataclass(frozen=True, repr=False)

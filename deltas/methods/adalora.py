@@ -68,6 +68,7 @@ class AdaLoRA(Delta):
     orthogonality: float = 0.1
 
     name = "adalora"
+    searched_rates = (1e-3, 3e-3, 1e-2, 3e-2)
     category = "reparametrisation"
     law = "x (W + (alpha/r) Q Λ P)"
     reference = "Zhang et al., ICLR 2023, Eq. 3-12"

@@ -32,6 +32,10 @@ class BitFit(Delta):
     part: Literal["all", "attention", "mlp"] = "all"
 
     name = "bitfit"
+    look = ("BitFit", "#E69F00", "D", 4)
+    acts_on = "all biases"
+    default_rate = 2e-3
+    searched_rates = (3e-3, 1e-2, 3e-2, 1e-1)
     category = "specification"
     law = "h + b"
     reference = "Ben Zaken, Goldberg, Ravfogel, ACL 2022, Eq. 1-6"

@@ -56,6 +56,8 @@ class DiffPruning(Delta):
     layers: tuple[int, ...] | None = None
 
     name = "diff-pruning"
+    acts_on = "all parameters"
+    default_rate = 1e-4
     category = "specification"
     law = "theta_0 + z w, z hard-concrete gates"
     reference = "Guo, Rush, Kim, ACL 2021, Section 3; Louizos et al., ICLR 2018, Eq. 10-12"

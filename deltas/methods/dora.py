@@ -42,6 +42,7 @@ class DoRA(Delta):
     constant_norm: bool = True
 
     name = "dora"
+    default_rate = 1e-3
     category = "reparametrisation"
     law = "x m (W + (alpha/r) A B) / |W + (alpha/r) A B|"
     reference = "Liu et al., ICML 2024, Eq. 5"

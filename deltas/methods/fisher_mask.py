@@ -44,6 +44,8 @@ class FisherMask(Delta):
     layers: tuple[int, ...] | None = None
 
     name = "fisher-mask"
+    acts_on = "all parameters"
+    default_rate = 1e-3
     category = "specification"
     law = "theta_0 + delta, delta_i = 0 where the Fisher information is small"
     reference = "Sung, Nair, Raffel, NeurIPS 2021, Section 3.1"

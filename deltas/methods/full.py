@@ -16,6 +16,9 @@ class FullFineTuning(Delta):
     """
 
     name = "full"
+    look = ("full fine-tuning", "#000000", "s", 1)
+    acts_on = "all parameters"
+    default_rate = 1e-4
     category = "specification"
     law = "θ = u"
     reference = "Devlin et al., NAACL 2019, Section 3.2"

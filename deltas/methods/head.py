@@ -18,6 +18,10 @@ class HeadTuning(Delta):
     """
 
     name = "head"
+    look = ("head only", "#8C8C8C", "X", 9)
+    acts_on = "head"
+    default_rate = 5e-3
+    searched_rates = (1e-2, 3e-2, 1e-1, 3e-1)
     category = "specification"
     law = "θ_head = u"
     reference = "Peters, Ruder, Smith, RepL4NLP 2019, Section 3 (feature extraction)"

@@ -25,6 +25,7 @@ class HoulsbyAdapter(OutputAdapter):
     sites: tuple[str, ...] = ("attention.output", "mlp.down")
 
     name = "houlsby"
+    look = ("adapter", "#D55E00", "^", 3)
     reference = "Houlsby et al., ICML 2019, Section 2.1"
     bibtex = r"""
         @inproceedings{houlsby2019parameter,

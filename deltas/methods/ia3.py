@@ -34,6 +34,9 @@ class IA3(Delta):
     layers: tuple[int, ...] | None = None
 
     name = "ia3"
+    acts_on = "k, v, mlp inner"
+    default_rate = 3e-3
+    searched_rates = (1e-3, 3e-3, 1e-2, 3e-2)
     category = "addition"
     law = "h * (1 + u)"
     reference = "Liu et al., NeurIPS 2022, Section 3.3"

@@ -45,6 +45,8 @@ class IntrinsicPrompt(Delta):
     strip: bool = True
 
     name = "intrinsic-prompt"
+    acts_on = "input"
+    searched_rates = (1e-2, 3e-2, 1e-1, 3e-1)
     category = "reparametrisation"
     law = "x_0 = [Dec(z); E(x)]"
     reference = "Qin et al., arXiv 2110.07867, Section 3"

@@ -39,6 +39,7 @@ class LadderSideTuning(Delta):
     activation: str = "gelu"
 
     name = "ladder"
+    acts_on = "beside all blocks"
     category = "addition"
     law = "x_L + s_L U, s_t = g_t(mu_t x_t D_t + (1 - mu_t) s_{t-1})"
     reference = "Sung, Cho, Bansal, NeurIPS 2022, Section 3.2"

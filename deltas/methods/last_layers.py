@@ -20,6 +20,9 @@ class LastLayers(Delta):
     num_layers: int = 1
 
     name = "last-layers"
+    look = ("last layers", "#56B4E9", "<", 7)
+    acts_on = "last blocks"
+    searched_rates = (3e-4, 1e-3, 3e-3, 1e-2)
     category = "specification"
     law = "θ_t = u_t, t >= L - k"
     reference = "Lee, Tang, Lin, arXiv 1911.03090, Section 3"

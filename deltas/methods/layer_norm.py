@@ -23,6 +23,9 @@ class LayerNormTuning(Delta):
     layers: tuple[int, ...] | None = None
 
     name = "layer-norm"
+    acts_on = "normalisations"
+    default_rate = 3e-3
+    searched_rates = (3e-3, 1e-2, 3e-2, 1e-1)
     category = "specification"
     law = "n(h) g + b"
     reference = "Zhao et al., ICLR 2024, Section 3; Qi et al., arXiv 2211.08682, Section 3"

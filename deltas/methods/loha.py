@@ -35,6 +35,7 @@ class LoHa(Delta):
     dropout: float = 0.0
 
     name = "loha"
+    searched_rates = (1e-3, 3e-3, 1e-2, 3e-2)
     category = "reparametrisation"
     law = "x (W + (alpha/r) (X1 Y1) * (X2 Y2))"
     reference = "Hyeon-Woo, Ye-Bin, Oh, ICLR 2022 (FedPara), Proposition 1"

@@ -43,6 +43,7 @@ class LoKr(Delta):
     dropout: float = 0.0
 
     name = "lokr"
+    searched_rates = (1e-3, 3e-3, 1e-2, 3e-2)
     category = "reparametrisation"
     law = "x (W + (alpha/r) kron(W1, W2))"
     reference = "Yeh et al., ICLR 2024, arXiv 2309.14859; Edalati et al., arXiv 2212.10650"

@@ -52,6 +52,8 @@ class LoRA(Delta):
     init: Literal["kaiming", "gaussian", "svd"] = "kaiming"
 
     name = "lora"
+    look = ("LoRA", "#0072B2", "o", 2)
+    default_rate = 1e-3
     category = "reparametrisation"
     law = "x (W + s A B)"
     reference = (

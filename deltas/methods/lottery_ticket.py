@@ -41,6 +41,8 @@ class LotteryTicket(Delta):
     layers: tuple[int, ...] | None = None
 
     name = "lottery-ticket"
+    acts_on = "all parameters"
+    default_rate = 1e-4
     category = "specification"
     law = "theta_0 + m delta, m keeps what moved most"
     reference = (

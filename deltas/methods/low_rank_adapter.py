@@ -38,6 +38,8 @@ class LowRankAdapter(Delta):
     layers: tuple[int, ...] | None = None
 
     name = "low-rank-adapter"
+    default_rate = 3e-3
+    searched_rates = (1e-3, 3e-3, 1e-2, 3e-2)
     category = "addition"
     law = "h + phi(h S_d T_d) S_u T_u"
     reference = "Karimi Mahabadi, Henderson, Ruder, NeurIPS 2021, Section 4 (Adapter-LowRank)"

@@ -31,6 +31,7 @@ class MixAndMatch(Delta):
     layers: tuple[int, ...] | None = None
 
     name = "mam"
+    acts_on = "keys, values; mlp"
     category = "combined"
     law = "prefix in the attention; mlp(h) + s phi(h W_d) W_u"
     reference = "He et al., ICLR 2022, Section 4.6 (MAM adapter)"

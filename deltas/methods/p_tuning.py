@@ -43,6 +43,9 @@ class PTuning(Delta):
     strip: bool = True
 
     name = "p-tuning"
+    acts_on = "input"
+    default_rate = 3e-3
+    searched_rates = (3e-3, 1e-2, 3e-2, 1e-1)
     category = "addition"
     law = "x_0 = [Enc(P); E(x)]"
     reference = "Liu et al., arXiv 2103.10385 (AI Open 2024), Section 3"

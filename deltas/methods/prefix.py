@@ -44,6 +44,9 @@ class PrefixTuning(Delta):
     shift: bool = False
 
     name = "prefix"
+    look = ("prefix", "#009E73", "v", 5)
+    acts_on = "keys, values"
+    default_rate = 1e-2
     category = "addition"
     law = "(1-lambda(h)) Attn(h) + lambda(h) softmax(h W_q P_k^T) P_v"
     reference = "Li & Liang, ACL 2021, Eq. 3; He et al., ICLR 2022, Eq. 7"

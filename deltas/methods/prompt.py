@@ -38,6 +38,9 @@ class PromptTuning(Delta):
     strip: bool = True
 
     name = "prompt"
+    look = ("prompt", "#CC79A7", "P", 6)
+    acts_on = "input"
+    default_rate = 1e-2
     category = "addition"
     law = "x_0 = [P; E(x)]"
     reference = "Lester, Al-Rfou, Constant, EMNLP 2021, Section 2"

@@ -35,6 +35,9 @@ class RandomMask(Delta):
     mask_seed: int | None = None
 
     name = "random-mask"
+    acts_on = "all parameters"
+    default_rate = 5e-3
+    searched_rates = (3e-3, 1e-2, 3e-2, 1e-1)
     category = "specification"
     law = "theta_0 + delta, delta_i = 0 outside a random set"
     reference = "Xu & Zhang, ICML 2024, Section 3; Sung, Nair, Raffel, NeurIPS 2021, Section 4"

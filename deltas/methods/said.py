@@ -31,6 +31,8 @@ class StructuredSubspace(SubspaceDelta):
     """
 
     name = "said"
+    acts_on = "all parameters"
+    default_rate = 1e-2
     law = "theta_i = theta_0_i + lambda_i (P z)_i"
     reference = "Aghajanyan, Gupta, Zettlemoyer, ACL 2021, Eq. 2 (SAID)"
     bibtex = r"""

@@ -31,6 +31,8 @@ class SelectedModules(Delta):
     layers: tuple[int, ...] | None = None
 
     name = "selected-modules"
+    acts_on = "chosen modules"
+    searched_rates = (3e-4, 1e-3, 3e-3, 1e-2)
     category = "specification"
     law = "θ_S = u"
     reference = "Touvron et al., ECCV 2022, Section 4 (attention only)"

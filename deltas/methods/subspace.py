@@ -24,6 +24,9 @@ class Subspace(SubspaceDelta):
     """
 
     name = "subspace"
+    look = ("subspace", "#7A5C3E", ">", 8)
+    acts_on = "all parameters"
+    default_rate = 1e-2
     law = "theta = theta_0 + P z"
     reference = "Li et al., ICLR 2018, Eq. 2; Aghajanyan et al., ACL 2021, Eq. 1 (DID)"
     bibtex = r"""

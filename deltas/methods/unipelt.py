@@ -52,6 +52,7 @@ class UniPELT(Delta):
     layers: tuple[int, ...] | None = None
 
     name = "unipelt"
+    acts_on = "q, v; keys; mlp"
     category = "combined"
     law = "h (W + G_L A B); [G_P P; K], [G_P P; V]; y + G_A phi(y W_d) W_u"
     reference = "Mao et al., ACL 2022, Section 3"

@@ -39,6 +39,8 @@ class VeRA(Delta):
     projection_seed: int | None = None
 
     name = "vera"
+    default_rate = 1e-2
+    searched_rates = (3e-3, 1e-2, 3e-2, 1e-1)
     category = "reparametrisation"
     law = "x (W + A diag(d) B diag(b))"
     reference = "Kopiczko, Blankevoort, Asano, ICLR 2024, Eq. 2"

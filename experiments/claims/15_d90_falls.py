@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from deltacontrol.experiments.runs.record import Record
-    from deltacontrol.experiments.studies.d90.dimension import FineTuningDimension
+    from deltacontrol.experiments.studies.d90.fine_tuning import FineTuningDimension
 
 CONFIDENCE = 0.95
 # Aghajanyan et al., table 1: (base, large) of BERT and RoBERTa by SAID on MRPC and QQP.

@@ -62,7 +62,10 @@ def find(number: int) -> Claim:
 
 
 def source(claim: Claim) -> Path:
-    """The claim's file."""
+    """The claim's file; a user's is where they have it."""
+    for module in plugins.modules():
+        if getattr(module, "CLAIM", None) is claim and module.__file__ is not None:
+            return Path(module.__file__)
     return Path(claims.__path__[0]) / f"{_stem(claim)}.py"
 
 
@@ -143,7 +146,15 @@ def publish(claim: Claim, judged: Judged, store: RunStore) -> None:
     """Put a result among the committed ones, with the records of its runs.
 
     The caller has made sure that the checkout was clean when the claim was judged.
+
+    Raises:
+        InputError: the claim is a user's own, which stays beside their project.
     """
+    if claim in (own for _, own in plugins.values("CLAIM")):
+        raise InputError(
+            f"claim {claim.id} is of your own file {source(claim)}, and only those of this project "
+            "are published with it; leave out --publish: its result is kept beside your runs"
+        )
     publish_records(list(records_of(claim, store).values()), RUNS, store.committed or COMMITTED)
     keep(claim, judged)
 
@@ -194,8 +205,9 @@ def rows(own: Path | None = None) -> list[dict[str, Any]]:
 
 
 def render_table() -> str:
-    """The scoreboard as a Markdown table."""
-    table = rows()
+    """The scoreboard as a Markdown table; users' own claims are not on it."""
+    users = [claim.id for _, claim in plugins.values("CLAIM")]
+    table = [row for row in rows() if row["#"] not in users]
     if not table:
         return ""
     head = list(table[0])

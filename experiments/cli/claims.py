@@ -114,7 +114,8 @@ def print_outcome(outcome: Outcome) -> None:
     print(f"claim {outcome.id}: {outcome.title}")
     print(f"  {outcome.statement}")
     print(f"  source            {outcome.source}")
-    print(f"  derivation        proofs_notebooks/{outcome.notebook}.py")
+    if outcome.notebook:
+        print(f"  derivation        proofs_notebooks/{outcome.notebook}.py")
     print(f"  condition         {outcome.threshold}")
     for name, evidence in (("measured", outcome.evidence), ("negative control", outcome.control)):
         print(f"  {name:17} {evidence.value:.3g}  ({evidence.note})")

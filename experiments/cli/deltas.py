@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from inspect import cleandoc
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -13,26 +12,16 @@ class Deltas:
 
     Attributes:
         show: One method, with its fields and what they mean.
-        csv: Write name, category and control law of all methods to this file instead.
     """
 
     show: str | None = None
-    csv: Path | None = None
 
     def run(self) -> None:
-        """Print the list, or one method, or write the list as CSV."""
+        """Print the list, or one method."""
         from deltacontrol.deltas.registry import available, fields
         from deltacontrol.theory.errors import unknown
 
         methods = available()
-        if self.csv is not None:
-            import pandas as pd
-
-            rows = [(name, method.category, method.law) for name, method in methods.items()]
-            table = pd.DataFrame(rows, columns=["method", "category", "law"])
-            table.to_csv(self.csv, index=False, lineterminator="\n")
-            print(f"wrote {self.csv}")
-            return
         if self.show is None:
             width = max(map(len, methods))
             for name, method in methods.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltacontrol.experiments.runs.store import Record, RunStore
-from deltacontrol.experiments.studies.d90.dimension import FineTuningDimension
+from deltacontrol.experiments.studies.d90.fine_tuning import FineTuningDimension
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:

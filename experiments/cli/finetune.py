@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deltacontrol.experiments.runs.store import Record, RunStore
 from deltacontrol.experiments.training.finetune import FineTuning
+from deltacontrol.experiments.training.rates import default_rate
 
 _SHOWN = {
     "accuracy": ".4f",
@@ -59,6 +60,8 @@ class Finetune(FineTuning):
         from deltacontrol.experiments.runs.sweep import run
 
         experiment = FineTuning(**{f.name: getattr(self, f.name) for f in fields(FineTuning)})
+        if self.learning_rate is None:
+            print(default_rate(experiment.model, experiment.task, experiment.deltas))
         store = RunStore(self.runs)
         known = store.find(experiment) is not None
         record = run(experiment, store)

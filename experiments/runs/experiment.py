@@ -1,19 +1,21 @@
 """What can be run and recorded: a configuration with an `execute`.
 
 run id = first 16 hexadecimal digits of sha256(canonical JSON of
-         {kind, config, model digest, data digest})
+         {kind, config, model digest, data digest, and the digest of users' code if there is any})
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,10 +25,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Digests:
-    """What an experiment read: SHA-256 digests of the model's and the data's files."""
+    """What an experiment read: SHA-256 digests of the model's and the data's files.
+
+    Attributes:
+        model: None for a model of the hub.
+        data: None where there are no data.
+        code: of users' own classes; None, and absent from records, where only this project's ran.
+    """
 
     model: str | None = None
     data: str | None = None
+    code: str | None = None
+
+    def to_dict(self) -> dict[str, str | None]:
+        """As a record keeps them."""
+        code = {} if self.code is None else {"code": self.code}
+        return {"model": self.model, "data": self.data, **code}
 
 
 @dataclass(frozen=True)
@@ -84,10 +98,37 @@ class Experiment(ABC):
         """Digests of the model and the data that `execute` will read."""
         return Digests()
 
+    def code(self) -> str | None:
+        """Digest of the users' own classes: the experiment's, and those of deltas that it names.
+
+        None where there are none.
+        """
+        kinds: set[type] = {type(self)}
+        if "torch" in sys.modules:  # else no class of a delta has been defined
+            from deltacontrol.deltas import registry
+
+            kinds |= registry.users_own(self.to_config())
+        return code_digest(kinds)
+
     @property
     def label(self) -> str:
         """A few words that name the run to a person."""
         return self.kind
+
+
+def code_digest(kinds: Iterable[type]) -> str | None:
+    """One digest of the texts of those classes that are users' own; None where none is.
+
+    Raises:
+        InputError: from `plugins.digest`.
+    """
+    found = sorted({digest for kind in kinds if (digest := plugins.digest(kind)) is not None})
+    return hashlib.sha256("\n".join(found).encode()).hexdigest() if found else None
+
+
+def digests_of(experiment: Experiment) -> Digests:
+    """Everything beside its configuration that decides an experiment's result."""
+    return replace(experiment.digests(), code=experiment.code())
 
 
 def canonical_json(value: Any) -> str:
@@ -100,10 +141,5 @@ def canonical_json(value: Any) -> str:
 
 def run_id(kind: str, config: Mapping[str, Any], digests: Digests) -> str:
     """First 16 hexadecimal digits of the SHA-256 of everything that decides the result."""
-    identity = {
-        "kind": kind,
-        "config": dict(config),
-        "model": digests.model,
-        "data": digests.data,
-    }
+    identity = {"kind": kind, "config": dict(config), **digests.to_dict()}
     return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]

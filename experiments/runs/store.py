@@ -36,6 +36,7 @@ from deltacontrol.experiments.runs.experiment import (
     Outcome,
     Workspace,
     canonical_json,
+    digests_of,
     run_id,
 )
 from deltacontrol.experiments.runs.record import (
@@ -93,7 +94,7 @@ class RunStore:
 
     def path(self, experiment: Experiment) -> Path:
         """The folder in `root` where the record of `experiment` is, or will be."""
-        return self.root / run_id(experiment.kind, experiment.to_config(), experiment.digests())
+        return self.root / run_id(experiment.kind, experiment.to_config(), digests_of(experiment))
 
     def partial(self, experiment: Experiment) -> Path:
         """The folder for the checkpoints of a run that has not finished."""
@@ -210,7 +211,7 @@ class RunStore:
         Raises:
             InputError: The folder cannot be written (permissions, disk full).
         """
-        config, digests = experiment.to_config(), experiment.digests()
+        config, digests = experiment.to_config(), digests_of(experiment)
         identity = run_id(experiment.kind, config, digests)
         target = self.root / identity
         temporary = self.root / ".partial" / identity / f"record-{uuid.uuid4().hex[:8]}"
@@ -225,7 +226,7 @@ class RunStore:
                 "id": identity,
                 "kind": experiment.kind,
                 "config": config,
-                "digests": {"model": digests.model, "data": digests.data},
+                "digests": digests.to_dict(),
                 "provenance": {
                     "seeds": {k: v for k, v in config.items() if k.split("_")[-1] == "seed"},
                     "packages": provenance.package_versions(),
@@ -260,9 +261,12 @@ def both_homes(root: Path | str = "runs", *, keep_controls: bool = True) -> RunS
 
 
 def configuration(run: Experiment | Record) -> str:
-    """One text per kind and configuration, whatever the model's and the data's files."""
-    config = run.config if isinstance(run, Record) else run.to_config()
-    return canonical_json([run.kind, config])
+    """One text per kind, configuration and users' code, whatever the model's and data's files."""
+    if isinstance(run, Record):
+        config, code = run.config, run.provenance.get("digests", {}).get("code")
+    else:
+        config, code = run.to_config(), run.code()
+    return canonical_json([run.kind, config, *filter(None, [code])])
 
 
 def _entries(folder: Path) -> Iterator[str]:

@@ -68,7 +68,7 @@ class FineTuning(Experiment):
     seed: int = 0
     """Seed of the head, the controls, the batches and the dropout."""
     learning_rate: float | None = None
-    """Peak learning rate; by default the recorded search's, else a default of the delta."""
+    """Peak learning rate; by default the recorded search's, else the delta's, else its category's."""
     steps: int = 300
     """Number of updates."""
     batch_size: int = 16
@@ -124,7 +124,7 @@ class FineTuning(Experiment):
         set_field = object.__setattr__
         set_field(self, "deltas", tuple(_expanded(delta) for delta in deltas))
         if self.learning_rate is None:
-            set_field(self, "learning_rate", default_rate(self.model, self.task, self.deltas))
+            set_field(self, "learning_rate", default_rate(self.model, self.task, self.deltas).value)
         for name in ("learning_rate", "max_grad_norm"):
             self._number(name, above=0.0)
         for name in ("warmup", "weight_decay"):

@@ -3,56 +3,47 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from deltacontrol.experiments.runs.store import COMMITTED
 from deltacontrol.theory.errors import InputError
 
-# Peak learning rates where no search is recorded for (model, task, delta): about a tenth of the
-# least that was best in short runs of a small model, as longer runs and larger models want less.
-DEFAULT_RATES = {
-    "full": 1e-4,
-    "last-layers": 2e-4,
-    "selected-modules": 2e-4,
-    "lottery-ticket": 1e-4,
-    "diff-pruning": 1e-4,
-    "fisher-mask": 1e-3,
-    "random-mask": 5e-3,
-    "lora": 1e-3,
-    "adalora": 3e-3,
-    "loha": 3e-3,
-    "lokr": 3e-3,
-    "houlsby": 1e-3,
-    "low-rank-adapter": 3e-3,
-    "bitfit": 2e-3,
-    "layer-norm": 3e-3,
-    "ia3": 3e-3,
-    "vera": 1e-2,
-    "head": 5e-3,
-    "subspace": 1e-2,
-    "said": 1e-2,
-    "prefix": 1e-2,
-    "prompt": 1e-2,
-    "p-tuning": 3e-3,
-    "intrinsic-prompt": 3e-3,
-}
-OTHER_RATE = 1e-3
 RATES_FILE = COMMITTED / "rates" / "learning_rates.json"
 
 
-def default_rate(model: str, task: str, deltas: tuple[dict[str, Any], ...]) -> float:
+@dataclass(frozen=True)
+class Rate:
+    """A learning rate and where it is from, in a few words."""
+
+    value: float
+    source: str
+
+    def __str__(self) -> str:
+        """Both."""
+        return f"learning rate {self.value:g}: {self.source}"
+
+
+def default_rate(model: str, task: str, deltas: tuple[dict[str, Any], ...]) -> Rate:
     """The learning rate of the recorded search for model/task/delta, else a default.
 
     Several deltas together are looked up as `a+b`, the names in alphabetical order; without an
-    entry they take the smallest of their defaults, so that none of them gets too large a rate.
+    entry they take the smallest of their defaults, so that none of them gets too large a rate. A
+    delta's default is what its class says, else that of its category.
     """
-    names = sorted(delta["name"] for delta in deltas)
-    keys = sorted(searched_name(delta) for delta in deltas)
-    recorded = recorded_rates().get(f"{model}/{task}/{'+'.join(keys)}")
+    from deltacontrol.deltas import registry  # imports torch
+
+    names = "+".join(sorted(searched_name(delta) for delta in deltas))
+    recorded = recorded_rates().get(f"{model}/{task}/{names}")
     if recorded is not None:
-        return recorded
-    return min(DEFAULT_RATES.get(name, OTHER_RATE) for name in names)
+        return Rate(recorded, f"tuned on {model}/{task}")
+    methods = registry.available()
+    method = min((methods[delta["name"]] for delta in deltas), key=lambda m: (m.rate(), m.name))
+    whose = f"of {method.name}, the smallest of the deltas'" if len(deltas) > 1 else "of the method"
+    if method.default_rate is None:
+        whose = f"of the category of {method.name}, {method.category}"
+    return Rate(method.rate(), f"default {whose}; no search is recorded for {model}/{task}/{names}")
 
 
 def searched_name(delta: dict[str, Any]) -> str:

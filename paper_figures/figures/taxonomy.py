@@ -15,16 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from deltacontrol.experiments.runs.record import Record
-from deltacontrol.paper_figures.base import FOLDER, PAGE_WIDTH, groups
+from deltacontrol.paper_figures.base import PAGE_WIDTH, groups
 from deltacontrol.paper_figures.marks import joined, method, number, percent, spread
+from deltacontrol.paper_figures.methods import declared
 from deltacontrol.theory.errors import InputError
 
 TITLE = "Delta methods at a glance"
 STUDY = "taxonomy"
 
-# What figures must know of the methods without importing them, which would import torch. Written by
-# `deltacontrol deltas --csv`; a test compares it with the methods.
-METHODS = FOLDER / "delta_methods.csv"
 KEYS = ["model", "task", "method"]
 # Category: its order, its colour.
 CATEGORIES = {
@@ -41,41 +39,18 @@ SHORT = {
     "mlp.up": "up",
     "mlp.down": "down",
 }
-# Where a method acts that has no sites to choose.
-PLACES = {
-    "full": "all parameters",
-    "subspace": "all parameters",
-    "said": "all parameters",
-    "diff-pruning": "all parameters",
-    "fisher-mask": "all parameters",
-    "lottery-ticket": "all parameters",
-    "random-mask": "all parameters",
-    "bitfit": "all biases",
-    "layer-norm": "normalisations",
-    "head": "head",
-    "last-layers": "last blocks",
-    "selected-modules": "chosen modules",
-    "prefix": "keys, values",
-    "prompt": "input",
-    "p-tuning": "input",
-    "intrinsic-prompt": "input",
-    "ladder": "beside all blocks",
-    "ia3": "k, v, mlp inner",
-    "mam": "keys, values; mlp",
-    "unipelt": "q, v; keys; mlp",
-}
 
 
 def table(records: Sequence[Record]) -> pd.DataFrame:
     """One row per run."""
-    known = pd.read_csv(METHODS, index_col="method")
+    known = declared()
     rows = []
     for record in records:
         name = method(record.config["deltas"])
-        if name not in known.index:
+        if name not in known:
             raise InputError(
-                f"run {record.id} is of {name!r}, which is no single delta method of {METHODS.name}"
-                f"; a new method enters by: deltacontrol deltas --csv {METHODS}"
+                f"run {record.id} is of {name!r}, which is no single delta method that is known; "
+                "one of your own enters by: deltacontrol --load my_delta.py figures"
             )
         config = next(d for d in record.config["deltas"] if d["name"] == name)
         rows.append(
@@ -83,9 +58,9 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                 "model": record.config["model"],
                 "task": record.config["task"],
                 "method": name,
-                "category": known.loc[name, "category"],
-                "site": place(config),
-                "law": known.loc[name, "law"],
+                "category": known[name].category,
+                "site": place(config, known[name].acts_on),
+                "law": known[name].law,
                 "learning_rate": record.config["learning_rate"],
                 "seed": record.config["seed"],
                 "steps": record.config["steps"],
@@ -112,16 +87,16 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
     )
 
 
-def place(delta: Mapping[str, Any]) -> str:
+def place(delta: Mapping[str, Any], acts_on: str) -> str:
     """Where a delta of this configuration acts, in a few words."""
-    if delta["name"] in PLACES and not delta.get("sites"):
-        return PLACES[delta["name"]]
+    if acts_on and not delta.get("sites"):
+        return acts_on
     if delta.get("around"):
         around = delta["around"]
         return str(around) if isinstance(around, str) else ", ".join(around)
     sites = delta.get("sites") or ()
     sites = (sites,) if isinstance(sites, str) else sites
-    return ", ".join(SHORT.get(site, site) for site in sites) or PLACES.get(delta["name"], "")
+    return ", ".join(SHORT.get(site, site) for site in sites)
 
 
 def curves(records: Sequence[Record]) -> pd.DataFrame:

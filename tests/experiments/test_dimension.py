@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from deltacontrol.experiments import models
-from deltacontrol.experiments.studies.d90.dimension import FineTuningDimension
+from deltacontrol.experiments.studies.d90.fine_tuning import FineTuningDimension
 from deltacontrol.experiments.studies.d90.mnist import MnistTraining, network
 from deltacontrol.experiments.studies.d90.search import Search, Trial, climb, steadiest
 from deltacontrol.experiments.training.finetune import FineTuning

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from deltacontrol.deltas import LoRA
+from deltacontrol.deltas import LoRA, Subspace
 from deltacontrol.experiments.runs.experiment import Workspace
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.experiments.runs.sweep import run, run_all
@@ -126,9 +126,9 @@ def test_the_configuration_names_the_rate(monkeypatch):
     monkeypatch.setattr(rates, "recorded_rates", lambda: {"m/t/lora": 0.5, "m/t/bitfit+lora": 0.25})
     assert FineTuning(model="m", task="t").learning_rate == 0.5
     assert FineTuning(model="m", task="t", deltas=("lora", "bitfit")).learning_rate == 0.25
-    assert FineTuning(model="m", task="u").learning_rate == rates.DEFAULT_RATES["lora"]
+    assert FineTuning(model="m", task="u").learning_rate == LoRA.default_rate
     mixed = FineTuning(model="m", task="u", deltas=("lora", "prompt"))
-    assert mixed.learning_rate == rates.DEFAULT_RATES["lora"]
+    assert mixed.learning_rate == LoRA.default_rate
 
 
 def test_the_rate_of_a_subspace_is_that_of_its_dimension(monkeypatch):
@@ -137,7 +137,7 @@ def test_the_rate_of_a_subspace_is_that_of_its_dimension(monkeypatch):
         FineTuning(model="m", task="t", deltas=(f"subspace:dimension={d}",)).learning_rate
         for d in (50, 60)
     ]
-    assert found == [0.5, rates.DEFAULT_RATES["subspace"]]
+    assert found == [0.5, Subspace.default_rate]
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,12 @@
 import json
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
+from deltacontrol.deltas import LoRA, registry
+from deltacontrol.deltas.base import CATEGORY_RATES, Category
 from deltacontrol.experiments import studies
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.studies.learning_rates import grid as learning_rates
@@ -92,3 +95,30 @@ def test_a_subspace_rate_moves_alike_in_every_dimension(monkeypatch: pytest.Monk
 def test_runs_of_another_seed_differ() -> None:
     run = studies.experiments("performance", "quick")[0]
     assert replace(run, seed=9).to_config() != run.to_config()
+
+
+def test_a_rate_is_the_searched_one_else_the_methods_else_its_categorys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rates, "recorded_rates", lambda: {"m/t/lora": 0.5})
+
+    def rate(*names: str, task: str = "t") -> rates.Rate:
+        return rates.default_rate("m", task, tuple({"name": name} for name in names))
+
+    assert rate("lora") == rates.Rate(0.5, "tuned on m/t")
+    told = rate("lora", task="u")
+    assert told.value == LoRA.default_rate and told.source.startswith("default of the method; no ")
+    told = rate("loha")
+    assert told.value == CATEGORY_RATES["reparametrisation"]
+    assert told.source.startswith("default of the category of loha, reparametrisation; no search")
+    told = rate("prompt", "lora")
+    assert told.value == LoRA.default_rate and "of lora, the smallest of the deltas'" in told.source
+    assert "m/t/lora+prompt" in told.source
+
+
+def test_every_category_has_a_rate_that_its_methods_have() -> None:
+    for category in get_args(Category):
+        kinds = [kind for kind in registry.available().values() if kind.category == category]
+        assert CATEGORY_RATES[category] in {kind.rate() for kind in kinds}
+    assert registry.available()["fisher-mask"].rates_to_search() == (1e-3, 3e-3, 1e-2, 3e-2)
+    assert registry.available()["head"].rates_to_search() == (1e-2, 3e-2, 1e-1, 3e-1)

@@ -11,14 +11,12 @@ from tqdm.auto import tqdm
 
 from deltacontrol.deltas import FullFineTuning
 from deltacontrol.experiments.runs.experiment import Outcome, Workspace
-from deltacontrol.experiments.studies.spectra.updates import (
-    UpdateSpectra,
-    _Bench,
-    _decomposed,
-    _overlaps,
-    _tail_share,
-    _Trained,
+from deltacontrol.experiments.studies.spectra.decompositions import (
+    decomposed,
+    overlaps_with,
+    tail_share,
 )
+from deltacontrol.experiments.studies.spectra.updates import UpdateSpectra, _Bench, _Trained
 from deltacontrol.theory.errors import InputError
 
 SMALL: dict[str, Any] = {
@@ -119,12 +117,12 @@ def test_what_is_seen_is_the_weight_that_acts(small: UpdateSpectra) -> None:
 
 def test_tails_and_overlaps_of_made_up_updates() -> None:
     made = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0]))[:, :3]
-    last = _decomposed({"site": made, "other": torch.eye(4)[:, :3]})
-    assert _tail_share(last, 0) == 1
-    assert _tail_share(last, 1) == pytest.approx((5 + 2) / (14 + 3))
-    assert _tail_share(last, 9) == 0
+    last = decomposed({"site": made, "other": torch.eye(4)[:, :3]})
+    assert tail_share(last, 0) == 1
+    assert tail_share(last, 1) == pytest.approx((5 + 2) / (14 + 3))
+    assert tail_share(last, 9) == 0
     basis = torch.eye(4)
-    found = _overlaps({"site": (basis[:, :1] + basis[:, 3:], basis[:3, 1:2])}, last)
+    found = overlaps_with({"site": (basis[:, :1] + basis[:, 3:], basis[:3, 1:2])}, last)
     assert found["left"] == pytest.approx(0.5) and found["right"] == pytest.approx(0, abs=1e-12)
     assert (found["left_by_chance"], found["right_by_chance"]) == (1 / 4, 1 / 3)
 

@@ -1,5 +1,8 @@
 """How figures are found, and what may be averaged."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +47,19 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
     records = write(RunStore(tmp_path), GRIDS["performance"](seeds=1)[:1])
     with pytest.raises(InputError, match="two records"):
         base.check_replicates(records * 2, ["lora", "lora"])
+
+
+def test_committed_records_are_drawn_without_torch() -> None:
+    """In a process of its own."""
+    code = (
+        "import sys; from deltacontrol.paper_figures import base, collect\n"
+        "for name in base.names():\n"
+        "    figure = base.load(name)\n"
+        "    table = figure.table(collect.committed(figure.STUDY))\n"
+        "    assert len(table) and figure.caption(table)\n"
+        "    assert 'torch' not in sys.modules, f'{name} imports torch'\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert len(base.names()) >= 8 and done.returncode == 0, done.stderr

@@ -6,12 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
-
-from deltacontrol.experiments.cli.deltas import Deltas
+from deltacontrol.deltas import registry
 from deltacontrol.experiments.runs.store import RunStore
-from deltacontrol.paper_figures import base
-from deltacontrol.paper_figures.figures import taxonomy
+from deltacontrol.paper_figures import base, methods
 from tests.paper_figures.synthetic import GRIDS, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,20 +37,26 @@ def test_all_figures_are_drawn_without_torch(tmp_path: Path) -> None:
     ids = {
         name: [record.id for record in write(RunStore(tmp_path / name), GRIDS[name]())]
         for name in base.names()
-        if name in GRIDS
+        if name in GRIDS  # test_mechanism draws the others' committed records without torch
     }
     command = [sys.executable, "-c", DRAW, str(tmp_path), json.dumps(ids)]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     drawn = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, *_ in drawn] == sorted(GRIDS)
+    assert [name for name, *_ in drawn] == list(ids) and len(ids) >= 8
     assert all(int(count) > 0 for _, *counts in drawn for count in counts)
 
 
-def test_the_table_of_methods_is_that_of_the_deltas(tmp_path: Path) -> None:
-    Deltas(csv=tmp_path / "methods.csv").run()
-    assert (tmp_path / "methods.csv").read_bytes() == taxonomy.METHODS.read_bytes(), (
-        f"{taxonomy.METHODS.name} is stale: deltacontrol deltas --csv {taxonomy.METHODS}"
-    )
-    assert len(pd.read_csv(taxonomy.METHODS)) > 30
+def test_what_is_read_of_the_methods_is_what_their_classes_say() -> None:
+    read = methods.declared()
+    assert list(read) == list(registry.available()) and len(read) > 30
+    for name, kind in registry.available().items():
+        look = None if kind.look is None else methods.Look(*kind.look)
+        assert read[name] == methods.Method(kind.category, kind.law, look, kind.acts_on)
+
+
+def test_looks_are_distinct() -> None:
+    looks = [look for m in methods.declared().values() if (look := m.look) is not None]
+    for attribute in ("label", "color", "place"):
+        assert len({getattr(look, attribute) for look in looks}) == len(looks)

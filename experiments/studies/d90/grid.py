@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from deltacontrol.experiments.studies.d90.dimension import DimensionSearch, FineTuningDimension
+from deltacontrol.experiments.studies.d90.dimension import DimensionSearch
+from deltacontrol.experiments.studies.d90.fine_tuning import FineTuningDimension
 from deltacontrol.experiments.studies.d90.mnist import MnistDimension, Net
 
 TASKS = ("movie", "trec6", "amazon", "nyt")

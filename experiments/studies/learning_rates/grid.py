@@ -34,30 +34,11 @@ GRID = {
     "prompt": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
 }
 STEPS = 100
-# Every delta method on a smaller model, at four rates in steps of about three.
+# Every delta method on a smaller model, at the rates that the method's own file names.
 SMALL_MODEL = "minilm-l3"
 SMALL_STEPS = 60
 SMALL_LENGTH = 32
 SMALL_EVAL_LIMIT = 500
-SMALL_GRID = {
-    "full": (1e-4, 3e-4, 1e-3, 3e-3),
-    "diff-pruning": (1e-4, 3e-4, 1e-3, 3e-3),
-    "lottery-ticket": (1e-4, 3e-4, 1e-3, 3e-3),
-    "last-layers": (3e-4, 1e-3, 3e-3, 1e-2),
-    "selected-modules": (3e-4, 1e-3, 3e-3, 1e-2),
-    "bitfit": (3e-3, 1e-2, 3e-2, 1e-1),
-    "layer-norm": (3e-3, 1e-2, 3e-2, 1e-1),
-    "random-mask": (3e-3, 1e-2, 3e-2, 1e-1),
-    "vera": (3e-3, 1e-2, 3e-2, 1e-1),
-    "p-tuning": (3e-3, 1e-2, 3e-2, 1e-1),
-    "said": (1e-2, 3e-2, 1e-1, 3e-1),
-    "subspace": (1e-2, 3e-2, 1e-1, 3e-1),
-    "prefix": (1e-2, 3e-2, 1e-1, 3e-1),
-    "prompt": (1e-2, 3e-2, 1e-1, 3e-1),
-    "intrinsic-prompt": (1e-2, 3e-2, 1e-1, 3e-1),
-    "head": (1e-2, 3e-2, 1e-1, 3e-1),
-}
-SMALL_RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # of the methods that are not named above
 # AdamW moves d coordinates of unit columns by about rate * sqrt(d) a step: search that product.
 SUBSPACE_DIMENSIONS = (100, 10_000)
 SUBSPACE_MOVES = (0.3, 1.0, 3.0, 10.0)
@@ -112,8 +93,8 @@ def small() -> list[FineTuning]:
             evaluate_on="validation",
         )
         for task in TASKS
-        for delta in available()
-        for rate in SMALL_GRID.get(delta, SMALL_RATES)
+        for delta, method in available().items()
+        for rate in method.rates_to_search()
     ]
 
 

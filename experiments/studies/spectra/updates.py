@@ -23,6 +23,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from deltacontrol.experiments import models, tasks
 from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
 from deltacontrol.experiments.studies.reachability.measurement import SITES
+from deltacontrol.experiments.studies.spectra.decompositions import (
+    decomposed,
+    overlaps_with,
+    tail_share,
+)
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,10 +36,11 @@ if TYPE_CHECKING:
 
     from deltacontrol.deltas import Delta, DeltaModel
     from deltacontrol.deltas.editing.sites import Site
-
-    Changes = dict[str, Tensor]  # by site: D (out, in)
-    Factors = dict[str, tuple[Tensor, Tensor]]  # by site: B (out, r) and Aᵀ (in, r)
-    Decompositions = dict[str, tuple[Tensor, Tensor, Tensor]]  # by site: U, s, V of D = U s Vᵀ
+    from deltacontrol.experiments.studies.spectra.decompositions import (
+        Changes,
+        Decompositions,
+        Factors,
+    )
 
 MORE_RATES = 5  # tried at most beyond those that are given
 
@@ -130,7 +136,7 @@ class UpdateSpectra(Experiment):
         total = len(self.full_rates) + len(self.head_rates) + len(self.ranks) * len(self.lora_rates)
         with tqdm(total=total, disable=not workspace.progress, unit="training") as bar:
             full = bench.best("full", [FullFineTuning()], self.full_rates, bench.changes, bar)
-            spectra = {step: _decomposed(changes) for step, changes in full.seen.items()}
+            spectra = {step: decomposed(changes) for step, changes in full.seen.items()}
             last = spectra[self.steps]
             truncated = bench.truncated_losses(full.state, last, [0, *self.ranks])
             head = bench.best("head", [HeadTuning()], self.head_rates, lambda _: {}, bar)
@@ -145,11 +151,11 @@ class UpdateSpectra(Experiment):
                         "loss": best.loss,
                         "rate": best.rate,
                         "truncated_loss": truncated[rank],
-                        "tail_share": _tail_share(last, rank),
+                        "tail_share": tail_share(last, rank),
                     }
                 )
                 overlaps += [
-                    {"step": step, "rank": rank, **_overlaps(factors, last)}
+                    {"step": step, "rank": rank, **overlaps_with(factors, last)}
                     for step, factors in best.seen.items()
                 ]
         result = {
@@ -373,41 +379,3 @@ def _map(site: Site) -> Tensor:
     """The site's present weight (out, in)."""
     weight: Any = site.module.weight
     return site.rows(weight.detach())
-
-
-def _decomposed(changes: Changes) -> Decompositions:
-    import torch
-
-    found = {}
-    for key, change in changes.items():
-        left, values, right = torch.linalg.svd(change.double(), full_matrices=False)
-        found[key] = (left, values, right.mT)
-    return found
-
-
-def _tail_share(decompositions: Decompositions, rank: int) -> float:
-    """Σ tail(r) / Σ tail(0) over the modules."""
-    from deltacontrol.theory.rank.low_rank import tail_energy
-
-    tails = [tail_energy(values) for _, values, _ in decompositions.values()]
-    beyond = sum(float(t[min(rank, len(t) - 1)]) for t in tails)
-    return beyond / sum(float(t[0]) for t in tails)
-
-
-def _overlaps(factors: Factors, last: Decompositions) -> dict[str, float]:
-    """Means over the modules, and what random subspaces would have."""
-    from deltacontrol.theory.rank.low_rank import subspace_overlap
-
-    rows = []
-    for key, (B, A) in factors.items():
-        left, _, right = last[key]
-        rank = B.shape[1]
-        rows.append(
-            {
-                "left": subspace_overlap(B, left[:, :rank]),
-                "right": subspace_overlap(A, right[:, :rank]),
-                "left_by_chance": rank / len(B),
-                "right_by_chance": rank / len(A),
-            }
-        )
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}

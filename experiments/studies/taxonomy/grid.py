@@ -1,4 +1,7 @@
-"""Every delta method on two tasks, each at the rate that the recorded search chose for it."""
+"""Every delta method on two tasks, each at the rate that the recorded search chose for it.
+
+A new method enters the grid "paper" when its rates are recorded; "quick" takes it as it is.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ def experiments(preset: str) -> list[FineTuning]:
     from deltacontrol.deltas.registry import available  # imports torch
 
     quick = preset == "quick"
-    return [
+    runs = [
         _run(
             model=SMALL_MODEL,
             task=task,
@@ -32,8 +35,10 @@ def experiments(preset: str) -> list[FineTuning]:
         for task in (TASKS[:1] if quick else TASKS)
         for delta in available()
     ]
+    return [run for run, searched in runs if quick or searched]
 
 
-def _run(**config) -> FineTuning:
-    name = key(FineTuning(**config).to_config())
-    return FineTuning(**config, learning_rate=recorded_rates().get(name))
+def _run(**config) -> tuple[FineTuning, bool]:
+    """A run, and whether its rate is a searched one."""
+    rate = recorded_rates().get(key(FineTuning(**config).to_config()))
+    return FineTuning(**config, learning_rate=rate), rate is not None
