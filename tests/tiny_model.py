@@ -1,4 +1,4 @@
-"""A random model of a few thousand parameters, and a task of three classes, in files."""
+"""A random model of a few thousand parameters, and a task of few classes, in files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from transformers import (
 WORDS = ("good", "bad", "fine", "poor", "the", "film", "was", "a", "very", "so")
 
 
-def write(folder: Path) -> dict[str, str]:
-    """Write both; give their paths as ``model`` and ``task``."""
+def write(folder: Path, classes: int = 3) -> dict[str, str]:
+    """Write both; give their paths as ``model`` and ``task``, whose last words tell the class."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     model = folder / "tiny-bert"
     model.mkdir()
@@ -37,8 +37,8 @@ def write(folder: Path) -> dict[str, str]:
     generator = np.random.default_rng(0)
     rows = [
         {
-            "text": " ".join(generator.choice(WORDS, 3 + index % 5)) + " " + WORDS[index % 3],
-            "label": ("yes", "no", "so")[index % 3],
+            "text": " ".join(generator.choice(WORDS, 3 + index % 5)) + " " + WORDS[index % classes],
+            "label": ("yes", "no", "so")[index % classes],
         }
         for index in range(200)
     ]

@@ -7,6 +7,8 @@ from typing import Any
 
 from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
+MODEL, TASK = "minilm-l6", "movie"
+EXAMPLES, TOKENS = 8, 24
 DELTAS = ("lora", "houlsby", "prefix", "prompt", "bitfit")
 
 
@@ -21,7 +23,7 @@ def _problems():
 
     for name in DELTAS:
         setting = Setting(
-            "minilm-l6", "movie", deltas=[name], train_rows=8, max_length=24, dtype="float64"
+            MODEL, TASK, deltas=[name], train_rows=EXAMPLES, max_length=TOKENS, dtype="float64"
         )
         problem: Any = setting.control_problem(weight_decay=1e-3)
         # Away from the start, where LoRA's and the adapter's second factors are zero.

@@ -7,6 +7,8 @@ from typing import Any
 
 from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
+MODEL, TASK = "minilm-l6", "movie"
+EXAMPLES, TOKENS = 6, 20
 ITERATIONS = 20
 STEP_SIZE = 0.1
 
@@ -21,8 +23,9 @@ def _problem() -> tuple[Any, Any]:
     from deltacontrol.experiments.setting import Setting
 
     setting = Setting(
-        "minilm-l6", "movie", deltas=["lora:rank=8"], train_rows=6, max_length=20, dtype="float64"
-    )
+        MODEL, TASK, deltas=["lora:rank=8"], train_rows=EXAMPLES, max_length=TOKENS,
+        dtype="float64",
+    )  # fmt: skip
     problem: Any = setting.control_problem(weight_decay=1e-3)
     return problem, perturbed(problem.dynamics.controls(), 0.1)
 

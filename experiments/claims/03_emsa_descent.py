@@ -13,6 +13,8 @@ SEEDS = {"residual": 8, "low-rank": 8, "minilm": 4}
 ITERATIONS = {"residual": 4, "low-rank": 4, "minilm": 2}
 INNER_STEPS = {"residual": 8, "low-rank": 8, "minilm": 3}
 ROUNDING = 1e-12
+MODEL, TASK = "minilm-l6", "movie"
+EXAMPLES, TOKENS = 3, 8
 FIRST_BLOCK = 4  # of MiniLM: the last two of its six blocks and the readout are controlled
 
 
@@ -55,8 +57,8 @@ def _minilm(seed: int) -> tuple[Any, Any]:
     from deltacontrol.theory.control.systems import Segment
 
     setting = Setting(
-        "minilm-l6", "movie", deltas=["lora:rank=2"], train_rows=3, max_length=8, dtype="float64",
-        seed=seed,
+        MODEL, TASK, deltas=["lora:rank=2"], train_rows=EXAMPLES, max_length=TOKENS,
+        dtype="float64", seed=seed,
     )  # fmt: skip
     problem: Any = setting.control_problem(weight_decay=1e-3)
     u = perturbed(problem.dynamics.controls(), 0.1, seed)

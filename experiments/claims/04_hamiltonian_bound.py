@@ -9,6 +9,8 @@ from typing import Any
 
 from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
+MODEL, TASK = "minilm-l6", "movie"
+EXAMPLES, TOKENS = 3, 12
 # Seeds of the controls, LoRA and head of MiniLM, from which steps are made.
 FIT, HELD_OUT = range(3), range(3, 6)
 SIZES = (1e-4, 1e-2, 1.0)
@@ -74,7 +76,7 @@ def _steps(
 
     for base in bases:
         setting = Setting(
-            "minilm-l6", "movie", deltas=["lora:rank=4"], train_rows=3, max_length=12,
+            MODEL, TASK, deltas=["lora:rank=4"], train_rows=EXAMPLES, max_length=TOKENS,
             dtype="float64", seed=base,
         )  # fmt: skip
         problem: Any = setting.control_problem(weight_decay=1e-3)

@@ -7,6 +7,8 @@ from typing import Any
 
 from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
+MODEL, TASK = "minilm-l6", "movie"
+EXAMPLES, TOKENS = 8, 16
 SEEDS = (0, 1, 2)
 STEPS = tuple(2.0**-k for k in range(13))
 FITTED = STEPS[4:]  # the slope is a statement about short steps
@@ -30,8 +32,8 @@ def _line(seed: int, elsewhere: float) -> dict[str, Any]:
     from deltacontrol.theory.solvers.gauss_newton import damped_step
 
     setting = Setting(
-        "minilm-l6", "movie", deltas=["lora:rank=8"], train_rows=8, max_length=16, dtype="float64",
-        seed=seed,
+        MODEL, TASK, deltas=["lora:rank=8"], train_rows=EXAMPLES, max_length=TOKENS,
+        dtype="float64", seed=seed,
     )  # fmt: skip
     problem: Any = setting.control_problem(weight_decay=1e-2)
     # Away from the start, where LoRA's second factor is zero.

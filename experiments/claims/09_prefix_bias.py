@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from deltacontrol.theory.claims import Claim, Evidence, Threshold
 
 if TYPE_CHECKING:
-    from deltacontrol.experiments.measures.attention_probe import Attention
+    from deltacontrol.experiments.measures.attention_probe import Attention, Probe
 
+MODEL, TASK = "minilm-l6", "movie"
+EXAMPLES, TOKENS = 8, 24
 LENGTHS = (1, 2, 5)
 SEEDS = (0, 1)
 SCALE = 1.0
@@ -18,6 +20,12 @@ SCALE = 1.0
 def _predict() -> dict[str, Any]:
     """Relative attention moves by 0; l prefix positions add at most l dimensions to each head."""
     return {"attention_change": 0.0, "dimensions": {str(n): n for n in LENGTHS}}
+
+
+def _probe() -> Probe:
+    from deltacontrol.experiments.measures.attention_probe import Probe
+
+    return Probe.load(MODEL, TASK, EXAMPLES, TOKENS)
 
 
 def _attention_change(plain: Attention, controlled: Attention) -> float:
@@ -42,10 +50,10 @@ def _left_over(plain: Attention, controlled: Attention) -> float:
 
 def _measure(prediction: Mapping[str, Any]) -> Evidence:
     """Every layer of MiniLM by itself, at the inputs that real text gives it."""
-    from deltacontrol.experiments.measures.attention_probe import Probe, each_layer
+    from deltacontrol.experiments.measures.attention_probe import each_layer
 
     attention, span, gates = {}, {}, []
-    for name, plain, controlled in each_layer(Probe.load(), LENGTHS, SCALE, SEEDS):
+    for name, plain, controlled in each_layer(_probe(), LENGTHS, SCALE, SEEDS):
         attention[name] = _attention_change(plain, controlled) - prediction["attention_change"]
         span[name] = _left_over(plain, controlled)
         gates.append(float(controlled.rows(controlled.gate).mean()))
@@ -68,9 +76,8 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
 def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
     """Prefixes in all layers: they change the inputs of the later ones, and so both statements."""
     from deltacontrol.deltas import PrefixTuning
-    from deltacontrol.experiments.measures.attention_probe import Probe
 
-    probe = Probe.load()
+    probe = _probe()
     plain = probe.run()
     attention, span = {}, {}
     for length in LENGTHS:

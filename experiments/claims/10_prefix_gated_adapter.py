@@ -10,8 +10,10 @@ from deltacontrol.theory.claims import Claim, Evidence, Threshold
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltacontrol.experiments.measures.attention_probe import Attention
+    from deltacontrol.experiments.measures.attention_probe import Attention, Probe
 
+MODEL, TASK = "minilm-l6", "movie"
+EXAMPLES, TOKENS = 8, 24
 LENGTHS = (1, 5, 16)
 SEEDS = (0, 1)
 SCALE = 1.0
@@ -20,6 +22,12 @@ SCALE = 1.0
 def _predict() -> dict[str, Any]:
     """The two sides are equal."""
     return {"relative_difference": 0.0}
+
+
+def _probe() -> Probe:
+    from deltacontrol.experiments.measures.attention_probe import Probe
+
+    return Probe.load(MODEL, TASK, EXAMPLES, TOKENS)
 
 
 def _adapter(controlled: Attention) -> tuple[Tensor, Tensor]:
@@ -49,10 +57,10 @@ def _difference(controlled: Attention, formula: Tensor) -> float:
 
 def _measure(prediction: Mapping[str, Any]) -> Evidence:
     """Every layer of MiniLM by itself, at the inputs that real text gives it."""
-    from deltacontrol.experiments.measures.attention_probe import Probe, each_layer
+    from deltacontrol.experiments.measures.attention_probe import each_layer
 
     exact, gates = {}, []
-    for name, plain, controlled in each_layer(Probe.load(), LENGTHS, SCALE, SEEDS):
+    for name, plain, controlled in each_layer(_probe(), LENGTHS, SCALE, SEEDS):
         change, gate = _adapter(controlled)
         exact[name] = _difference(controlled, (1 - gate) * plain.output + gate * change)
         gates.append(float(controlled.rows(gate).std() / controlled.rows(gate).mean()))
@@ -72,10 +80,10 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
 
 def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
     """The adapter with the best gate that does not depend on the state: one number for a head."""
-    from deltacontrol.experiments.measures.attention_probe import Probe, each_layer
+    from deltacontrol.experiments.measures.attention_probe import each_layer
 
     constant, none = {}, {}
-    for name, plain, controlled in each_layer(Probe.load(), LENGTHS, SCALE, SEEDS):
+    for name, plain, controlled in each_layer(_probe(), LENGTHS, SCALE, SEEDS):
         change, _ = _adapter(controlled)
         towards = controlled.rows(change - plain.output)
         moved = controlled.rows(controlled.output - plain.output)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from deltacontrol.theory.linear.linearisation import Linearisation
     from deltacontrol.theory.linear.output_map import OutputMap
 
+MODEL, TASK = "minilm-l6", "movie"
+EXAMPLES, TOKENS = 4, 12
 DELTAS = ("lora", "houlsby", "bitfit", "prefix")
 SEEDS = (0, 1, 2)
 STEPS = 30
@@ -48,8 +50,8 @@ def _settings() -> Iterator[_Setting]:
     for name in DELTAS:
         for seed in SEEDS:
             setting = Setting(
-                "minilm-l6", "movie", deltas=[name], train_rows=4, max_length=12, dtype="float64",
-                seed=seed,
+                MODEL, TASK, deltas=[name], train_rows=EXAMPLES, max_length=TOKENS,
+                dtype="float64", seed=seed,
             )  # fmt: skip
             problem: Any = setting.control_problem()
             start = problem.dynamics.controls()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from deltacontrol.theory.control.problem import Controls
     from deltacontrol.theory.control.systems import Segment
 
+MODEL, TASK = "minilm-l6", "movie"
 DELTAS = ("lora", "houlsby", "bitfit", "prefix")
 EXAMPLES, TOKENS = 6, 12  # the first rows of the task are longer than that: no padding
 TRAINING_STEPS, LEARNING_RATE = 30, 1e-3
@@ -25,9 +26,8 @@ def _problem(*deltas: str) -> Any:
     from deltacontrol.experiments.setting import Setting
 
     return Setting(
-        "minilm-l6", "movie", deltas=deltas, train_rows=EXAMPLES, max_length=TOKENS,
-        dtype="float64",
-    ).control_problem()  # fmt: skip
+        MODEL, TASK, deltas=deltas, train_rows=EXAMPLES, max_length=TOKENS, dtype="float64"
+    ).control_problem()
 
 
 def _base() -> tuple[Segment, list[Tensor]]:

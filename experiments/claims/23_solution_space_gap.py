@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from deltacontrol.deltas import DeltaModel
 
+MODEL = "minilm-l6"
 DELTAS = ("lora:rank=1", "lora:rank=8,sites=attention.query+mlp.up", "bitfit", "last-layers")
 TASKS = ("movie", "trec6")
 SEEDS = (0, 1)
@@ -55,7 +56,7 @@ def _all_cases() -> Iterator[_Case]:
     for task in TASKS:
         for seed in SEEDS:
             setting = Setting(
-                "minilm-l6",
+                MODEL,
                 task,
                 train_rows=NUM_EXAMPLES,
                 order="sampled",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deltacontrol.theory.control.problem import ControlProblem, Controls
     from deltacontrol.theory.linear.operator import SymmetricOperator
 
+MODEL, TASK = "minilm-l6", "movie"
 RUNS = (("lora", 0), ("lora", 1), ("houlsby", 0), ("houlsby", 1), ("bitfit", 0))
 EXAMPLES, TOKENS = 6, 12
 HEAD_ROWS, HEAD_RIDGE = 256, 1e-2
@@ -50,7 +51,7 @@ def _setting(*deltas: str, num_examples: int, seed: int = 0) -> Setting:
     from deltacontrol.experiments.setting import Setting
 
     return Setting(
-        "minilm-l6", "movie", deltas=deltas, train_rows=num_examples, max_length=TOKENS,
+        MODEL, TASK, deltas=deltas, train_rows=num_examples, max_length=TOKENS,
         dtype="float64", seed=seed,
     )  # fmt: skip
 

@@ -1,0 +1,196 @@
+"""Claims of what a delta can reach, run on a tiny setting: ranks, kernels, solution spaces."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BertTokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from deltacontrol.theory.claims import Verdict, judge
+from tests.tiny_model import WORDS
+
+from .conftest import Tiny
+
+
+def test_claim_11_the_construction_at_its_rank_and_one_below(tiny: Tiny) -> None:
+    sizes = {"WIDTH": 4, "DEPTHS": (1, 2), "MISSING": (2, 4), "SEEDS": (0,), "TRAINED": 2}
+    claim = tiny(
+        "11_lora_rank_threshold", **sizes, INPUTS=60, EXACT_INPUTS=5, ITERATIONS=200, REACHED=1e-2
+    )
+    outcome = judge(claim.CLAIM)
+    assert outcome.verdict is Verdict.HOLDS
+    assert outcome.prediction == {
+        f"{depth} for 1, missing rank {missing}, seed 0": math.ceil(missing / depth)
+        for depth in (1, 2)
+        for missing in (2, 4)
+    }
+    details = outcome.evidence.details
+    assert outcome.evidence.value == 0.0  # in fractions there is no rounding
+    assert max(details["errors in float64"].values()) < 1e-9
+    # Nor does training reach the product of the maps with less than the predicted rank.
+    for name, found in details["trained products of maps"].items():
+        threshold = outcome.prediction[name]
+        assert found[f"first rank trained to {claim.REACHED:g}"] in (None, threshold, threshold + 1)
+        assert all(
+            e > claim.REACHED for r, e in found["trained errors"].items() if int(r) < threshold
+        )
+    assert min(outcome.control.details["in fractions"].values()) > 1e-4
+
+
+def test_claim_11_a_changed_layer_is_not_exact(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias that is off by 2⁻²⁰ shows, and a rank above the allowed one is refused."""
+    claim = tiny("11_lora_rank_threshold", WIDTH=4, INPUTS=20, EXACT_INPUTS=5)
+    case = claim._case(2, 4, 0)
+    right = claim._passed
+
+    def off(changed: Any, bias: Any, states: Any, radius: float) -> Any:
+        return right(changed, bias + claim._exact([[2.0**-20]] * 4), states, radius)
+
+    monkeypatch.setattr(claim, "_passed", off)
+    assert 0 < claim._exact_error(case, 2) < 1e-4
+
+
+def test_claim_12_rank_one_is_caught_and_the_predicted_rank_is_not(tiny: Tiny) -> None:
+    claim = tiny(
+        "12_no_spurious_minima",
+        EXAMPLES=3,
+        TOKENS=8,
+        HEAD_ROWS=32,
+        PLACES=(("attention.value", 1),),
+        LOSSES=("logistic", "squared"),
+        SHARES=(0.1,),
+        SIZES=(0.0, 3.0),
+        SEEDS=range(2),
+        RANKS=(1, 3),
+        REAL_RANKS=(3,),
+        REAL_SEEDS=range(2),
+        REAL_STEPS=60,
+    )
+    outcome = judge(claim.CLAIM)
+    assert outcome.verdict is Verdict.HOLDS
+    assert outcome.prediction["rank"] == 3  # 2·3/2 is not above the three examples, 3·4/2 is
+    details, (place,) = outcome.evidence.details, claim.PLACES
+    assert len(details["least rank from which no start ended above the bound"]) == 2
+    spread = outcome.evidence.spread
+    assert spread is not None and spread[1] == outcome.evidence.value
+    for loss in claim.LOSSES:
+        found = claim._gaps(place, loss, 0.1)
+        # The convex program bounds from below: no end is below it by more than rounding.
+        assert min(gap for ends in found.values() for g in ends.values() for gap in g) > -1e-9
+    assert outcome.control.value > 100
+    ends = details["real model, final objectives by rank, attention.value of layer 1"]["3"]
+    start = claim._linear(place, "logistic", 0.1).start
+    assert ends == sorted(ends) and ends[-1] < start
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A causal language model of random weights that knows the prompt and its two words."""
+    folder = tmp_path_factory.mktemp("lm")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "it", "great", "terrible"]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(Path(folder))
+
+
+def test_claim_13_a_fifth_of_the_step_leaves_the_kernel_by_a_fifth(
+    tiny: Tiny, language_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The verdict is one of pre-trained weights; what is measured, of any: errors are O(change)."""
+    from deltacontrol.experiments.measures import kernel_regime
+
+    follow, runs = kernel_regime.follow, []
+    few = {"MODEL": language_model, "SEEDS": (0,), "SHOTS": 4, "UNSEEN": 4, "TOKENS": 8}
+    for stretch in (0.1, 0.02):
+        monkeypatch.setattr(kernel_regime, "follow", partial(follow, stretch=stretch))
+        claim = tiny("13_tangent_kernel", **few, RANK=4, RANKS=(1, 4, 16), FALL=0.99, STEPS=1)
+        outcome = judge(claim.CLAIM)
+        run, distances = outcome.evidence.details["seed 0"], claim._distances(0)
+        terms = (
+            run["error"] / claim.ERROR,
+            run["drift"] / claim.DRIFT,
+            distances[4] / claim.DISTANCE,
+        )
+        assert outcome.evidence.value == pytest.approx(max(terms))
+        predicted = outcome.prediction["seed 0"]
+        assert predicted["steps"] == 1 and predicted["loss"] < predicted["start"]
+        frozen = outcome.control.details["seed 0"]
+        terms = frozen["error"] / claim.ERROR, frozen["drift"] / claim.DRIFT
+        assert outcome.control.value == pytest.approx(max(terms))
+        runs.append((run, frozen))
+    for long, short in zip(*runs, strict=True):
+        for name in ("error", "drift"):
+            assert short[name] == pytest.approx(long[name] / 5, rel=0.3)
+    assert 0 < distances[16] < distances[1]  # wide A'A is nearer to the identity
+    # A head that is frozen has no kernel of its own; a trained one has, and changes it less.
+    trained = outcome.evidence.details["seed 0, no prompt, head trained"]
+    assert trained["start"] == frozen["start"] and trained["drift"] < frozen["drift"]
+
+
+def test_claim_23_the_gap_is_below_slope_times_distance(tiny: Tiny, places: dict[str, str]) -> None:
+    deltas = ("lora:rank=1", "bitfit", "last-layers")
+    claim = tiny(
+        "23_solution_space_gap",
+        DELTAS=deltas,
+        TASKS=(places["task"],),
+        SEEDS=(0,),
+        NUM_EXAMPLES=8,
+        LENGTH=8,
+        STEPS=20,
+        FULL_RATE=3e-3,
+    )
+    outcome = judge(claim.CLAIM)
+    assert outcome.verdict is Verdict.HOLDS
+    cases = claim._cases()
+    assert len(cases) == len(deltas)
+    for case in cases:
+        # F rises from θ⁺ to the nearest point by the integral of its slope.
+        assert case.losses[-1] - case.losses[0] <= max(case.slopes) * case.distance
+        assert case.losses[-1] > case.losses[0] and case.distance > 0.1
+        assert case.slopes[0] < 0.2 * max(case.slopes)
+    assert outcome.evidence.value == pytest.approx(
+        max(case.gap / (max(case.slopes) * case.distance) for case in cases)
+    )
+
+
+def test_claim_23_full_fine_tuning_is_next_to_itself(tiny: Tiny, places: dict[str, str]) -> None:
+    """LoRA of full rank on a matrix leaves nothing of that matrix's update."""
+    from deltacontrol.deltas import FullFineTuning, LoRA, attach
+    from deltacontrol.experiments.setting import Setting
+
+    claim = tiny("23_solution_space_gap")
+    base = Setting(places["model"], places["task"]).base
+    start = {n: p.detach().clone() for n, p in base.named_parameters()}
+    best = {n: p + 0.1 * torch.randn_like(p) for n, p in start.items()}
+    for delta, names in (
+        (LoRA(rank=16, sites=("attention.query",), layers=(1,)), ["attention.self.query.weight"]),
+        (FullFineTuning(), list(best)),
+    ):
+        controlled = attach(base, delta)
+        nearest = claim._nearest(controlled, start, best)
+        controlled.detach()
+        for name, value in nearest.items():
+            reached = any(name.endswith(n) for n in names) and (len(names) > 1 or "layer.1" in name)
+            expected = best[name] if reached else start[name]
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)

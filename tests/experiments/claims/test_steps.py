@@ -1,0 +1,156 @@
+"""Claims of what a step does, run on a tiny setting: descent, orders of errors, stable lengths."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from importlib import import_module
+
+import pandas as pd
+import pytest
+import torch
+
+from deltacontrol.theory.claims import Verdict, judge
+
+from .conftest import Tiny
+
+FEW = {"EXAMPLES": 3, "TOKENS": 6}
+
+
+def test_claim_3_extended_msa_descends(tiny: Tiny) -> None:
+    families = ("residual", "low-rank", "minilm")
+    claim = tiny(
+        "03_emsa_descent",
+        GRID=(8.0, 64.0),
+        SEEDS=dict.fromkeys(families, 2),
+        ITERATIONS=dict.fromkeys(families, 2),
+        INNER_STEPS=dict.fromkeys(families, 3),
+        FIRST_BLOCK=1,
+        **FEW,
+    )
+    outcome = judge(claim.CLAIM)
+    assert outcome.verdict is Verdict.HOLDS
+    for family in families:
+        fitted = outcome.evidence.details[f"{family} rho*"]
+        above = sum(rho > fitted for rho in claim.GRID)
+        # Of one held-out problem, two steps for each ρ above the fitted one.
+        assert outcome.evidence.details[f"{family} steps above rho*"] == 2 * above > 0
+    assert min(outcome.control.details.values()) == outcome.control.value >= 1
+
+
+def test_claim_3_counts_rises_and_what_is_not_finite(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Solution:
+        history = pd.DataFrame({"objective": [3.0, 2.0, 2.0 + 1e-13, 2.5, 1.0, math.inf]})
+
+    module = import_module("deltacontrol.theory.solvers.solve")
+    monkeypatch.setattr(module, "solve", lambda *_, **__: Solution)
+    claim = tiny("03_emsa_descent")
+    assert claim._ascents("residual", None, None, 1.0) == (2, 5)
+
+
+def test_claim_4_the_hamiltonians_bound_a_step(tiny: Tiny) -> None:
+    claim = tiny("04_hamiltonian_bound", FIT=range(1), HELD_OUT=range(1, 2), **FEW)
+    outcome = judge(claim.CLAIM)
+    assert outcome.verdict is Verdict.HOLDS
+    details = outcome.evidence.details
+    assert details["steps"] == len(claim.SIZES) * len(claim.KINDS)
+    assert details["violations"] == 0 < details["violations with C = 0"]
+    needed = [v for name, v in details.items() if name.startswith("largest C needed by kind")]
+    assert len(needed) == 3 and details["fitted C"] <= max(needed)
+    assert outcome.control.details["violations"] > 0
+
+
+def test_claim_4_wrong_costates_err_at_first_order(tiny: Tiny) -> None:
+    """Over squares, an error of first order needs a C that grows as one over the step."""
+    claim = tiny("04_hamiltonian_bound", KINDS=("all layers",), **FEW)
+    long, short = (
+        [abs(step.needed) for step in claim._steps(range(1), (size,), right_costates=False)]
+        for size in (1e-3, 1e-4)
+    )
+    assert short[0] / long[0] == pytest.approx(10, rel=0.05)
+    right = [abs(step.needed) for step in claim._steps(range(1), (1e-3, 1e-4))]
+    assert right[1] <= 1.05 * right[0] < 1e-3 * long[0]
+
+
+def test_claim_8_orders_of_the_predicted_loss_drop(tiny: Tiny) -> None:
+    claim = tiny("08_lq_loss_drop", SEEDS=(0,), **FEW)
+    outcome = judge(claim.CLAIM)
+    assert outcome.verdict is Verdict.HOLDS
+    line = outcome.evidence.details["seed 0"]
+    assert outcome.evidence.spread == (outcome.evidence.value, outcome.evidence.value)
+    assert line["order_of_the_exact_model"] == pytest.approx(3, abs=0.3)
+    # The error of the shortest step is the curvature that Gauss-Newton leaves out.
+    assert line["error_over_s_squared_at_the_shortest_step"] == pytest.approx(
+        line["half_the_neglected_curvature"], rel=0.02
+    )
+    assert line["predicted_over_actual"][-1] == pytest.approx(1, abs=1e-3)
+    assert outcome.control.value == pytest.approx(1, abs=0.2)
+
+
+def test_claim_14_the_control_takes_the_width_out(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam's step in A' is one in A with η_A 128/n: the slope falls by exactly one.
+
+    128/n is a step of the grid of rates.
+    """
+    from deltacontrol.experiments.measures import lora_widths
+
+    few = partial(
+        lora_widths.WidthStudy,
+        inputs=8,
+        rank=1,
+        examples=32,
+        steps=15,
+        rates_a=tuple(range(-13, 1)),
+        rates_b=tuple(range(-8, 4)),
+    )
+    plain, scaled = few().losses(64, 0), few(scaled=True).losses(64, 0)
+    torch.testing.assert_close(plain[1:], scaled[:-1], rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(lora_widths, "WidthStudy", few)
+    claim = tiny("14_lora_step_ratio", WIDTHS=(64, 256), SEEDS=(0, 1))
+    outcome = judge(claim.CLAIM)
+    assert outcome.evidence.value - outcome.control.value == pytest.approx(1, abs=0.05)
+    assert outcome.evidence.value > 0 > outcome.control.value
+    for evidence in (outcome.evidence, outcome.control):
+        assert evidence.spread is not None
+        assert evidence.spread[0] <= evidence.value <= evidence.spread[1]
+        ratios = evidence.details["log2 of the best ratio"]
+        means = [sum(ratios[f"width {n}"]) / 2 for n in (64, 256)]
+        assert evidence.value == pytest.approx((means[1] - means[0]) / 2, abs=0.01)
+        assert max(evidence.details["loss after / before, worst seed"].values()) < 1
+
+
+def test_claim_25_the_largest_stable_step(tiny: Tiny) -> None:
+    claim = tiny("25_stable_step", RUNS=(("lora:rank=2", 0),), HEAD_ROWS=32, STEPS=20, **FEW)
+    outcome = judge(claim.CLAIM)
+    assert outcome.verdict is Verdict.HOLDS
+    (predicted,) = outcome.prediction.values()
+    (found,) = outcome.evidence.details.values()
+    (control,) = outcome.control.details.values()
+    top, mean = predicted["lambda_max"], predicted["mean_nonzero_eigenvalue"]
+    assert predicted["step"] == pytest.approx(2 / top)
+    assert top / 6 <= mean < top  # of three examples' two outputs
+    # The same step against another prediction, and at the two ends of the last bracket.
+    assert control["log2_ratio"] - found["log2_ratio"] == pytest.approx(math.log2(mean / top))
+    step, half = found["largest_stable_step"], 2.0 ** (claim.RESOLUTION / 2)
+    assert claim._descended("lora:rank=2", 0, step / half) is not None
+    assert claim._descended("lora:rank=2", 0, step * half) is None
+    assert found["loss_after"] < predicted["loss"]
+
+
+def test_claim_25_lambda_max_is_that_of_the_dense_matrix(tiny: Tiny) -> None:
+    from deltacontrol.theory.linear.curvature import GaussNewtonCurvature
+
+    claim = tiny("25_stable_step", HEAD_ROWS=32, **FEW)
+    problem, u, mask = claim._start("bitfit", 0)
+    curvature = GaussNewtonCurvature(problem, u)
+    dense = torch.stack([mask * (curvature @ row) for row in torch.diag(mask)])
+    values = torch.linalg.eigvalsh((dense + dense.mT) / 2)
+    assert claim._lambda_max(problem, u, mask) == pytest.approx(float(values[-1]), rel=1e-6)
+    nonzero = values[-6:]  # of three examples' two outputs
+    assert claim._mean_eigenvalue("bitfit", 0) == pytest.approx(float(nonzero.mean()), rel=1e-6)
+    assert float(values[:-6].abs().max()) < 1e-10 * float(values[-1])
+    assert int((mask == 0).sum()) == len(claim._fitted_head())
