@@ -10,7 +10,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from deltacontrol.theory.solvers.solve import Solver, solve
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from deltacontrol.deltas import attach, registry
@@ -21,6 +20,7 @@ from deltacontrol.experiments.training.finetune import FineTuning
 from deltacontrol.paper_figures import marks
 from deltacontrol.theory import plugins
 from deltacontrol.theory.control.solved_problems import exact_problems
+from deltacontrol.theory.solvers.solving import Solver, solve
 
 FILES = Path(__file__).with_name("user_files")
 WORDS = ("good", "bad", "fine", "poor")

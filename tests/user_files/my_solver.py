@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from deltacontrol.theory.solvers.solve import Solver
+
+from deltacontrol.theory.solvers.solving import Solver
 
 
 @dataclass(frozen=True)

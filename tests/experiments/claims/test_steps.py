@@ -44,7 +44,7 @@ def test_claim_3_counts_rises_and_what_is_not_finite(
     class Solution:
         history = pd.DataFrame({"objective": [3.0, 2.0, 2.0 + 1e-13, 2.5, 1.0, math.inf]})
 
-    module = import_module("deltacontrol.theory.solvers.solve")
+    module = import_module("deltacontrol.theory.solvers.solving")
     monkeypatch.setattr(module, "solve", lambda *_, **__: Solution)
     claim = tiny("03_emsa_descent")
     assert claim._ascents("residual", None, None, 1.0) == (2, 5)
