@@ -35,6 +35,9 @@ PAGE_WIDTH = 7.2
 class FigureModule(Protocol):
     """What the module of a figure defines.
 
+    The rows of `table` and `curves` are sorted, under a plain index: they do not depend on the
+    order of the records.
+
     Attributes:
         TITLE: One line that says what the figure shows.
         STUDY: The module of `deltacontrol.experiments.studies` whose records it is drawn from.

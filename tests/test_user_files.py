@@ -20,7 +20,7 @@ from deltacontrol.experiments.training.finetune import FineTuning
 from deltacontrol.paper_figures import marks
 from deltacontrol.theory import plugins
 from deltacontrol.theory.control.solved_problems import exact_problems
-from deltacontrol.theory.solvers.solving import Solver, solve
+from deltacontrol.theory.solvers.solve import Solver, solve
 
 FILES = Path(__file__).with_name("user_files")
 WORDS = ("good", "bad", "fine", "poor")
@@ -167,9 +167,8 @@ def test_a_solver(project: Path) -> None:
             problem = known.make()
             start = known.start(problem)
             solution = solve(problem, kind.example(problem, start), start, tol=1e-9)
-            assert solution.status == "converged" and known.error(solution.controls) < 1e-6, (
-                known.name
-            )
+            assert solution.status == "converged", known.name
+            assert known.error(solution.controls) < 1e-6, known.name
 
 
 def test_all_of_them_together_from_the_projects_own_settings(

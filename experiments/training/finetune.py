@@ -68,7 +68,7 @@ class FineTuning(Experiment):
     seed: int = 0
     """Seed of the head, the controls, the batches and the dropout."""
     learning_rate: float | None = None
-    """Peak learning rate; by default the recorded search's, the delta's, or its category's."""
+    """Peak learning rate; by default the recorded search's, the delta's or its category's."""
     steps: int = 300
     """Number of updates."""
     batch_size: int = 16

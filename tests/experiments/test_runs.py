@@ -69,7 +69,8 @@ def test_provenance_names_versions_hardware_and_no_path(store, tmp_path):
     release = record.provenance["packages"]["torch"].partition("+")[0]
     assert release == torch.__version__.partition("+")[0]
     assert record.provenance["hardware"]["threads"] == torch.get_num_threads()
-    assert record.provenance["digests"] == {"model": "a", "data": None}
+    code = Toy().code()  # of the file of Toy, which is not of this project
+    assert code and record.provenance["digests"] == {"model": "a", "data": None, "code": code}
     text = (record.folder / "run.json").read_text()
     assert str(tmp_path) not in text and os.path.expanduser("~") + "/" not in text
 

@@ -35,11 +35,13 @@ def experiments(preset):
 
 
 def table(records):
-    return pd.DataFrame([{**r.config, "average": r.result["average"]} for r in records])
+    rows = [{**r.config, "average": r.result["average"]} for r in records]
+    return pd.DataFrame(rows).sort_values("seed", ignore_index=True)
 
 
 def curves(records):
-    return pd.concat([r.curve().assign(seed=r.config["seed"]) for r in records])
+    runs = [r.curve().assign(seed=r.config["seed"]) for r in records]
+    return pd.concat(runs).sort_values(["seed", "step"], ignore_index=True)
 
 
 def summary(table):
