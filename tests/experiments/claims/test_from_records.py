@@ -132,8 +132,8 @@ def test_claim_16_predicts_the_median_dimension(
 
     def missed(experiment: Any) -> Any:
         record = computed(experiment)
-        unreached = {"measured": None, "predicted": 9.0}
-        cases = [c | unreached * (experiment is model) for c in record.result["cases"]]
+        unreached = {"measured": None, "predicted": 9.0} if experiment is model else {}
+        cases = [case | unreached for case in record.result["cases"]]
         return SimpleNamespace(
             kind=record.kind, config=record.config, result=record.result | {"cases": cases}
         )
@@ -194,8 +194,8 @@ def test_claim_18_correlates_gramians_and_tunings(
     tiny: Tiny, computed: Records, places: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few: dict[str, Any] = {
-        "sites": ("attention.query", "attention.value", "mlp.up"), "rank": 2, "num_examples": 8, "head_rows": 32,
-        "max_length": 8, **places,
+        "sites": ("attention.query", "attention.value", "mlp.up"), "rank": 2, "num_examples": 8,
+        "head_rows": 32, "max_length": 8, **places,
     }  # fmt: skip
     monkeypatch.setattr(reachability, "SEEDS", (0,))
     gramians = partial(reachability.SiteGramians, **few)
