@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,7 +62,7 @@ def search_records(d90_of: Callable[[Any], float]) -> Records:
         ]
         result = {"baseline": [0.8, 0.8], "target": 0.72, "chance": 0.2, "confidence": 0.9}
         return SimpleNamespace(
-            id=f"{abs(hash(configuration(search))) % 10**6:x}",
+            id=sha256(configuration(search).encode()).hexdigest()[:16],
             curve=lambda: pd.DataFrame(rows).astype({"dimension": "Int64"}),
             config={"share": 0.9},
             result=result | {"text": f"{truth:g}", "dimensions": [100, 100_000]},
@@ -79,8 +80,18 @@ def search_records(d90_of: Callable[[Any], float]) -> Records:
     ],
 )
 def test_claim_15_is_the_greater_of_both_ratios(
-    tiny: Tiny, random: float, small: float, large: float, verdict: Verdict, value: float
+    tiny: Tiny,
+    random: float,
+    small: float,
+    large: float,
+    verdict: Verdict,
+    value: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for tasks in (d90.PRETRAINED, d90.RANDOM):
+        for start in tasks:
+            monkeypatch.setitem(tasks, start, ("movie",))
+
     def truth(search: Any) -> float:
         if not search.pretrained:
             return random
@@ -121,8 +132,8 @@ def test_claim_16_predicts_the_median_dimension(
 
     def missed(experiment: Any) -> Any:
         record = computed(experiment)
-        unreached = {"measured": None, "predicted": 9.0}
-        cases = [c | unreached * (experiment is model) for c in record.result["cases"]]
+        unreached = {"measured": None, "predicted": 9.0} if experiment is model else {}
+        cases = [case | unreached for case in record.result["cases"]]
         return SimpleNamespace(
             kind=record.kind, config=record.config, result=record.result | {"cases": cases}
         )
@@ -183,22 +194,22 @@ def test_claim_18_correlates_gramians_and_tunings(
     tiny: Tiny, computed: Records, places: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few: dict[str, Any] = {
-        "sites": ("attention.value", "mlp.up"), "rank": 2, "num_examples": 8, "head_rows": 32,
-        "max_length": 8, **places,
+        "sites": ("attention.query", "attention.value", "mlp.up"), "rank": 2, "num_examples": 8,
+        "head_rows": 32, "max_length": 8, **places,
     }  # fmt: skip
     monkeypatch.setattr(reachability, "SEEDS", (0,))
     gramians = partial(reachability.SiteGramians, **few)
-    tuning = partial(reachability.SiteTuning, **few, steps=4, test_rows=8)
+    tuning = partial(reachability.SiteTuning, **few, steps=10, test_rows=20)
     monkeypatch.setattr(reachability, "SiteGramians", gramians)
     monkeypatch.setattr(reachability, "SiteTuning", tuning)
-    claim = tiny("18_reachability_ranks_sites", RESAMPLES=100).CLAIM
+    claim = tiny("18_reachability_ranks_sites", RESAMPLES=20).CLAIM
     outcome = judge(claim, computed)
     own, random, tuned = (computed(e) for e in claim.runs())
     drops = tuned.curve()["loss_drop"].tolist()
     for record, evidence in ((own, outcome.evidence), (random, outcome.control)):
         rows = [r for r in record.result["parts"] if r["layer"] is not None and r["site"]]
         gains = [r["predicted_gain"] for r in rows]
-        assert len(gains) == len(drops) == evidence.details["pairs"] == 4
+        assert len(gains) == len(drops) == evidence.details["pairs"] == 6
         assert evidence.value == pytest.approx(spearmanr(gains, drops).statistic)
     assert set(outcome.prediction["pairs"]) == set(outcome.evidence.details["measured"])
 
@@ -235,7 +246,7 @@ def test_claim_24_takes_its_numbers_from_the_spectra(
     outcome = judge(tiny("24_low_rank_update", SHUFFLES=20).CLAIM, computed)
     record = computed(study)
     (name,) = outcome.prediction
-    values = record.curve().groupby("module")["singular_value"].apply(np.array)
+    values = record.curve().groupby(["layer", "site"])["value"].apply(np.array)
     energy = sum((v**2).sum() for v in values)
     tails = [sum((v[rank:] ** 2).sum() for v in values) / energy for rank in study.ranks]
     assert outcome.prediction[name]["tail shares"] == pytest.approx(tails, rel=1e-4)
@@ -262,8 +273,8 @@ def test_claim_26_counts_what_is_restored_at_little_cost(
     from deltacontrol.experiments.measures import robustness
 
     few = partial(
-        robustness.Robustness, **places, steps=10, max_length=8, epsilon=0.3, attack_steps=1,
-        ranks=(8,), gains=(1.0,), num_calibration=16, num_validation=8, num_test=10,
+        robustness.Robustness, **places, steps=40, max_length=8, epsilon=0.3, ranks=(8,),
+        gains=(1.0,), num_calibration=16, num_validation=8, num_test=20,
     )  # fmt: skip
     monkeypatch.setattr(robustness, "Robustness", few)
     claim = tiny("26_closed_loop", SEEDS=(0,)).CLAIM
@@ -280,11 +291,11 @@ def test_claim_26_counts_what_is_restored_at_little_cost(
         assert outcome.evidence.value == 0 and "nothing counts" in outcome.evidence.note
 
     def told(attacked: float, corrected: float, clean_corrected: float) -> Records:
-        """Ten examples, of which these shares are right."""
+        """Two hundred examples, of which these shares are right."""
         shares = {"clean": 0.9, "attacked": attacked, "attacked_corrected": corrected}
         shares |= {"clean_corrected": clean_corrected, "clean_random": 0.9}
         shares |= {"attacked_random": attacked}
-        curve = pd.DataFrame({n: np.arange(10) < round(10 * s) for n, s in shares.items()})
+        curve = pd.DataFrame({n: np.arange(200) < round(200 * s) for n, s in shares.items()})
         recovered = (corrected - attacked) / (0.9 - attacked)
         result = record.result | {"accuracy": accuracy | shares}
         result |= {"recovered": recovered, "recovered_random": 0.0}
@@ -297,5 +308,5 @@ def test_claim_26_counts_what_is_restored_at_little_cost(
     assert judge(claim, told(0.3, 0.4, 0.9)).verdict is Verdict.FAILS
     dear = judge(claim, told(0.3, 0.6, 0.8))
     assert dear.verdict is Verdict.FAILS and dear.evidence.value == 0
-    idle = judge(claim, told(0.85, 0.9, 0.9))
+    idle = judge(claim, told(0.81, 0.9, 0.9))
     assert idle.verdict is Verdict.ASSUMPTION_NOT_MET
