@@ -36,6 +36,7 @@ REGISTRIES = {
     "experiments/models/packaged",
     "experiments/tasks/packaged",
     "paper_figures/figures",
+    "theory/solvers",
 }
 MOST_LINES, MOST_MODULES = 400, 15
 LIGHT = [
