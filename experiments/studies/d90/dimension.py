@@ -17,10 +17,10 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
+from deltacontrol.experiments.runs.experiment import Experiment, Outcome, Workspace
 from deltacontrol.experiments.studies.d90.search import Search, Trial, steadiest, three_digits
 from deltacontrol.experiments.training.finetune import FineTuning
 from deltacontrol.theory.dimension.estimate import (
@@ -132,10 +132,6 @@ class DimensionSearch(Experiment):
     @abstractmethod
     def extent(self) -> tuple[int, int]:
         """The least and the greatest dimension that there is."""
-
-    def to_config(self) -> dict[str, Any]:
-        """The fields."""
-        return asdict(self)
 
     def execute(self, workspace: Workspace) -> Outcome:
         """Search.
@@ -338,10 +334,6 @@ class FineTuningDimension(DimensionSearch, _Trained):
         if self.baseline == "delta" and not self.delta:
             raise InputError("baseline is delta, but no delta is given; give one, such as lora")
         self.training(self.largest, 1.0, 0)  # which checks what a training takes
-
-    def digests(self) -> Digests:
-        """Digests of the model and the task."""
-        return self.baseline_training(1.0, 0).digests()
 
     @property
     def label(self) -> str:
