@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import pkgutil
 import re
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
 from deltacontrol.deltas.base import Delta
-from deltacontrol.theory import plugins
+from deltacontrol.theory import parsing, plugins
 from deltacontrol.theory.errors import InputError, unknown
 
 
@@ -62,9 +59,18 @@ def _words(config: Any) -> Iterator[str]:
 
 def fields(name: str) -> dict[str, tuple[Any, Any]]:
     """Field names of a delta with their type and default."""
-    kind = _class(name)
-    hints = typing.get_type_hints(kind)
-    return {f.name: (hints[f.name], f.default) for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return parsing.fields_of(_class(name))
+
+
+def delta_of(given: Delta | str | Mapping[str, Any]) -> Delta:
+    """The delta of a text, as `parse`, of a dictionary, as `from_dict`, or itself.
+
+    Raises:
+        InputError: as `parse` and `from_dict`.
+    """
+    if isinstance(given, str):
+        return parse(given)
+    return given if isinstance(given, Delta) else from_dict(given)
 
 
 def from_dict(config: Mapping[str, Any]) -> Delta:
@@ -77,11 +83,7 @@ def from_dict(config: Mapping[str, Any]) -> Delta:
     name = values.pop("name", None)
     if name is None:
         raise InputError(f"a delta needs a name; got {dict(config)}.")
-    known = fields(name)
-    for key in values:
-        if key not in known:
-            raise unknown(f"field of the delta {name}", key, known)
-    return _class(name)(**{k: _convert(name, k, v, known[k][0]) for k, v in values.items()})
+    return _class(name)(**parsing.converted("delta", name, values, fields(name)))
 
 
 def completed(config: Any) -> Any:
@@ -107,61 +109,5 @@ def parse(text: str) -> Delta:
     Raises:
         InputError: unknown name or field, or a value of the wrong type.
     """
-    name, _, rest = text.partition(":")
-    values: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise InputError(
-                f"{item!r} in the delta {text!r} is not FIELD=VALUE; the fields of {name} are "
-                f"{', '.join(fields(name))}."
-            )
-        key = key.strip()
-        if key not in fields(name):
-            raise unknown(f"field of the delta {name}", key, fields(name))
-        if key in values:
-            raise InputError(f"{key} is given twice in the delta {text!r}.")
-        values[key] = value.strip()
+    name, values = parsing.split("delta", text, fields)
     return from_dict({"name": name, **values})
-
-
-def _convert(delta: str, key: str, value: Any, kind: Any) -> Any:
-    """``value`` as the type of the field, or an error that says what was expected."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        if value not in args:
-            raise unknown(f"{key} of the delta {delta}", str(value), map(str, args))
-        return value
-    error = InputError(f"{delta}: {key}={value!r} is not {_describe(kind)}.")
-    if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() == "none"):
-            if type(None) in args:
-                return None
-            raise error
-        return _convert(delta, key, value, next(a for a in args if a is not type(None)))
-    if origin is tuple:
-        items = value.split("+") if isinstance(value, str) else value
-        if not isinstance(items, list | tuple):
-            items = [items]
-        return tuple(_convert(delta, key, item, args[0]) for item in items)
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
-        raise error
-    if isinstance(value, bool) or (kind is int and isinstance(value, float) and value % 1):
-        raise error
-    try:
-        return kind(value)
-    except (TypeError, ValueError):
-        raise error from None
-
-
-def _describe(kind: Any) -> str:
-    args = typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
-        return f"a list of {args[0].__name__} joined by '+'"
-    if args:
-        return " or ".join("none" if a is type(None) else _describe(a) for a in args)
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[kind]

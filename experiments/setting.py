@@ -293,16 +293,9 @@ class Setting:
     @property
     def parsed_deltas(self) -> list[Delta]:
         """The deltas as such, without the head that is added."""
-        from deltacontrol.deltas import from_dict, parse
+        from deltacontrol.deltas.registry import delta_of
 
-        return [
-            parse(delta)
-            if isinstance(delta, str)
-            else from_dict(delta)
-            if isinstance(delta, Mapping)
-            else delta
-            for delta in self.deltas
-        ]
+        return [delta_of(delta) for delta in self.deltas]
 
     def control_problem(
         self,

@@ -20,7 +20,7 @@ from deltacontrol.experiments.training.finetune import FineTuning
 from deltacontrol.paper_figures import marks
 from deltacontrol.theory import plugins
 from deltacontrol.theory.control.solved_problems import exact_problems
-from deltacontrol.theory.solvers.solve import Solver, solve
+from deltacontrol.theory.solvers.solving import Solver, solve
 
 FILES = Path(__file__).with_name("user_files")
 WORDS = ("good", "bad", "fine", "poor")

@@ -52,7 +52,7 @@ from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.setting import Setting
 from deltacontrol.experiments.training.devices import choose_device, choose_precision
 from deltacontrol.experiments.training.ensemble import Loop
-from deltacontrol.experiments.training.loop import Settings
+from deltacontrol.experiments.training.settings import Settings
 from deltacontrol.theory.errors import InputError
 
 Part = Literal["peft", "memory", "caching", "together"]

@@ -8,7 +8,6 @@ from pathlib import Path
 import tyro
 
 from deltacontrol.experiments.runs.store import RunStore
-from deltacontrol.experiments.training.peft_import import restore
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class ExportPeft:
 
         record = RunStore(self.runs).get(self.run_id)
         out = self.out or Path(f"{record.id}-adapter")
-        controlled = restore(record)
+        controlled = record.model()
         export_peft(controlled, out, base_model=self.base_model or record.config["model"])
         names = " + ".join(delta.name for delta in controlled.deltas)
         print(f"wrote {out}: {names}, {controlled.num_trainable:,d} parameters")

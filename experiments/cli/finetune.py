@@ -24,6 +24,7 @@ _SHOWN = {
     "trainable_share": ".4%",
     "trainable_share_with_head": ".4%",
     "final_train_loss": ".4f",
+    "residual": ".3e",
     "seconds_per_step": ".3f",
 }
 # What a number leaves out, or takes in, said beside it.
@@ -46,6 +47,7 @@ class Finetune(FineTuning):
 
         deltacontrol finetune --model minilm-l6 --task movie --delta lora
         deltacontrol finetune --delta lora:rank=16,sites=attention.query+mlp.up bitfit --seed 1
+        deltacontrol finetune --optimiser newton-cg --train-limit 16 --steps 20
         deltacontrol finetune --task reviews.csv --text-column review --label-column stars
     """
 
@@ -74,9 +76,12 @@ def print_record(record: Record, folder: Path, verb: str) -> None:
     """The result of a run, a line a number."""
     config = record.config
     names = " + ".join(delta["name"] for delta in config["deltas"])
+    rate, optimiser = config["learning_rate"], config.get("optimiser")
+    how = [f"learning rate {rate:g}"] if rate is not None else []
+    how += [optimiser] if optimiser is not None else []
     print(
-        f"{names} on {config['task']}, {config['model']}, seed {config['seed']}, learning rate "
-        f"{config['learning_rate']:g}: {record.status}"
+        f"{names} on {config['task']}, {config['model']}, seed {config['seed']}, "
+        f"{', '.join(how)}: {record.status}"
     )
     if record.message:
         print(record.message)

@@ -18,11 +18,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deltacontrol.experiments import models, tasks
-from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
+from deltacontrol.experiments.runs.experiment import Experiment, Outcome, Workspace
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,6 +77,7 @@ class GeneralisationBound(Experiment):
     seed: int = 0
 
     kind: ClassVar[str] = "generalisation-bound"
+    in_full: ClassVar[tuple[str, ...]] = ("delta",)
 
     def __post_init__(self) -> None:
         """Check numbers and lists."""
@@ -94,17 +94,6 @@ class GeneralisationBound(Experiment):
                 f"levels are {list(self.levels)} and ratios {list(self.ratios)}; expected numbers "
                 "of levels >= 2 and positive ratios"
             )
-
-    def to_config(self) -> dict[str, Any]:
-        """The fields, with the delta's defaults filled in."""
-        from deltacontrol.deltas import parse
-
-        config = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return config | {"delta": parse(self.delta).to_dict()}
-
-    def digests(self) -> Digests:
-        """Digests of model and task."""
-        return Digests(models.digest(self.model), tasks.digest(self.task))
 
     @property
     def label(self) -> str:
@@ -124,10 +113,11 @@ class GeneralisationBound(Experiment):
             InputError: no classification, a delta that looks at the rows before training, or a
                 training that diverges.
         """
-        from deltacontrol.experiments.training.loop import Settings, train
+        from deltacontrol.experiments.training.loop import train
+        from deltacontrol.experiments.training.settings import Settings
 
         bench = _Bench(self)
-        settings = Settings(self.steps, self.learning_rate, seed=self.seed)
+        settings = Settings(steps=self.steps, learning_rate=self.learning_rate, seed=self.seed)
         trained = train(
             bench.controlled,
             bench,

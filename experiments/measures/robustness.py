@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from deltacontrol.experiments import models, tasks
-from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
+from deltacontrol.experiments.runs.experiment import Experiment, Outcome, Workspace
 from deltacontrol.experiments.setting import Setting
 from deltacontrol.theory.errors import InputError
 
@@ -140,6 +139,7 @@ class Robustness(Experiment):
     num_test: int = 256
 
     kind: ClassVar[str] = "robustness"
+    in_full: ClassVar[tuple[str, ...]] = ("delta",)
 
     def __post_init__(self) -> None:
         """Check the counts and make tuples of the lists of a record."""
@@ -152,17 +152,6 @@ class Robustness(Experiment):
                 f" ranks and {len(self.gains)} gains; expected at least 2 examples each, and one "
                 "rank and gain."
             )
-
-    def to_config(self) -> dict[str, Any]:
-        """The fields, with the delta's defaults filled in."""
-        from deltacontrol.deltas.registry import from_dict
-
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {**plain, "delta": from_dict(self.delta).to_dict()}
-
-    def digests(self) -> Digests:
-        """Digests of model and task."""
-        return Digests(models.digest(self.model), tasks.digest(self.task))
 
     @property
     def label(self) -> str:

@@ -11,16 +11,18 @@ import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from deltacontrol.theory import plugins
-from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
+
+    from deltacontrol.experiments.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -82,21 +84,57 @@ class Outcome:
 
 
 class Experiment(ABC):
-    """A frozen dataclass that can be run and recorded."""
+    """A frozen dataclass that can be run and recorded; its fields are its configuration.
+
+    Attributes:
+        kind: names the class in its records.
+        younger: fields that records of before they existed lack: left out of the configuration
+            while they have their default, so that such a run keeps its identity.
+        in_full: fields that hold a delta, as text, dictionary or object; the configuration has
+            them with all of their own fields.
+    """
 
     kind: ClassVar[str]
+    younger: ClassVar[tuple[str, ...]] = ()
+    in_full: ClassVar[tuple[str, ...]] = ()
 
-    @abstractmethod
     def to_config(self) -> dict[str, Any]:
-        """The configuration as JSON-compatible values; equal experiments give equal values."""
+        """The fields as JSON-compatible values; equal experiments give equal values."""
+        config = {}
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if not (f.name in self.younger and value == f.default):
+                config[f.name] = _in_full(value) if f.name in self.in_full else _plain(value)
+        return config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """The experiment of a record's configuration.
+
+        Raises:
+            InputError: an entry is no field of this kind, or has a value that is refused.
+        """
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for name in config:
+            if name not in known:
+                raise unknown(f"field of the experiment {cls.kind}", name, known)
+        return cls(**{name: _frozen(value) for name, value in config.items()})
 
     @abstractmethod
     def execute(self, workspace: Workspace) -> Outcome:
         """Run, using `workspace.folder` for anything a later attempt may continue from."""
 
     def digests(self) -> Digests:
-        """Digests of the model and the data that `execute` will read."""
-        return Digests()
+        """Digests of the fields ``model`` and ``task``, where there are such, without fetching."""
+        from deltacontrol.experiments import models, tasks
+
+        given = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        model, task = given.get("model"), given.get("task")
+        columns = {name: given[name] for name in ("text_column", "label_column") if name in given}
+        return Digests(
+            None if model is None else models.digest(model),
+            None if task is None else tasks.digest(task, kind=given.get("task_kind"), **columns),
+        )
 
     def code(self) -> str | None:
         """Digest of the users' own classes: the experiment's, and those of deltas that it names.
@@ -112,8 +150,52 @@ class Experiment(ABC):
 
     @property
     def label(self) -> str:
-        """A few words that name the run to a person."""
-        return self.kind
+        """A few words that name the run to a person: what it is of, and its seed."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        words = [self.kind.replace("-", " ")]
+        for name in ("solver", "optimiser", "model", "task", "delta", "deltas", "seed"):
+            value = given.get(name)
+            if value is not None:
+                words.append(f"seed {value}" if name == "seed" else _short(value))
+        return " ".join(words)
+
+    @classmethod
+    def setting_of(cls, config: Mapping[str, Any], result: Mapping[str, Any]) -> Setting:
+        """The setting of a recorded run, its controls at their start.
+
+        Raises:
+            InputError: a run of this kind leaves no model.
+        """
+        raise InputError(
+            f"a run of kind {cls.kind!r} leaves no model; a fine-tuning, a solve and an imported "
+            "adapter do"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: tuples as lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _frozen(value: Any) -> Any:
+    """As a frozen dataclass has it: lists as tuples."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _in_full(value: Any) -> Any:
+    from deltacontrol.deltas.registry import delta_of  # imports torch
+
+    if isinstance(value, list | tuple):
+        return [_in_full(item) for item in value]
+    return _plain(delta_of(value).to_dict())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "+".join(map(_short, value))
+    return str(value["name"]) if isinstance(value, Mapping) else str(value)
 
 
 def code_digest(kinds: Iterable[type]) -> str | None:

@@ -16,8 +16,8 @@ import html
 import json
 import os
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,10 @@ from deltacontrol.theory.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
     import torch
+
+    from deltacontrol.deltas import DeltaModel
+    from deltacontrol.experiments.setting import Setting
+    from deltacontrol.theory.control.problem import ControlProblem
 
 SCHEMA = 2
 RUN_FILE, CURVE_FILE, CONTROLS_FILE = "run.json", "curve.parquet", "controls.safetensors"
@@ -123,6 +127,58 @@ class Record:
             return load_file(path)
         except Exception as error:
             raise damaged(path, str(error)) from error
+
+    def setting(self, **changes: Any) -> Setting:
+        """The setting of the run, its controls those at the end of the run.
+
+        Args:
+            changes: other fields of the setting, such as ``dtype="float64"``.
+
+        Raises:
+            InputError: the run keeps no controls, is of a kind that leaves no model, or its model
+                is not what it was.
+        """
+        from deltacontrol.experiments import models
+        from deltacontrol.experiments.runs.kinds import experiment_of
+
+        controls = self.controls()
+        setting = experiment_of(self.kind).setting_of(self.config, self.result)
+        if models.digest(setting.model) != self.provenance["digests"]["model"]:
+            raise InputError(
+                f"the model {setting.model} is not what it was in run {self.id}; its controls mean "
+                "nothing on another base. Bring the model back, or run again."
+            )
+        setting = replace(setting, **changes)
+        setting.controlled.load(setting.controlled.state() | controls)
+        return setting
+
+    def model(self) -> DeltaModel:
+        """The controlled model at the end of the run; raises `InputError` as `setting`."""
+        return self.setting().controlled
+
+    def control_problem(
+        self,
+        rows: Sequence[int] | None = None,
+        *,
+        split: str = "train",
+        weight_decay: float = 0.0,
+        dtype: str = "float64",
+    ) -> ControlProblem:
+        """The run's control problem, J(u) = mean loss + λ/2 Σ_t ‖u_t‖², at its trained controls.
+
+        These are ``problem.initial_controls()``.
+
+        Args:
+            rows: numbers of the rows of the split; by default all that the run used, in one batch.
+            split: train, validation or test.
+            weight_decay: λ; that of a solve stands in its configuration.
+            dtype: of the numbers; identities are exact in float64.
+
+        Raises:
+            InputError: as `setting` and `Setting.control_problem`.
+        """
+        setting = self.setting(dtype=dtype)
+        return setting.control_problem(rows, split=split, weight_decay=weight_decay)
 
     def _checked(self, name: str) -> Path:
         path = self.folder / name

@@ -23,7 +23,6 @@ from deltacontrol.experiments.runs.store import unwritable, write_tensors
 from deltacontrol.theory.errors import InputError
 
 FILE = "checkpoint.safetensors"
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -92,13 +91,20 @@ def load(
         with safe_open(path, framework="pt") as file:
             progress = Progress(**json.loads(file.metadata()["progress"]))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        moments: dict[str, dict[str, Tensor]] = {}
+        for place, value in tensors.items():
+            key, _, name = place.partition("/")
+            if key not in ("control", "best"):
+                moments.setdefault(name, {})[key] = value
         for name, parameter in controls.items():
             with torch.no_grad():
                 parameter.copy_(tensors[f"control/{name}"])
-            if f"step/{name}" in tensors:  # absent while the control has had no gradient
-                state = {key: tensors[f"{key}/{name}"] for key in _ADAM}
-                moments = {k: v.to(parameter.device) for k, v in state.items() if k != "step"}
-                optimizer.state[parameter] = {"step": state["step"], **moments}
+            state = moments.get(name)  # absent while the control has had no gradient
+            if state is not None:
+                optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device)
+                    for key, value in state.items()
+                }
     except Exception as error:
         raise InputError(
             f"the checkpoint {path} cannot be used: {error}; "

@@ -29,17 +29,21 @@ from deltacontrol.experiments.training import checkpoints
 from deltacontrol.experiments.training import devices as resources
 from deltacontrol.experiments.training import loop as training
 from deltacontrol.experiments.training.gradients import num_tokens
-from deltacontrol.experiments.training.loop import Batches, Settings
+from deltacontrol.experiments.training.loop import Batches
 from deltacontrol.experiments.training.modes import training_mode
 from deltacontrol.experiments.training.results import TrainingResult, curve, divergence, summary
 from deltacontrol.experiments.training.schedules import learning_rate
+from deltacontrol.experiments.training.settings import Settings
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OWN = ("learning_rate", "seed")  # what may differ from copy to copy
-ALONE = ("grad_accumulation", "gradient_checkpointing", "cache_frozen", "dropout", "eval_every")
+ALONE = (
+    *("optimiser", "grad_accumulation", "gradient_checkpointing", "cache_frozen", "dropout"),
+    "eval_every",
+)
 BETAS, EPS = (0.9, 0.999), 1e-8
 ROWS = 2048  # tokens of a pass from which on larger matrix products hardly gain
 

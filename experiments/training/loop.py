@@ -6,6 +6,8 @@ uninterrupted one exactly, on the same hardware with the same number of threads.
 
     update t = 0..steps-1:   g = ∇_u loss(batch(t)),  clipped to max_grad_norm
                              u ← AdamW(u, g; learning_rate(t), weight_decay)
+
+or another optimiser of `torch.optim` in its place.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,6 +32,7 @@ from deltacontrol.experiments.training.gradients import accumulate, examples, nu
 from deltacontrol.experiments.training.modes import training_mode
 from deltacontrol.experiments.training.results import TrainingResult, curve, divergence, summary
 from deltacontrol.experiments.training.schedules import learning_rate
+from deltacontrol.experiments.training.settings import Settings
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,51 +56,6 @@ class NumberedBatches(Batches, Protocol):
     def examples(self, step: int) -> Tensor:
         """The numbers of the examples in `batch(step)`, (rows,)."""
         ...
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train.
-
-    Attributes:
-        steps: Number of updates.
-        learning_rate: Peak rate.
-        seed: Seed of everything random during training.
-        kind: "classification", "regression" or "causal-lm".
-        schedule, warmup: See `schedules.learning_rate`.
-        weight_decay: Decoupled weight decay of AdamW, on all controls.
-        max_grad_norm: The gradient is scaled down to this norm; None leaves it.
-        grad_accumulation: A batch is processed in this many slices: less memory, the same update.
-        gradient_checkpointing: Recompute each block in the backward pass: less memory, more time.
-        cache_frozen: Keep the states below the lowest control from the first epoch on: less time,
-            more memory, the same training up to rounding. Needs `NumberedBatches`.
-        precision, device: See `resources`.
-        dropout: Whether the base model's own dropout acts.
-        eval_every: Evaluate after every so many updates; None for never.
-        patience: Stop after so many evaluations without a better one, and keep the best controls.
-        monitor, larger_is_better: The metric that decides that.
-        checkpoint_seconds: Time between checkpoints.
-    """
-
-    steps: int
-    learning_rate: float
-    seed: int = 0
-    kind: str = "classification"
-    schedule: str = "linear"
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
-    grad_accumulation: int = 1
-    gradient_checkpointing: bool = False
-    cache_frozen: bool = False
-    precision: str = "auto"
-    device: str = "auto"
-    dropout: bool = False
-    eval_every: int | None = None
-    patience: int | None = None
-    monitor: str = "accuracy"
-    larger_is_better: bool = True
-    checkpoint_seconds: float = 30.0
 
 
 def train(
@@ -199,11 +156,8 @@ class _Loop:
         grouped: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.controls.items():
             grouped.setdefault(factors.get(name, 1.0), []).append(parameter)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": group, "factor": factor} for factor, group in grouped.items()],
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            foreach=True,
+        self.optimizer = settings.optimizer(
+            [{"params": group, "factor": factor} for factor, group in grouped.items()]
         )
         self.model, self.prepared = accelerator.prepare(delta_model, self.optimizer)
         self.run = checkpoints.Progress()

@@ -1,20 +1,18 @@
-"""Adapters of peft as runs: imported, evaluated and recorded; and a run's model, made again."""
+"""Adapters of peft as runs: imported, evaluated and recorded."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
-from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.setting import Setting
-from deltacontrol.experiments.training.finetune import METRICS, FineTuning, sizes
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
-    from deltacontrol.deltas import DeltaModel
     from deltacontrol.experiments.models import ModelKind
 
 # The head that a model needs for what peft calls a task.
@@ -55,13 +53,24 @@ class ImportedAdapter(Experiment):
 
     def to_config(self) -> dict[str, Any]:
         """All fields as JSON values, the adapter by its content: its place does not matter."""
-        config = {f.name: getattr(self, f.name) for f in fields(self)}
         read = self._read()
-        return config | {
+        return super().to_config() | {
             "adapter": _digest(self.adapter),
             "model": self._model(),
             "delta": {"name": f"peft {read.config.get('peft_type')}"},
         }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Not possible: a record knows the adapter by its content, not by its place.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "a record of an imported adapter does not say where the adapter lay; import it from "
+            "its folder with ImportedAdapter(adapter=...)"
+        )
 
     @property
     def label(self) -> str:
@@ -90,6 +99,7 @@ class ImportedAdapter(Experiment):
 
         from deltacontrol.deltas.interop import import_peft
         from deltacontrol.experiments.training.evaluation import evaluate
+        from deltacontrol.experiments.training.execution import sizes
 
         del workspace
         for name in ("batch_size", "eval_limit"):
@@ -125,6 +135,22 @@ class ImportedAdapter(Experiment):
             text_column=self.text_column,
             label_column=self.label_column,
             task_kind=self.task_kind,
+        )
+
+    @classmethod
+    def setting_of(cls, config: Mapping[str, Any], result: Mapping[str, Any]) -> Setting:
+        """The setting of a recorded import, its controls at their start."""
+        return Setting(
+            config["model"],
+            config["task"] or None,
+            deltas=result["deltas"],
+            add_head=False,
+            max_length=config["max_length"],
+            text_column=config["text_column"],
+            label_column=config["label_column"],
+            task_kind=config["task_kind"],
+            model_kind=result["model_kind"],
+            num_labels=result["num_labels"],
         )
 
     def _read(self) -> Any:
@@ -168,72 +194,3 @@ def _digest(folder: Path) -> str:
     for name in (CONFIG, WEIGHTS):
         digest.update((Path(folder).expanduser() / name).read_bytes())
     return digest.hexdigest()[:16]
-
-
-def restore(record: Record) -> DeltaModel:
-    """The controlled model at the end of a recorded run.
-
-    Raises:
-        InputError: as in `setting_of`.
-    """
-    return setting_of(record).controlled
-
-
-def setting_of(record: Record, **changes: Any) -> Setting:
-    """The setting of a recorded run, its controls those at the end of the run.
-
-    Args:
-        record: of a fine-tuning or an imported adapter.
-        changes: other fields of the setting, such as ``dtype="float64"``: the control problem is
-            exact there.
-
-    Raises:
-        InputError: the run keeps no controls, is of another kind, or its model has changed.
-    """
-    controls = record.controls()
-    builders = {FineTuning.kind: _fine_tuned, ImportedAdapter.kind: _imported}
-    if record.kind not in builders:
-        raise InputError(
-            f"run {record.id} is of kind {record.kind!r}, which leaves no model; expected one of "
-            f"{', '.join(builders)}."
-        )
-    _same_model(record)
-    setting = replace(builders[record.kind](record), **changes)
-    setting.controlled.load(setting.controlled.state() | controls)
-    return setting
-
-
-def _fine_tuned(record: Record) -> Setting:
-    kind = next((k for k, names in METRICS.items() if names[0] in record.result), None)
-    if kind is None:
-        raise InputError(f"run {record.id} has no metric, so its kind of task is not known.")
-    made: Any = {"model_kind": kind, "num_labels": record.result.get("num_labels")}
-    return replace(FineTuning.from_config(record.config).setting(), **made)
-
-
-def _imported(record: Record) -> Setting:
-    result = record.result
-    config = record.config
-    return Setting(
-        config["model"],
-        config["task"] or None,
-        deltas=result["deltas"],
-        add_head=False,
-        max_length=config["max_length"],
-        text_column=config["text_column"],
-        label_column=config["label_column"],
-        task_kind=config["task_kind"],
-        model_kind=result["model_kind"],
-        num_labels=result["num_labels"],
-    )
-
-
-def _same_model(record: Record) -> None:
-    from deltacontrol.experiments import models
-
-    name = record.config["model"]
-    if models.digest(name) != record.provenance["digests"]["model"]:
-        raise InputError(
-            f"the model {name} is not what it was in run {record.id}; its controls mean nothing on "
-            "another base. Bring the model back, or run again."
-        )

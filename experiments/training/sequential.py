@@ -19,6 +19,7 @@ from torch import nn
 
 from deltacontrol.experiments.training import loop as training
 from deltacontrol.experiments.training.results import TrainingResult
+from deltacontrol.experiments.training.settings import Settings
 
 if TYPE_CHECKING:
     from deltacontrol.deltas import DeltaModel
@@ -37,7 +38,7 @@ def stages(delta_model: DeltaModel) -> list[tuple[str, list[str]]]:
 def train_in_turn(
     delta_model: DeltaModel,
     data: training.Batches,
-    settings: training.Settings,
+    settings: Settings,
     *,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     checkpoint_dir: Path | None = None,

@@ -263,13 +263,12 @@ def test_caching_frozen_states_is_part_of_a_run_only_where_it_is_used():
 def test_a_run_gives_back_its_model_and_its_control_problem(places, store):
     """In float64 the problem's objective is the trained model's loss on the same rows."""
     from deltacontrol.experiments.tasks.encoding import without_labels
-    from deltacontrol.experiments.training.peft_import import restore, setting_of
 
     record = run(tiny(places, deltas=("lora",), train_limit=40), store, progress=False)
-    model, controls = restore(record), record.controls()
+    model, controls = record.model(), record.controls()
     assert all(torch.equal(p, controls[n]) for n, p in model.trainable().items())
     assert any(p.abs().max() > 0 for n, p in model.trainable().items() if n.endswith(".B"))
-    setting = setting_of(record, dtype="float64")
+    setting = record.setting(dtype="float64")
     problem = setting.control_problem([3, 0, 11])
     J = float(problem.objective(problem.dynamics.controls()))
     batch = setting.batch("train", [3, 0, 11])

@@ -105,12 +105,14 @@ def test_a_packaged_task_has_its_kind() -> None:
 
 def test_listing_and_digests_need_neither_torch_nor_pandas() -> None:
     code = (
-        "import sys; from experiments import models, tasks\n"
+        "import sys; from deltacontrol.experiments import models, tasks\n"
         "print(tasks.digest('movie'), models.digest('minilm-l6'))\n"
         "sys.exit(', '.join({'torch', 'transformers', 'pandas'} & set(sys.modules)) or 0)"
     )
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root / "src", capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

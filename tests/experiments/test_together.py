@@ -28,7 +28,7 @@ from deltacontrol.deltas import (
 )
 from deltacontrol.experiments.training import ensemble as together
 from deltacontrol.experiments.training.ensemble import join, train_many
-from deltacontrol.experiments.training.loop import Settings
+from deltacontrol.experiments.training.settings import Settings
 from deltacontrol.theory.errors import InputError
 
 VOCABULARY, WIDTH, STEPS = 50, 16, 6

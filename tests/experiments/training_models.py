@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from deltacontrol.deltas import HeadTuning, LoRA, attach
-from deltacontrol.experiments.training.loop import Settings
+from deltacontrol.experiments.training.settings import Settings
 
 VOCABULARY, WIDTH = 50, 16
 

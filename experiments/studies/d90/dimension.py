@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from deltacontrol.experiments.runs.experiment import Experiment, Outcome, Workspace
@@ -129,10 +129,6 @@ class DimensionSearch(Experiment):
     @abstractmethod
     def extent(self) -> tuple[int, int]:
         """The least and the greatest dimension that there is."""
-
-    def to_config(self) -> dict[str, Any]:
-        """The fields."""
-        return asdict(self)
 
     def execute(self, workspace: Workspace) -> Outcome:
         """Search.

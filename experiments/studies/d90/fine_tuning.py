@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from deltacontrol.experiments.runs.experiment import Digests
 from deltacontrol.experiments.studies.d90.dimension import DimensionSearch, Reading
 from deltacontrol.experiments.training.finetune import FineTuning
 from deltacontrol.theory.errors import InputError
@@ -71,10 +70,6 @@ class FineTuningDimension(DimensionSearch, _Trained):
         if self.baseline == "delta" and not self.delta:
             raise InputError("baseline is delta, but no delta is given; give one, such as lora")
         self.training(self.largest, 1.0, 0)  # which checks what a training takes
-
-    def digests(self) -> Digests:
-        """Digests of the model and the task."""
-        return self.baseline_training(1.0, 0).digests()
 
     @property
     def label(self) -> str:

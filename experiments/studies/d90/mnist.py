@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gzip
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -79,10 +79,6 @@ class MnistTraining(Experiment):
             raise InputError(f"learning_rate is {self.learning_rate}; expected a number above 0")
         if self.dimension is not None and self.dimension < 1:
             raise InputError(f"dimension is {self.dimension}; expected at least 1, or none for all")
-
-    def to_config(self) -> dict[str, Any]:
-        """The fields."""
-        return asdict(self)
 
     def digests(self) -> Digests:
         """The digest of the wheel that the images are in."""

@@ -11,12 +11,11 @@ each stage, ∇_u H_t(x_t, u_t, p_{t+1}); at an optimum all of them vanish.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deltacontrol.experiments import models, tasks
-from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
+from deltacontrol.experiments.runs.experiment import Experiment, Outcome, Workspace
 from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -58,6 +57,7 @@ class PontryaginTrace(Experiment):
     seed: int = 0
 
     kind: ClassVar[str] = "pontryagin"
+    in_full: ClassVar[tuple[str, ...]] = ("delta",)
 
     def __post_init__(self) -> None:
         """Check the optimiser and the sizes."""
@@ -68,16 +68,6 @@ class PontryaginTrace(Experiment):
                 f"num_examples is {self.num_examples} and steps is {self.steps}; expected at least "
                 "1 of each."
             )
-
-    def to_config(self) -> dict[str, Any]:
-        """The fields, with the delta's defaults filled in."""
-        from deltacontrol.deltas.registry import from_dict
-
-        return {**asdict(self), "delta": from_dict(self.delta).to_dict()}
-
-    def digests(self) -> Digests:
-        """Digests of model and task."""
-        return Digests(models.digest(self.model), tasks.digest(self.task))
 
     @property
     def label(self) -> str:

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deltacontrol.experiments import models, tasks
-from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
+from deltacontrol.experiments.runs.experiment import Experiment, Outcome, Workspace
 from deltacontrol.experiments.setting import Head, Setting
 from deltacontrol.theory.errors import InputError, unknown
 
@@ -76,14 +75,6 @@ class _OnSites(Experiment):
                 f"num_examples is {self.num_examples}, max_length {self.max_length}, rank "
                 f"{self.rank}, weight_decay {self.weight_decay}; expected positive numbers."
             )
-
-    def to_config(self) -> dict[str, Any]:
-        """The fields."""
-        return {**asdict(self), "sites": list(self.sites)}
-
-    def digests(self) -> Digests:
-        """Digests of model and task."""
-        return Digests(models.digest(self.model), tasks.digest(self.task))
 
     def _data(self, test_rows: int = 0) -> MarginData:
         from deltacontrol.experiments.measures.margins import MarginData

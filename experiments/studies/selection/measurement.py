@@ -16,11 +16,10 @@ is really trained on the maps picked first, and on as many that the program prov
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deltacontrol.experiments import models, tasks
-from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
+from deltacontrol.experiments.runs.experiment import Experiment, Outcome, Workspace
 from deltacontrol.experiments.setting import Setting
 from deltacontrol.theory.errors import InputError
 
@@ -88,14 +87,6 @@ class Selection(Experiment):
                 f"num_weights is {self.num_weights} and smallest {self.smallest}; expected at "
                 "least 2 weights and a ratio between 0 and 1"
             )
-
-    def to_config(self) -> dict[str, Any]:
-        """The fields."""
-        return asdict(self)
-
-    def digests(self) -> Digests:
-        """Digests of model and task."""
-        return Digests(models.digest(self.model), tasks.digest(self.task))
 
     @property
     def label(self) -> str:

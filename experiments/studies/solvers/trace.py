@@ -16,12 +16,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deltacontrol.experiments import models, tasks
-from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
+from deltacontrol.experiments.runs.experiment import Experiment, Outcome, Workspace
 from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -71,6 +70,7 @@ class SolverTrace(Experiment):
     seed: int = 0
 
     kind: ClassVar[str] = "solver-trace"
+    in_full: ClassVar[tuple[str, ...]] = ("delta",)
 
     def __post_init__(self) -> None:
         """Check the solver and the sizes."""
@@ -81,16 +81,6 @@ class SolverTrace(Experiment):
                 f"num_examples is {self.num_examples} and gradients is {self.gradients}; expected "
                 "at least 1 example and 5 gradients"
             )
-
-    def to_config(self) -> dict[str, Any]:
-        """The fields, with the delta's defaults filled in."""
-        from deltacontrol.deltas.registry import from_dict
-
-        return {**asdict(self), "delta": from_dict(self.delta).to_dict()}
-
-    def digests(self) -> Digests:
-        """Digests of model and task."""
-        return Digests(models.digest(self.model), tasks.digest(self.task))
 
     @property
     def label(self) -> str:

@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deltacontrol.experiments import models, tasks
-from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
+from deltacontrol.experiments.runs.experiment import Experiment, Outcome, Workspace
 from deltacontrol.experiments.studies.reachability.measurement import SITES
 from deltacontrol.experiments.studies.spectra.decompositions import (
     decomposed,
@@ -102,14 +101,6 @@ class UpdateSpectra(Experiment):
             positive = all(0 < rate < math.inf for rate in rates)
             if not rates or not positive or rates != sorted(set(rates)):
                 raise InputError(f"{name} are {rates}; expected increasing positive numbers")
-
-    def to_config(self) -> dict[str, Any]:
-        """The fields."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    def digests(self) -> Digests:
-        """Digests of model and task."""
-        return Digests(models.digest(self.model), tasks.digest(self.task))
 
     @property
     def label(self) -> str:
@@ -275,12 +266,18 @@ class _Bench:
     ) -> _Trained:
         """Train at one rate; without anything seen after a divergence."""
         from deltacontrol.deltas import attach
-        from deltacontrol.experiments.training.loop import Settings, train
+        from deltacontrol.experiments.training.loop import train
+        from deltacontrol.experiments.training.settings import Settings
 
         e = self.experiment
         every = e.steps // e.snapshots
         settings = Settings(
-            e.steps, rate, seed=e.seed, precision="fp32", eval_every=every, monitor="snapshots"
+            steps=e.steps,
+            learning_rate=rate,
+            seed=e.seed,
+            precision="fp32",
+            eval_every=every,
+            monitor="snapshots",
         )
         seen: dict[int, Any] = {}
         controlled = attach(self.base, *deltas, seed=e.seed)

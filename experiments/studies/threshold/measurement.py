@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
+from deltacontrol.experiments.runs.experiment import Experiment, Outcome, Workspace
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,10 +68,6 @@ class QuadraticThreshold(Experiment):
         _check_targets("shares", self.shares, 1.0)
         if self.draws < 10:
             raise InputError(f"draws is {self.draws}; a median with an interval needs 10 or more")
-
-    def to_config(self) -> dict[str, Any]:
-        """The fields."""
-        return asdict(self) | {"shares": list(self.shares)}
 
     @property
     def label(self) -> str:
@@ -165,16 +161,6 @@ class ModelThreshold(Experiment):
                 f"draws is {self.draws}, subspaces {self.subspaces}, steps {self.steps}; expected "
                 "at least 10, 1 and 1"
             )
-
-    def to_config(self) -> dict[str, Any]:
-        """The fields."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    def digests(self) -> Digests:
-        """Digests of model and task."""
-        from deltacontrol.experiments import models, tasks
-
-        return Digests(models.digest(self.model), tasks.digest(self.task))
 
     @property
     def label(self) -> str:

@@ -1,0 +1,87 @@
+"""``deltacontrol solve``: a solver of the theory on a model and a few rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from deltacontrol.experiments.measures.solving import Solve
+from deltacontrol.experiments.runs.store import Record, RunStore
+
+
+@dataclass(frozen=True)
+class SolveCommand(Solve):
+    """Solve the optimal-control problem of a delta on a few rows, and record the solution.
+
+    The layers of the model are the steps, the delta is the control, and the loss of the first rows
+    of the task, with a running cost of the control, is minimised in float64. Printed is the
+    residual of Pontryagin's condition, the norm of grad_u H, of every layer before and after.
+
+    newton-cg, gauss-newton, shooting and lbfgs serve states of any size, ddp and ilqr small ones
+    (a few rows of a small model), adamw, sgd and the other optimisers of torch any.
+
+    The run is recorded; the same command again prints the record, and a killed one goes on.
+
+    For example
+
+        deltacontrol solve --model minilm-l3 --task movie --delta lora:rank=4 --rows 8
+        deltacontrol solve --solver gauss-newton --rows 16 --weight-decay 0.001 --tol 1e-6
+        deltacontrol solve --solver adamw:lr=0.01 --steps 200
+    """
+
+    runs: Path = Path("runs")
+    """Folder in which the run is recorded."""
+
+    def __post_init__(self) -> None:
+        """Check nothing yet: `run` makes the experiment, whose errors are messages of their own."""
+
+    def run(self) -> int:
+        """Solve, record, print; exit code 1 where the solver did not converge."""
+        from deltacontrol.experiments.runs.sweep import run
+
+        experiment = Solve(**{f.name: getattr(self, f.name) for f in fields(Solve)})
+        store = RunStore(self.runs)
+        known = store.find(experiment) is not None
+        record = run(experiment, store)
+        assert record is not None
+        print_record(record)
+        print(f"{'found' if known else 'recorded'} {store.path(experiment)}")
+        return 0 if record.status == "converged" else 1
+
+
+def print_record(record: Record) -> None:
+    """The residual of every layer before and after, and how the solve ended."""
+    result, config = record.result, record.config
+    names = " + ".join(delta["name"] for delta in config["deltas"])
+    print(f"{config['solver']}: {names} on {config['rows']} rows of {config['task']}, "
+          f"{config['model']}, seed {config['seed']}")  # fmt: skip
+    width = max(len("all"), *map(len, result["stages"]))
+    print(f"  {'residual':{width}} {'controls':>10} {'before':>10} {'after':>10}")
+    rows = zip(
+        result["stages"],
+        result["num_controls"],
+        result["residuals"]["before"],
+        result["residuals"]["after"],
+        strict=True,
+    )
+    for name, count, before, after in rows:
+        print(f"  {name:{width}} {count:10,d} {_number(before)} {_number(after)}")
+    count, before, after = (
+        sum(result["num_controls"]),
+        result["initial_residual"],
+        result["residual"],
+    )
+    print(f"  {'all':{width}} {count:10,d} {_number(before)} {_number(after)}")
+    print(f"  {'J':{width}} {'':10} {_number(result['initial_objective'])} "
+          f"{_number(result['objective'])}")  # fmt: skip
+    print(f"{record.status}: {record.message}")
+    print(f"{result['iterations']} iterations, {result['sweeps']:.0f} passes through the model, "
+          f"{result['seconds']:.1f} s")  # fmt: skip
+
+
+def _number(value: float | None) -> str:
+    """A number in ten places; one that was not finite is recorded as None."""
+    return f"{'not finite':>10}" if value is None else f"{value:10.3e}"
+
+
+COMMAND = SolveCommand

@@ -1,0 +1,122 @@
+"""Objects as texts such as ``lora:rank=16,sites=attention.query+mlp.up``, field by field.
+
+A registry knows its classes by name; what is common to all of them is here: a text is cut into a
+name and its fields, and each value becomes what the field's type says, or is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from deltacontrol.theory.errors import InputError, unknown
+
+__all__ = ["Fields", "converted", "fields_of", "split"]
+
+Fields: TypeAlias = Mapping[str, tuple[Any, Any]]
+"""Names of fields with their type and default (`dataclasses.MISSING` where there is none)."""
+
+
+def fields_of(kind: type) -> dict[str, tuple[Any, Any]]:
+    """The fields of a dataclass with their types and defaults."""
+    hints = typing.get_type_hints(kind)
+    found = {}
+    for f in dataclasses.fields(kind):  # type: ignore[arg-type]
+        made = f.default_factory is not dataclasses.MISSING
+        found[f.name] = (hints[f.name], f.default_factory() if made else f.default)
+    return found
+
+
+def split(what: str, text: str, fields: Callable[[str], Fields]) -> tuple[str, dict[str, str]]:
+    """Name and fields of a text, the values as texts.
+
+    Args:
+        what: what is written, such as "delta", for the messages.
+        text: ``name`` or ``name:field=value,field=value``.
+        fields: the fields of a name; it refuses names that it does not know.
+
+    Raises:
+        InputError: an unknown name or field, one given twice, or an item that is no FIELD=VALUE.
+    """
+    name, _, rest = text.partition(":")
+    known = fields(name)
+    values: dict[str, str] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise InputError(
+                f"{item!r} in the {what} {text!r} is not FIELD=VALUE; the fields of {name} are "
+                f"{', '.join(known) or 'none'}."
+            )
+        key = key.strip()
+        if key not in known:
+            raise unknown(f"field of the {what} {name}", key, known)
+        if key in values:
+            raise InputError(f"{key} is given twice in the {what} {text!r}.")
+        values[key] = value.strip()
+    return name, values
+
+
+def converted(what: str, name: str, values: Mapping[str, Any], known: Fields) -> dict[str, Any]:
+    """The values as the types of their fields.
+
+    Raises:
+        InputError: an unknown field, a value of another type, or a field without a default that
+            is not given.
+    """
+    for key in values:
+        if key not in known:
+            raise unknown(f"field of the {what} {name}", key, known)
+    found = {key: _convert(what, name, key, v, known[key][0]) for key, v in values.items()}
+    for key, (kind, default) in known.items():
+        if default is dataclasses.MISSING and key not in found:
+            raise InputError(
+                f"the {what} {name} needs {key}, {_describe(kind)}; write it behind the name: "
+                f"{name}:{key}=…"
+            )
+    return found
+
+
+def _convert(what: str, name: str, key: str, value: Any, kind: Any) -> Any:
+    """``value`` as the type of the field, or an error that says what was expected."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        if value not in args:
+            raise unknown(f"{key} of the {what} {name}", str(value), map(str, args))
+        return value
+    error = InputError(f"{name}: {key}={value!r} is not {_describe(kind)}.")
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            if type(None) in args:
+                return None
+            raise error
+        return _convert(what, name, key, value, next(a for a in args if a is not type(None)))
+    if origin is tuple:
+        items = value.split("+") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            items = [items]
+        return tuple(_convert(what, name, key, item, args[0]) for item in items)
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        raise error
+    if isinstance(value, bool) or (kind is int and isinstance(value, float) and value % 1):
+        raise error
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise error from None
+
+
+def _describe(kind: Any) -> str:
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {args[0].__name__} joined by '+'"
+    if args:
+        return " or ".join("none" if a is type(None) else _describe(a) for a in args)
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[kind]
