@@ -53,20 +53,20 @@ def test_claim_20_growth_in_depth_is_bounded(tiny: Tiny) -> None:
         TRAINING_STEPS=5,
         LEARNING_RATE=1e-2,
         POINTS=2,
-        FACTORS=(4, 8, 16),
+        FACTORS=(2, 4, 8),
     )
     outcome = judge(claim.CLAIM)
     assert outcome.verdict is Verdict.HOLDS
     assert len(outcome.prediction["spectral_norm_of_each_block"]) == 2
     found = outcome.evidence.details
-    names = {"worst case", "worst case, last block"} | {f"{n} steps a block" for n in (4, 8, 16)}
+    names = {"worst case", "worst case, last block"} | {f"{n} steps a block" for n in (2, 4, 8)}
     assert set(found) == set(claim.DELTAS) | names == set(outcome.control.details)
     # A tiny change along the last block's top singular vector nearly attains the bound.
     assert max(found["worst case, last block"]["ratio"]) > 0.99
     assert outcome.evidence.value == max(max(case["ratio"]) for case in found.values())
-    # Halving the step halves what the steps change.
-    halved = [max(found[f"{n} steps a block"]["change_by_halving"]) for n in (8, 16)]
-    assert 1.5 < halved[0] / halved[1] < 3
+    # The finer the steps, the less halving them changes: by a half in the limit.
+    halved = [max(found[f"{n} steps a block"]["change_by_halving"]) for n in (4, 8)]
+    assert 1.5 < halved[0] / halved[1] < 4
     mean = outcome.control.details["worst case"]["mean_constant"]
     assert all(m < n for m, n in zip(mean, found["worst case"]["mean_constant"], strict=True))
 
@@ -105,14 +105,14 @@ def test_claim_21_the_rate_is_that_of_the_riccati_equation(tiny: Tiny) -> None:
 
 
 def test_claim_22_optima_in_a_box(tiny: Tiny) -> None:
-    claim = tiny("22_bang_bang", DEPTHS=(2, 8), SEEDS=range(2))
+    claim = tiny("22_bang_bang", DEPTHS=(2, 8), SEEDS=range(1))
     outcome = judge(claim.CLAIM)
     assert outcome.verdict is Verdict.HOLDS
     assert outcome.prediction["fraction_at_bounds"] == {"2": 0.0, "8": 0.5}
     for evidence in (outcome.evidence, outcome.control):
         assert evidence.spread is not None
         assert evidence.spread[0] <= evidence.value <= evidence.spread[1]
-        assert len(evidence.details["scores"]) == 2
+        assert evidence.details["scores"] == [evidence.value]
     bound, inside = (
         e.details["medians"]["8"]["fraction_at_bounds"] for e in (outcome.evidence, outcome.control)
     )
