@@ -54,7 +54,7 @@ def test_claim_2_the_controls_error_is_of_first_order_in_the_step(tiny: Tiny) ->
 
 
 def test_claim_5_sweeps_of_ddp(tiny: Tiny) -> None:
-    claim = tiny("05_ddp_backpropagation", ITERATIONS=2)
+    claim = tiny("05_ddp_backpropagation", ITERATIONS=1)
     outcome = judge(claim.CLAIM)
     assert outcome.verdict is Verdict.HOLDS
     for evidence in (outcome.evidence, outcome.control):
