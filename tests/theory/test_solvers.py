@@ -63,7 +63,7 @@ class Entry:
         return MAKERS.get(self.name, self.kind.example)(problem, at)
 
     def solves(self, case: Case) -> bool:
-        if self.kind is ExtendedMSA:
+        if self.kind is ExtendedMSA or self.variant == "adam":
             return case.name in EXTENDED
         return case.linear_quadratic or not self.kind.linear_quadratic
 
@@ -104,7 +104,8 @@ MAKERS = {
     "TorchOptimiser-adam": lambda problem, at: TorchOptimiser("Adam", lr=0.02),
     "TorchOptimiser-lbfgs": quasi_newton,
 }
-# Extended MSA is slow where J is badly conditioned; tests/theory/test_msa.py has more of it.
+# Extended MSA and Adam are slow where J is badly conditioned; tests/theory/test_msa.py and
+# tests/theory/test_torch_optimiser.py have more of them.
 EXTENDED = ("scalar", "varying-batch", "varying-per-example", "classifier")
 # A solver that is not listed has to reach 1e-7 in 20,000 steps.
 FASTER = {
