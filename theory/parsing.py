@@ -25,8 +25,8 @@ def fields_of(kind: type) -> dict[str, tuple[Any, Any]]:
     hints = typing.get_type_hints(kind)
     found = {}
     for f in dataclasses.fields(kind):  # type: ignore[arg-type]
-        made = f.default_factory is not dataclasses.MISSING
-        found[f.name] = (hints[f.name], f.default_factory() if made else f.default)
+        make = f.default_factory
+        found[f.name] = (hints[f.name], f.default if make is dataclasses.MISSING else make())
     return found
 
 

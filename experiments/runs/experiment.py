@@ -137,15 +137,17 @@ class Experiment(ABC):
         )
 
     def code(self) -> str | None:
-        """Digest of the users' own classes: the experiment's, and those of deltas that it names.
+        """Digest of the users' own classes: the experiment's, and deltas and solvers that it names.
 
         None where there are none.
         """
         kinds: set[type] = {type(self)}
         if "torch" in sys.modules:  # else no class of a delta has been defined
             from deltacontrol.deltas import registry
+            from deltacontrol.theory.solvers import registry as solver_registry
 
             kinds |= registry.users_own(self.to_config())
+            kinds |= solver_registry.users_own(self.to_config())
         return code_digest(kinds)
 
     @property

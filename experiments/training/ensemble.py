@@ -298,7 +298,7 @@ class Loop:
     def _rate(self, k: int, step: int) -> float:
         own = self.settings[k]
         return learning_rate(
-            step, peak=own.learning_rate, steps=own.steps, warmup=own.warmup, schedule=own.schedule
+            step, peak=own.peak_rate, steps=own.steps, warmup=own.warmup, schedule=own.schedule
         )
 
     def _adamw(self, step: int, rates: Tensor, norms: Tensor, goes_on: list[bool]) -> None:

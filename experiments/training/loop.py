@@ -201,7 +201,7 @@ class _Loop:
         start, step, settings = time.perf_counter(), self.run.step, self.settings
         rate = learning_rate(
             step,
-            peak=settings.learning_rate,
+            peak=settings.peak_rate,
             steps=settings.steps,
             warmup=settings.warmup,
             schedule=settings.schedule,

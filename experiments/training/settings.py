@@ -132,6 +132,12 @@ class Settings(Options):
         """Those of a fine-tuning, say, with what depends on the task."""
         return cls(**{f.name: getattr(options, f.name) for f in fields(Options)}, **more)
 
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate, which a training always has."""
+        assert self.learning_rate is not None
+        return self.learning_rate
+
     def optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """The optimiser of torch on groups of parameters.
 
@@ -142,9 +148,8 @@ class Settings(Options):
 
         from deltacontrol.theory.solvers import registry
 
-        rate, decay = self.learning_rate, self.weight_decay
+        rate, decay = self.peak_rate, self.weight_decay
         if self.optimiser == ADAMW:
-            assert rate is not None
             return torch.optim.AdamW(groups, lr=rate, weight_decay=decay, foreach=True)
         solver: Any = registry.parse(self.optimiser)
         if not on_batches(solver):

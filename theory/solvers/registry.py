@@ -63,6 +63,13 @@ def _own() -> dict[str, type[Solver] | type[Optimizer]]:
     return found
 
 
+def users_own(config: Mapping[str, Any]) -> set[type[Solver]]:
+    """Users' own classes that a configuration names as its ``solver`` or ``optimiser``."""
+    own = {_kebab(kind.__name__): kind for kind in plugins.members(Solver)}
+    named = (str(config.get(field, "")).partition(":")[0] for field in ("solver", "optimiser"))
+    return {own[name] for name in named if name in own}
+
+
 def fields(name: str) -> dict[str, tuple[Any, Any]]:
     """The options of a solver with their types and defaults; ``rate`` is that of a gradient step.
 
