@@ -40,7 +40,7 @@ def few_rows() -> Iterator[None]:
     frames = {name: getattr(task, name).head(ROWS) for name in ("train", "validation", "test")}
     few = replace(task, **frames)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bounds.tasks, "load", lambda name, **_: few if name == "sms" else task)
+        patch.setattr(tasks, "load", lambda name, **_: few if name == "sms" else task)
         yield
 
 
@@ -57,7 +57,7 @@ def outcome(small: GeneralisationBound, tmp_path_factory: pytest.TempPathFactory
 def test_bounds_follow_from_their_parts(outcome: Outcome) -> None:
     result = outcome.result
     assert (result["num_rows"], result["num_controls"]) == (ROWS, 5)
-    labels = bounds.tasks.load("sms").train["label"]
+    labels = tasks.load("sms").train["label"]
     assert result["chance"] == pytest.approx(1 - labels.value_counts(normalize=True).max())
     for row in result["by_level"]:
         expected = countable_class_bound(row["train_error"], row["nats"], ROWS, 0.01)
@@ -114,7 +114,7 @@ def test_the_mean_error_of_a_narrow_gaussian_is_the_error(bench: _Bench) -> None
 
 
 def test_random_labels_keep_their_shares(small: GeneralisationBound) -> None:
-    task = bounds.tasks.load("sms")
+    task = tasks.load("sms")
     dealt = _relabelled(task, 3)
     before, after = task.train["label"].to_numpy(), dealt.train["label"].to_numpy()
     assert sorted(before) == sorted(after) and not np.array_equal(before, after)
