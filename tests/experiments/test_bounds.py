@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from deltacontrol.experiments import tasks
-from deltacontrol.experiments.measures import bounds
 from deltacontrol.experiments.measures.bounds import GeneralisationBound, _Bench, _relabelled
 from deltacontrol.experiments.runs.experiment import Outcome, Workspace
 from deltacontrol.experiments.training.evaluation import evaluate

@@ -182,7 +182,8 @@ def test_the_digest_follows_imports_of_what_measures(tmp_path: Path) -> None:
 
 
 def test_runs_are_named_and_missing_ones_are_said(on_runs: Claim, store: RunStore) -> None:
-    with pytest.raises(InputError, match="rests on 2 runs, of which 2 .*toy seed 0; toy seed 1.*claims run 90"):
+    told = "rests on 2 runs, of which 2 .*toy seed 0; toy seed 1.*claims run 90"
+    with pytest.raises(InputError, match=told):
         scoreboard.rejudge(on_runs, store)
     first = store.write(Toy(seed=0), {"loss": 1.25}, curve())
     with pytest.raises(InputError, match="of which 1 "):
