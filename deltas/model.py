@@ -252,10 +252,9 @@ class DeltaModel(nn.Module):
         return bool(self._asked(self.host.requests.penalties))
 
     def penalty(self) -> Tensor:
-        """What the deltas add to the training loss, a scalar."""
-        return torch.stack(
-            [penalty() for penalty in self._asked(self.host.requests.penalties)]
-        ).sum()
+        """What the deltas add to the training loss, a scalar; zero where they add nothing."""
+        found = [penalty() for penalty in self._asked(self.host.requests.penalties)]
+        return torch.stack(found).sum() if found else torch.zeros(())
 
     def after_step(self, step: int, num_steps: int) -> bool:
         """To be called after update ``step`` of 1..num_steps, while the gradients still stand.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltacontrol.experiments.runs.store import both_homes
+from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,15 +53,15 @@ def finetune(
 
     made = deltas if isinstance(deltas, list | tuple) else (deltas,)
     experiment = FineTuning(model=model, task=task, deltas=tuple(made), **options)
-    if progress and options.get("learning_rate") is None:
+    if progress and options.get("learning_rate") is None and experiment.learning_rate is not None:
         print(default_rate(experiment.model, experiment.task, experiment.deltas))
-    record = run(experiment, both_homes(runs), progress=progress)
+    record = run(experiment, RunStore(Path(runs)), progress=progress)
     assert record is not None  # it waits for another process that computes the same run
     return record
 
 
 def estimate_dimension(
-    model: str = "minilm-l3",
+    model: str = "minilm-l6",
     task: str = "movie",
     *,
     runs: str | Path = RUNS,
@@ -89,7 +89,7 @@ def estimate_dimension(
     from deltacontrol.experiments.studies.d90.fine_tuning import FineTuningDimension
 
     experiment = FineTuningDimension(model=model, task=task, **options)
-    record = run(experiment, both_homes(runs), progress=progress)
+    record = run(experiment, RunStore(Path(runs)), progress=progress)
     assert record is not None
     return record
 

@@ -70,11 +70,15 @@ class FigureModule(Protocol):
 
 def names() -> list[str]:
     """Names of all figures: the modules of the folder `figures`, and users' with a `STUDY`."""
-    own = {path.stem for path in FIGURES.glob("*.py") if path.stem != "__init__"}
-    return sorted(own | _added().keys())
+    return list(plugins.merged("figure", dict.fromkeys(_own()), added().items()))
 
 
-def _added() -> dict[str, Any]:
+def _own() -> list[str]:
+    return sorted(path.stem for path in FIGURES.glob("*.py") if path.stem != "__init__")
+
+
+def added() -> dict[str, Any]:
+    """Users' own figures by name."""
     return {
         Path(m.__file__ or m.__name__).stem: m for m in plugins.modules() if hasattr(m, "STUDY")
     }
@@ -88,14 +92,14 @@ def load(name: str) -> FigureModule:
     """
     if name not in names():
         raise unknown("figure", name, names())
-    module = _added().get(name) or importlib.import_module(
+    module = added().get(name) or importlib.import_module(
         f"deltacontrol.paper_figures.figures.{name}"
     )
     if not isinstance(module, FigureModule):
         wanted = (w for w in FigureModule.__dict__ if not w.startswith("_"))
         annotated = FigureModule.__annotations__
         lacking = [w for w in (*annotated, *wanted) if not hasattr(module, w)]
-        raise InputError(f"paper_figures/figures/{name}.py must define {', '.join(lacking)}")
+        raise InputError(f"{module.__file__} must define {', '.join(lacking)}")
     return cast(FigureModule, module)
 
 

@@ -58,6 +58,10 @@ class Figures:
             provenance.require_clean()
         chosen = dict.fromkeys(self.only or base.names())
         figures = {name: base.load(name) for name in chosen}
+        if self.publish and (own := base.added().keys() & chosen.keys()):
+            raise InputError(
+                f"--publish is for this project's figures; {', '.join(sorted(own))} is yours"
+            )
         failures: dict[str, InputError] = {}
         for name, figure in figures.items():
             try:

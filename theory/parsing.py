@@ -117,6 +117,9 @@ def _describe(kind: Any) -> str:
     args = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
         return f"a list of {args[0].__name__} joined by '+'"
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(str, args))
     if args:
         return " or ".join("none" if a is type(None) else _describe(a) for a in args)
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[kind]
+    known = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+    return known.get(kind, f"a {getattr(kind, '__name__', kind)}")

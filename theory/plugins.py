@@ -50,6 +50,7 @@ _MAINS = ("__main__", "__mp_main__")  # a script, and the same in a process of a
 T = TypeVar("T")
 _loaded: dict[Path, ModuleType] = {}
 _adopted: dict[str, ModuleType] = {}
+_texts: dict[str, str] = {}  # digest of a module's file when it was first seen
 
 
 def load(path: str | Path) -> ModuleType:
@@ -71,9 +72,10 @@ def load(path: str | Path) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    _texts[name] = _text(file)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         lines = [
             f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)
@@ -101,7 +103,8 @@ def configured(folder: Path) -> list[Path]:
             document = tomllib.loads(file.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{file} cannot be read: {error}") from error
-        named = document.get("tool", {}).get("deltacontrol", {}).get("load", [])
+        table = document.get("tool", {}).get("deltacontrol", {})
+        named = table.get("load", []) if isinstance(table, dict) else table
         if not isinstance(named, list) or not all(isinstance(item, str) for item in named):
             raise InputError(
                 f'{file}: [tool.deltacontrol] load is {named!r}; expected paths, ["my_delta.py"]'
@@ -116,6 +119,7 @@ def adopt(value: type) -> None:
     known = name.startswith(PACKAGE) or name in _MAINS or sys.modules[name] in _loaded.values()
     if not known:
         _adopted[name] = sys.modules[name]
+        digest(value)
 
 
 def sources() -> tuple[str, ...]:
@@ -187,22 +191,50 @@ def merged(what: str, own: dict[str, T], added: Iterable[tuple[str, T]]) -> dict
 
 
 def digest(value: type) -> str | None:
-    """SHA-256 of the file that defines a class, or of its text; None for this project's own.
+    """SHA-256 of the files that define a class and its ancestors; None for this project's own.
 
     What a user's class computes may change without a change of configuration, so a run's identity
-    holds this digest.
+    holds this digest. It is that of the text which was loaded.
 
     Raises:
-        InputError: the class has no text, as one that was typed at a prompt.
+        InputError: the class has no text, as one that was typed at a prompt, or its file has
+            changed since it was loaded, so that another text runs than stands there.
     """
     if value.__module__.startswith(PACKAGE):
         return None
-    file = getattr(sys.modules.get(value.__module__), "__file__", None)
+    texts = sorted({_digest(value), *map(_digest, filter(_is_users, value.__mro__[1:]))})
+    return texts[0] if len(texts) == 1 else _hash("".join(texts).encode())
+
+
+def _is_users(kind: type) -> bool:
+    """Whether a class is neither of this project, nor of Python, nor of an installed package."""
+    top = kind.__module__.partition(".")[0]
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    library = kind.__module__.startswith(PACKAGE) or top in sys.stdlib_module_names
+    return not library and "site-packages" not in Path(file).parts
+
+
+def _digest(value: type) -> str:
+    name = value.__module__
+    file = getattr(sys.modules.get(name), "__file__", None)
     try:
-        text = Path(file).read_bytes() if file else inspect.getsource(value).encode()
+        text = _text(Path(file)) if file else _hash(inspect.getsource(value).encode())
     except (OSError, TypeError) as error:
         raise InputError(
             f"the text of the class {value.__name__} cannot be found, so a run with it could not "
             "be told from one with another class of that name; write it into a file"
         ) from error
+    if file and _texts.setdefault(name, text) != text:
+        raise InputError(
+            f"{file} has changed since it was loaded, so a run would be kept under a text that was "
+            "not run; start anew (in a notebook: restart the kernel)"
+        )
+    return text
+
+
+def _text(file: Path) -> str:
+    return _hash(file.read_bytes())
+
+
+def _hash(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()

@@ -266,6 +266,11 @@ def control_problem(
         InputError: the batch has no labels, or lacks an encoder-decoder's ``decoder_input_ids``; or
             as `TransformerDynamics` does.
     """
+    if not isinstance(delta_model, DeltaModel):
+        raise InputError(
+            f"a control problem needs a model with deltas, from attach(model, LoRA(rank=8)), not a "
+            f"{type(delta_model).__name__}."
+        )
     labels = batch.get("labels")
     if labels is None:
         raise InputError(f"the batch has no 'labels'; it has {', '.join(batch)}.")

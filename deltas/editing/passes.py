@@ -56,6 +56,9 @@ def around_passes(
     running: list[nn.Module] = []
 
     def enter(module: nn.Module, _args: tuple) -> None:
+        if module is model and running:  # an interrupt left the pass before; torch calls no hook
+            running.clear()
+            end()
         running.append(module)
         if len(running) == 1:
             begin()

@@ -64,7 +64,8 @@ class Dimension(FineTuningDimension):
         store = RunStore(self.runs)
         known = store.find(experiment) is not None
         record = run(experiment, store)
-        assert record is not None
+        if record is None:  # another process of the launch writes and prints
+            return 0
         print_record(experiment, record)
         prediction = self._prediction(experiment, record) if self.predict else None
         if prediction is not None:

@@ -62,12 +62,13 @@ class Finetune(FineTuning):
         from deltacontrol.experiments.runs.sweep import run
 
         experiment = FineTuning(**{f.name: getattr(self, f.name) for f in fields(FineTuning)})
-        if self.learning_rate is None:
+        if self.learning_rate is None and experiment.learning_rate is not None:
             print(default_rate(experiment.model, experiment.task, experiment.deltas))
         store = RunStore(self.runs)
         known = store.find(experiment) is not None
         record = run(experiment, store)
-        assert record is not None
+        if record is None:  # another process of the launch writes and prints
+            return 0
         print_record(record, store.path(experiment), "found" if known else "recorded")
         return 1 if record.status == "diverged" else 0
 

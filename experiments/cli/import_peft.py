@@ -52,7 +52,8 @@ class ImportPeft(ImportedAdapter):
         store = RunStore(self.runs)
         known = store.find(experiment) is not None
         record = run(experiment, store)
-        assert record is not None
+        if record is None:  # another process of the launch writes and prints
+            return 0
         print(f"{record.config['delta']['name']} on {record.config['model']}:")
         for delta in record.result["deltas"]:
             given = ", ".join(f"{k}={v}" for k, v in delta.items() if k != "name" and v is not None)

@@ -24,7 +24,7 @@ class Inspect:
     Attributes:
         model: A packaged model's name, a local folder, or an id on the hub.
         delta: The deltas, such as lora:rank=16; none prints the bare model.
-        kind: Which head the model gets: classification, regression, causal-lm or backbone.
+        kind: Which head the model gets: classification, regression or causal-lm.
         num_labels: Classes of the head.
         depth: How deep into the tree to go.
     """

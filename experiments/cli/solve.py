@@ -43,7 +43,8 @@ class SolveCommand(Solve):
         store = RunStore(self.runs)
         known = store.find(experiment) is not None
         record = run(experiment, store)
-        assert record is not None
+        if record is None:  # another process of the launch writes and prints
+            return 0
         print_record(record)
         print(f"{'found' if known else 'recorded'} {store.path(experiment)}")
         return 0 if record.status == "converged" else 1

@@ -35,11 +35,22 @@ def publish(
         exactly: Whether to remove every other record from that folder.
 
     Raises:
-        InputError: A record is damaged, or the folder cannot be written.
+        InputError: A record is damaged, or was measured by code that no commit holds, or the folder
+            cannot be written.
     """
     folder = root / under
     committed = {r.id for r in RunStore(folder, committed=root).records()}
     wanted = {record.id for record in records}
+    modified = [
+        record.id
+        for record in records
+        if record.id not in committed and record.provenance.get("project", {}).get("modified")
+    ]
+    if modified:
+        raise InputError(
+            f"{len(modified)} runs were computed from a modified checkout, the first of them "
+            f"{modified[0]}; commit, compute them anew, and publish then"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if exactly:

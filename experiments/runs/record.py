@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltacontrol.experiments.runs.experiment import Digests, canonical_json, run_id
+from deltacontrol.experiments.runs.experiment import Digests, canonical_json, digests_of, run_id
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
@@ -142,7 +142,18 @@ class Record:
         from deltacontrol.experiments.runs.kinds import experiment_of
 
         controls = self.controls()
-        setting = experiment_of(self.kind).setting_of(self.config, self.result)
+        kind = experiment_of(self.kind)
+        setting = kind.setting_of(self.config, self.result)
+        recorded = self.provenance["digests"]
+        now = digests_of(kind.from_config(self.config))
+        for what, before, today in (
+            ("data of its task are", recorded["data"], now.data),
+            ("text of your classes is", recorded.get("code"), now.code),
+        ):
+            if before != today:
+                raise InputError(
+                    f"the {what} not what it was in run {self.id}; bring it back, or run again."
+                )
         if models.digest(setting.model) != self.provenance["digests"]["model"]:
             raise InputError(
                 f"the model {setting.model} is not what it was in run {self.id}; its controls mean "

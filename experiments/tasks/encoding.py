@@ -95,11 +95,15 @@ class EncodedSplit:
             rows: their numbers; all rows in order by default.
 
         Raises:
-            InputError: no rows.
+            InputError: no rows, or one that is not there.
         """
         rows = np.arange(len(self)) if rows is None else np.asarray(rows)
         if not len(rows):
             raise InputError("a batch of no rows; ask for one row or more.")
+        if rows.min() < 0 or rows.max() >= len(self):
+            raise InputError(
+                f"a batch of rows {rows.min()} to {rows.max()}; there are {len(self)}, from 0 on."
+            )
         starts, lengths = self.offsets[rows], self.lengths[rows]
         columns = np.arange(lengths.max())
         mask = columns < lengths[:, None]

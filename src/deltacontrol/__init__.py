@@ -5,7 +5,7 @@
     model, tokenizer = dc.load_model("minilm-l6", kind="classification", num_labels=2)
     tuned = dc.attach(model, dc.LoRA(rank=8))          # the base stays frozen and untouched
     problem = dc.control_problem(tuned, batch)         # layer = step, delta = control
-    solution = dc.solve(problem)                       # controls, costates, residual, status
+    solution = dc.solve(problem, NewtonCG())           # of deltacontrol.theory.solvers
 
     record = dc.finetune(task="movie", deltas="lora")  # trained, evaluated, recorded in runs/
     dc.runs()                                          # all records, as a table

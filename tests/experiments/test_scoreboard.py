@@ -211,6 +211,7 @@ def test_results_go_to_the_users_folder_unless_they_are_published(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("deltacontrol.experiments.cli.claims.both_homes", lambda root: store)
+    monkeypatch.setattr(provenance, "project_commit", lambda: {"commit": "0", "modified": False})
     assert Claims(action="judge", runs=store.root).run() == 1
     captured = capsys.readouterr()
     assert "not judged: 90" in captured.out and "of which 2" in captured.err

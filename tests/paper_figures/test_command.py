@@ -28,6 +28,7 @@ def synthetic_studies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(collect, "study", lambda name, preset: [e for e, *_ in GRIDS[name]()])
     monkeypatch.setattr(collect, "COMMITTED", tmp_path / "records")
     monkeypatch.setattr(provenance, "modified_files", lambda: [])
+    monkeypatch.setattr(provenance, "project_commit", lambda: {"commit": "0", "modified": False})
     monkeypatch.setattr(base, "GALLERY", tmp_path / "gallery")
 
 

@@ -80,7 +80,7 @@ class Checkpoint:
             lengths = {len(values) for values in history.values()}
             if len(lengths) != 1 or lengths == {0}:
                 raise ValueError("its history is empty or uneven")
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path} is no checkpoint of a solve ({error}); delete it to start anew"
             ) from error

@@ -124,7 +124,7 @@ def make(name: str, values: Mapping[str, Any]) -> Solver:
             raise InputError(f"the solver {name} cannot be made: {error}") from error
         return solver
     for key, (hint, _) in parsing.fields_of(kind).items():
-        if _is_rate(hint):
+        if _is_rate(hint) and "rate" in found:
             found[key] = found.pop("rate")
     return kind(**found)
 

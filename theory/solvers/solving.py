@@ -161,6 +161,11 @@ def solve(
           iterations  1
           message     residual 0 <= tol 6.06e-06 after 1 iterations
     """
+    if not isinstance(solver, Solver):
+        raise InputError(
+            f"the solver is {solver!r}; expected an object such as NewtonCG(), which "
+            "theory.solvers.registry.parse makes of a text"
+        )
     max_steps = solver.default_steps if max_steps is None else max_steps
     if max_steps < 0 or not (tol is None or tol >= 0):
         raise InputError(f"max_steps = {max_steps} and tol = {tol} must not be negative")
