@@ -278,7 +278,7 @@ zeros = problem.zero_controls()
 basic = solve(problem, MSA(ExactArgmin()), zeros, max_steps=10, tol=1e-8)
 extended = solve(problem, ExtendedMSA(1.0, ExactArgmin()), zeros, max_steps=300, tol=1e-8)
 optimum = -torch.linalg.solve(hessian(problem), flat(problem.gradient(zeros)))
-print(f"basic: {basic.history['residual'][-1]:.1e}; extended: {extended.message}")
+print(f"basic: {basic.history['residual'].iloc[-1]:.1e}; extended: {extended.message}")
 assert basic.history["residual"].iloc[-1] > 100 * basic.history["residual"].iloc[0]
 assert extended.status is Status.CONVERGED and ascents(extended.history["objective"].tolist()) == 0
 assert float((flat(extended.controls) - optimum).norm()) < 1e-7
