@@ -53,7 +53,7 @@ class ImportPeft(ImportedAdapter):
         known = store.find(experiment) is not None
         record = run(experiment, store)
         if record is None:  # another process of the launch writes and prints
-            return 0
+            return
         print(f"{record.config['delta']['name']} on {record.config['model']}:")
         for delta in record.result["deltas"]:
             given = ", ".join(f"{k}={v}" for k, v in delta.items() if k != "name" and v is not None)
