@@ -113,8 +113,8 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
     total, fitted_everywhere = 0, True
     for family in SEEDS:
         fitted = _fit(family)
-        fitted_everywhere &= fitted is not None
         above = [rho for rho in GRID if fitted is not None and rho > fitted]
+        fitted_everywhere &= bool(above)  # at the grid's end no step would be counted
         found = [
             _ascents(family, problem, start, rho)
             for problem, start in _problems(family, held_out=True)
