@@ -162,6 +162,11 @@ class Experiment(ABC):
         return " ".join(words)
 
     @classmethod
+    def digests_now(cls, config: Mapping[str, Any]) -> Digests:
+        """Digests, as they are today, of what a recorded configuration rests on."""
+        return digests_of(cls.from_config(config))
+
+    @classmethod
     def setting_of(cls, config: Mapping[str, Any], result: Mapping[str, Any]) -> Setting:
         """The setting of a recorded run, its controls at their start.
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltacontrol.experiments.runs.experiment import Digests, canonical_json, digests_of, run_id
+from deltacontrol.experiments.runs.experiment import Digests, canonical_json, run_id
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Record:
         kind = experiment_of(self.kind)
         setting = kind.setting_of(self.config, self.result)
         recorded = self.provenance["digests"]
-        now = digests_of(kind.from_config(self.config))
+        now = kind.digests_now(self.config)
         for what, before, today in (
             ("data of its task are", recorded["data"], now.data),
             ("text of your classes is", recorded.get("code"), now.code),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -71,6 +71,13 @@ class ImportedAdapter(Experiment):
             "a record of an imported adapter does not say where the adapter lay; import it from "
             "its folder with ImportedAdapter(adapter=...)"
         )
+
+    @classmethod
+    def digests_now(cls, config: Mapping[str, Any]) -> Digests:
+        """Of the base model and the task: the adapter itself is in the configuration."""
+        known = {f.name for f in fields(cls)} - {"adapter"}
+        rest = {name: value for name, value in config.items() if name in known}
+        return cls(adapter=Path(), **rest).digests()
 
     @property
     def label(self) -> str:
