@@ -96,7 +96,10 @@ class Cell:
             return out(model, self.batch)
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+CELLS = [pytest.param(pair, marks=zoo.marks(*pair), id="-".join(pair)) for pair in PAIRS]
+
+
+@pytest.fixture(scope="module", params=CELLS)
 def cell(request: pytest.FixtureRequest) -> Iterator[Cell]:
     """The cell, shared by its tests; a model that it leaves changed is not used again."""
     cell = Cell(*request.param)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
@@ -161,6 +162,19 @@ PAIRS = [(f, name) for f in FAMILIES for name in METHODS if (f, name) not in REF
 # Every way in which a delta may act on a model, for what costs too much in every pair.
 REPRESENTATIVE = ("bitfit", "lora", "prefix", "prompt", "subspace")
 DEEP = [(f, name) for f, name in PAIRS if f in ("bert", "gpt2", "llama") or name in REPRESENTATIVE]
+# An encoder, two decoders of which one fuses its projections, and both halves together: `make test`
+# takes every method on these and the representative ones everywhere, `make slow` the other cells.
+QUICK_FAMILIES = ("bert", "gpt2", "llama", "t5-seq2seq")
+
+
+def marks(family: str, method: str, quick: Iterable[str] = QUICK_FAMILIES) -> tuple[Any, ...]:
+    """The mark of a cell of the support matrix, slow for those that `make test` leaves out."""
+    return () if family in quick or method in REPRESENTATIVE else (pytest.mark.slow,)
+
+
+def cells(pairs: Iterable[tuple[str, str]], quick: Iterable[str] = QUICK_FAMILIES) -> list[Any]:
+    """Cells as parameters (family, method) of a test, with their marks."""
+    return [pytest.param(f, n, marks=marks(f, n, quick), id=f"{f}-{n}") for f, n in pairs]
 
 
 def num_parameters(method: str, sizes: Family, controlled: DeltaModel) -> int:
