@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltacontrol.experiments import tasks
 from deltacontrol.experiments.runs.store import Record, RunStore
 from deltacontrol.experiments.studies.d90.fine_tuning import FineTuningDimension
 from deltacontrol.theory.errors import InputError
@@ -61,6 +62,8 @@ class Dimension(FineTuningDimension):
 
         names = [f.name for f in fields(FineTuningDimension)]
         experiment = FineTuningDimension(**{name: getattr(self, name) for name in names})
+        if told := tasks.reading_of(experiment):
+            print(told)
         store = RunStore(self.runs)
         known = store.find(experiment) is not None
         record = run(experiment, store)

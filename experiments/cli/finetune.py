@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from deltacontrol.experiments import tasks
 from deltacontrol.experiments.runs.store import Record, RunStore
 from deltacontrol.experiments.training.finetune import FineTuning
 from deltacontrol.experiments.training.rates import default_rate
@@ -64,6 +65,8 @@ class Finetune(FineTuning):
         experiment = FineTuning(**{f.name: getattr(self, f.name) for f in fields(FineTuning)})
         if self.learning_rate is None and experiment.learning_rate is not None:
             print(default_rate(experiment.model, experiment.task, experiment.deltas))
+        if told := tasks.reading_of(experiment):
+            print(told)
         store = RunStore(self.runs)
         known = store.find(experiment) is not None
         record = run(experiment, store)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from deltacontrol.experiments import tasks
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.experiments.training.peft_import import ImportedAdapter
 
@@ -49,6 +50,8 @@ class ImportPeft(ImportedAdapter):
 
         names = [f.name for f in fields(ImportedAdapter)]
         experiment = ImportedAdapter(**{name: getattr(self, name) for name in names})
+        if told := tasks.reading_of(experiment):
+            print(told)
         store = RunStore(self.runs)
         known = store.find(experiment) is not None
         record = run(experiment, store)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from deltacontrol.experiments import tasks
 from deltacontrol.experiments.measures.solving import Solve
 from deltacontrol.experiments.runs.store import Record, RunStore
 
@@ -40,6 +41,8 @@ class SolveCommand(Solve):
         from deltacontrol.experiments.runs.sweep import run
 
         experiment = Solve(**{f.name: getattr(self, f.name) for f in fields(Solve)})
+        if told := tasks.reading_of(experiment):
+            print(told)
         store = RunStore(self.runs)
         known = store.find(experiment) is not None
         record = run(experiment, store)

@@ -9,7 +9,7 @@ from deltacontrol.experiments import tasks
 
 @dataclass(frozen=True)
 class Tasks:
-    """List the packaged tasks; any CSV, TSV, JSON Lines or Parquet file serves as a task too.
+    """List the packaged tasks; a file of CSV, TSV, JSON Lines, Parquet, Arrow or text is one too.
 
     Attributes:
         show: A task to load, fetching it if needed: sizes, classes and a few rows.
@@ -33,6 +33,8 @@ class Tasks:
             return
         task = tasks.load(self.show, text_column=self.text_column, label_column=self.label_column)
         print(f"{task.name}: {task.kind}, {task.source}")
+        if task.reading:
+            print(f"  {task.reading}")
         for split in ("train", "validation", "test"):
             print(f"  {split:10} {len(getattr(task, split)):6,d} rows")
         if task.labels:

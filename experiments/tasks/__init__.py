@@ -15,7 +15,7 @@ from deltacontrol.experiments.tasks.files import file_digest, is_file_name, load
 from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError, unknown
 
-__all__ = ["Kind", "PackagedTask", "Task", "available", "digest", "load"]
+__all__ = ["Kind", "PackagedTask", "Task", "available", "digest", "load", "reading_of"]
 
 
 def available() -> dict[str, PackagedTask]:
@@ -45,7 +45,7 @@ def load(
     """Return the packaged task `name`, or the task in the file of that path.
 
     Args:
-        name: one of `available()`, or a path ending in .csv, .tsv, .jsonl or .parquet.
+        name: one of `available()`, or a path to a file (see `reading`).
         text_column: the file's column of texts.
         label_column: the file's column of labels.
         kind: what the file's labels are; inferred when not given (see `files.load_file`).
@@ -56,6 +56,25 @@ def load(
     if is_file_name(name):
         return load_file(name, text_column=text_column, label_column=label_column, kind=kind)
     return _packaged(name, kind).load()
+
+
+def reading_of(experiment: object) -> str:
+    """How the task file of an experiment is read: rows, columns, labels, splits.
+
+    Empty where its task is a packaged one.
+
+    Raises:
+        InputError: as in `load`.
+    """
+    given = {
+        name: getattr(experiment, name)
+        for name in ("text_column", "label_column")
+        if hasattr(experiment, name)
+    }
+    name = getattr(experiment, "task", None)
+    if not (isinstance(name, str) and is_file_name(name)):
+        return ""
+    return load(name, kind=getattr(experiment, "task_kind", None), **given).reading
 
 
 def digest(
@@ -74,7 +93,7 @@ def digest(
 def _packaged(name: str, kind: Kind | None) -> PackagedTask:
     tasks = available()
     if name not in tasks:
-        raise unknown("task", name, [*tasks, "a path to a .csv, .tsv, .jsonl or .parquet file"])
+        raise unknown("task", name, [*tasks, "a path to a file such as reviews.csv"])
     task = tasks[name]
     if kind not in (None, task.kind):
         raise InputError(f"{name} is a {task.kind} task, not {kind}; leave kind out.")

@@ -32,13 +32,15 @@ class Task:
         name: a packaged task's name, or the file's stem.
         kind: classification, regression or causal-lm.
         labels: the class names in the order of their indices; empty unless classification.
-        train: columns `text` (str) and `label`: an index into `labels` (int64) for classification,
-            a float64 for regression, absent for causal-lm. Rows are in a fair order: any head of a
-            split has the class shares of the whole.
+        train: columns `text` (str), `text_pair` (str, where rows have two texts) and `label`: an
+            index into `labels` (int64) for classification, a float64 for regression, absent for
+            causal-lm. Rows are in a fair order: any head of a split has the class shares of the
+            whole.
         validation: carved from train; the same columns. Tuning looks here.
         test: the same columns; never used for tuning.
         digest: identifies rows, labels and split.
         source: where the rows come from and what is known of their rights.
+        reading: of a user's file: rows, columns, what the labels were taken for, and the splits.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Task:
     test: pd.DataFrame
     digest: str
     source: str
+    reading: str = ""
 
     def __repr__(self) -> str:
         """Name, kind, rows of each split, and classes."""

@@ -7,6 +7,8 @@ is the dictionary that a model's forward takes:
 
     input_ids       (batch, longest)  int64, padded on the right
     attention_mask  (batch, longest)  int64, 1 on tokens
+    token_type_ids  (batch, longest)  int64, 0 on the first text of a pair and 1 on the second; only
+                                      where rows are pairs and the tokenizer tells them apart
     labels          (batch,)          int64 classes, or float32 targets
                     (batch, longest)  for causal-lm: the ids, -100 on padding
 
@@ -49,12 +51,14 @@ class EncodedSplit:
         offsets: where each row starts, and the end (rows + 1,).
         labels: (rows,) int64 or float32; None for causal-lm.
         pad: the id that fills rows up.
+        types: which text of a pair each token is of (tokens,); None where that is not told.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray | None
     pad: int
+    types: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -114,7 +118,10 @@ class EncodedSplit:
             labels = ids.masked_fill(~attended, IGNORED)
         else:
             labels = torch.from_numpy(self.labels[rows])
-        return {"input_ids": ids, "attention_mask": attended.long(), "labels": labels}
+        batch = {"input_ids": ids, "attention_mask": attended.long(), "labels": labels}
+        if self.types is not None:
+            batch["token_type_ids"] = torch.from_numpy(np.where(mask, self.types[positions], 0))
+        return batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,11 +223,13 @@ def encode_rows(
     """Tokenise rows of a task.
 
     Args:
-        frame: columns `text` and, unless causal-lm, `label`.
+        frame: columns `text` and, unless causal-lm, `label`; with `text_pair`, the second text of
+            each row follows the first as the tokenizer has it.
         tokenizer: a fast tokenizer with a padding token, as `deltacontrol.experiments.models.load`
         gives.
         kind: what the labels are.
         max_length: longer texts are cut at this many tokens, special ones included; None cuts none.
+            Of a pair the longer text is cut first.
         suffix: tokens that follow every text, after the cut: a prompt.
         name: of the task, for errors.
 
@@ -228,21 +237,28 @@ def encode_rows(
         InputError: a `max_length` that is too small, no padding token, or no text with two tokens
             for causal-lm (a single one has nothing to predict; such rows are left out).
     """
-    if max_length is not None and max_length < 2 + tokenizer.num_special_tokens_to_add():
+    pairs = "text_pair" in frame
+    special = tokenizer.num_special_tokens_to_add(pair=pairs)
+    if max_length is not None and max_length < 2 + special:
         raise InputError(f"max_length={max_length} leaves no room for text; give 8 or more.")
     pad = tokenizer.pad_token_id
     if not isinstance(pad, int):
         raise InputError("the tokenizer has no padding token; set one, its end token for example.")
+    told = pairs and "token_type_ids" in tokenizer.model_input_names
     ids: list[list[int]] = []
+    types: list[list[int]] | None = [] if told else None
     if len(frame):
-        ids = tokenizer(
+        found = tokenizer(
             frame["text"].tolist(),
+            frame["text_pair"].tolist() if pairs else None,
             truncation=max_length is not None,
             max_length=max_length,
             return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]  # type: ignore[assignment]
-    ids = [[*row, *suffix] for row in ids]
+            return_token_type_ids=told,
+        )
+        ids = [[*row, *suffix] for row in found["input_ids"]]  # type: ignore[union-attr]
+        if told:
+            types = [[*row, *[0] * len(suffix)] for row in found["token_type_ids"]]  # type: ignore[union-attr]
     labels = None
     if kind == "causal-lm":
         ids = [row for row in ids if len(row) > 1]
@@ -251,12 +267,16 @@ def encode_rows(
     else:
         # A text of none of the tokenizer's tokens still needs one position to be read out from.
         ids = [row or [pad] for row in ids]
+        types = None if types is None else [row or [0] for row in types]
         dtype = np.float32 if kind == "regression" else np.int64
         labels = frame["label"].to_numpy(dtype=dtype, copy=True)
     lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.fromiter((token for row in ids for token in row), np.int64, count=offsets[-1])
-    return EncodedSplit(tokens, offsets, labels, pad)
+    kinds = None
+    if types is not None:
+        kinds = np.fromiter((k for row in types for k in row), np.int64, count=offsets[-1])
+    return EncodedSplit(tokens, offsets, labels, pad, kinds)
 
 
 def _epoch_plan(lengths: np.ndarray, seed: int, epoch: int, batch_size: int) -> np.ndarray:

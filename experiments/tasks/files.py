@@ -1,28 +1,56 @@
-"""The user's own rows: CSV, TSV, JSON Lines and Parquet."""
+"""The user's own rows: CSV, TSV, JSON Lines, Parquet, Arrow and plain text.
+
+`reading.read_rows` gives cells that are text or missing. Types are decided here, by these rules on
+the column of labels, unless ``kind`` says what it is:
+
+1. every label is a whole number (``-3``, ``17``, ``4.0``), without leading zeros, and there are few
+   different ones (at most `MOST_INTEGER_CLASSES` and a fifth of the rows): classes, in the order of
+   the numbers;
+2. otherwise, every label is a decimal number, and labels that are written differently differ as
+   numbers: a regression;
+3. otherwise, classes, in the order of their names: ``01`` and ``1``, ``1.10`` and ``1.1``, ``NA``
+   and ``None`` are four, and more, different names.
+
+`Task.reading` says what was decided.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deltacontrol.experiments.sources import sha256_of
 from deltacontrol.experiments.tasks.base import CONVERSION, KINDS, Kind, Task, parts_of
-from deltacontrol.experiments.tasks.splits import SPLIT_SEED, SPLITS, carve_validation, split
+from deltacontrol.experiments.tasks.reading import SUFFIXES, read_rows, suffix_of
+from deltacontrol.experiments.tasks.splits import (
+    SPLIT_SEED,
+    SPLITS,
+    carve_validation,
+    in_fair_order,
+    split,
+)
 from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 # Whole numbers with at most this many distinct values are read as classes, unless `kind` says else.
 MOST_INTEGER_CLASSES = 50
+# The column of the second text of a row, where it has two.
+PAIR_COLUMN = "text_pair"
+# Part of a file's digest: raise it when the same file is read as another task.
+READING = 2
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_LEADING_ZERO = re.compile(r"[+-]?0\d")
 
 
 def is_file_name(name: str) -> bool:
     """Whether a task's name is meant as a path."""
-    return name.lower().endswith(SUFFIXES) or "/" in name or "\\" in name
+    return suffix_of(name) is not None or "/" in name or "\\" in name
 
 
 def load_file(
@@ -36,53 +64,67 @@ def load_file(
 
     A column `split` with the values train, validation and test is obeyed (validation is carved
     from train when absent); without it rows go 80/10/10, seeded and stratified, and equal texts to
-    the same side. Labels that are strings, booleans or few whole numbers make a classification,
-    other numbers a regression; `kind="causal-lm"` needs no labels.
+    the same side. A column `text_pair` holds the second text of each row, as in entailment. What
+    the labels are is decided as the module says; `kind="causal-lm"` needs no labels, and plain text
+    (.txt) has none.
 
     Raises:
-        InputError: no such file, unreadable, empty, a column missing, rows without text or label, a
-            single class, too few rows, or labels that do not fit `kind`.
+        InputError: no such file, unreadable (`reading.read_rows`), empty, a column missing, rows
+            without text or label, a single class, names of classes that differ only in white space,
+            a test class that training lacks, too few rows, or labels that do not fit `kind`.
     """
     if kind not in (None, *KINDS):
         raise unknown("kind of task", kind, KINDS)
     digest = file_digest(name, text_column=text_column, label_column=label_column, kind=kind)
     path = _existing(name)
-    frame = _read(path)
-    frame.columns = [str(column) for column in frame.columns]
+    if suffix_of(path) == ".txt":
+        if kind not in (None, "causal-lm"):
+            raise InputError(
+                f"{path} is plain text, which has no labels for a {kind}; give a .csv or .jsonl "
+                "file with a column of labels, or kind='causal-lm'."
+            )
+        kind, text_column = "causal-lm", "text"
+    frame = read_rows(path)
     if frame.empty:
         raise InputError(f"{path} has no rows; one row per example is expected.")
     columns = {"text": _column(frame, text_column, "text", path)}
+    pairs = PAIR_COLUMN in frame and PAIR_COLUMN not in (text_column, label_column)
+    if pairs:
+        if kind == "causal-lm":
+            raise InputError(
+                f"{path} has a column '{PAIR_COLUMN}', and a language model reads one text a row; "
+                "join both, or leave the column out."
+            )
+        columns[PAIR_COLUMN] = PAIR_COLUMN
     if kind != "causal-lm":
         columns["label"] = _column(frame, label_column, "label", path)
-    for role, column in columns.items():
-        blank = frame[column].isna()
-        if role == "text":
-            blank |= frame[column].astype(str).str.strip() == ""
-        if blank.any():
-            raise InputError(
-                f"{path}: {int(blank.sum())} of {len(frame)} rows have no {role} in the column "
-                f"'{column}' (first: row {int(blank.to_numpy().argmax()) + 1}). "
-                "Fill them or leave them out."
-            )
+    _refuse_blank(frame, columns, path)
     rows = frame[list(columns.values())].set_axis(list(columns), axis=1)
-    rows = rows.assign(text=rows["text"].astype(str))
     labels: tuple[str, ...] = ()
-    if kind is None:
-        kind = _infer(rows["label"])
+    told = [f"{path.name}: {len(rows):,d} rows", f"text: '{text_column}'"]
+    if pairs:
+        told.append(f"second text: '{PAIR_COLUMN}'")
     if kind != "causal-lm":
-        rows, labels = _label(rows, kind, label_column, path)
+        inferred = "" if kind else ", inferred"
+        kind, numeric = _infer(rows["label"], kind)
+        rows, labels = _label(rows, kind, label_column, path, numeric=numeric)
+        told.append(f"label: '{label_column}', {_described(rows, labels)}{inferred}")
     if "split" in frame and "split" not in columns.values():
-        rows = _given_split(rows.assign(split=frame["split"].astype(str).str.lower()), path)
+        rows = _given_split(rows.assign(split=frame["split"]), path, labels)
+        told.append("split: as the file says")
     else:
         rows = split(rows)
-    for part_name, part in zip(SPLITS, parts := parts_of(rows), strict=True):
+        told.append("split: seeded, stratified")
+    parts = parts_of(rows)
+    for part_name, part in zip(SPLITS, parts, strict=True):
         if part.empty:
             raise InputError(
                 f"{path}: {len(rows)} rows with {rows['text'].nunique()} different texts leave the "
                 f"{part_name} split empty (equal texts stay together); give at least 20 different "
                 "texts, or a column 'split' with the values train, validation and test."
             )
-    return Task(path.stem, kind, labels, *parts, digest, f"the file {path.name}")
+    told[-1] += " " + "/".join(f"{len(part):,d}" for part in parts)
+    return Task(_stem(path), kind, labels, *parts, digest, f"the file {path.name}", "; ".join(told))
 
 
 def file_digest(
@@ -92,47 +134,33 @@ def file_digest(
     label_column: str = "label",
     kind: Kind | None = None,
 ) -> str:
-    """Digest of a file's content, of the columns used and of the split.
+    """Digest of a file's content, of the columns used, of how it is read and of the split.
 
     Raises:
         InputError: no such file.
     """
-    content = sha256_of(_existing(name))
-    identity = [content, text_column, label_column, kind, CONVERSION, SPLIT_SEED]
+    path = _existing(name)
+    identity = [
+        sha256_of(path), suffix_of(path), text_column, label_column, kind, CONVERSION, READING,
+        SPLIT_SEED,
+    ]  # fmt: skip
     return sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def _existing(name: str) -> Path:
     path = Path(name).expanduser()
+    known = f"{', '.join(SUFFIXES)}, and .gz, .bz2 or .xz behind those of text"
     if path.is_dir():
-        raise InputError(f"{path} is a folder; a task is one file ({', '.join(SUFFIXES)}).")
+        raise InputError(f"{path} is a folder; a task is one file ({known}).")
     if not path.is_file():
         raise InputError(f"there is no file {path} (looked from {Path.cwd()}).")
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{path}: the kind of file is not known; expected {', '.join(SUFFIXES)}.")
+    if suffix_of(path) is None:
+        raise InputError(f"{path}: the kind of file is not known; expected {known}.")
     return path
 
 
-def _read(path: Path) -> pd.DataFrame:
-    import pandas as pd
-    import pyarrow
-
-    suffix = path.suffix.lower()
-    try:
-        if suffix in (".csv", ".tsv"):
-            return pd.read_csv(path, sep="," if suffix == ".csv" else "\t")
-        if suffix == ".parquet":
-            return pd.read_parquet(path)
-        return pd.read_json(path, lines=suffix != ".json")
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
-    # UnicodeDecodeError and the parsers' own errors are ValueErrors.
-    except (ValueError, pyarrow.ArrowException, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{path} cannot be read as {suffix[1:]}: {reason}. Expected UTF-8 text with one row "
-            "per example (or a Parquet table)."
-        ) from error
+def _stem(path: Path) -> str:
+    return path.name[: path.name.lower().rindex(str(suffix_of(path)))]
 
 
 def _column(frame: pd.DataFrame, name: str, role: str, path: Path) -> str:
@@ -142,36 +170,52 @@ def _column(frame: pd.DataFrame, name: str, role: str, path: Path) -> str:
     raise InputError(f"{path}: {nearest}. Name it with {role}_column.")
 
 
-def _infer(label: pd.Series) -> Kind:
-    import pandas as pd
+def _refuse_blank(frame: pd.DataFrame, columns: dict[str, str], path: Path) -> None:
+    for role, column in columns.items():
+        blank = frame[column].isna()
+        if role != PAIR_COLUMN:  # a second text may be empty
+            blank |= frame[column].fillna("").str.strip() == ""
+        if blank.any():
+            what = "second text" if role == PAIR_COLUMN else role
+            raise InputError(
+                f"{path}: {int(blank.sum())} of {len(frame)} rows have no {what} in the column "
+                f"'{column}' (first: row {int(blank.to_numpy().argmax()) + 1}). "
+                "Fill them or leave them out."
+            )
 
-    if not pd.api.types.is_numeric_dtype(label) or pd.api.types.is_bool_dtype(label):
-        return "classification"
-    whole = bool((label == label.round()).all())
-    # A float column of whole numbers is what a reader makes of integers beside a missing value.
-    few = label.nunique() <= min(MOST_INTEGER_CLASSES, max(2, len(label) // 5))
-    return "classification" if whole and few else "regression"
+
+def _infer(label: pd.Series, kind: Kind | None) -> tuple[Kind, bool]:
+    """What the labels are, and whether classes are numbers; see the module."""
+    import math
+
+    different = label.unique().tolist()
+    plain = all(_NUMBER.fullmatch(v) and not _LEADING_ZERO.match(v) for v in different)
+    numbers = [float(v) for v in different] if plain else []
+    if not (plain and len(set(numbers)) == len(different) and all(map(math.isfinite, numbers))):
+        return kind or "classification", False
+    whole = all(number.is_integer() for number in numbers)
+    few = len(different) <= min(MOST_INTEGER_CLASSES, max(2, len(label) // 5))
+    return kind or ("classification" if whole and few else "regression"), whole
 
 
 def _label(
-    rows: pd.DataFrame, kind: Kind, column: str, path: Path
+    rows: pd.DataFrame, kind: Kind, column: str, path: Path, *, numeric: bool
 ) -> tuple[pd.DataFrame, tuple[str, ...]]:
     import numpy as np
-    import pandas as pd
 
+    label = rows["label"]
     if kind == "regression":
-        numbers = pd.to_numeric(rows["label"], errors="coerce").astype(float)
-        wrong = ~np.isfinite(numbers)
+        numbers = label.map(lambda v: float(v) if _NUMBER.fullmatch(v.strip()) else np.nan)
+        wrong = ~np.isfinite(numbers.to_numpy(float))
         if wrong.any():
             raise InputError(
                 f"{path}: regression needs numbers, but {int(wrong.sum())} rows of '{column}' are "
-                f"not finite numbers (first: {rows['label'][wrong].iloc[0]!r})."
+                f"not finite numbers (first: {label[wrong].iloc[0]!r})."
             )
-        return rows.assign(label=numbers), ()
-    label = rows["label"]
-    if pd.api.types.is_float_dtype(label) and bool((label == label.round()).all()):
-        label = label.astype("int64")
-    values = sorted(label.unique().tolist(), key=lambda value: (isinstance(value, str), value))
+        return rows.assign(label=numbers.astype(float)), ()
+    different = label.unique().tolist()
+    _refuse_alike(different, column, path)
+    values = sorted(different, key=float) if numeric else sorted(different)
     if len(values) < 2:
         raise InputError(
             f"{path}: every row has the label {values[0]!r} in '{column}'; a classification needs "
@@ -183,17 +227,59 @@ def _label(
             "no classification. Another column, or kind='regression'?"
         )
     codes = label.map({value: number for number, value in enumerate(values)})
-    return rows.assign(label=codes.astype("int64")), tuple(str(value) for value in values)
+    names = tuple(str(int(float(v))) if numeric else v for v in values)
+    return rows.assign(label=codes.astype("int64")), names
 
 
-def _given_split(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
-    wrong = sorted(set(rows["split"]) - set(SPLITS))
+def _refuse_alike(classes: list[str], column: str, path: Path) -> None:
+    """Classes that differ in white space alone are one class, misspelt."""
+    seen: dict[str, str] = {}
+    for name in classes:
+        plain = " ".join(name.split())
+        if plain in seen:
+            raise InputError(
+                f"{path}: '{column}' has the classes {seen[plain]!r} and {name!r}, which differ "
+                "only in white space; write them alike."
+            )
+        seen[plain] = name
+
+
+def _described(rows: pd.DataFrame, labels: tuple[str, ...]) -> str:
+    if not labels:
+        values = rows["label"]
+        return f"numbers from {values.min():g} to {values.max():g} (regression)"
+    names = ", ".join(labels[:6]) + ", …" * (len(labels) > 6)
+    return f"{len(labels)} classes ({names})"
+
+
+def _given_split(rows: pd.DataFrame, path: Path, labels: tuple[str, ...]) -> pd.DataFrame:
+    named = rows["split"].fillna("").str.strip().str.lower()
+    wrong = sorted(set(named) - set(SPLITS))
     if wrong:
         raise InputError(
-            f"{path}: the column 'split' holds {', '.join(wrong)}; expected {', '.join(SPLITS)}."
+            f"{path}: the column 'split' holds {', '.join(w or 'blanks' for w in wrong)}; "
+            f"expected {', '.join(SPLITS)}."
         )
+    rows = rows.assign(split=named)
     if not (rows["split"] == "validation").any():
         train = rows.index[rows["split"] == "train"]
         chosen = carve_validation(rows.loc[train].drop(columns="split"))
         rows.loc[train[chosen], "split"] = "validation"
-    return rows
+    of_train = rows.loc[rows["split"] == "train", "label"] if "label" in rows else None
+    for name in ("validation", "test"):
+        part = rows.loc[rows["split"] == name]
+        if of_train is None or part.empty or of_train.empty:
+            continue
+        lacking = sorted(set(part["label"]) - set(of_train)) if labels else []
+        if lacking:
+            names = ", ".join(repr(labels[code]) for code in lacking[:5])
+            raise InputError(
+                f"{path}: the {name} split has the class {names}, which no row of train has; "
+                "labels that are withheld are not labels. Leave these rows out, or add to train."
+            )
+        if not labels and part["label"].nunique() == 1 and of_train.nunique() > 1 and len(part) > 1:
+            raise InputError(
+                f"{path}: every row of the {name} split has the label {part['label'].iloc[0]:g}; "
+                "labels that are withheld are not labels. Leave these rows out."
+            )
+    return in_fair_order(rows)

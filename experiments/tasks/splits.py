@@ -23,7 +23,8 @@ def split(frame: pd.DataFrame, test_rows: int | None = None) -> pd.DataFrame:
     """Add a column `split` and order the rows so that any head of a split is a fair sample of it.
 
     Args:
-        frame: columns `text`, `label` (absent when there are no labels) and optionally `group`.
+        frame: columns `text`, `label` (absent when there are no labels) and optionally `text_pair`
+            and `group`.
         test_rows: size of the test split; a tenth of the rows when not given.
 
     Returns:
@@ -41,13 +42,23 @@ def split(frame: pd.DataFrame, test_rows: int | None = None) -> pd.DataFrame:
     chosen = _choose(groups[rest], rest_strata, wanted, seed=SPLIT_SEED + 1)
     part = np.where(in_test, "test", "train").astype(object)
     part[rest[chosen]] = "validation"
-    classes = None if strata is None else _classes(strata)
+    return in_fair_order(frame.assign(split=part))
+
+
+def in_fair_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """Order rows with a column `split` so that any head of a split is a fair sample of it.
+
+    Returns:
+        The rows, train before validation before test, with a fresh index and no column `group`.
+    """
+    classes = _classes(frame["label"]) if "label" in frame else None
+    part = frame["split"].to_numpy()
     order = []
     for name in SPLITS:
         rows = np.flatnonzero(part == name)
         of_part = None if classes is None else classes[rows]
         order.append(rows[_fair_order(of_part, len(rows), seed=SPLIT_SEED + 2)])
-    ordered = frame.assign(split=part).iloc[np.concatenate(order)]
+    ordered = frame.iloc[np.concatenate(order)]
     return ordered.drop(columns="group", errors="ignore").reset_index(drop=True)
 
 
@@ -68,7 +79,10 @@ def _merged_groups(frame: pd.DataFrame) -> np.ndarray:
     """Number the connected components of "same text or same group" (rows,)."""
     import pandas as pd
 
-    component = pd.Series(pd.factorize(normalised(frame["text"]))[0], index=frame.index)
+    text = normalised(frame["text"])
+    if "text_pair" in frame:
+        text += "\x1e" + normalised(frame["text_pair"])
+    component = pd.Series(pd.factorize(text)[0], index=frame.index)
     if "group" not in frame:
         return component.to_numpy()
     text = component.copy()

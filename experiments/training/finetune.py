@@ -42,7 +42,7 @@ class Subject(Experiment):
     model: str = "minilm-l6"
     """A packaged model's name, a local folder, or an id on the hub."""
     task: str = "movie"
-    """A packaged task's name, or the path of a CSV, JSON Lines or Parquet file."""
+    """A packaged task's name, or the path of a file (CSV, TSV, JSON Lines, Parquet, text)."""
     deltas: Annotated[tuple[Any, ...], _TEXTS, tyro.conf.arg(name="delta")] = ("lora",)
     """The deltas: texts such as lora:rank=16, or dictionaries. The head is added where needed."""
     seed: int = 0

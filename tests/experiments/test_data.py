@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from deltacontrol.experiments.tasks import Task
@@ -208,3 +208,35 @@ def test_texts_of_one_token_leave_nothing_to_predict(tokenizer: PreTrainedTokeni
     source.validation["text"] = "w5"
     with pytest.raises(InputError, match="words: no text .* nothing to predict"):
         encode(source, tokenizer, max_length=8)
+
+
+@pytest.mark.parametrize("max_length", [None, 9])
+def test_pairs_are_as_the_tokenizer_has_them(max_length: int | None) -> None:
+    words = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])}
+    words |= {f"w{i}": i for i in range(4, 60)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="[PAD]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+    rows = frame(4, 12, "classification")
+    rows["text_pair"] = rows["text"].iloc[::-1].to_numpy()
+    split = encode_rows(rows, tokenizer, kind="classification", max_length=max_length)
+    batch = split.batch([1, 7, 11])
+    expected = tokenizer(
+        rows["text"].iloc[[1, 7, 11]].tolist(), rows["text_pair"].iloc[[1, 7, 11]].tolist(),
+        padding=True, truncation=max_length is not None, max_length=max_length, return_tensors="pt",
+    )  # fmt: skip
+    for name in ("input_ids", "token_type_ids", "attention_mask"):
+        torch.testing.assert_close(batch[name], expected[name])
+    assert batch["token_type_ids"].any()
+    alone = encode_rows(
+        rows.drop(columns="text_pair"), tokenizer, kind="classification", max_length=max_length
+    )
+    assert "token_type_ids" not in alone.batch()

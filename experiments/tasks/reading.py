@@ -1,0 +1,271 @@
+"""A file of rows, read strictly: every cell is text or missing, and no row is lost or made up.
+
+What each kind of file means, before any type is decided:
+
+    .csv              RFC 4180: commas, fields in double quotes where they need them, the first line
+                      names the columns; a field that is not quoted properly is refused
+    .tsv              tabs; quotes are characters like any other, and a text has no tab or line end
+    .jsonl .ndjson    one JSON object a line
+    .json             an array of objects, or the same as .jsonl
+    .parquet .arrow   a table; .arrow is an Arrow file or stream, as datasets' cache holds it
+    .txt              one text a line in the column `text`; blank lines separate
+
+Text is UTF-8, with or without a byte order mark. All but tables may be compressed, which a second
+suffix says: ``reviews.csv.gz`` (gzip), ``.bz2`` or ``.xz``.
+
+A cell is missing where a JSON value or a table's value is null, NaN or absent; the words "NA",
+"None" and "null" are text. Numbers and truth values become the text that Python prints for them, so
+that the same rows give the same cells from every kind of file.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from deltacontrol.theory.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+TABLES = (".parquet", ".arrow")
+LINES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
+COMPRESSED = (".gz", ".bz2", ".xz")
+SUFFIXES = (*LINES, *TABLES)
+
+Cell = str | None
+
+
+def suffix_of(path: Path | str) -> str | None:
+    """The kind of file by its name, such as ".csv" also for ``a.CSV.gz``; None where unknown."""
+    suffixes = [s.lower() for s in Path(path).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        return suffixes[-2] if len(suffixes) > 1 and suffixes[-2] in LINES else None
+    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """Read all rows; cells are strings, or None where they are missing.
+
+    Args:
+        path: a file whose `suffix_of` is known.
+
+    Raises:
+        InputError: it cannot be read as what its name says; names the first line that is wrong.
+    """
+    import pandas as pd
+
+    suffix = suffix_of(path)
+    if suffix in TABLES:
+        return _table(path, suffix)
+    try:
+        with _opened(path) as lines:
+            if suffix in (".csv", ".tsv"):
+                columns, rows = _delimited(path, lines, suffix)
+                return pd.DataFrame(rows, columns=pd.Index(columns), dtype=object)
+            if suffix == ".txt":
+                texts = [line.rstrip("\r\n") for line in lines]
+                return pd.DataFrame({"text": [t for t in texts if t.strip()]}, dtype=object)
+            found = _objects(path, lines, whole=suffix == ".json")
+    except UnicodeDecodeError as error:
+        raise _unreadable(path, f"byte {error.start} of a block is not UTF-8") from error
+    except (OSError, EOFError) as error:  # a damaged gzip file is an OSError or ends too early
+        raise _unreadable(path, str(error)) from error
+    names = list(dict.fromkeys(name for row in found for name in row))
+    cells = {
+        name: [_cell(row.get(name), name, number, path) for number, row in enumerate(found, 1)]
+        for name in names
+    }
+    _refuse_mixed(found, names, path)
+    return pd.DataFrame(cells, columns=pd.Index(names), dtype=object)
+
+
+def _opened(path: Path) -> IO[str]:
+    import bz2
+    import gzip
+    import lzma
+
+    options: Any = {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return cast("IO[str]", openers.get(path.suffix.lower(), open)(path, **options))
+
+
+def _delimited(
+    path: Path, lines: Iterable[str], suffix: str
+) -> tuple[list[str], list[Sequence[str]]]:
+    """Columns and rows of comma or tab separated values."""
+    csv.field_size_limit(2**31 - 1)  # a text may be as long as memory holds
+    if suffix == ".csv":
+        reader = csv.reader(lines, strict=True)
+    else:
+        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+    columns: list[str] | None = None
+    rows: list[Sequence[str]] = []
+    while True:
+        first = reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            advice = ' (inside of "..." a quote is written twice)' if suffix == ".csv" else ""
+            raise _unreadable(path, f"line {first}: {error}{advice}") from error
+        if row is None:
+            return columns or [], rows
+        if not row:
+            continue  # a blank line
+        if columns is None:
+            columns = _header(row, path)
+        elif len(row) != len(columns):
+            advice = (
+                'put a text with a comma between double quotes: "..."'
+                if suffix == ".csv"
+                else "a text of a .tsv file has no tab and no line end; write it as .csv or .jsonl"
+            )
+            raise _unreadable(
+                path,
+                f"line {first} has {len(row)} fields where the first line names {len(columns)} "
+                f"columns ({', '.join(columns)}); {advice}",
+            )
+        else:
+            if suffix == ".tsv":
+                _refuse_quoted(row, first, path)
+            rows.append(row)
+
+
+def _header(row: list[str], path: Path) -> list[str]:
+    for name in row:
+        if row.count(name) > 1:
+            raise _unreadable(path, f"two columns are named {name!r}; name them apart")
+    return row
+
+
+def _refuse_quoted(row: Sequence[str], line: int, path: Path) -> None:
+    """Refuse a field with doubled quotes inside of quotes, as programs write .csv files."""
+    for field in row:
+        inner = field[1:-1]
+        if len(field) > 2 and field[0] == field[-1] == '"' and '""' in inner:
+            raise _unreadable(
+                path,
+                f"line {line}: a field is quoted as in a .csv file ({field[:40]}), while a .tsv "
+                "file has no quoting; write it as .csv, or without the quotes",
+            )
+
+
+def _objects(path: Path, lines: IO[str], *, whole: bool) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line or in one array."""
+    text = lines.read()
+    if whole and text.lstrip()[:1] == "[":
+        found = _parsed(text, "", path)
+    else:  # split at line feeds alone: other ends of lines may stand within a string
+        numbered = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+        found = [_parsed(line, f"line {number}: ", path) for number, line in numbered]
+    for number, row in enumerate(found, 1):
+        if not isinstance(row, dict):
+            raise _unreadable(
+                path, f"row {number} is {_kind(row)}; expected one object a row, {{...}}"
+            )
+    return found
+
+
+def _parsed(text: str, where: str, path: Path) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise _unreadable(path, f"{where}two values are named {twice!r}")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except ValueError as error:
+        raise _unreadable(path, f"{where}{error}") from error
+
+
+def _cell(value: Any, name: str, row: int, path: Path) -> Cell:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, bool | int | float):
+        return str(value)
+    raise InputError(
+        f"{path}: row {row} has {_kind(value)} in '{name}'; expected one text or number a row. "
+        "Join words to one text; several labels of one row are not supported."
+    )
+
+
+def _refuse_mixed(rows: list[dict[str, Any]], names: Iterable[str], path: Path) -> None:
+    """The text "1" and the number 1 in one column would become the same cell."""
+    for name in names:
+        values = (row.get(name) for row in rows)
+        kinds = {type(v) is str: v for v in values if v is not None}
+        if len(kinds) > 1 and any(str(kinds[False]) == row.get(name) for row in rows):
+            raise InputError(
+                f"{path}: '{name}' holds both the text {str(kinds[False])!r} and the number "
+                f"{kinds[False]!r}; write all rows one way."
+            )
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
+    return names.get(type(value), "null" if value is None else "a number")
+
+
+def _table(path: Path, suffix: str | None) -> pd.DataFrame:
+    import pandas as pd
+    import pyarrow as pa
+
+    try:
+        table = _parquet(path) if suffix == ".parquet" else _arrow(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(path, str(error).strip().splitlines()[0]) from error
+    _header(table.column_names, path)
+    columns = {name: list(_cells(table.column(name), name, path)) for name in table.column_names}
+    return pd.DataFrame(columns, columns=pd.Index(table.column_names), dtype=object)
+
+
+def _parquet(path: Path) -> pa.Table:
+    import pyarrow.parquet
+
+    # One file is meant: a name such as `split=a/part.parquet` adds no column.
+    return pyarrow.parquet.ParquetFile(path).read()
+
+
+def _arrow(path: Path) -> pa.Table:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        try:
+            return pa.ipc.open_file(source).read_all()
+        except pa.ArrowInvalid:
+            source.seek(0)
+            return pa.ipc.open_stream(source).read_all()
+
+
+def _cells(column: pa.ChunkedArray, name: str, path: Path) -> Iterator[Cell]:
+    import numpy as np
+    import pyarrow as pa
+
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    floats = {pa.float16(): np.float16, pa.float32(): np.float32}
+    for number, value in enumerate(column.to_pylist(), 1):
+        if isinstance(value, float) and kind in floats and not math.isnan(value):
+            yield str(floats[kind](value))  # 0.1, not 0.10000000149011612
+        elif isinstance(value, bytes):
+            raise InputError(f"{path}: '{name}' holds bytes; expected texts or numbers.")
+        elif value is None or isinstance(value, str | bool | int | float | list | dict):
+            yield _cell(value, name, number, path)
+        else:
+            yield str(value)  # dates and decimals
+
+
+def _unreadable(path: Path, reason: str) -> InputError:
+    kind = (suffix_of(path) or path.suffix)[1:]
+    return InputError(f"{path} cannot be read as {kind}: {reason}.")
