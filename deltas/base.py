@@ -76,6 +76,11 @@ class Delta(ABC):
     def num_parameters(self, host: Host) -> int:
         """Number of parameters by the method's formula, from the model's dimensions alone."""
 
+    @property
+    def num_positions(self) -> int:
+        """Positions of the model that the delta takes from the text."""
+        return 0
+
     @classmethod
     def example(cls) -> Delta:
         """An instance that fits any small model, for tests; by default with all defaults."""

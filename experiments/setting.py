@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from deltacontrol.experiments import models, tasks
+from deltacontrol.experiments.models import fit
 from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -208,13 +209,9 @@ class Setting:
         from deltacontrol.experiments.heads import prompt_tokens
         from deltacontrol.experiments.tasks.encoding import encode_rows
 
-        longest = getattr(self._loaded[0].config, "max_position_embeddings", None)
-        if isinstance(longest, int) and self.max_length > longest:
-            raise InputError(
-                f"max_length is {self.max_length}, but {self.model} has {longest} positions; "
-                f"choose max_length <= {longest}"
-            )
-        return encode_rows(
+        model = self._loaded[0]
+        fit.require_positions(model, self.model, self.max_length, self.parsed_deltas)
+        found = encode_rows(
             frame,
             self.tokenizer,
             kind=self.data.kind,
@@ -222,6 +219,8 @@ class Setting:
             suffix=prompt_tokens(self.tokenizer) if self.head == "words" else (),
             name=self._name,
         )
+        fit.require_tokens(model, self.model, found.tokens, found.pad)
+        return found if self.class_order is None else found.renumbered(self.class_order)
 
     def batch(self, split: str = "train", rows: Sequence[int] | None = None) -> Batch:
         """Chosen rows of a split as one batch, with labels.
@@ -248,6 +247,19 @@ class Setting:
         if self.kind != "classification":
             return None
         return len(self.data.labels) if self.num_labels is None else self.num_labels
+
+    @cached_property
+    def class_order(self) -> np.ndarray | None:
+        """The model's number of each class of the task, matched by name; None where it is equal.
+
+        Raises:
+            InputError: the model's head was trained on classes of other names.
+        """
+        if self.kind != "classification" or self.data.kind != "classification":
+            return None
+        model = self._loaded[0]
+        kept = self.head == "own" and self.pretrained and not getattr(model, "head_is_drawn", True)
+        return fit.class_order(model, self.model, self.data.labels, head_is_kept=kept)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

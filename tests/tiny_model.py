@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from transformers import (
     BertConfig,
-    BertForSequenceClassification,
+    BertModel,
     BertTokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
@@ -33,7 +33,7 @@ def write(folder: Path, classes: int = 3) -> dict[str, str]:
         max_position_embeddings=16,
         initializer_range=0.3,
     )
-    BertForSequenceClassification(config).save_pretrained(model)
+    BertModel(config).save_pretrained(model)
     generator = np.random.default_rng(0)
     rows = [
         {

@@ -16,6 +16,27 @@ _OPT = "embed_positions"
 _ROTARY = "rotary_emb"
 
 
+def usable_positions(model: nn.Module) -> int | None:
+    """How many positions a text can have; None where there is no limit.
+
+    RoBERTa and its kin count from behind the padding's index, so that the first ones are not used.
+    """
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    return limit - first_position(model)
+
+
+def first_position(stack: nn.Module) -> int:
+    """The first position of a text: RoBERTa and its kin count from behind the padding's index."""
+    for path, module in stack.named_modules():
+        if path.endswith("position_embeddings"):
+            padding = getattr(module, "padding_idx", None)
+            return 0 if padding is None else padding + 1
+    return 0
+
+
 def shift_positions(host: Host, length: int) -> None:
     """Let every position of the text be ``length`` higher where the model looks it up.
 

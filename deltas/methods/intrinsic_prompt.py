@@ -63,6 +63,11 @@ class IntrinsicPrompt(Delta):
     unmergeable = "a prompt is no weight of the base model"
     identity_at_start = False
 
+    @property
+    def num_positions(self) -> int:
+        """The prompt's length."""
+        return self.length
+
     def __post_init__(self) -> None:
         """Check the sizes."""
         self._positive("length", "dimension")

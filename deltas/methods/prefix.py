@@ -71,6 +71,11 @@ class PrefixTuning(Delta):
     unmergeable = "a prefix is no weight of the base model"
     identity_at_start = False
 
+    @property
+    def num_positions(self) -> int:
+        """The prefix's length where positions of the text start behind it."""
+        return self.length if self.shift else 0
+
     def __post_init__(self) -> None:
         """Check the sizes."""
         self._positive("length")

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.positions import first_position, usable_positions
 from deltacontrol.theory.errors import InputError
 
 
@@ -56,6 +57,11 @@ class PromptTuning(Delta):
     unmergeable = "a prompt is no weight of the base model"
     identity_at_start = False
 
+    @property
+    def num_positions(self) -> int:
+        """The prompt's length."""
+        return self.length
+
     def __post_init__(self) -> None:
         """Check the length."""
         self._positive("length")
@@ -94,9 +100,9 @@ def lay_prompt(
     """
     stack = _stack(host)
     path = host.sites.embedding_path or host.sites.backbone_path
-    limit = getattr(host.config, "max_position_embeddings", None)
     embedding = host.model.get_input_embeddings()
-    prompt = Prompt(rows, embedding, limit, _first_position(stack), encoder, length)
+    limit = usable_positions(host.model)
+    prompt = Prompt(rows, embedding, limit, first_position(stack), encoder, length)
     host.add(path, prompt, like=host.embedding_weight)
     host.on_call(stack, prompt.insert)
     if strip:  # last in, first out
@@ -130,22 +136,13 @@ def _stack(host: Host) -> nn.Module:
     )
 
 
-def _first_position(stack: nn.Module) -> int:
-    """The first position of a text: RoBERTa and its kin count from behind the padding's index."""
-    for path, module in stack.named_modules():
-        if path.endswith("position_embeddings"):
-            padding = getattr(module, "padding_idx", None)
-            return 0 if padding is None else padding + 1
-    return 0
-
-
 class Prompt(nn.Module):
     """Rows (n, d) that enter in front of the embedded text and leave behind the blocks.
 
     Args:
         rows: the start.
         embedding: the base's own token embedding.
-        limit: how many positions the model has; None where there is no limit.
+        limit: how many positions prompt and text may have; None where there is no limit.
         first: the first of them that a token can have.
         encoder: makes the rows that enter of the trained ones; None means they are the same.
         length: n; None means as many as there are trained rows.
@@ -164,7 +161,7 @@ class Prompt(nn.Module):
         self.rows = nn.Parameter(rows)
         self.length = len(rows) if length is None else length
         self.encoder = encoder
-        self.limit = None if limit is None else limit - first
+        self.limit = limit
         self.first = first
         self.inserted = False
         self.total = 0  # positions of the present pass, prompt and text

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import re
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -76,14 +78,38 @@ def _config_and_tokenizer(
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(model.location)
-        tokenizer = AutoTokenizer.from_pretrained(model.location)
+        # Code that a model's folder or repository brings along is never run.
+        config = AutoConfig.from_pretrained(model.location, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model.location, trust_remote_code=False)
     # Unreachable and unknown names are OSErrors; unknown architectures and tokenizers ValueErrors.
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _cannot_load(model, error) from error
     if not tokenizer.is_fast:
         raise InputError(f"{model.name} has no fast tokenizer (a tokenizer.json is needed).")
+    # Of a folder without a tokenizer's files, transformers makes one of the special tokens alone.
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 1:
+        raise InputError(
+            f"{model.name} has no tokenizer: no word is known but {tokenizer.all_special_tokens}. "
+            "Save it beside the model, tokenizer.save_pretrained(folder)."
+        )
+    _refuse_unknown_quantisation(config, model.name)
     return config, tokenizer
+
+
+def _refuse_unknown_quantisation(config: PretrainedConfig, name: str) -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return
+    method = given.get("quant_method") if isinstance(given, dict) else given.quant_method
+    if method is None and isinstance(given, dict) and given.get("load_in_4bit"):
+        method = "bitsandbytes_4bit"
+    if str(method) not in AUTO_QUANTIZER_MAPPING and str(method) != "bitsandbytes":
+        raise InputError(
+            f"the weights of {name} are quantised by {method!r}, which transformers does not know; "
+            f"known: {', '.join(sorted(AUTO_QUANTIZER_MAPPING))}"
+        )
 
 
 def _set_task(config: PretrainedConfig, kind: str, num_labels: int | None, name: str) -> None:
@@ -133,7 +159,11 @@ def _from_checkpoint(
     auto: Any, model: ResolvedModel, kind: str, options: dict[str, Any]
 ) -> PreTrainedModel:
     built, report = auto.from_pretrained(
-        model.location, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        model.location,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        trust_remote_code=False,
+        **options,
     )
     prefix = f"{built.base_model_prefix}."
 
@@ -158,7 +188,36 @@ def _from_checkpoint(
             f"another shape are {shown}{more}. Is config.json of another model, or the checkpoint "
             f"not meant for {kind}?"
         )
+    _refuse_left_over(built, report["unexpected_keys"], model.name)
+    drawn = sorted({*report["missing_keys"], *reshaped} - set(lacking))
+    heads = [key for key in drawn if not key.startswith(prefix)]
+    built.head_is_drawn = bool(heads)  # type: ignore[assignment] - a plain attribute
+    if kind != "backbone" and (other := [key for key in heads if key in reshaped]):
+        before, after = reshaped[other[0]]
+        warnings.warn(
+            f"the checkpoint of {model.name} has a head of another size ({other[0]}: "
+            f"{tuple(before)} there, {tuple(after)} needed); a new one is drawn from the seed",
+            stacklevel=2,
+        )
     return built
+
+
+def _refuse_left_over(built: PreTrainedModel, unexpected: Iterable[str], name: str) -> None:
+    """Refuse weights of further layers: they are called as those of a layer that there is."""
+    numbers = re.compile(r"(?<=\.)\d+(?=\.)")
+    prefix = f"{built.base_model_prefix}."
+    known = {numbers.sub("#", key.removeprefix(prefix)) for key in built.state_dict()}
+    left = sorted(
+        key
+        for key in unexpected
+        if numbers.search(key) and numbers.sub("#", key.removeprefix(prefix)) in known
+    )
+    if left:
+        raise InputError(
+            f"the checkpoint of {name} has {len(left)} weights that its config.json leaves out, "
+            f"such as {left[0]} and {left[-1]}; the model would be cut short. Correct the number "
+            "of layers in config.json."
+        )
 
 
 def _cannot_load(model: ResolvedModel, error: Exception) -> InputError:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,6 +75,12 @@ class EncodedSplit:
         order = np.argsort(-self.lengths, kind="stable")
         for start in range(0, len(order), batch_size):
             yield self.batch(order[start : start + batch_size])
+
+    def renumbered(self, order: np.ndarray) -> EncodedSplit:
+        """The rows with class order[c] in the place of class c, order (classes,)."""
+        if self.labels is None:
+            return self
+        return replace(self, labels=order.astype(self.labels.dtype)[self.labels])
 
     @property
     def lengths(self) -> np.ndarray:

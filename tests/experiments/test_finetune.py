@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from deltacontrol.deltas import LoRA, Subspace
 from deltacontrol.experiments.runs.experiment import Workspace
@@ -48,7 +48,7 @@ def places(tmp_path_factory):
         intermediate_size=32,
         max_position_embeddings=16,
     )
-    BertForSequenceClassification(config).save_pretrained(model)
+    BertModel(config).save_pretrained(model)
     generator = np.random.default_rng(0)
     rows = []
     for index in range(300):

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import (
     AutoTokenizer,
     BertConfig,
-    BertForSequenceClassification,
+    BertModel,
     BertTokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -52,7 +52,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         max_position_embeddings=16,
         initializer_range=0.3,
     )
-    BertForSequenceClassification(config).save_pretrained(model)
+    BertModel(config).save_pretrained(model)
     generator = np.random.default_rng(0)
     texts = [" ".join(generator.choice(WORDS, 2 + i % 9)) + f" {WORDS[i % 4]}" for i in range(200)]
     frame = pd.DataFrame({"text": texts})

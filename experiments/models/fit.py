@@ -1,0 +1,104 @@
+"""Whether a model and the rows of a task fit: positions, tokens, and the names of classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from deltacontrol.theory.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel
+
+    from deltacontrol.deltas import Delta
+
+_GENERIC = re.compile(r"LABEL_\d+")
+SHOWN = 6
+
+
+def require_positions(
+    model: PreTrainedModel, name: str, max_length: int, deltas: Iterable[Delta] = ()
+) -> None:
+    """Refuse texts that are longer than the positions that deltas leave.
+
+    Raises:
+        InputError: says how long a text may be.
+    """
+    from deltacontrol.deltas.editing.positions import usable_positions
+
+    usable = usable_positions(model)
+    if usable is None:
+        return
+    taken = {delta.name: delta.num_positions for delta in deltas if delta.num_positions}
+    left = usable - sum(taken.values())
+    if max_length > left:
+        and_deltas = "".join(f", of which {d} takes {n}" for d, n in taken.items())
+        raise InputError(
+            f"max_length is {max_length}, but {name} has {usable} positions{and_deltas}; "
+            f"choose max_length <= {left}"
+        )
+
+
+def require_tokens(model: PreTrainedModel, name: str, tokens: np.ndarray, pad: int) -> None:
+    """Refuse token ids (tokens,) that the model's embedding does not have.
+
+    Raises:
+        InputError: gives the largest id and the number of rows of the embedding.
+    """
+    rows = len(model.get_input_embeddings().weight)
+    largest = max(int(tokens.max(initial=0)), pad)
+    if largest >= rows:
+        raise InputError(
+            f"the tokenizer of {name} gives the token {largest}, but its embedding has {rows} "
+            "rows; tokens were added without model.resize_token_embeddings(len(tokenizer)). "
+            "Resize and save the model, or bring back its own tokenizer."
+        )
+
+
+def class_order(
+    model: PreTrainedModel, name: str, labels: Sequence[str], *, head_is_kept: bool
+) -> np.ndarray | None:
+    """The model's number of each class of a task (classes,), matched by name.
+
+    Args:
+        model: a classifier; its configuration names its classes.
+        name: of the model, for errors.
+        labels: names of the task's classes in the order of their numbers.
+        head_is_kept: whether the model's head was trained on its classes. Without that, other
+            names do not matter.
+
+    Returns:
+        None where the order is the same, or the model's classes have no names (``LABEL_0``).
+
+    Raises:
+        InputError: a head that was trained has classes of other names.
+    """
+    import numpy as np
+
+    config = model.config
+    names = [str(config.id2label.get(i, f"LABEL_{i}")) for i in range(config.num_labels)]
+    if len(names) != len(labels) or all(map(_GENERIC.fullmatch, names)):
+        return None
+    places = {_plain(own): number for number, own in enumerate(names)}
+    wanted = [_plain(label) for label in labels]
+    if set(places) != set(wanted) or len(places) < len(names):
+        if not head_is_kept:
+            return None
+        raise InputError(
+            f"the head of {name} tells the classes {_shown(names)} apart, and the task has "
+            f"{_shown(labels)}; call the classes of the task as the model does, or save the model "
+            "without its head (AutoModel.from_pretrained(...).save_pretrained(...)) to train a "
+            "new one."
+        )
+    order = np.array([places[label] for label in wanted])
+    return None if (order == np.arange(len(order))).all() else order
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.split()).casefold()
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + ", …" * (len(names) > SHOWN)
