@@ -128,12 +128,14 @@ def test_deltas_go_together(build: Build, family: str) -> None:
     ("family", "kind", "labels"),
     [
         ("bert", "classification", torch.tensor([0, 1, 1, 0, 0, 1])),
+        ("bert", "classification", torch.tensor([[1.0, 0], [0, 0], [0.5, 1]] * 2).double()),
         ("gpt2", "causal-lm", None),
         ("bert", "masked-lm", None),
     ],
 )
 def test_losses_are_those_of_the_model(build: Build, family, kind, labels) -> None:
     model = build(family, kind)
+    model.config.problem_type = None  # a pass with labels sets it
     parts = batches(model)
     whole = joined(parts)
     if labels is None:
