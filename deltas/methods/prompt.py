@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.positions import count_from_text
 from deltacontrol.theory.errors import InputError
 
 
@@ -98,6 +99,7 @@ def lay_prompt(
     embedding = host.model.get_input_embeddings()
     prompt = Prompt(rows, embedding, limit, _first_position(stack), encoder, length)
     host.add(path, prompt, like=host.embedding_weight)
+    count_from_text(host)
     host.on_call(stack, prompt.insert)
     if strip:  # last in, first out
         host.on_output(_exit(host, stack), prompt.strip, first=True)
