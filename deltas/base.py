@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args, get_type_hints
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hints
 
+from deltacontrol.theory import parsing
 from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -68,6 +71,24 @@ class Delta(ABC):
     look: ClassVar[tuple[str, str, str] | tuple[str, str, str, int] | None] = None
     acts_on: ClassVar[str] = ""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let the types of the fields be checked before the class's own checks."""
+        super().__init_subclass__(**options)
+        own: Callable[[Delta], None] | None = cls.__dict__.get("__post_init__")
+        if own is None:
+            return
+
+        @wraps(own)
+        def checked(self: Delta) -> None:
+            self._check_types()
+            own(self)
+
+        cls.__post_init__ = checked  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        """Check the types of the fields."""
+        self._check_types()
+
     @abstractmethod
     def build(self, host: Host) -> None:
         """Create the controllers on the model of ``host``; raises InputError before any change."""
@@ -96,6 +117,13 @@ class Delta(ABC):
         """What the search of learning rates tries, increasing."""
         return cls.searched_rates or tuple(float(f"{k * cls.rate():.3g}") for k in (1, 3, 10, 30))
 
+    def _check_types(self) -> None:
+        for field, kind in _field_types(type(self)).items():
+            given = getattr(self, field)
+            value = parsing.checked(self.name, field, given, kind)
+            if value is not given:
+                object.__setattr__(self, field, value)
+
     def _positive(self, *fields: str) -> None:
         for field in fields:
             value = getattr(self, field)
@@ -114,3 +142,14 @@ class Delta(ABC):
         fields = dataclasses.asdict(self)  # type: ignore[call-overload]
         plain = {key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()}
         return {"name": self.name, **plain}
+
+
+@cache
+def _field_types(kind: type) -> dict[str, Any]:
+    if not dataclasses.is_dataclass(kind):
+        return {}
+    try:
+        hints = get_type_hints(kind)
+    except NameError:  # a user's class, with a type that is imported for checkers alone
+        return {}
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}

@@ -37,7 +37,10 @@ def load(model: PreTrainedModel, folder: str | Path) -> DeltaModel:
             before.
     """
     saved = saved_folder.read(folder)
-    deltas = [from_dict(config) for config in saved.deltas]
+    try:
+        deltas = [from_dict(config) for config in saved.deltas]
+    except InputError as error:
+        raise InputError(f"{Path(folder) / saved_folder.DESCRIPTION}: {error}") from error
     saved_folder.check_same_base(saved.base, saved_folder.architecture(model), Path(folder))
     tuned = attach(model, *deltas, seed=saved.seed)
     try:

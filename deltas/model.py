@@ -135,13 +135,15 @@ class DeltaModel(nn.Module):
         """
         asked = self.host.requests
         requests = [*asked.preparations, *asked.penalties, *asked.after_step]
-        if self._asked(requests) or asked.rate_factors:
-            names = " and ".join(a.namespace for a in self.attachments)
+        asking = {namespace for namespace, _ in requests}
+        asking |= {name.partition(".")[0] for name in asked.rate_factors}
+        if names := [a.namespace for a in self.attachments if a.namespace in asking & self._active]:
             raise InputError(
-                f"{names} ask the training for more than gradients (a look at the data, a penalty, "
-                "a schedule, or learning rates of their own), which transformers' Trainer does not "
-                "do. Train with deltacontrol.experiments.training.finetune, or in a loop of "
-                "your own that calls prepare(), penalty() and after_step() and heeds rate_factors."
+                f"{' and '.join(names)} ask the training for more than gradients (a look at the "
+                "data, a penalty, a schedule, or learning rates of their own), which transformers' "
+                "Trainer does not do. Train with deltacontrol.experiments.training.finetune, or in "
+                "a loop of your own that calls prepare(), penalty() and after_step() and heeds "
+                "rate_factors."
             )
         own = getattr(self.model, "accepts_loss_kwargs", None)
         if own is not None:

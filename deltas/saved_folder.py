@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import re
 import shutil
@@ -16,7 +17,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ DESCRIPTION, CONTROLS = "deltas.json", "controls.safetensors"
 FORMAT = "deltacontrol deltas 1"
 _KEYS = ("format", "deltas", "seed", "base", "controls", "versions")
 _BASE_KEYS = ("class", "name", "dtype", "config", "weights")
+_KINDS = {"deltas": list, "seed": int, "base": dict, "controls": str, "versions": dict}
+_BASE_KINDS = {"class": str, "name": str, "dtype": str, "config": dict, "weights": str}
+_WORDS = {list: "a list", int: "an integer", dict: "an object", str: "a text"}
+_EXPECTED = "the JSON object that save() writes"
+_AGAIN = "Copy the whole folder again, or save it again."
 _SAMPLED = 1024
 # Entries of a configuration that say where it came from or what a pass returns, not which map the
 # model is; trainers and forward passes set some of them.
@@ -62,7 +68,7 @@ def architecture(model: PreTrainedModel) -> dict[str, Any]:
 
     Returns:
         Plain JSON values: class, name (a name of the hub, or the last part of a path), dtype and
-        configuration.
+        configuration, whose numbers without an end are the texts "inf", "-inf" and "nan".
     """
     config = json.loads(json.dumps(model.config.to_dict(), default=str))
     return {
@@ -106,7 +112,16 @@ def _identifying(config: Any) -> Any:
     if isinstance(config, dict):
         kept = {k: v for k, v in config.items() if k not in _NO_IDENTITY}
         return {key: _identifying(value) for key, value in kept.items()}
-    return config
+    return _finite(config)
+
+
+def _finite(value: Any) -> Any:
+    """A value with texts for infinity and NaN: JSON has no such numbers, and NaN is not itself."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _public_name(name: str | None) -> str:
@@ -154,7 +169,8 @@ def write(folder: str | Path, saved: Saved) -> None:
     """Write such a folder, whole or not at all; an earlier one of the kind is replaced.
 
     It is made beside the place and then renamed; where an earlier one stands there, it is moved
-    away first and moved back if the renaming fails.
+    away first, and moved back if anything ends the renaming, an interrupt too. Nothing is deleted
+    before a whole folder stands at the place.
 
     Raises:
         InputError: there is something else at that place.
@@ -162,29 +178,35 @@ def write(folder: str | Path, saved: Saved) -> None:
     target = Path(folder).resolve()
     _check_free(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as beside:
-        new, old = Path(beside) / "new", Path(beside) / "old"
-        new.mkdir()
-        tensors = {name: value.contiguous() for name, value in saved.controls.items()}
-        save_file(tensors, new / CONTROLS, metadata={"format": "pt"})
-        description = {
-            "format": FORMAT,
-            "deltas": saved.deltas,
-            "seed": saved.seed,
-            "base": saved.base,
-            "controls": _digest(new / CONTROLS),
-            "versions": _versions(),
-        }
-        text = json.dumps(description, indent=2, allow_nan=False)
-        (new / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
-        if target.exists():
+    had_one = target.exists()
+    beside = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    new, old = beside / "new", beside / "old"
+    try:
+        _fill(new, saved)
+        if had_one:
             target.rename(old)
-        try:
-            new.rename(target)
-        except OSError:
-            if old.exists():
-                shutil.move(old, target)
-            raise
+        new.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        if target.exists() or not had_one:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _fill(folder: Path, saved: Saved) -> None:
+    folder.mkdir()
+    tensors = {name: value.contiguous() for name, value in saved.controls.items()}
+    save_file(tensors, folder / CONTROLS, metadata={"format": "pt"})
+    description = {
+        "format": FORMAT,
+        "deltas": saved.deltas,
+        "seed": saved.seed,
+        "base": saved.base,
+        "controls": _digest(folder / CONTROLS),
+        "versions": _versions(),
+    }
+    text = json.dumps(description, indent=2, allow_nan=False)
+    (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
 
 def read(folder: str | Path) -> Saved:
@@ -216,29 +238,58 @@ def read(folder: str | Path) -> Saved:
 
 
 def _description(folder: Path) -> dict[str, Any]:
+    """The checked content of ``deltas.json``."""
+    file = folder / DESCRIPTION
     try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{folder / DESCRIPTION} is no JSON: {error}") from error
-    found = description.get("format") if isinstance(description, dict) else None
-    if found != FORMAT:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is no JSON ({error}); expected {_EXPECTED}. {_AGAIN}") from error
+    if not isinstance(description, dict):
         raise InputError(
-            f"{folder / DESCRIPTION} has the format {found!r}, expected {FORMAT!r}: another "
+            f"{file} holds a {type(description).__name__}; expected {_EXPECTED}. {_AGAIN}"
+        )
+    if description.get("format") != FORMAT:
+        raise InputError(
+            f"{file} has the format {description.get('format')!r}, expected {FORMAT!r}: another "
             "program wrote it, or another version of this one."
         )
-    _check_keys(folder, description, _KEYS)
-    if not isinstance(description["base"], dict) or not isinstance(description["seed"], int):
-        raise InputError(f"{folder / DESCRIPTION}: base must be an object, seed an integer.")
-    _check_keys(folder, description["base"], _BASE_KEYS)
+    _check_keys(file, "", description, _KEYS)
+    _check_kinds(file, "", description, _KINDS)
+    _check_keys(file, " of base", description["base"], _BASE_KEYS)
+    _check_kinds(file, " of base", description["base"], _BASE_KINDS)
+    for number, delta in enumerate(description["deltas"], 1):
+        if not isinstance(delta, dict) or not isinstance(delta.get("name"), str):
+            raise InputError(
+                f"{file}: delta {number} is {_short(delta)}; expected an object with the name of "
+                f"a delta and its fields. {_AGAIN}"
+            )
+    seed = description["seed"]
+    if isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+        raise InputError(
+            f"{file}: seed is {_short(seed)}; expected an integer of 64 bits. {_AGAIN}"
+        )
     return description
 
 
-def _check_keys(folder: Path, entries: dict[str, Any], expected: Iterable[str]) -> None:
+def _check_keys(file: Path, of: str, entries: dict[str, Any], expected: Iterable[str]) -> None:
     if set(entries) != set(expected):
         raise InputError(
-            f"{folder / DESCRIPTION} has the entries {', '.join(sorted(entries))} where "
-            f"{', '.join(sorted(expected))} are expected."
+            f"{file} has the entries{of} {', '.join(sorted(entries)) or 'none'} where "
+            f"{', '.join(sorted(expected))} are expected. {_AGAIN}"
         )
+
+
+def _check_kinds(file: Path, of: str, entries: dict[str, Any], kinds: dict[str, type]) -> None:
+    for key, kind in kinds.items():
+        if not isinstance(entries[key], kind):
+            raise InputError(
+                f"{file}: {key}{of} is {_short(entries[key])}; expected {_WORDS[kind]}. {_AGAIN}"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _check_free(target: Path) -> None:

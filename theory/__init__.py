@@ -31,7 +31,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deltacontrol.theory.claims import Claim, Evidence, Outcome, Threshold, Verdict, judge
-    from deltacontrol.theory.control.costs import CrossEntropyCost, QuadraticCost, SquaredErrorCost
+    from deltacontrol.theory.control.costs import (
+        BinaryCrossEntropyCost,
+        CrossEntropyCost,
+        QuadraticCost,
+        SquaredErrorCost,
+    )
     from deltacontrol.theory.control.problem import (
         Box,
         ControlProblem,
@@ -120,6 +125,7 @@ _HOME = {
         "solve_convex",
     ),
     "deltacontrol.theory.control.costs": (
+        "BinaryCrossEntropyCost",
         "CrossEntropyCost",
         "QuadraticCost",
         "SquaredErrorCost",
@@ -193,6 +199,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "AffineFeedback",
     "AffineSubspace",
+    "BinaryCrossEntropyCost",
     "Box",
     "Claim",
     "ContinuousDepth",

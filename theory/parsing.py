@@ -7,14 +7,16 @@ name and its fields, and each value becomes what the field's type says, or is re
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, TypeAlias
 
 from deltacontrol.theory.errors import InputError, unknown
 
-__all__ = ["Fields", "converted", "fields_of", "split"]
+__all__ = ["Fields", "checked", "converted", "fields_of", "split"]
 
 Fields: TypeAlias = Mapping[str, tuple[Any, Any]]
 """Names of fields with their type and default (`dataclasses.MISSING` where there is none)."""
@@ -111,6 +113,79 @@ def _convert(what: str, name: str, key: str, value: Any, kind: Any) -> Any:
         return kind(value)
     except (TypeError, ValueError):
         raise error from None
+
+
+def checked(name: str, key: str, value: Any, kind: Any) -> Any:
+    """A value that a program gives, which must be of the field's type already.
+
+    Texts and switches do not count as numbers here, as `converted` reads them from a command line.
+
+    Args:
+        name: what has the field, for the message.
+        key: the field.
+        value: given for it.
+        kind: its type; a type that is none of a text's is let pass.
+
+    Returns:
+        The value; a whole number as an int, a list as a tuple.
+
+    Raises:
+        InputError: the value is of another type, or no finite number where one is expected.
+
+    Example:
+        >>> checked("lora", "rank", 8.0, int)
+        8
+        >>> checked("lora", "rank", "8", int)
+        Traceback (most recent call last):
+        ...
+        deltacontrol.theory.errors.InputError: lora: rank is '8'; expected an integer.
+    """
+    try:
+        return _of_kind(value, kind)
+    except _OtherKindError:
+        expected = _describe_value(kind)
+        if "tuple" in expected and isinstance(value, str | int):
+            expected += f", such as ({value!r},)"
+        raise InputError(f"{name}: {key} is {value!r}; expected {expected}.") from None
+
+
+class _OtherKindError(Exception):
+    """A value is of another type than its field."""
+
+
+def _of_kind(value: Any, kind: Any) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        others = [a for a in args if a is not type(None)]
+        if len(others) > 1 or (value is None and len(others) < len(args)):
+            return value
+        return _of_kind(value, others[0])
+    if origin is tuple and args[1:] == (...,):
+        if not isinstance(value, list | tuple | range):
+            raise _OtherKindError
+        return tuple(_of_kind(item, args[0]) for item in value)
+    if kind in (int, float):
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+            raise _OtherKindError
+        if kind is float:
+            return value if isinstance(value, int | float) else float(value)
+        if value != int(value):
+            raise _OtherKindError
+        return int(value)
+    if kind in (bool, str) and not isinstance(value, kind):
+        raise _OtherKindError
+    return value
+
+
+def _describe_value(kind: Any) -> str:
+    """A type in words, as a program gives it."""
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        one = {int: "integers", float: "finite numbers", str: "texts"}.get(args[0], "values")
+        return f"a tuple of {one}"
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join("None" if a is type(None) else _describe_value(a) for a in args)
+    return {float: "a finite number", bool: "True or False"}.get(kind) or _describe(kind)
 
 
 def _describe(kind: Any) -> str:

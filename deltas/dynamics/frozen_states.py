@@ -6,7 +6,8 @@ function of the example alone,
     x_b = f_{b-1}(… f_0(embed(tokens))),        no u in it,
 
 as long as nothing in it is random. So the blocks 0 … b-1 need to run in the first epoch only. A
-state is kept for the tokens of its example, without padding, whose states no other token sees.
+state is kept for the tokens of its example, without padding, whose states no other token sees, and
+for the rows of a prompt in front of them, where there is one that is not trained.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ class FrozenStates:
             )
         self._template = with_first_tensor(outputs[self.num_frozen - 1], torch.empty(0))
         self._states: dict[int, Tensor] = {}
+        self._num_rows = 0  # of a prompt, in front of the tokens
+        self._trained = frozenset(delta_model.trainable())
+        self._versions = self._fixed_controls()
 
     def __len__(self) -> int:
         """How many examples have their state here."""
@@ -82,8 +86,9 @@ class FrozenStates:
             mask: the batch's attention mask, (rows, tokens), padded on the right.
 
         Raises:
-            InputError: the padding is not on the right.
+            InputError: the padding is not on the right, or more controls are trained than before.
         """
+        self._check_controls()
         if bool((mask[:, 1:] > mask[:, :-1]).any()):
             raise InputError(
                 "states are kept for examples that are padded on the right, but this batch has "
@@ -99,8 +104,9 @@ class FrozenStates:
 
         def learn(_module: nn.Module, _args: tuple, output: Any) -> None:
             states = first_tensor(output).detach()
+            self._num_rows = states.shape[1] - mask.shape[1]
             for number, state, length in zip(numbers, states, mask.sum(1).tolist(), strict=True):
-                self._states[number] = state[:length].clone()
+                self._states[number] = state[: self._num_rows + length].clone()
 
         handle = block.register_forward_hook(learn)
         try:
@@ -108,9 +114,31 @@ class FrozenStates:
         finally:
             handle.remove()
 
+    def _fixed_controls(self) -> dict[str, int]:
+        """Controls that are not trained, each with the count of its changes in place."""
+        controls = self.delta_model.controls.state_dict(keep_vars=True)
+        return {n: c._version for n, c in controls.items() if n not in self._trained}
+
+    def _check_controls(self) -> None:
+        """Forget the states where controls that made them were changed.
+
+        Raises:
+            InputError: controls are trained now that were not when this was made.
+        """
+        more = self.delta_model.trainable().keys() - self._trained
+        if more:
+            raise InputError(
+                f"{min(more)} was not trained when the states were first kept, and is now; make "
+                "the FrozenStates behind train_only(), or train without cache_frozen."
+            )
+        if self._fixed_controls() != self._versions:
+            self._states.clear()
+            self._versions = self._fixed_controls()
+
     def _padded(self, numbers: list[int], mask: Tensor) -> Tensor:
         first = self._states[numbers[0]]
-        states = first.new_zeros(*mask.shape, first.shape[-1])
+        rows, tokens = mask.shape
+        states = first.new_zeros(rows, self._num_rows + tokens, first.shape[-1])
         for row, number in zip(states, numbers, strict=True):
             state = self._states[number]
             row[: len(state)] = state

@@ -45,7 +45,8 @@ def weight_features(
         The logits (N, K), and for each path left factors (N, K, T, out) and right ones (N, T, in).
 
     Raises:
-        InputError: a path is no linear map, or its input is not (examples, tokens, width).
+        InputError: a path is no linear map, its input is not (examples, tokens, width), or the
+            model's logits are not (examples, classes).
     """
     parts = list(_derivatives(model, paths, batch, chunk))
     features = {
@@ -90,7 +91,7 @@ def _derivatives(
     for start in range(0, num_examples, chunk):
         part = {name: value[start : start + chunk] for name, value in inputs.items()}
         with _recorded(modules) as (sources, probes), torch.enable_grad():
-            z = model(**part).logits
+            z = _class_logits(model, model(**part))
         found = [
             torch.autograd.grad(z[:, k].sum(), list(probes.values()), retain_graph=True)
             for k in range(z.shape[1])
@@ -100,6 +101,18 @@ def _derivatives(
             for number, path in enumerate(probes)
         }
         yield z.detach(), left, sources
+
+
+def _class_logits(model: nn.Module, output: Any) -> Tensor:
+    """The logits (n, K) of an output; refused where there are none, or some for each token."""
+    z = getattr(output, "logits", None)
+    if z is None or z.dim() != 2:
+        found = "no logits" if z is None else f"logits of shape {tuple(z.shape)}"
+        raise InputError(
+            f"{type(model).__name__} gives {found}; the features are those of logits (examples, "
+            "classes), as AutoModelForSequenceClassification gives them"
+        )
+    return z
 
 
 @contextmanager

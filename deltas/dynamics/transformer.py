@@ -47,7 +47,11 @@ from transformers import PreTrainedModel
 from deltacontrol.deltas.dynamics.stages import Stages
 from deltacontrol.deltas.dynamics.state_layout import Part, StateLayout
 from deltacontrol.deltas.model import DeltaModel
-from deltacontrol.theory.control.costs import CrossEntropyCost, SquaredErrorCost
+from deltacontrol.theory.control.costs import (
+    BinaryCrossEntropyCost,
+    CrossEntropyCost,
+    SquaredErrorCost,
+)
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Cost, Dynamics
 from deltacontrol.theory.errors import InputError
 
@@ -241,14 +245,29 @@ def is_causal_lm(model: PreTrainedModel) -> bool:
     return model.get_output_embeddings() is not None and model.loss_type != "ForMaskedLM"
 
 
+def has_many_labels(model: PreTrainedModel, labels: Tensor) -> bool:
+    """Whether each class of a model is a question of its own, answered by yes or no.
+
+    As its own loss decides: by ``problem_type``, or, where that is not set, by real labels of
+    several classes.
+    """
+    if model.loss_type not in ("ForSequenceClassification", "ForImageClassification"):
+        return False
+    kind = model.config.problem_type
+    if kind is None and labels.is_floating_point():
+        return model.config.num_labels > 1
+    return kind == "multi_label_classification"
+
+
 def control_problem(
     delta_model: DeltaModel, batch: Mapping[str, Any], *, weight_decay: float = 0.0
 ) -> ControlProblem:
     """The fine-tuning of a delta on one batch, as an optimal-control problem.
 
     J(u) = loss(logits, labels) + λ/2 Σ_t ‖u_t‖² with the loss averaged over the batch:
-    cross-entropy for integer labels (shifted by one position for causal language models), half the
-    mean squared error for real ones.
+    cross-entropy for integer labels (shifted by one position for causal language models), the
+    binary one where an example has several labels (`has_many_labels`), half the mean squared error
+    for other real ones.
 
     The problem's ``dynamics`` are `TransformerDynamics`, and ``x0`` is the batch of tokens. Between
     two stages the state is the hidden states (batch, tokens, d), or, where more goes from stage to
@@ -276,7 +295,9 @@ def control_problem(
         raise InputError(f"the batch has no 'labels'; it has {', '.join(batch)}.")
     dynamics = TransformerDynamics(delta_model, _with_decoder_tokens(delta_model.model, batch))
     cost: Cost
-    if labels.is_floating_point():
+    if has_many_labels(delta_model.model, labels):
+        cost = BinaryCrossEntropyCost(labels, weight_decay=weight_decay)
+    elif labels.is_floating_point():
         cost = SquaredErrorCost(labels.reshape(len(labels), -1), weight_decay=weight_decay)
     elif labels.dim() == 2 and is_causal_lm(delta_model.model):
         shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)

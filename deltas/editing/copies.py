@@ -70,7 +70,14 @@ class Copies:
     def output(
         self, law: Callable[[tuple, Tensor], Tensor], inputs: tuple, output: Tensor
     ) -> Tensor:
-        """``law(inputs, output)`` of every copy."""
+        """``law(inputs, output)`` of every copy.
+
+        Raises:
+            InputError: the output does not hold rows of each copy, such as that of an embedding of
+                one list of positions for all rows.
+        """
+        if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() == 1:
+            raise self._no_rows(output)
         whole = list(inputs)
         own = [i for i, value in enumerate(inputs) if self._is_shared_out(value)]
 
@@ -84,8 +91,13 @@ class Copies:
         return self._map(law, one, parts, self._share_out(output)).flatten(0, 1)
 
     def call(self, law: Callable[[tuple, dict], tuple], args: tuple, kwargs: dict) -> tuple:
-        """``law(args, kwargs)`` of every copy, one after another: arguments are of any kind."""
+        """``law(args, kwargs)`` of every copy, one after another: arguments are of any kind.
+
+        What the law passes on unchanged, and is not shared out, stays what it is: a table of all
+        rows may be as long as the rows of one copy.
+        """
         leaves, tree = tree_flatten((args, kwargs))
+        common = {id(leaf) for leaf in leaves if not self._is_shared_out(leaf)}
         results = []
         for k in range(self.size):
             own = [self._share_out(x)[k] if self._is_shared_out(x) else x for x in leaves]
@@ -95,8 +107,8 @@ class Copies:
         merged = []
         for pieces in zip(*flat, strict=True):
             first = pieces[0]
-            mine = isinstance(first, Tensor) and first.dim() > 0 and not len(first) % self.rows
-            merged.append(torch.cat(pieces) if mine else first)
+            rows = isinstance(first, Tensor) and first.dim() > 1 and not len(first) % self.rows
+            merged.append(torch.cat(pieces) if rows and id(first) not in common else first)
         return tree_unflatten(merged, tree_flatten(results[0])[1])
 
     def prefix(self, prefix: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -153,17 +165,24 @@ class Copies:
                 place[leaf] = value
 
     def _is_shared_out(self, value: Any) -> bool:
-        """Whether a tensor holds the copies' rows (or tokens) one after another."""
+        """Whether a tensor holds the copies' rows (or tokens) one after another.
+
+        One with a single axis does not: no law of a delta that can be stacked takes one number a
+        row, and models hold the positions of all rows in such a list.
+        """
         whole = self.size * self.rows
-        return isinstance(value, Tensor) and value.dim() > 0 and not len(value) % whole
+        return isinstance(value, Tensor) and value.dim() > 1 and not len(value) % whole
 
     def _share_out(self, value: Tensor) -> Tensor:
         if not self._is_shared_out(value):
-            raise InputError(
-                f"a control acts at a state of shape {tuple(value.shape)}, which does not hold "
-                f"{self.rows} rows of each of {self.size} copies; train one after another."
-            )
+            raise self._no_rows(value)
         return value.unflatten(0, (self.size, -1))
+
+    def _no_rows(self, value: Tensor) -> InputError:
+        return InputError(
+            f"a control acts at a state of shape {tuple(value.shape)}, which does not hold "
+            f"{self.rows} rows of each of {self.size} copies; train one after another."
+        )
 
 
 class _Watch(TorchFunctionMode):

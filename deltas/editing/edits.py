@@ -255,8 +255,9 @@ class Edits:
     def add_prefix(self, module: nn.Module, prefix: attention.Prefix) -> None:
         """Let an attention module see ``prefix`` beside its own keys and values."""
         if not self._intercepted:
-            self._undo.append(attention.intercept(self.model))
-            self._aside.append(lambda: attention.step_aside(self.model))
+            interception = attention.Interception(self.model)
+            self._undo.append(interception.undo)
+            self._aside.append(interception.step_aside)
             self._intercepted = True
         self.prefixes.append(prefix)
         self._undo.append(attention.add_prefix(module, self._of_each_copy(prefix)))

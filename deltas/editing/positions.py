@@ -1,7 +1,13 @@
-"""Positions of the text behind a prefix that counts as n positions, as in a cache."""
+"""Positions of the text behind what deltas put in front of it.
+
+`shift_positions` is for a prefix that counts as n positions, as in a cache. `count_from_text` is
+for rows or keys in front of padding: a model with rotary positions sees distances alone, so that
+padding before a text changes nothing, unless something in front of the padding is seen as well.
+"""
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -63,6 +69,33 @@ def shift_positions(host: Host, length: int) -> None:
             f"where positions enter {host.sites.model_type} is not known, so they cannot start "
             "behind a prefix; leave shift=false."
         )
+
+
+def count_from_text(host: Host) -> None:
+    """Let each text have the positions 0, 1, …, whatever padding is before it.
+
+    It acts in models with rotary positions alone, where the caller gives a mask and no positions.
+    """
+    if not any(path.rpartition(".")[2] == _ROTARY for path in host.sites.modules):
+        return
+    path = host.sites.block_paths[0]
+    while path:
+        path = path.rpartition(".")[0]
+        module = host.sites.modules[path]
+        if {"position_ids", "inputs_embeds"} <= signature(module.forward).parameters.keys():
+            host.on_call(module, _with_positions)
+            return
+
+
+def _with_positions(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    mask, given = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    state = args[0] if args else kwargs.get("input_ids")
+    state = kwargs.get("inputs_embeds") if state is None else state
+    if given is not None or not isinstance(mask, Tensor) or mask.dim() != 2 or state is None:
+        return args, kwargs
+    before = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+    positions = (torch.arange(mask.shape[1], device=mask.device) - before).clamp_min(0)
+    return args, kwargs | {"position_ids": positions[:, -state.shape[1] :]}
 
 
 class Shift:

@@ -1,8 +1,10 @@
 """Prefixes enter through the attention interface of transformers, not through the model's code.
 
-``intercept`` switches a model from the implementation "sdpa" (or "eager") to a registered one that
+`Interception` switches a model from the implementation "sdpa" (or "eager") to a registered one that
 puts prefix keys and values in front where a module has some, and then calls the stock function.
-Without a prefix the result is the stock model's, exactly.
+Without a prefix the result is the stock model's, exactly. Each configuration in the model is
+switched from its own implementation, as an encoder may have another one than its decoder, or a
+layer another one than its model.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from deltacontrol.theory.errors import InputError
 
 _NAME = "deltacontrol_"
 _SLOT = "deltacontrol_prefixes"
+_STOCK = ("eager", "sdpa")
 
 
 class Prefix(Protocol):
@@ -36,7 +39,13 @@ class Prefix(Protocol):
 
 
 def add_prefix(module: nn.Module, prefix: Prefix) -> Callable[[], None]:
-    """Attach a prefix to an attention module; returns what takes it off again."""
+    """Attach a prefix to an attention module; returns what takes it off again.
+
+    Raises:
+        InputError: the module's own implementation is none that was switched.
+    """
+    if hasattr(module, "config") and not _is_switched(module.config):
+        raise _no_masks(module.config._attn_implementation)
     slot = module.__dict__.setdefault(_SLOT, [])  # not a submodule: the base tree stays as it is
     slot.append(prefix)
 
@@ -48,38 +57,83 @@ def add_prefix(module: nn.Module, prefix: Prefix) -> Callable[[], None]:
     return remove
 
 
-def intercept(model: PreTrainedModel) -> Callable[[], None]:
-    """Route a model's attention through this file; returns what switches it back.
+class Interception:
+    """Routes a model's attention through this file.
+
+    Args:
+        model: the base model.
 
     Raises:
         InputError: the model cannot change its attention, uses a kernel without masks, or shares
             its configuration object with another model that carries a prefix.
     """
-    stock = str(model.config._attn_implementation)
-    if stock.startswith(_NAME):
-        raise InputError(
-            "this model shares its configuration object with a model that carries a prefix; build "
-            "it from a copy of the configuration, or detach the other model's deltas first."
-        )
-    if not model._can_set_attn_implementation():
-        raise InputError(
-            f"{type(model).__name__} does not use the attention interface of transformers, so a "
-            "prefix cannot enter it. Use prompt tuning, or another delta."
-        )
-    if stock not in ("eager", "sdpa"):
-        raise InputError(
-            f"prefixes work with the attention implementations eager and sdpa, not {stock!r}; load "
-            "the model with attn_implementation='sdpa'."
-        )
-    model.set_attn_implementation(_NAME + stock)
-    return lambda: model.set_attn_implementation(stock)
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        configs = _configurations(model)
+        if any(_is_switched(config) for config in configs):
+            raise InputError(
+                "this model shares its configuration object with a model that carries a prefix; "
+                "build it from a copy of the configuration, or detach the other model's deltas "
+                "first."
+            )
+        if not model._can_set_attn_implementation():
+            raise InputError(
+                f"{type(model).__name__} does not use the attention interface of transformers, so "
+                "a prefix cannot enter it. Use prompt tuning, or another delta."
+            )
+        if model.config._attn_implementation not in _STOCK:
+            raise _no_masks(model.config._attn_implementation)
+        found = [(config, config._attn_implementation) for config in configs]
+        self._stock = [(config, name) for config, name in found if name in _STOCK]
+        self._switch()
+
+    def _switch(self) -> None:
+        for config, name in self._stock:
+            config._attn_implementation_internal = _NAME + name
+
+    def undo(self) -> None:
+        """Give every configuration its own implementation back."""
+        for config, name in self._stock:
+            config._attn_implementation_internal = name
+
+    def step_aside(self) -> Callable[[], None]:
+        """Undo for a while; returns what switches again."""
+        self.undo()
+        return self._switch
 
 
-def step_aside(model: PreTrainedModel) -> Callable[[], None]:
-    """Give an intercepted model its stock attention for a while; returns what intercepts again."""
-    name = str(model.config._attn_implementation)
-    model.set_attn_implementation(name.removeprefix(_NAME))
-    return lambda: model.set_attn_implementation(name)
+def _is_switched(config: Any) -> bool:
+    return str(config._attn_implementation).startswith(_NAME)
+
+
+def _no_masks(name: Any) -> InputError:
+    return InputError(
+        f"prefixes work with the attention implementations eager and sdpa, not {name!r}; load the "
+        "model with attn_implementation='sdpa'."
+    )
+
+
+def _configurations(model: PreTrainedModel) -> list[Any]:
+    """Every configuration object by which attention of a model is chosen, each once.
+
+    Those of its modules, which may be their own, and the parts of each. Not those of a part that
+    does not use the attention interface.
+    """
+    found: dict[int, Any] = {}
+    fixed: set[int] = set()
+
+    def note(config: Any) -> None:
+        if hasattr(config, "_attn_implementation_internal") and id(config) not in found:
+            found[id(config)] = config
+            for name in config.sub_configs:
+                note(getattr(config, name, None))
+
+    note(model.config)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and not module._can_set_attn_implementation():
+            fixed.add(id(module.config))
+        note(getattr(module, "config", None))
+    return [c for key, c in found.items() if key not in fixed or c is model.config]
 
 
 def _extended_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, length: int,
@@ -142,6 +196,6 @@ def _attention(stock: str) -> Callable[..., Any]:
     return forward
 
 
-for _stock in ("eager", "sdpa"):
+for _stock in _STOCK:
     AttentionInterface.register(_NAME + _stock, _attention(_stock))
     AttentionMaskInterface.register(_NAME + _stock, ALL_MASK_ATTENTION_FUNCTIONS[_stock])

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from deltacontrol.deltas.attaching import attach
 from deltacontrol.deltas.base import Delta
-from deltacontrol.deltas.dynamics.transformer import is_causal_lm
+from deltacontrol.deltas.dynamics.transformer import has_many_labels, is_causal_lm
 from deltacontrol.deltas.editing.control_tree import ControlTree
 from deltacontrol.deltas.editing.copies import Copies, Place
 from deltacontrol.deltas.editing.host import Host
@@ -141,8 +141,11 @@ class DeltaStack(nn.Module):
         """The mean loss of each copy, (copies,), as the model's own forward computes it.
 
         Cross-entropy for integer labels, shifted by one position for causal language models; the
-        mean squared error for real ones.
+        binary one where an example has several labels; the mean squared error for other real ones.
         """
+        if has_many_labels(self.model, labels):
+            each = binary_cross_entropy_with_logits(logits, labels, reduction="none")
+            return each.reshape(num_copies, -1).mean(1)
         if labels.is_floating_point():
             errors = mse_loss(logits.reshape(len(labels), -1).squeeze(-1), labels, reduction="none")
             return errors.reshape(num_copies, -1).mean(1)

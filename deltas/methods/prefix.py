@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
-from deltacontrol.deltas.editing.positions import shift_positions
+from deltacontrol.deltas.editing.positions import count_from_text, shift_positions
 from deltacontrol.deltas.editing.sites import Site
 from deltacontrol.deltas.editing.spans import state_width
 
@@ -96,6 +96,7 @@ class PrefixTuning(Delta):
                 made = ProjectedPrefix(rows, host.normal(*size, std=self.init_std), heads)
             prefix = host.add(site.path, made, like=_floats(site))
             host.add_prefix(site.module, prefix)
+        count_from_text(host)
         if self.shift:
             shift_positions(host, self.length)
 

@@ -13,7 +13,11 @@ from torch.nn.functional import pad
 
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
-from deltacontrol.deltas.editing.positions import first_position, usable_positions
+from deltacontrol.deltas.editing.positions import (
+    count_from_text,
+    first_position,
+    usable_positions,
+)
 from deltacontrol.theory.errors import InputError
 
 
@@ -104,6 +108,7 @@ def lay_prompt(
     limit = usable_positions(host.model)
     prompt = Prompt(rows, embedding, limit, first_position(stack), encoder, length)
     host.add(path, prompt, like=host.embedding_weight)
+    count_from_text(host)
     host.on_call(stack, prompt.insert)
     if strip:  # last in, first out
         host.on_output(_exit(host, stack), prompt.strip, first=True)

@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.positions import count_from_text
 from deltacontrol.deltas.editing.sites import Site
 from deltacontrol.deltas.editing.spans import by_layer
 from deltacontrol.deltas.editing.visibility import Visibility
@@ -97,6 +98,7 @@ class UniPELT(Delta):
             host.on_output(value.module, controls.path(value, controls.value))
             host.add_prefix(attention.module, controls)
             host.on_output(down.module, controls.adapt)
+        count_from_text(host)
 
     def num_parameters(self, host: Host) -> int:
         """Σ r (2 d + d_q + d_kv) + 2 n d_kv + 2 m d + m + d + 3 (d + 1)."""

@@ -20,6 +20,7 @@ from deltacontrol.deltas import (
     Subspace,
     attach,
 )
+from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import (
     FAMILIES,
     METHODS,
@@ -179,3 +180,60 @@ def test_generation_is_the_bases(family):
     with tuned.disable():
         assert torch.equal(generated(tuned), base)
     assert torch.equal(generated(tuned), controlled)
+
+
+class TestMixedAttention:
+    """A model whose parts have other attention implementations gets each of them back."""
+
+    def mixed(self, build, family: str) -> Any:
+        model: Any = copy.deepcopy(build(family, attention="sdpa"))
+        if family == "bart":  # the encoder's own configuration
+            encoder = model.get_encoder()
+            own = copy.deepcopy(encoder.config)
+            for module in encoder.modules():
+                if getattr(module, "config", None) is encoder.config and module is not encoder:
+                    module.config = own
+            encoder.config = own
+        else:  # that of the last layer alone
+            last = [m for m in model.modules() if type(m).__name__.endswith("SelfAttention")][-1]
+            last.config = own = copy.deepcopy(last.config)
+        own._attn_implementation = "eager"
+        return model
+
+    @pytest.mark.parametrize("family", ["bert", "bart"])
+    def test_each_part_has_its_own_back(self, build, family):
+        model = self.mixed(build, family)
+        batch, before = batch_of(model), snapshot(model)
+        assert {"eager", "sdpa"} <= set(before["attention"])
+        base = out(model, batch).detach()
+        tuned = move(attach(model, PrefixTuning(length=2, init_std=1.0)))
+        assert not any(name in ("eager", "sdpa") for name in snapshot(model)["attention"])
+        controlled = out(tuned, batch).detach()
+        with tuned.disable():
+            assert snapshot(model)["attention"] == before["attention"]
+            assert torch.equal(out(model, batch), base)
+        assert torch.equal(out(tuned, batch), controlled)
+        tuned.detach()
+        assert_same(before, snapshot(model))
+        assert torch.equal(out(model, batch), base)
+
+    @pytest.mark.parametrize("family", ["bert", "bart"])
+    def test_a_prefix_acts_as_on_one_implementation(self, build, family):
+        """Which computes the same function, so that the outputs agree up to rounding."""
+        same, mixed = copy.deepcopy(build(family, attention="sdpa")), self.mixed(build, family)
+        batch = batch_of(same)
+        batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+        found = [
+            out(move(attach(m, PrefixTuning(length=2, init_std=1.0))), batch) for m in (same, mixed)
+        ]
+        torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+    def test_a_layer_without_masks_is_refused(self, build):
+        model: Any = self.mixed(build, "bert")
+        before = snapshot(model)
+        last = [m for m in model.modules() if type(m).__name__.endswith("SelfAttention")][-1]
+        last.config._attn_implementation_internal = "flex_attention"
+        with pytest.raises(InputError, match="eager and sdpa, not 'flex_attention'"):
+            attach(model, PrefixTuning(length=2))
+        last.config._attn_implementation_internal = "eager"
+        assert_same(before, snapshot(model))

@@ -238,6 +238,23 @@ class TestLoss:
         torch.testing.assert_close(problem.objective(problem.dynamics.controls()), loss / 2)
         controlled.detach()
 
+    @pytest.mark.parametrize(("family", "kind"), [("roberta", "multi_label_classification"),
+                                                  ("bert", None), ("vit", None)])  # fmt: skip
+    def test_of_several_labels_an_example_is_its_own(self, build, family, kind):
+        model = build(family, num_labels=3, problem_type=kind)
+        batch = batch_of(model)
+        labels = torch.tensor([[1, 0, 1], [0, 0, 0], [0.25, 1, 0]], dtype=torch.float64)
+        controlled = move(attach(model, LoRA(rank=2)))
+        problem = control_problem(controlled, batch | {"labels": labels}, weight_decay=0.1)
+        u = problem.dynamics.controls()
+        decay = 0.05 * sum(c.square().sum() for c in u)
+        loss = controlled(**batch, labels=labels).loss
+        torch.testing.assert_close(problem.objective(u), loss + decay)
+        for wrong, found in ((labels.long(), "int64"), (2 * labels, "float64 from 0 to 2")):
+            with pytest.raises(InputError, match=f"labels are {found}; expected real numbers fr"):
+                control_problem(controlled, batch | {"labels": wrong})
+        controlled.detach()
+
 
 class TestRefusals:
     def test_a_recorded_cache(self):

@@ -174,3 +174,52 @@ def test_all_blocks_lie_below_a_head(build: Build) -> None:
     controlled = attach(model, HeadTuning())
     assert FrozenStates(controlled, batch_of(model)).num_frozen == 2
     controlled.detach()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("strip", [True, False])
+def test_rows_of_a_prompt_that_is_not_trained_are_kept(build: Build, family, strip) -> None:
+    """Texts of other lengths, and another padding, with the prompt in front of each."""
+    kind = "classification" if strip else "backbone"
+    model = build(family, kind, attention="sdpa")
+    controlled = attach(model, PromptTuning(length=3, strip=strip), LoRA(rank=2, layers=(1,)))
+    move(controlled)
+    controlled.train_only(["lora"])
+    batch = batch_of(model)
+    frozen = FrozenStates(controlled, batch)
+    assert frozen.num_frozen == 1
+    mask, whole = batch["attention_mask"], out(controlled, batch)
+    if not strip:  # the states of padding are those of nothing
+        seen = torch.nn.functional.pad(mask, (3, 0), value=1)[..., None]
+        whole = whole * seen
+    for _ in range(2):
+        with frozen.passing(torch.arange(3), mask):
+            found = out(controlled, batch) * (1 if strip else seen)
+        torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+    short = {name: value[:1, :5] for name, value in batch.items()}
+    with frozen.passing(torch.tensor([0]), short["attention_mask"]):
+        found = out(controlled, short)
+    torch.testing.assert_close(found, out(controlled, short), rtol=0, atol=1e-6)
+    controlled.detach()
+
+
+def test_states_follow_the_controls_that_made_them(build: Build) -> None:
+    model = build("bert", attention="sdpa")
+    controlled = attach(model, PromptTuning(length=2), LoRA(rank=2, layers=(1,)))
+    controlled.train_only(["lora"])
+    batch, numbers = batch_of(model), torch.arange(3)
+    mask = batch["attention_mask"]
+    frozen = FrozenStates(controlled, batch)
+    with frozen.passing(numbers, mask):
+        before = out(controlled, batch)
+    state = controlled.state()
+    rows = next(name for name in state if name.startswith("prompt"))
+    controlled.load(state | {rows: state[rows].flip(-1)})
+    expected = out(controlled, batch)
+    assert not torch.allclose(before, expected)
+    with frozen.passing(numbers, mask):
+        assert torch.equal(out(controlled, batch), expected)
+    controlled.train_only(None)
+    with pytest.raises(InputError, match="prompt.* was not trained .* and is now"):
+        frozen.passing(numbers, mask).__enter__()
+    controlled.detach()

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from deltacontrol.deltas import (
     StructuredSubspace,
     attach,
     load,
+    saved_folder,
 )
 from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import FAMILIES, assert_same, batch_of, build, move, out, snapshot
@@ -126,6 +128,23 @@ class TestTheBase:
         other.config.use_cache = False
         load(other, saved)
 
+    def test_a_configuration_may_hold_numbers_without_an_end(self, build, tmp_path):
+        """As that of Mamba2 does; one without them is what it was."""
+        base = copy.deepcopy(build("bert"))
+        plain = saved_folder.architecture(base)["config"]
+        odd = {"time_step_limit": (0.0, math.inf), "low": [{"end": -math.inf}], "mean": math.nan}
+        base.config.update(odd)
+        named = {"time_step_limit": [0.0, "inf"], "low": [{"end": "-inf"}], "mean": "nan"}
+        assert saved_folder.architecture(base)["config"] == plain | named
+        tuned = move(attach(base, LoRA(rank=2)))
+        expected = out(tuned, batch_of(base))
+        tuned.save(tmp_path / "saved")
+        theirs = load(tuned.detach(), tmp_path / "saved")
+        assert torch.equal(out(theirs, batch_of(base)), expected)
+        base = theirs.detach()
+        base.config.time_step_limit = (0.0, 1.0)
+        self.refused(base, tmp_path / "saved", r"time_step_limit .* \[0.0, 'inf'\] there and")
+
     def test_private_paths_are_not_named(self, build, tmp_path):
         build("bert").save_pretrained(tmp_path / "secret" / "my-bert")
         base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "secret" / "my-bert")
@@ -162,19 +181,61 @@ class TestTheFolder:
         content = (saved / "deltas.json").read_text()
         for text, message in (
             ("no json", "is no JSON"),
-            ("[1]", "format None, expected 'deltacontrol deltas 1'"),
+            ("[1]", "holds a list; expected the JSON object that save"),
             ('{"format": "deltacontrol deltas 2"}', "another version of this one"),
             ('{"format": "deltacontrol deltas 1"}', "entries format where base, controls, deltas"),
         ):
             (saved / "deltas.json").write_text(text)
             self.refused(base, saved, message)
         (saved / "deltas.json").write_text(content)
-        described(saved, seed="0")
-        self.refused(base, saved, "seed an integer")
-        described(saved, seed=0, deltas=[{"name": "lora", "rang": 2}])
-        self.refused(base, saved, "unknown field of the delta lora 'rang'")
+        described(saved, deltas=[{"name": "lora", "rang": 2}])
+        self.refused(base, saved, "deltas.json: unknown field of the delta lora 'rang'")
         (saved / "controls.safetensors").unlink()
         self.refused(base, saved, "has no controls.safetensors")
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("", "is no JSON .*; expected the JSON object"),
+            ("{" * 9, "is no JSON"),
+            ("[" * 100_000, "is no JSON"),
+            ("\udcff", "is no JSON"),
+            ("null", "holds a NoneType; expected the JSON object"),
+            ('"text"', "holds a str; expected the JSON object"),
+        ],
+    )
+    def test_a_description_that_is_no_object_is_refused(self, saved, text, expected):
+        (saved / "deltas.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(InputError, match=rf"deltas\.json {expected}"):
+            saved_folder.read(saved)
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({"seed": "0"}, 'seed is "0"; expected an integer'),
+            ({"seed": True}, "seed is true; expected an integer of 64 bits"),
+            ({"seed": 2**70}, "seed is [0-9]*; expected an integer of 64 bits"),
+            ({"deltas": {}}, "deltas is {}; expected a list"),
+            ({"deltas": ["lora"]}, 'delta 1 is "lora"; expected an object with the name'),
+            ({"deltas": [{"rank": 2}]}, "delta 1 is .*; expected an object with the name"),
+            ({"deltas": [{"name": ["lora"]}]}, "delta 1 is .*; expected an object with the name"),
+            ({"controls": 3}, "controls is 3; expected a text"),
+            ({"base": {"config": []}}, r"config of base is \[\]; expected an object"),
+            ({"base": {"dtype": None}}, "dtype of base is null; expected a text"),
+            ({"base": {"more": 1}}, "the entries of base .* where .* are expected"),
+            ({"more": 1}, "the entries .*more.* where .* are expected"),
+        ],
+    )
+    def test_wrong_entries_are_refused_by_name(self, saved, changes, expected):
+        described(saved, **changes)
+        with pytest.raises(InputError, match=rf"deltas\.json.*{expected}"):
+            saved_folder.read(saved)
+
+    def test_a_base_that_is_no_object_is_refused(self, saved):
+        description = json.loads((saved / "deltas.json").read_text())
+        (saved / "deltas.json").write_text(json.dumps({**description, "base": "bert"}))
+        with pytest.raises(InputError, match=r'deltas\.json: base is "bert"; expected an object'):
+            saved_folder.read(saved)
 
     def test_changed_controls_are_refused(self, build, saved):
         file = saved / "controls.safetensors"
@@ -245,6 +306,37 @@ class TestTheFolder:
             tuned.save(saved)
         assert files(saved) == before
         assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+    @pytest.mark.parametrize("moment", ["before", "between", "behind", "twice"])
+    def test_an_interrupted_save_is_whole_or_has_not_been(
+        self, build, saved, tmp_path, monkeypatch, moment
+    ):
+        """Ctrl-C around the two renamings; the second time also while the first is taken back."""
+        tuned = move(attach(copy.deepcopy(build("bert")), LoRA(rank=3)))
+        before = files(saved)
+        rename, done = Path.rename, []
+
+        def interrupted(self: Path, target: Path) -> Path:
+            stops = {"before": [0], "between": [1], "behind": [], "twice": [1, 2]}[moment]
+            done.append(self.name)
+            if len(done) - 1 in stops:
+                raise KeyboardInterrupt
+            moved = rename(self, target)
+            if moment == "behind" and self.name == "new":
+                raise KeyboardInterrupt
+            return moved
+
+        monkeypatch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tuned.save(saved)
+        monkeypatch.undo()
+        if moment == "twice":  # the earlier one is still beside the place
+            (beside,) = tmp_path.iterdir()
+            assert files(beside / "old") == before
+            return
+        assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+        assert (files(saved) == before) == (moment != "behind")
+        assert saved_folder.read(saved).deltas[0]["rank"] == (3 if moment == "behind" else 2)
 
     def test_controls_finer_than_the_base_stay_so(self, build, tmp_path):
         base = copy.deepcopy(build("bert")).bfloat16()

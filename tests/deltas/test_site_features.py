@@ -66,3 +66,17 @@ def test_mistakes_are_named() -> None:
         weight_features(model, ["bert.nowhere"], batch_of(model))
     with pytest.raises(InputError, match="examples, tokens, width"):
         weight_features(model, ["classifier"], batch_of(model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [("masked-lm", r"logits of shape \(3, 7, 100\)"), ("backbone", "no logits")],
+)
+def test_logits_of_tokens_are_refused(kind: str, found: str) -> None:
+    """Where the axis of tokens would be taken for that of classes."""
+    model = build("bert", kind)
+    path = SiteMap(model).resolve(("mlp.up",))[0].path
+    for compute in (weight_features, bias_features):
+        with pytest.raises(InputError, match=f"gives {found}; .*examples, classes"):
+            compute(model, [path], batch_of(model))
+    assert not any(module._forward_hooks for module in model.modules())

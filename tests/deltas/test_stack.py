@@ -19,6 +19,7 @@ from deltacontrol.deltas import (
     PromptTuning,
     attach_many,
 )
+from deltacontrol.deltas.editing.copies import Copies
 from deltacontrol.deltas.ensemble.stack import unstackable
 from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import (
@@ -128,12 +129,14 @@ def test_deltas_go_together(build: Build, family: str) -> None:
     ("family", "kind", "labels"),
     [
         ("bert", "classification", torch.tensor([0, 1, 1, 0, 0, 1])),
+        ("bert", "classification", torch.tensor([[1.0, 0], [0, 0], [0.5, 1]] * 2).double()),
         ("gpt2", "causal-lm", None),
         ("bert", "masked-lm", None),
     ],
 )
 def test_losses_are_those_of_the_model(build: Build, family, kind, labels) -> None:
     model = build(family, kind)
+    model.config.problem_type = None  # a pass with labels sets it
     parts = batches(model)
     whole = joined(parts)
     if labels is None:
@@ -194,4 +197,49 @@ def test_dropout_obeys_the_mode_of_the_stack(build: Build) -> None:
         with torch.no_grad():
             same = torch.equal(stack(**whole).logits, stack(**whole).logits)
         assert same is not training
+    stack.detach()
+
+
+@pytest.mark.parametrize("tokens", [4, 6, 7])
+def test_positions_are_no_rows(build: Build, tokens: int) -> None:
+    """One list of positions for all rows, as long as a multiple of the rows of one copy or of all.
+
+    Three copies have two rows each here, and GPT-2 looks the list up as it is.
+    """
+    model = build("gpt2", "backbone", attention="sdpa")
+    parts = [texts(model, (tokens, tokens), seed=seed) for seed in SEEDS]
+    stack = moved(attach_many(model, PrefixTuning(2, init_std=1.0, shift=True), seeds=SEEDS))
+    positions = torch.arange(tokens)
+    together = stack(**joined(parts), position_ids=positions)[0]
+    for k, part in enumerate(parts):
+        expected = stack.copy(k)(**part, position_ids=positions)[0]
+        torch.testing.assert_close(together[2 * k : 2 * k + 2], expected, rtol=0, atol=1e-12)
+    stack.detach()
+
+
+@pytest.mark.parametrize("size", [2, 4, 6, 12])
+def test_what_a_law_passes_on_unchanged_stays(size: int) -> None:
+    """Also a table whose first size is that of one copy's rows."""
+    copies = Copies({}, {}, size=3, rows=6, used={})
+    states, table, line = torch.randn(6, 5, 4), torch.randn(size, 3), torch.arange(size)
+
+    def law(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        assert args[0].shape == (2, 5, 4) and kwargs["line"] is line
+        return (args[0] + 1,), kwargs | {"line": kwargs["line"] + 1}
+
+    args, kwargs = copies.call(law, (states,), {"table": table, "line": line})
+    assert torch.equal(args[0], states + 1)
+    assert torch.equal(kwargs["table"], table)
+    assert torch.equal(kwargs["line"], line + 1)
+
+
+def test_an_embedding_of_one_list_of_positions_is_refused(build: Build) -> None:
+    """Its six rows are those of positions, and would be shared out among the copies."""
+    model = build("gpt2", "backbone", attention="sdpa")
+    parts = [texts(model, (6, 6), seed=seed) for seed in SEEDS]
+    stack = attach_many(model, LoRA(rank=2, sites=("wpe",)), seeds=SEEDS)
+    with pytest.raises(
+        InputError, match=r"shape \(6, 32\), which does not hold 2 rows of each of 3"
+    ):
+        stack(**joined(parts), position_ids=torch.arange(6))
     stack.detach()

@@ -69,13 +69,11 @@ REFUSALS: list[tuple[Delta, str, str, tuple[str, ...]]] = [
     (HoulsbyAdapter(sites=("embedding",)), "gpt2", CLS, ("Embedding", "not a linear map")),
     (LoRA(sites=("embedding",)), "t5", CLS, ("tokens up at encoder.embed_tokens", "no effect")),
     (LoRA(sites=("embedding",), init="svd"), "gpt2", CLS, ("embedding", "init=svd", "kaiming")),
-    (LoRA(sites="query"), "bert", CLS, ("the text 'query'", "('query',)")),  # type: ignore[arg-type]
     (LoRA(rank=33), "bert", CLS, ("rank 33", "width 32", "self.query", "1 to 32")),
     (LoRA(rank=17), "llama", CLS, ("rank 17", "width 16", "v_proj", "1 to 16")),
     (LoRA(layers=(2,)), "bert", CLS, ("[2]", "blocks 0 to 1")),
     (LoRA(layers=(-1,)), "bert", CLS, ("[-1]", "blocks 0 to 1")),
     (LoRA(layers=()), "bert", CLS, ("layers", "empty", "blocks 0 to 1")),
-    (LoRA(layers=1), "bert", CLS, ("the number 1", "(1,)")),  # type: ignore[arg-type]
     (LoRA(sites=("classifier",), layers=(0,)), "bert", CLS, ("classifier", "layers [0]")),
     (LoRA(sites=("mlp",)), "bert", CLS, ("no single module for 'mlp'", "mlp.up")),
     (HoulsbyAdapter(bottleneck=33), "bert", CLS, ("bottleneck 33", "width 32", "1 to 32")),

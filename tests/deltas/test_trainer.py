@@ -203,6 +203,17 @@ class TestTrainer:
         with pytest.raises(InputError, match=f"{delta.name} ask the training for more than grad"):
             trainer(tuned, tmp_path, rows())
 
+    def test_only_the_deltas_that_ask_for_more_are_named(self, build, tmp_path):
+        both = (LoRA(rank=2), AdaLoRA(rank=3, target_rank=2), LoRA(rank=2, step_ratio=16.0))
+        tuned = attach(float32(build("bert")), *both)
+        with pytest.raises(InputError, match="^adalora and lora_2 ask the training for more"):
+            tuned.accepts_loss_kwargs  # noqa: B018 - a property that refuses
+        tuned.train_only(["adalora"])
+        with pytest.raises(InputError, match="^adalora ask the training for more than gradients"):
+            tuned.accepts_loss_kwargs  # noqa: B018
+        tuned.train_only(["lora"])
+        assert tuned.accepts_loss_kwargs in (True, False)
+
 
 class TestTheBaseAlone:
     """``Trainer(model=tuned.model)`` saw 770 of 37,634 parameters and left the rest at zero."""

@@ -62,6 +62,7 @@ def test_every_solver_of_the_folder_has_its_name() -> None:
     assert {name: known[name] for name in ours} == ours
     assert known["lbfgs"] is torch.optim.LBFGS and known["rmsprop"] is torch.optim.RMSprop
     assert "torch-optimiser" not in known and "sparseadam" not in known
+    assert "muon" not in known
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,8 @@ def test_texts_of_equal_solvers_are_equal() -> None:
     ("text", "told"),
     [
         ("ddq", "unknown solver 'ddq'; nearest: ddp"),
+        ("muon", "the optimiser muon takes matrices alone, and the controls .*; take adamw"),
+        ("sparseadam:lr=0.1", "the optimiser sparseadam takes sparse gradients alone, and"),
         ("newton-cg:radious=2", "unknown field of the solver newton-cg 'radious'; nearest: radius"),
         ("newton-cg:radius=wide", "newton-cg: radius='wide' is not a number"),
         ("newton-cg:radius=-1", "radius = -1.0 must be positive"),

@@ -18,7 +18,7 @@ from torch.nn import functional
 from deltacontrol.theory.control.problem import Cost
 from deltacontrol.theory.errors import InputError
 
-__all__ = ["CrossEntropyCost", "QuadraticCost", "SquaredErrorCost"]
+__all__ = ["BinaryCrossEntropyCost", "CrossEntropyCost", "QuadraticCost", "SquaredErrorCost"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,48 @@ class CrossEntropyCost(Cost):
         return functional.cross_entropy(
             x.reshape(-1, x.shape[-1]), self.labels.reshape(-1), ignore_index=self.ignore_index
         )
+
+
+@dataclass(frozen=True, eq=False)
+class BinaryCrossEntropyCost(Cost):
+    """``Phi(x) = -mean [y log s(x) + (1-y) log s(-x)]``, ``s`` the logistic function.
+
+    The mean is over all entries, examples and labels. ``l_t(x, u) = weight_decay/2 ||u||^2``.
+
+    Attributes:
+        labels: real numbers y from 0 to 1, of the shape of the logits: how far each label applies.
+        weight_decay: the factor of the running cost.
+
+    Raises:
+        InputError: if labels are no such numbers, or logits and labels have different shapes.
+    """
+
+    labels: Tensor
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse integers, and numbers that are no shares."""
+        real = self.labels.is_floating_point()
+        if not real or not bool(((self.labels >= 0) & (self.labels <= 1)).all()):
+            found = str(self.labels.dtype).removeprefix("torch.")
+            if real:
+                found += f" from {float(self.labels.min()):g} to {float(self.labels.max()):g}"
+            raise InputError(
+                f"the labels are {found}; expected real numbers from 0 to 1, one for each logit"
+            )
+
+    def running(self, t: int, x: Tensor, u: Tensor) -> Tensor:
+        """``weight_decay/2 ||u||^2``."""
+        return _decay(self.weight_decay, u)
+
+    def terminal(self, x: Tensor) -> Tensor:
+        """Mean binary cross-entropy of the logits ``x``, shape ``(examples, labels)``."""
+        if x.shape != self.labels.shape:
+            raise InputError(
+                f"logits have shape {tuple(x.shape)} and labels {tuple(self.labels.shape)}; "
+                "they must be equal where an example has several labels"
+            )
+        return functional.binary_cross_entropy_with_logits(x, self.labels)
 
 
 @dataclass(frozen=True, eq=False)

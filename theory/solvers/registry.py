@@ -37,7 +37,11 @@ _PLAIN = (bool, int, float, str)
 # What a text does not choose: how torch computes, and the direction, which is down.
 _FIXED = {"capturable", "differentiable", "foreach", "fused", "maximize"}
 _OWN_DEFAULTS: dict[str, Any] = {"weight_decay": 0.0, "line_search_fn": "strong_wolfe"}
-_SPARSE = {"SparseAdam"}  # takes sparse gradients only, and a control's is dense
+# Optimisers of torch that take no controls, and why.
+_UNUSABLE = {
+    "SparseAdam": "takes sparse gradients alone, and those of controls are dense",
+    "Muon": "takes matrices alone, and the controls of a step are one vector",
+}
 
 
 def available() -> dict[str, type[Solver] | type[Optimizer]]:
@@ -49,7 +53,7 @@ def available() -> dict[str, type[Solver] | type[Optimizer]]:
 @cache
 def _own() -> dict[str, type[Solver] | type[Optimizer]]:
     found: dict[str, Any] = {
-        name.lower(): kind for name, kind in OPTIMISERS.items() if name not in _SPARSE
+        name.lower(): kind for name, kind in OPTIMISERS.items() if name not in _UNUSABLE
     }
     for info in pkgutil.iter_modules(solvers.__path__):
         if f"{solvers.__name__}.{info.name}" == __name__:
@@ -74,9 +78,12 @@ def fields(name: str) -> dict[str, tuple[Any, Any]]:
     """The options of a solver with their types and defaults; ``rate`` is that of a gradient step.
 
     Raises:
-        InputError: there is no such solver.
+        InputError: there is no such solver, or torch has it and it takes no controls.
     """
     if name not in available():
+        for left_out, reason in _UNUSABLE.items():
+            if name == left_out.lower():
+                raise InputError(f"the optimiser {name} {reason}; take adamw or sgd.")
         raise unknown("solver", name, available())
     kind = available()[name]
     if issubclass(kind, Optimizer):
