@@ -1,4 +1,4 @@
-"""The law and the cost to go of a linear-quadratic problem; formulas in `theory.lq`."""
+"""Law and cost to go of a linear-quadratic problem; formulas in `deltacontrol.theory.lq`."""
 
 from __future__ import annotations
 
