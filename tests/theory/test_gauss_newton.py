@@ -190,7 +190,7 @@ def test_states_of_100_000_entries_and_no_jacobian(
     def refuse(*_args: object, **_more: object) -> None:
         raise AssertionError("a state Jacobian was formed")
 
-    monkeypatch.setattr(Linearisation, "jacobians", refuse)
+    monkeypatch.setattr(Linearisation, "dense", refuse)
     x0 = normal(2, 50_000, seed=1) / 200
     problem = ControlProblem(Gate(), SquaredErrorCost(2 * x0, weight_decay=1e-2), x0)
     solution = solve(problem, make(), problem.zero_controls(), max_steps=30, tol=1e-8)
