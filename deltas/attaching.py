@@ -64,8 +64,8 @@ def attach(model: PreTrainedModel, *deltas: Delta, seed: int = 0) -> DeltaModel:
     for delta in deltas:
         if not isinstance(delta, Delta):
             raise InputError(
-                f"attach takes deltas such as LoRA(rank=8), not {delta!r}; deltas.parse makes one "
-                "of a text."
+                f"attach takes deltas such as LoRA(rank=8), not {delta!r}; "
+                "deltacontrol.deltas.parse makes one of a text."
             )
     if not isinstance(model, PreTrainedModel | DeltaModel):
         raise InputError(

@@ -370,7 +370,7 @@ class DeltaModel(nn.Module):
             return saved_folder.identity(self.model, self.host.queries.originals)
 
     def save(self, folder: str | Path) -> None:
-        """Write the deltas and their controls into a folder, for `deltas.load`.
+        """Write the deltas and their controls into a folder, for `deltacontrol.deltas.load`.
 
         Args:
             folder: a new or empty one, or one that was written by `save`, which is replaced.

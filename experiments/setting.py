@@ -292,7 +292,8 @@ class Setting:
         """`base` with the deltas; what is attached once stays so until ``detach()``.
 
         Raises:
-            InputError: as in `base` and `deltas.attach`; no deltas where no head is added.
+            InputError: as in `base` and `deltacontrol.deltas.attach`; no deltas where no head is
+                added.
         """
         from deltacontrol.deltas import HeadTuning, attach
 

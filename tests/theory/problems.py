@@ -1,4 +1,4 @@
-"""The problems of `theory.control.solved_problems`, and more that only tests need."""
+"""The problems of `deltacontrol.theory.control.solved_problems`, and more that only tests need."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deltacontrol.theory.control.problem import Box, ControlProblem, Controls
+from deltacontrol.theory.convex.quadratic import solve_convex
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.solvers import MSA, Shooting, Solver, Status, solve
 from tests.theory.dense import flat, hessian
@@ -32,6 +33,23 @@ def test_projection_is_the_nearest_point_and_broadcasts() -> None:
 def test_an_empty_box_is_refused(bounds: tuple[float, float]) -> None:
     with pytest.raises(InputError, match="box is empty at step 0"):
         Box(*bounds)
+
+
+def test_a_box_of_another_shape_is_refused_when_the_solve_begins() -> None:
+    problem = scalar()  # five controls of shape (1,)
+    bound = torch.full((3,), -1.0, dtype=F64)
+    for box, words in (
+        (Box(low=[bound] * 5), r"low of shape \(3,\) at step 0.*control has shape \(1,\)"),
+        (Box(high=[-bound[None, :1]] * 5), r"high of shape \(1, 1\) at step 0"),
+        (Box(low=[bound[:1]] * 4), "4 bounds low for 5 controls"),
+    ):
+        for solver in (MSA(0.1), Shooting()):
+            with pytest.raises(InputError, match=words):
+                solve(boxed(problem, box), solver)
+        with pytest.raises(InputError, match=words):
+            solve_convex(boxed(problem, box))
+    with pytest.raises(InputError, match="low has 4 bounds and high 5"):
+        Box([bound] * 4, [-bound] * 5)
 
 
 def test_the_residual_ignores_a_gradient_that_points_out_of_the_box() -> None:

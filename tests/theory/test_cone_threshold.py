@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import cvxpy
 import numpy as np
 import pytest
 import torch
@@ -81,6 +82,16 @@ def test_a_short_way_is_a_quadratic_one() -> None:
     found = cross_entropy_threshold(kernel, logits, labels, start * 2 / 3, draws=60)
     assert found.dimension == pytest.approx(predicted, abs=1.5 + 4 * found.standard_error)
     assert found.rank == count
+
+
+def test_a_solver_that_fails_says_what_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise cvxpy.SolverError("Solver 'CLARABEL' failed")
+
+    monkeypatch.setattr(cvxpy.Problem, "solve", fail)
+    R, logits, labels = problem(5, 2, 8)
+    with pytest.raises(InputError, match="'CLARABEL' failed; take fewer rows"):
+        cross_entropy_threshold(R @ R.mT, logits, labels, 0.1)
 
 
 @pytest.mark.parametrize(

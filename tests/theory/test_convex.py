@@ -1,69 +1,27 @@
-"""Convex delta-tuning: closed forms, other programs, certificates, exact reductions."""
+"""Convex delta-tuning: closed forms, other programs, certificates, mistakes."""
 
 from __future__ import annotations
 
-import cvxpy as cp
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from deltacontrol.theory.control.costs import CrossEntropyCost, SquaredErrorCost
+from deltacontrol.theory.control.costs import CrossEntropyCost
 from deltacontrol.theory.control.problem import Box, ControlProblem
-from deltacontrol.theory.control.systems import LinearDynamics, ResidualNetwork
+from deltacontrol.theory.control.systems import ResidualNetwork
 from deltacontrol.theory.convex import (
     ConvexStatus,
     ConvexTuning,
-    DenseFeatures,
     GroupLasso,
-    NormBall,
     NuclearNorm,
     OuterProducts,
-    Ridge,
     linearised_tuning,
-    logit_jacobians,
     program,
 )
-from deltacontrol.theory.convex.features import contrasts
-from deltacontrol.theory.convex.penalties import Penalty
 from deltacontrol.theory.errors import InputError
-from deltacontrol.theory.solvers import Shooting, solve
+from tests.theory.convex_tunings import F64, KINDS, SIZES, WEIGHTS, K, N, classes, data, tuning
 from tests.theory.problems import normal
-
-F64 = torch.float64
-N, K, SIZES = 12, 3, (4, 2, 5)
-
-
-def classes(num_examples: int, num_classes: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, num_classes, (num_examples,), generator=generator)
-
-
-def data(loss: str, seed: int = 0) -> dict:
-    labels = classes(N, K, seed) if loss == "cross-entropy" else normal(N, K, seed=seed + 1)
-    return {"labels": labels, "offset": 0.5 * normal(N, K, seed=seed + 2), "loss": loss}
-
-
-def tuning(penalty: str, loss: str) -> ConvexTuning:
-    """A small problem for each penalty; groups of vectors, or two matrices."""
-    vectors = normal(N, K, sum(SIZES), seed=7)
-    matrices = {"one": normal(N, K, 3, 4, seed=8), "two": normal(N, K, 2, 3, seed=9)}
-    options = data(loss)
-    if penalty == "nuclear":
-        return ConvexTuning(matrices, penalty=NuclearNorm(), **options)
-    if penalty == "box":
-        return ConvexTuning(vectors, groups=SIZES, box=Box(-0.1, 0.2), **options)
-    made: dict[str, Penalty] = {"ridge": Ridge(), "ball": NormBall(), "lasso": GroupLasso()}
-    return ConvexTuning(vectors, groups=SIZES, penalty=made[penalty], **options)
-
-
-KINDS = [
-    (penalty, loss)
-    for penalty in ("ridge", "box", "ball", "lasso", "nuclear")
-    for loss in ("cross-entropy", "squared-error")
-]
-WEIGHTS = {"ridge": 0.3, "box": 0.02, "ball": 0.4, "lasso": 0.06, "nuclear": 0.12}
-
 
 # -- closed forms ------------------------------------------------------------------------------
 
@@ -273,217 +231,6 @@ def test_an_inaccurate_solve_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rough.status is ConvexStatus.INACCURATE
     assert rough.bound <= exact.objective <= rough.objective
     assert rough.gap > 1e-5
-
-
-# -- paths, largest weights, selection ---------------------------------------------------------
-
-
-@pytest.mark.parametrize("penalty", ["lasso", "nuclear"])
-@pytest.mark.parametrize("loss", ["cross-entropy", "squared-error"])
-def test_largest_weight_is_sharp(penalty: str, loss: str) -> None:
-    made = tuning(penalty, loss)
-    top = made.largest_weight
-    zero, little = made.solve(top), made.solve(0.995 * top)
-    assert zero.active == () and all(not c.any() for c in zero.controls)
-    assert zero.status is ConvexStatus.OPTIMAL and zero.solver == "none"
-    assert little.active and little.objective < zero.objective - 2 * little.gap
-
-
-@pytest.mark.parametrize(("penalty", "loss"), KINDS)
-def test_path_is_monotone_and_equals_single_solves(penalty: str, loss: str) -> None:
-    made = tuning(penalty, loss)
-    selects = made.penalty.selects
-    weights = made.grid(4, 0.05) if selects else [2.0, 0.5, 0.1]
-    path = made.path(weights)
-    assert [s.weight for s in path] == weights
-    falls = np.diff([s.loss for s in path]) * (-1 if penalty == "ball" else 1)
-    assert (falls <= 1e-9).all() and falls.min() < -1e-3
-    if penalty != "ball":
-        sizes = [(s.objective - s.loss) / s.weight for s in path]
-        assert (np.diff(sizes) >= -1e-6).all()
-    alone = made.solve(weights[1])
-    assert alone.objective == pytest.approx(path[1].objective, abs=2e-7)
-
-
-@pytest.mark.parametrize(("penalty", "loss"), KINDS)
-def test_programs_are_parametrised(penalty: str, loss: str) -> None:
-    made = tuning(penalty, loss)
-    problem = made.program(WEIGHTS[penalty]).problem
-    assert problem.is_dcp(dpp=True)
-    assert len(problem.parameters()) == 3  # weight, offset and labels
-    compiled = problem.get_problem_data("CLARABEL")[1]
-    made.solve(0.7 * WEIGHTS[penalty])
-    assert problem.get_problem_data("CLARABEL")[1] is compiled
-
-
-def test_other_labels_reuse_the_program() -> None:
-    made, other = tuning("lasso", "cross-entropy"), data("cross-entropy", seed=50)
-    made.solve(0.02)
-    again = made.with_labels(other["labels"], offset=other["offset"])
-    vectors = normal(N, K, sum(SIZES), seed=7)
-    fresh = ConvexTuning(vectors, groups=SIZES, penalty=GroupLasso(), **other)
-    assert again._programs is made._programs
-    assert again.solve(0.02).objective == pytest.approx(fresh.solve(0.02).objective, abs=1e-8)
-    assert abs(again.solve(0.02).objective - made.solve(0.02).objective) > 0.01
-
-
-def test_safe_zeros_are_zeros_of_the_exact_solution() -> None:
-    """Also a rough certificate may only rule out what an accurate one does not use."""
-    G = normal(30, 1, 40, seed=11)
-    y = G[..., :4].sum(-1) + 0.1 * normal(30, 1, seed=12)
-    made = ConvexTuning(G, y, groups=[2] * 20, loss="squared-error", penalty=GroupLasso())
-    weight = 0.3 * made.largest_weight
-    exact = made.solve(weight)
-    assert exact.active[:2] == ("0", "1") and len(exact.active) < 12
-    assert exact.ranks == exact.rank_bounds
-    loose = ConvexTuning(
-        G, y, groups=[2] * 20, loss="squared-error", penalty=GroupLasso(), tolerance=0.05
-    ).solve(weight)
-    assert all(e <= b for e, b in zip(exact.ranks, loose.rank_bounds, strict=True))
-    for control, rank in zip(exact.controls, exact.ranks, strict=True):
-        assert bool(control.any()) == bool(rank)
-
-
-# -- exact reductions --------------------------------------------------------------------------
-
-
-def test_rotation_changes_nothing() -> None:
-    """Many more controls than rows: held against a program that knows no reduction."""
-    sizes, options = (50, 70), data("cross-entropy")
-    G = normal(N, K, sum(sizes), seed=13)
-    for penalty, weight in ((GroupLasso(), 0.05), (Ridge(), 0.1), (NormBall(), 0.5)):
-        found = ConvexTuning(G, groups=sizes, penalty=penalty, **options).solve(weight)
-        u = cp.Variable(sum(sizes))
-        z = options["offset"].numpy() + cp.reshape(
-            G.reshape(N * K, -1).numpy() @ u, (N, K), order="C"
-        )
-        onehot = np.eye(K)[options["labels"].numpy()]
-        loss = (cp.sum(cp.log_sum_exp(z, axis=1)) - cp.sum(cp.multiply(onehot, z))) / N
-        parts = (u[:50], u[50:])
-        terms = {
-            GroupLasso: sum(
-                weight * s**0.5 * cp.norm(p) for s, p in zip(sizes, parts, strict=True)
-            ),
-            Ridge: 0.5 * weight * cp.sum_squares(u),
-            NormBall: 0.0,
-        }
-        limits = [cp.norm(u) <= weight] if isinstance(penalty, NormBall) else []
-        plain = cp.Problem(cp.Minimize(loss + terms[type(penalty)]), limits)
-        plain.solve(solver="CLARABEL")
-        assert found.objective == pytest.approx(float(plain.value), abs=1e-7)
-        np.testing.assert_allclose(torch.cat(found.controls).numpy(), u.value, atol=2e-4)
-
-
-def outer_products(num_tokens: int, p: int, q: int, seed: int) -> OuterProducts:
-    left = normal(N, K, num_tokens, p, seed=seed).numpy()
-    left[:, :, -1] = 0.0  # padding
-    return OuterProducts(left, normal(N, num_tokens, q, seed=seed + 1).numpy())
-
-
-def test_outer_products_are_the_dense_features() -> None:
-    factored = outer_products(4, 5, 6, seed=20)
-    array = np.einsum("nktp,ntq->nkpq", factored.left, factored.right)
-    dense = DenseFeatures(array)
-    W, a = normal(30, seed=22), normal(N * K, seed=23)
-    left, right = (np.linalg.qr(normal(m, 3, seed=24).numpy())[0] for m in (5, 6))
-    C = contrasts(K)
-    for one, two in (
-        (factored @ W, dense @ W),
-        (factored.T @ a, dense.T @ a),
-        (factored.kernel(), dense.kernel()),
-        (factored.restrict(left, right).array, dense.restrict(left, right).array),
-        (factored.contrasted(C).kernel(), dense.contrasted(C).kernel()),
-    ):
-        np.testing.assert_allclose(one, two, rtol=1e-10, atol=1e-10)
-    assert factored.frobenius() == pytest.approx(dense.frobenius(), rel=1e-12)
-    assert float((dense @ W) @ a) == pytest.approx(float(W @ (dense.T @ a)))
-
-
-def test_contrasts_keep_all_but_the_mean() -> None:
-    C, z = contrasts(K), normal(N, K, seed=25).numpy()
-    np.testing.assert_allclose(C.T @ C, np.eye(K - 1), atol=1e-14)
-    np.testing.assert_allclose(z @ C @ C.T, z - z.mean(1, keepdims=True), atol=1e-14)
-
-
-def test_kernel_in_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deltacontrol.theory.convex import features
-
-    factored = outer_products(4, 5, 6, seed=20)
-    whole = factored.kernel()
-    monkeypatch.setattr(features, "_STRETCH_NUMBERS", 1)
-    np.testing.assert_allclose(factored.kernel(), whole, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("penalty", [GroupLasso(), Ridge()])
-def test_factored_and_dense_features_give_the_same(penalty: Penalty) -> None:
-    """By the kernel where features are factored, by rotation where they are dense."""
-    one, two = outer_products(4, 9, 8, seed=30), outer_products(3, 7, 9, seed=40)
-    dense = [DenseFeatures(np.einsum("nktp,ntq->nkpq", f.left, f.right)) for f in (one, two)]
-    options = data("cross-entropy")
-    weight = 0.02
-    a = ConvexTuning([one, two], penalty=penalty, **options).solve(weight)
-    b = ConvexTuning(dense, penalty=penalty, **options).solve(weight)
-    assert a.objective == pytest.approx(b.objective, abs=1e-9)
-    for x, y in zip(a.controls, b.controls, strict=True):
-        assert x.norm() > 0.01
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
-
-
-def test_two_sided_projection_and_growing_bases_are_exact() -> None:
-    """12 examples of one token: rank 12 of 40 x 30; bases that grow against the whole program."""
-    left, right = normal(N, 1, 1, 40, seed=50), normal(N, 1, 30, seed=51)
-    features, y = OuterProducts(left, right), normal(N, 1, seed=52)  # pyright: ignore
-    options = {"loss": "squared-error", "tolerance": 1e-8}
-    weight = 0.4 * ConvexTuning([features], y, penalty=NuclearNorm(), **options).largest_weight
-    whole = ConvexTuning([features], y, penalty=NuclearNorm(), **options).solve(weight)
-    grown = ConvexTuning(
-        [features], y, penalty=NuclearNorm(direct=0, directions=2), **options
-    ).solve(weight)
-    assert whole.rounds == 1 and grown.rounds > 1
-    assert whole.objective == pytest.approx(grown.objective, abs=2e-8)
-    assert whole.ranks == grown.ranks and 1 <= whole.ranks[0] < 12
-    W, X = cp.Variable((40, 30)), np.einsum("np,nq->npq", left[:, 0, 0], right[:, 0])
-    z = X.reshape(N, -1) @ cp.vec(W, order="C")
-    plain = cp.Problem(
-        cp.Minimize(0.5 * cp.sum_squares(z - y[:, 0].numpy()) / N + weight * cp.normNuc(W))
-    )
-    plain.solve(solver="SCS", eps=1e-6)
-    assert whole.objective == pytest.approx(float(plain.value), abs=1e-4)
-
-
-# -- from a control problem --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("loss", ["cross-entropy", "squared-error"])
-def test_linear_dynamics_are_their_own_linearisation(loss: str) -> None:
-    """Ridge of weight lambda solves the control problem with that weight decay."""
-    dynamics = LinearDynamics(
-        A=[0.6 * normal(4, 3, seed=60), 0.6 * normal(3, 4, seed=61)],
-        B=[normal(4, 2, seed=62), normal(3, 3, seed=63)],
-    )
-    labels = torch.tensor([0, 2, 1, -100, 2])
-    cost = (
-        CrossEntropyCost(labels, weight_decay=0.2)
-        if loss == "cross-entropy"
-        else SquaredErrorCost(normal(5, 3, seed=64), weight_decay=0.2)
-    )
-    problem = ControlProblem(dynamics, cost, normal(5, 3, seed=65))
-    start = problem.zero_controls()
-    exact = solve(problem, Shooting(), start, max_steps=500, tol=1e-10)
-    found = linearised_tuning(problem, start).solve(0.2)
-    assert found.objective == pytest.approx(exact.objective, abs=1e-9)
-    for x, y in zip(found.controls, exact.controls, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
-
-
-def test_jacobians_of_the_logits_are_autograd_s() -> None:
-    dynamics = ResidualNetwork.random(3, width=4, hidden=6, control_size=2, seed=1)
-    problem = ControlProblem(dynamics, CrossEntropyCost(classes(5, 4)), normal(5, 4, seed=2))
-    u = tuple(0.1 * normal(2, seed=s) for s in (3, 4, 5))
-    found = logit_jacobians(problem, u, chunk=7)
-    wanted = torch.func.jacrev(lambda *u: problem.rollout(u)[-1], argnums=(0, 1, 2))(*u)
-    for x, y in zip(found, wanted, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
 
 
 # -- mistakes ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Products with the curvature, truncated conjugate gradients, Gauss-Newton and Newton-CG."""
+"""The damped step, Gauss-Newton and Newton-CG."""
 
 from __future__ import annotations
 
@@ -14,187 +14,31 @@ from deltacontrol.theory.control.costs import CrossEntropyCost, QuadraticCost, S
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Cost, Dynamics
 from deltacontrol.theory.control.systems import LinearDynamics, LowRankDynamics
 from deltacontrol.theory.errors import InputError
-from deltacontrol.theory.linear.conjugate_gradients import End, conjugate_gradients
-from deltacontrol.theory.linear.curvature import Curvature, GaussNewtonCurvature, HessianCurvature
+from deltacontrol.theory.linear.conjugate_gradients import End
+from deltacontrol.theory.linear.curvature import GaussNewtonCurvature
 from deltacontrol.theory.linear.linearisation import Linearisation
-from deltacontrol.theory.linear.operator import SymmetricMatrix
 from deltacontrol.theory.solvers import Iterate, Solver, Status, solve
 from deltacontrol.theory.solvers.gauss_newton import GaussNewton, NewtonCG, damped_step
+from tests.theory.curvatures import F64, cases, dense_gauss_newton, matrix
 from tests.theory.dense import flat, hessian, unflatten
 from tests.theory.problems import (
     CASES,
     Case,
     deep_residual_network,
     embedding_problem,
-    forgetful_problem,
     low_rank,
     normal,
     reachable_residual_network,
     residual_network,
 )
+from tests.theory.test_curvature import without_decay
 
-F64 = torch.float64
-PROBLEMS = (*CASES, Case("embedding", embedding_problem), Case("forgetful", forgetful_problem))
-cases = pytest.mark.parametrize("case", PROBLEMS, ids=lambda case: case.name)
-kinds = pytest.mark.parametrize("kind", [GaussNewtonCurvature, HessianCurvature])
 solvers = pytest.mark.parametrize("make", [GaussNewton, NewtonCG])
-
-
-def dense_gauss_newton(problem: ControlProblem, at: Controls) -> Tensor:
-    """``J'CJ`` with the Jacobian of (states, controls) and the Hessian of the cost in them."""
-    states = problem.rollout(at)[1:]
-    sizes = [x.numel() for x in states]
-
-    def outputs(z: Tensor) -> Tensor:
-        found = problem.rollout(unflatten(z, at))[1:]
-        return torch.cat([*(x.reshape(-1) for x in found), z])
-
-    def cost(y: Tensor) -> Tensor:
-        *parts, z = y.split([*sizes, len(y) - sum(sizes)])
-        found = [x.reshape(like.shape) for x, like in zip(parts, states, strict=True)]
-        return problem.total_cost([problem.x0, *found], unflatten(z, at))
-
-    z = flat(at)
-    J, C = torch.func.jacrev(outputs)(z), torch.func.hessian(cost)(outputs(z))
-    return J.mT @ C @ J
-
-
-def dense(kind: type[Curvature], problem: ControlProblem, at: Controls) -> Tensor:
-    return dense_gauss_newton(problem, at) if kind is GaussNewtonCurvature else hessian(problem, at)
-
-
-def matrix(curvature: Curvature) -> Tensor:
-    return curvature.dense()
 
 
 @pytest.fixture(autouse=True)
 def _default_float64(float64: None) -> None:
     """Everything here is in float64."""
-
-
-@cases
-@kinds
-@pytest.mark.parametrize("keep", [False, True])
-def test_products_equal_the_dense_curvature(case: Case, kind: type[Curvature], keep: bool) -> None:
-    problem = case.make()
-    u = case.start(problem, 0.6)
-    expected = dense(kind, problem, u)
-    curvature = kind(problem, u, keep=keep)
-    found = matrix(curvature)
-    assert (found - expected).norm() <= 1e-12 * expected.norm()
-    assert (found - found.mT).norm() <= 1e-13 * expected.norm()
-    torch.testing.assert_close(curvature.gradient, flat(problem.gradient(u)))
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if c.linear_quadratic], ids=lambda c: c.name)
-def test_gauss_newton_is_exact_for_linear_dynamics(case: Case) -> None:
-    problem = case.make()
-    u = case.start(problem, 0.6)
-    exact, approximate = (
-        matrix(kind(problem, u)) for kind in (HessianCurvature, GaussNewtonCurvature)
-    )
-    torch.testing.assert_close(exact, approximate, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("make", [residual_network, low_rank, embedding_problem])
-def test_hessian_equals_central_differences_of_the_gradient(
-    make: Callable[[], ControlProblem],
-) -> None:
-    problem, step = make(), 1e-5
-    u = tuple(normal(*c.shape, seed=3) for c in problem.zero_controls())
-    v = tuple(normal(*c.shape, seed=4) for c in u)
-    ahead, back = (
-        flat(problem.gradient(tuple(a + s * b for a, b in zip(u, v, strict=True))))
-        for s in (step, -step)
-    )
-    found = HessianCurvature(problem, u) @ flat(v)
-    assert (found - (ahead - back) / (2 * step)).norm() <= 1e-8 * found.norm()
-
-
-def without_decay() -> ControlProblem:
-    problem = low_rank()
-    return ControlProblem(problem.dynamics, SquaredErrorCost(normal(5, 3, seed=8)), problem.x0)
-
-
-def test_gauss_newton_is_semidefinite_where_the_hessian_is_not() -> None:
-    bare = without_decay()
-    u = tuple(0.3 * normal(m, seed=m) for m in bare.dynamics.control_sizes)
-    least = {
-        kind: float(torch.linalg.eigvalsh(matrix(kind(bare, u)))[0])
-        for kind in (GaussNewtonCurvature, HessianCurvature)
-    }
-    assert least[GaussNewtonCurvature] >= -1e-13 and least[HessianCurvature] < -0.01
-
-
-# Conjugate gradients
-
-
-def spd(size: int) -> Tensor:
-    root = normal(size, size, seed=1)
-    return root @ root.mT / size + 0.1 * torch.eye(size)
-
-
-def test_conjugate_gradients_solve_a_definite_system_in_as_many_products_as_unknowns() -> None:
-    H, g = spd(12), normal(12, seed=2)
-    found = conjugate_gradients(SymmetricMatrix(H), g, rtol=1e-12, max_products=40)
-    exact = -torch.linalg.solve(H, g)
-    assert found.end is End.TOLERANCE and found.products <= 14
-    assert (found.step - exact).norm() <= 1e-10 * exact.norm()
-    assert found.decrease == pytest.approx(float(-0.5 * g @ exact), rel=1e-12)
-    early = conjugate_gradients(SymmetricMatrix(H), g, rtol=1e-12, max_products=3)
-    assert early.end is End.PRODUCTS and early.products == 3
-    assert early.residual == pytest.approx(float((g + H @ early.step).norm() / g.norm()))
-    assert 0 < early.decrease < found.decrease
-
-
-def test_a_ball_is_kept_and_met() -> None:
-    H, g = spd(12), normal(12, seed=2)
-    free = conjugate_gradients(SymmetricMatrix(H), g, rtol=1e-10, max_products=40)
-    for share in (0.01, 0.5, 0.9):
-        radius = share * float(free.step.norm())
-        found = conjugate_gradients(
-            SymmetricMatrix(H), g, rtol=1e-10, max_products=40, radius=radius
-        )
-        assert found.end is End.BOUNDARY
-        assert float(found.step.norm()) == pytest.approx(radius, rel=1e-12)
-        # No worse than the best point along the gradient, Cauchy's.
-        tau = min(radius / float(g.norm()), float(g @ g) / float(g @ H @ g))
-        cauchy = -tau * g
-        assert found.decrease >= -float(g @ cauchy + 0.5 * cauchy @ H @ cauchy) - 1e-12
-
-
-def test_negative_curvature_is_followed_to_the_boundary() -> None:
-    H = torch.diag(torch.tensor([2.0, -1.0, 0.5]))
-    g = torch.tensor([1.0, 1e-3, 0.3])
-    found = conjugate_gradients(SymmetricMatrix(H), g, rtol=1e-10, max_products=9, radius=50.0)
-    assert found.end is End.NEGATIVE_CURVATURE
-    assert float(found.step.norm()) == pytest.approx(50.0)
-    assert found.curvature < -1000 and found.decrease > 500
-    unlimited = conjugate_gradients(SymmetricMatrix(H), g, rtol=1e-10, max_products=9)
-    assert unlimited.end is End.NEGATIVE_CURVATURE and math.isfinite(unlimited.decrease)
-
-
-def test_singular_curvature_is_named() -> None:
-    H = torch.diag(torch.tensor([1.0, 0.0]))
-    consistent = conjugate_gradients(
-        SymmetricMatrix(H), torch.tensor([2.0, 0.0]), rtol=1e-12, max_products=9
-    )
-    assert consistent.end is End.TOLERANCE and consistent.step.tolist() == [-2.0, 0.0]
-    hopeless = conjugate_gradients(
-        SymmetricMatrix(H), torch.tensor([0.0, 1.0]), rtol=1e-12, max_products=9
-    )
-    assert hopeless.end is End.SINGULAR and not hopeless.step.any()
-    bounded = conjugate_gradients(
-        SymmetricMatrix(H), torch.tensor([0.0, 1.0]), rtol=1e-12, max_products=9, radius=3.0
-    )
-    assert bounded.end is End.SINGULAR and bounded.step.tolist() == [0.0, -3.0]
-
-
-def test_nothing_is_done_for_a_zero_gradient() -> None:
-    found = conjugate_gradients(
-        SymmetricMatrix(torch.eye(3)), torch.zeros(3), rtol=0.5, max_products=9
-    )
-    assert found.products == 0 and not found.step.any() and found.residual == 0.0
 
 
 # Steps
@@ -346,7 +190,7 @@ def test_states_of_100_000_entries_and_no_jacobian(
     def refuse(*_args: object, **_more: object) -> None:
         raise AssertionError("a state Jacobian was formed")
 
-    monkeypatch.setattr(Linearisation, "jacobians", refuse)
+    monkeypatch.setattr(Linearisation, "dense", refuse)
     x0 = normal(2, 50_000, seed=1) / 200
     problem = ControlProblem(Gate(), SquaredErrorCost(2 * x0, weight_decay=1e-2), x0)
     solution = solve(problem, make(), problem.zero_controls(), max_steps=30, tol=1e-8)

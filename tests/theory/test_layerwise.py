@@ -9,6 +9,7 @@ from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.curvature import GaussNewtonCurvature
 from deltacontrol.theory.solvers.gauss_newton import damped_step
 from deltacontrol.theory.solvers.layerwise import layerwise_step
+from tests.theory.curvatures import dense_gauss_newton
 from tests.theory.dense import flat
 from tests.theory.problems import (
     CASES,
@@ -17,7 +18,6 @@ from tests.theory.problems import (
     forgetful_problem,
     residual_network,
 )
-from tests.theory.test_gauss_newton import dense_gauss_newton
 
 F64 = torch.float64
 SHARED = (

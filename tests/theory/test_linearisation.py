@@ -18,10 +18,8 @@ from tests.theory.problems import (
     Case,
     embedding_problem,
     forgetful_problem,
-    low_rank,
     normal,
     residual_network,
-    varying,
 )
 
 F64 = torch.float64
@@ -98,45 +96,10 @@ def test_the_adjoint_of_the_terminal_gradient_gives_costates_and_gradient(
         torch.testing.assert_close(found + decay, reference, rtol=1e-12, atol=1e-14)
 
 
-@cases
-def test_dense_jacobians_equal_products_column_by_column(case: Case) -> None:
-    problem, u, lin = linearised(case, keep=False)
-    for t in range(lin.horizon):
-        A, B = lin.jacobians(t)
-        x = lin.states[t]
-        dx = torch.zeros(x.shape, dtype=F64)
-        if x.is_floating_point():
-            dx = random_like([x], t)[0]
-        (du,) = random_like([u[t]], t)
-        expected = A @ dx.reshape(-1) + B @ du.reshape(-1)
-        torch.testing.assert_close(
-            lin.tangent_step(t, dx, du).reshape(-1), expected, rtol=1e-12, atol=1e-13
-        )
-
-
-@pytest.mark.parametrize("make", [residual_network, low_rank, lambda: varying(3)])
-@pytest.mark.parametrize("per_example", [False, True])
-def test_jacobians_of_each_example_are_the_blocks_of_the_batch(make, per_example: bool) -> None:
-    problem = make()
-    u = random_like(problem.zero_controls(per_example=per_example, dtype=F64), 4)
-    lin = Linearisation.of(problem, u)
-    for t in range(lin.horizon):
-        A, B = lin.jacobians(t, per_example=True)
-        assert A.shape[0] == B.shape[0] == len(problem.x0)
-        whole, control = lin.jacobians(t)
-        torch.testing.assert_close(torch.block_diag(*A), whole, rtol=1e-12, atol=1e-13)
-        stacked = torch.block_diag(*B) if per_example else B.flatten(0, 1)
-        torch.testing.assert_close(stacked, control, rtol=1e-12, atol=1e-13)
-
-
 def test_states_of_integers_have_no_perturbation() -> None:
     problem = embedding_problem()
     u = random_like(problem.zero_controls(dtype=F64), 1)
     lin = Linearisation.of(problem, u)
-    A, B = lin.jacobians(0)
-    assert A.shape == (60, 15) and B.shape == (60, 0) and not A.any()
-    A, B = lin.jacobians(0, per_example=True)
-    assert A.shape == (3, 20, 5) and B.shape == (3, 20, 0) and not A.any()
     q, g = lin.adjoint_step(0, torch.ones(3, 5, 4, dtype=F64))
     assert q.shape == (3, 5) and q.dtype == F64 and not q.any() and g.shape == (0,)
 

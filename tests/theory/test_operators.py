@@ -32,10 +32,10 @@ from deltacontrol.theory.linear.operator import (
 )
 from deltacontrol.theory.linear.output_map import OutputMap
 from deltacontrol.theory.linear.reachability import Reachability
+from tests.theory.curvatures import dense_gauss_newton
 from tests.theory.dense import flat, hessian, unflatten
 from tests.theory.operators import OperatorSuite, normal
 from tests.theory.problems import CASES, embedding_problem, residual_network
-from tests.theory.test_gauss_newton import dense_gauss_newton
 
 F64 = torch.float64
 Pair = tuple[LinearOperator, Tensor]
@@ -310,6 +310,8 @@ def members(kind: type) -> set[type]:
 
 def test_every_operator_is_a_member() -> None:
     """Of whatever the packages define, found by import and not by a list."""
+    import tests.theory.test_fastfood
+    import tests.theory.test_layered_projections
     import tests.theory.test_projections  # noqa: F401
 
     for module in pkgutil.walk_packages(theory.__path__, "deltacontrol.theory."):

@@ -211,6 +211,18 @@ def test_objective_works_under_vmap_and_grad() -> None:
         assert relative(tuple(g[k] for g in grads), problem.gradient(one)) <= 1e-13
 
 
+def test_controls_per_example_need_a_batch_of_states() -> None:
+    problem = varying(None)
+    n, m = problem.x0.shape[0], problem.dynamics.control_sizes[0]
+    u = list(problem.zero_controls(dtype=F64))
+    u[0] = torch.zeros(n, m, dtype=F64)
+    words = rf"step 0 has shape \({n}, {m}\).*state has shape \({n},\), without a batch axis"
+    with pytest.raises(InputError, match=words):
+        problem.rollout(tuple(u))
+    with pytest.raises(InputError, match=rf"\({n},\), without a batch axis"):
+        problem.zero_controls(per_example=True)
+
+
 def test_shape_errors_name_both_shapes_and_the_step() -> None:
     problem = varying(6)
     controls = list(problem.zero_controls())

@@ -27,12 +27,23 @@ def linearised(case: Case) -> Linearisation:
     return Linearisation.of(problem, case.start(problem, scale=0.5), keep=True)
 
 
+def jacobians(lin: Linearisation, t: int) -> tuple[Tensor, Tensor]:
+    """Dense ``A_t`` and ``B_t`` of the flat states, by reverse mode."""
+    x, u = lin.states[t], lin.controls[t]
+    step = lin.dynamics.step
+    rows = lin.states[t + 1].numel()
+    b = torch.func.jacrev(lambda u: step(t, x, u))(u).reshape(rows, u.numel())
+    if not x.is_floating_point():
+        return b.new_zeros(rows, x.numel()), b
+    return torch.func.jacrev(lambda x: step(t, x, u))(x).reshape(rows, x.numel()), b
+
+
 def dense_map(lin: Linearisation, stage: int) -> list[Tensor]:
     """``Phi_t B_t`` from the Jacobians of the steps, multiplied out."""
     blocks = []
     phi = torch.eye(lin.states[stage].numel(), dtype=F64)
     for t in reversed(range(stage)):
-        a, b = lin.jacobians(t)
+        a, b = jacobians(lin, t)
         blocks.append(phi @ b)
         phi = phi @ a
     return blocks[::-1]

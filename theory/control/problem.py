@@ -18,7 +18,8 @@ minimises ``H``. Pontryagin's *maximum* principle is the same statement with ``p
 unless more is assumed (convexity of the reachable sets); the two are separate statements.
 
 Shapes. ``x_t`` is any tensor and may change shape from step to step; ``u_t`` is ``(m_t,)``, shared
-by the batch, or ``(batch, m_t)``, one per example; ``m_t`` may be 0; ``p_t`` is shaped as ``x_t``.
+by the batch, or ``(batch, m_t)``, one per example, where the state has a batch axis before its own;
+``m_t`` may be 0; ``p_t`` is shaped as ``x_t``.
 
 Source: Bryson & Ho, *Applied Optimal Control*, 1975, section 2.2; Li, Chen, Tai & E, JMLR 18(165),
 2018, equations (8) to (10).
@@ -104,7 +105,8 @@ class Box:
         high: likewise.
 
     Raises:
-        InputError: if a lower bound exceeds its upper bound.
+        InputError: if a lower bound exceeds its upper bound, or both are for different numbers of
+            steps.
     """
 
     low: float | Sequence[Tensor] = -math.inf
@@ -113,6 +115,10 @@ class Box:
     def __post_init__(self) -> None:
         """Check that the box is not empty."""
         steps = [len(b) for b in (self.low, self.high) if not isinstance(b, int | float)]
+        if len(set(steps)) > 1:
+            raise InputError(
+                f"low has {steps[0]} bounds and high {steps[1]}; expected one tensor a step in both"
+            )
         for t in range(max(steps, default=1)):
             low, high = torch.as_tensor(_bound(self.low, t)), torch.as_tensor(_bound(self.high, t))
             if not bool((low <= high).all()):
@@ -125,6 +131,33 @@ class Box:
             for b in (self.low, self.high)
         )
         return low, high
+
+    def check(self, u: Controls) -> None:
+        """Check the number and the shapes of the bounds against controls.
+
+        Raises:
+            InputError: naming the step, the shape of the bound and that of the control.
+        """
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if isinstance(bound, int | float):
+                continue
+            if len(bound) != len(u):
+                raise InputError(
+                    f"the box has {len(bound)} bounds {name} for {len(u)} controls; give a number, "
+                    "or one tensor a step"
+                )
+            for t, (b, u_t) in enumerate(zip(bound, u, strict=True)):
+                shape = tuple(torch.as_tensor(b).shape)
+                fits = len(shape) <= u_t.ndim and all(
+                    given in (1, size)
+                    for given, size in zip(reversed(shape), reversed(u_t.shape), strict=False)
+                )
+                if not fits:
+                    raise InputError(
+                        f"the box has {name} of shape {shape} at step {t}, whose control has shape "
+                        f"{tuple(u_t.shape)}; give a number, or one tensor a step that broadcasts "
+                        "to the control"
+                    )
 
     def project(self, u: Controls) -> Controls:
         """The nearest controls in the box."""
@@ -224,7 +257,15 @@ class ControlProblem:
         Args:
             per_example: give shapes ``(batch, m_t)`` instead of ``(m_t,)``.
             dtype: by default that of ``x0``, or torch's default where ``x0`` holds integers.
+
+        Raises:
+            InputError: if controls per example are asked for and ``x0`` has no batch axis.
         """
+        if per_example and self.x0.ndim < 2:
+            raise InputError(
+                f"the initial state has shape {tuple(self.x0.shape)}, without a batch axis; "
+                "controls per example need a state (batch, n); take shared controls"
+            )
         lead = self.x0.shape[:1] if per_example else ()
         return _zeros(self.dynamics.control_sizes, lead, self.x0, dtype)
 
@@ -243,12 +284,19 @@ class ControlProblem:
             raise InputError(f"expected {len(sizes)} controls, one per step, but got {len(u)}")
         for t, (u_t, m) in enumerate(zip(u, sizes, strict=True)):
             shared = u_t.shape == (m,)
-            per_example = u_t.ndim == 2 and u_t.shape == (*self.x0.shape[:1], m)
+            batched = self.x0.ndim > 1
+            per_example = batched and u_t.shape == (self.x0.shape[0], m)
             if not (shared or per_example):
-                batch = self.x0.shape[0] if self.x0.ndim else "batch"
+                given = f"control at step {t} has shape {tuple(u_t.shape)}"
+                if not batched:
+                    raise InputError(
+                        f"{given} but the initial state has shape {tuple(self.x0.shape)}, without "
+                        f"a batch axis; expected {(m,)}; controls per example need a state "
+                        "(batch, n)"
+                    )
                 raise InputError(
-                    f"control at step {t} has shape {tuple(u_t.shape)}; expected {(m,)}, shared by "
-                    f"the batch, or ({batch}, {m}), one per example"
+                    f"{given}; expected {(m,)}, shared by the batch, or "
+                    f"{(self.x0.shape[0], m)}, one per example"
                 )
             if not u_t.is_floating_point():
                 raise InputError(f"control at step {t} has dtype {u_t.dtype}; expected a float")

@@ -122,6 +122,8 @@ def solve_convex(
             "first (ConvexTuning), or take an iterative solver"
         )
     like = problem.zero_controls(per_example=per_example, dtype=torch.float64)
+    if problem.box is not None:
+        problem.box.check(like)
     program = _condense(problem, like)
     if program.unbounded:
         if problem.box is not None and program.curvature < 0:

@@ -63,8 +63,8 @@ def cross_entropy_threshold(
         seed: of ``h``.
 
     Raises:
-        InputError: if the shapes do not fit, the start reaches the target, or the target is not
-            positive.
+        InputError: if the shapes do not fit, the start reaches the target, the target is not
+            positive, or the solver of the projections fails.
     """
     count, classes = logits.shape
     if kernel.shape != (count * classes,) * 2 or labels.shape != (count,):
@@ -107,9 +107,19 @@ def cross_entropy_threshold(
         h.value = generator.standard_normal(rank)
         with warnings.catch_warnings():  # whether it is accurate is computed below
             warnings.filterwarnings("ignore", message="Solution may be inaccurate")
-            program.solve(solver=cvxpy.CLARABEL)
+            try:
+                program.solve(solver=cvxpy.CLARABEL)
+            except cvxpy.SolverError as error:
+                raise InputError(
+                    f"the projection on the cone was not found: {error}; take fewer rows, or a "
+                    "target nearer to the start's"
+                ) from error
         if program.status not in ("optimal", "optimal_inaccurate") or w.value is None:
-            raise InputError(f"the projection on the cone was not found: {program.status}")
+            raise InputError(
+                f"the projection on the cone was not found: the solver ended with "
+                f"{program.status}; expected optimal; take fewer rows, or a target nearer to the "
+                "start's"
+            )
         # Moreau: the projection w on a cone is orthogonal to h - w.
         missed = abs(float(w.value @ (h.value - w.value))) / float(h.value @ h.value)
         if missed > MOREAU:

@@ -29,7 +29,7 @@ __all__ = ["AffineFeedback", "FeedbackLaw", "Trajectory", "closed_loop"]
 
 
 class Solved(Protocol):
-    """What `AffineFeedback.of` reads of a solution of `theory.solvers`, which stands above."""
+    """What `AffineFeedback.of` reads of a solution of `deltacontrol.theory.solvers`, above."""
 
     @property
     def controls(self) -> Controls:

@@ -1,9 +1,10 @@
 """Conjugate gradients, which may end early.
 
 Minimise ``m(s) = g's + 1/2 s'Hs`` over ``s``, inside of a ball where a radius is given, by products
-with ``H`` alone. Three ends beside the tolerance: the ball's boundary, a direction of negative
-curvature (followed to the boundary), and the largest number of products. Every iterate of
-conjugate gradients from zero lowers ``m`` and lengthens ``s``, so each end gives a descent step.
+with ``H`` alone. Four ends beside the tolerance: the ball's boundary, a direction of negative
+curvature (followed to the boundary), the largest number of products, and a number that is not
+finite (the last finite step is kept). Every iterate of conjugate gradients from zero lowers ``m``
+and lengthens ``s``, so each end gives a descent step or none.
 A definite system ``H s = b`` is the case ``g = -b`` without a radius.
 
 Source: Steihaug, *The conjugate gradient method and trust regions in large scale optimization*,
@@ -33,6 +34,7 @@ class End(StrEnum):
     NEGATIVE_CURVATURE = "negative_curvature"
     SINGULAR = "singular"
     PRODUCTS = "products"
+    NOT_FINITE = "not_finite"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +75,8 @@ def conjugate_gradients(
 
     A direction ``d`` whose curvature is not above rounding, ``d'Hd <= eps ||d|| ||Hd||``, has no
     minimum along it: with a radius it is followed to the boundary; without one the step so far is
-    returned, with the end `SINGULAR` or `NEGATIVE_CURVATURE`.
+    returned, with the end `SINGULAR` or `NEGATIVE_CURVATURE`. Where the gradient or a product is
+    not finite, or numbers overflow, the last finite step is returned with the end `NOT_FINITE`.
 
     Args:
         H: ``(n, n)``.
@@ -87,7 +90,9 @@ def conjugate_gradients(
     d, rr = -r, float(r @ r)
     products, end = 0, End.TOLERANCE
     eps = torch.finfo(gradient.dtype).eps
-    while math.sqrt(rr) > rtol * scale:
+    if not math.isfinite(rr):
+        end = End.NOT_FINITE
+    while end is End.TOLERANCE and math.sqrt(rr) > rtol * scale:
         if products == max_products:
             end = End.PRODUCTS
             break
@@ -95,20 +100,31 @@ def conjugate_gradients(
         products += 1
         bend = float(d @ hd)
         flat = eps * float(d.norm()) * float(hd.norm())
+        if not math.isfinite(bend):
+            end = End.NOT_FINITE
+            break
         if not bend > flat:
             end = End.NEGATIVE_CURVATURE if bend < -flat else End.SINGULAR
-            if math.isfinite(radius) and math.isfinite(bend):
+            if math.isfinite(radius):
                 tau = _to_boundary(s, d, radius)
                 s, hs, r = s + tau * d, hs + tau * hd, r + tau * hd
             break
         alpha = rr / bend
         ahead = s + alpha * d
-        if float(ahead.norm()) >= radius:
+        length = float(ahead.norm())
+        if not math.isfinite(length):
+            end = End.NOT_FINITE
+            break
+        if length >= radius:
             tau = _to_boundary(s, d, radius)
             s, hs, r, end = s + tau * d, hs + tau * hd, r + tau * hd, End.BOUNDARY
             break
-        s, hs, r = ahead, hs + alpha * hd, r + alpha * hd
-        rr, before = float(r @ r), rr
+        rest = r + alpha * hd
+        rr, before = float(rest @ rest), rr
+        if not math.isfinite(rr):
+            end = End.NOT_FINITE
+            break
+        s, hs, r = ahead, hs + alpha * hd, rest
         d = -r + (rr / before) * d
     return ModelStep(
         step=s,

@@ -146,7 +146,8 @@ def quadrature(W: SymmetricOperator, start: Tensor, steps: int) -> Quadrature:
     if not bool((norms > 0).all()):
         raise InputError("a start vector is zero, which has no spectral measure; drop that row")
     k, n = start.shape
-    rounding = 10 * n * torch.finfo(start.dtype).eps
+    # The rounding errors of n products are independent: their sum grows like the root of n.
+    rounding = 10 * math.sqrt(n) * torch.finfo(start.dtype).eps
     found = lanczos(
         lambda v: v @ W,
         start / norms[:, None],
@@ -196,23 +197,6 @@ class SpectralDensity:
         if not c > 0:
             raise InputError(f"c is {c}; the effective dimension needs a positive number")
         return self.trace(lambda x: x.clamp_min(0) / (x.clamp_min(0) + c))
-
-    def density(self, points: Tensor, width: float) -> tuple[Tensor, Tensor]:
-        """The density at points, smoothed by Gaussians of standard deviation ``width``.
-
-        Args:
-            points: ``(g,)``.
-            width: in units of the eigenvalues.
-
-        Returns:
-            The density ``(g,)``, whose integral is one, and its standard error over the probes.
-        """
-        z = (points - self.rules.nodes[..., None]) / width
-        bumps = torch.exp(-0.5 * z.square()) / (width * math.sqrt(2 * math.pi))
-        samples = (self.rules.weights[..., None] * bumps).sum(1) / self.size
-        k = len(samples)
-        error = samples.std(0) / math.sqrt(k) if k > 1 else torch.full_like(points, math.inf)
-        return samples.mean(0), torch.zeros_like(error) if self.exact else error
 
     def measure(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues and how often each occurs, ``(k m,)`` both: the mean over the probes."""

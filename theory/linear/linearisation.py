@@ -9,8 +9,7 @@ whose adjoint runs backward: ``q_t = A_t' q_{t+1} + s_t`` and the part of the co
 costates. `Linearisation` is the operator ``C`` from all controls to the last state, ``dx_L = C du``
 with ``dx_0 = 0``. A product costs one forward-mode, one with its adjoint one reverse-mode
 derivative of each step, and neither forms a matrix, so a state may have 10^5 entries. `tangent` and
-`adjoint` give the states and costates between as well; `jacobians` forms the matrices of a step,
-where they fit.
+`adjoint` give the states and costates between as well.
 
 Shapes are those of `deltacontrol.theory.control.problem`: a control without a batch axis is shared,
 so that ``B_t'`` sums over the batch; integer states have no perturbation, theirs are zero.
@@ -149,28 +148,6 @@ class Linearisation(LinearOperator):
         """``A_{L-1} ... A_0``, from the first state to the last."""
         return StateTransition(self)
 
-    def jacobians(self, t: int, *, per_example: bool = False) -> tuple[Tensor, Tensor]:
-        """Dense ``A_t`` and ``B_t``.
-
-        Args:
-            t: the step.
-            per_example: the first axis numbers examples that do not interact; the matrices are
-                then ``(batch, n', n)`` and ``(batch, n', m)``, else ``(n', n)`` and ``(n', m)``
-                of the flattened states (and of the flattened control). The columns of a state
-                that holds integers are zero.
-        """
-        x, u = self.states[t].detach(), self.controls[t].detach()
-        rows = self.states[t + 1].numel()
-        count(rows // max(len(x), 1) if per_example else rows)
-        with differentiable_attention():
-            if not per_example:
-                return _dense(lambda x, u: self.dynamics.step(t, x, u), x, u)
-
-            def row(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-                return _dense(lambda x, u: self.dynamics.step(t, x, u), x, u)
-
-            return torch.func.vmap(row, in_dims=(0, None if u.ndim == 1 else 0))(x, u)
-
     def _graph(self, t: int) -> StepGraph:
         graph = self._graphs.get(t)
         if graph is None:
@@ -216,18 +193,6 @@ class StateTransition(LinearOperator):
 
 def _jvp(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> Tensor:
     return torch.func.jvp(f, at, along)[1]
-
-
-def _dense(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Both Jacobians by reverse mode, one sweep for each entry of the next state."""
-    if x.is_floating_point():
-        y, pull = torch.func.vjp(f, x, u)[:2]
-    else:
-        y, pull = torch.func.vjp(lambda u: f(x, u), u)[:2]
-    basis = torch.eye(y.numel(), dtype=y.dtype, device=y.device).reshape(-1, *y.shape)
-    *state, b = torch.func.vmap(pull)(basis)
-    a = state[0] if state else y.new_zeros(y.numel(), x.numel())
-    return a.reshape(y.numel(), x.numel()), b.reshape(y.numel(), u.numel())
 
 
 def _zeros_like(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""The law and the cost to go of a linear-quadratic problem; formulas in `theory.lq`."""
+"""Law and cost to go of a linear-quadratic problem; formulas in `deltacontrol.theory.lq`."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ class UnboundedError(InputError):
 
     Attributes:
         step: the last step at which the cost to go is unbounded below.
+        direction: of that step's control, ``(m_t,)``, of length one, with ``d'(R + B'PB) d < 0``;
+            None where that matrix is singular and the cost falls along its null space.
     """
 
-    def __init__(self, message: str, step: int) -> None:
+    def __init__(self, message: str, step: int, direction: Tensor | None = None) -> None:
         super().__init__(message)
-        self.step = step
+        self.step, self.direction = step, direction
 
 
 @dataclass(frozen=True, eq=False)

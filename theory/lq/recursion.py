@@ -240,41 +240,52 @@ class _Sweep:
         if bool(((code == 0) & _exceeds(_diagonal(lower), R, B, bound)).all()):
             root = inverse_root(lower)
         else:
-            root = self._spectral_root(t, H_uu, H_ux, _noise(R, bound[:, None] * _shares(B)))
+            root = self._spectral_root(t, H_uu, H_ux, _errors(R, bound[:, None] * _shares(B)))
         W = root.mT @ H_ux
         self.inverse[t], self.gains[t] = root, (root @ W).neg_()
         self.hessians[t] = symmetric(terms.Q[t] + A.mT @ PA - W.mT @ W)
         if t == 0 and not bool(torch.isfinite(self.hessians[0]).all()):
             raise InputError("P_0 is not finite: check Q and N of step 0 for NaN")
 
-    def _spectral_root(self, t: int, H_uu: Tensor, H_ux: Tensor, noise: Tensor) -> Tensor:
-        """A root of the pseudo-inverse; notes the null space and the conflicts."""
+    def _spectral_root(self, t: int, H_uu: Tensor, H_ux: Tensor, errors: Tensor) -> Tensor:
+        """A root of the pseudo-inverse; notes the null space and the conflicts.
+
+        Signs are told with each control in units in which its own rounding error is about one, so
+        that the size of one control hides the curvature of no other.
+        """
         terms = self.terms
         if not bool(torch.isfinite(H_uu).all() & torch.isfinite(H_ux).all()):
             raise InputError(
                 f"R + B'PB or N' + B'PA of step {t} is not finite: check the terms for NaN; "
                 "without any, an unstable A made the cost to go overflow: shorten the horizon"
             )
-        values, vectors = torch.linalg.eigh(symmetric(H_uu))
-        noise = noise.amax(-1, keepdim=True)
+        units = _units(_diagonal(errors))[..., None]
+        values, vectors = torch.linalg.eigh(symmetric(units * H_uu * units.mT))
+        noise = (units * errors * units.mT).sum(-1).amax(-1, keepdim=True)
+        vectors = units * vectors
         if bool((values < -noise).any()):
             where = int((values < -noise).any(-1).nonzero()[0, 0])
+            direction = torch.nn.functional.normalize(vectors[where, :, 0], dim=0)
+            curvature = float(direction @ H_uu[where] @ direction)
             raise UnboundedError(
                 f"unbounded at step {t}{problem_number(where, terms.lead)}: R + B'PB has the "
-                f"eigenvalue {float(values[where].min()):.3g}, along whose direction the cost "
-                "falls without end; add or raise the running cost of the controls (if Q, R and Qf "
-                "have no negative eigenvalue this is a rounding error: rescale the terms)",
+                f"negative curvature {curvature:.3g} along a direction of the control, in which "
+                "the cost falls without end; add or raise the running cost of the controls (if Q, "
+                "R and Qf have no negative eigenvalue this is a rounding error: rescale the terms)",
                 t,
+                direction,
             )
         null = vectors * (values <= noise)[:, None]
-        self.null[t] = null @ null.mT
         norm = torch.linalg.matrix_norm
-        scale = norm(terms.B[t]) * norm(self.hessians[t + 1]) * norm(terms.A[t])
+        scale = norm(terms.B[t] * units.mT) * norm(self.hessians[t + 1]) * norm(terms.A[t])
         if terms.N is not None:
-            scale += norm(terms.N[t])
-        if bool((norm(self.null[t] @ H_ux) > torch.finfo(H_ux.dtype).eps ** 0.5 * scale).any()):
+            scale += norm(terms.N[t] * units.mT)
+        if bool((norm(null.mT @ H_ux) > torch.finfo(H_ux.dtype).eps ** 0.5 * scale).any()):
             self.conflicts.append(t)
-        return vectors * torch.where(values > noise, values.rsqrt(), 0.0)[:, None]
+        null = torch.nn.functional.normalize(null, dim=-2)
+        self.null[t] = symmetric(null @ torch.linalg.pinv(null))
+        root = vectors * torch.where(values > noise, values.rsqrt(), 0.0)[:, None]
+        return root - self.null[t] @ root  # the control of least norm
 
     def _factor(self) -> LQFactor:
         terms, quick, gains = self.terms, self.quick, self.gains
@@ -309,6 +320,19 @@ def _noise(R: Tensor, curvature: Tensor) -> Tensor:
     ``curvature`` bounds ``|B'PB|``, as a number or for each column of ``B``.
     """
     return (4 + R.shape[-1]) * torch.finfo(R.dtype).eps * (_diagonal(R).abs() + curvature)
+
+
+def _errors(R: Tensor, curvature: Tensor) -> Tensor:
+    """A bound on the rounding error of each entry of ``H_uu``; its diagonal is `_noise`."""
+    roots = curvature.sqrt()[..., None]
+    return (4 + R.shape[-1]) * torch.finfo(R.dtype).eps * (R.abs() + roots * roots.mT)
+
+
+def _units(noise: Tensor) -> Tensor:
+    """Powers of two, which round nothing, near ``noise^(-1/2)``."""
+    info = torch.finfo(noise.dtype)
+    least = (info.eps**2 * noise.amax(-1, keepdim=True)).clamp_min(info.tiny)
+    return torch.exp2(-(0.5 * torch.maximum(noise, least).log2()).round())
 
 
 def _shares(B: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ and ``grad Phi`` on the region in use) with
 
 so that for ``rho >= 2 C`` the sum of the ``K_t`` is a majorant of ``J`` that touches it at ``u``:
 lowering the ``K_t``, by however little, lowers ``J`` by at least as much. And as ``grad K_t = grad
-H_t`` at ``u_t``, only a stationary ``u`` is left unchanged. `proofs_notebooks/03` and `04` prove
-both.
+H_t`` at ``u_t``, only a stationary ``u`` is left unchanged. The notebooks
+`proofs_notebooks/03_emsa_descent.py` and `proofs_notebooks/04_hamiltonian_bound.py` prove both.
 
 Norms. In a batch each example has its own trajectory and ``J`` is the mean: ``|.|^2`` is the mean
 over the examples of squared Euclidean norms, of the states and of the *example's* costate, which is

@@ -110,6 +110,8 @@ class GaussNewton(Solver):
                 found = damped_step(curvature, damping, rtol=rtol, max_products=self.max_products)
                 if bool(found.step.any()) or not math.isfinite(damping):
                     break
+                if found.end is End.NOT_FINITE:
+                    break  # no damping makes a product finite
                 # G has no positive curvature along the gradient: costs that are not convex.
                 kappa, growth = kappa * growth, 10.0 * growth
             # The ratio judges the model without the damping, which is not part of J.
@@ -293,7 +295,7 @@ class _Forcing:
 
 def _stuck(found: ModelStep) -> Ending:
     reason = "no part of the step lowers J"
-    if found.end in (End.SINGULAR, End.NEGATIVE_CURVATURE):
+    if found.end in (End.SINGULAR, End.NEGATIVE_CURVATURE, End.NOT_FINITE):
         reason += f" (conjugate gradients ended with {found.end.value.replace('_', ' ')})"
     return Ending(Status.LINE_SEARCH_FAILED, reason)
 

@@ -143,8 +143,8 @@ def solve(
 
     Raises:
         InputError: for a negative ``max_steps`` or ``tol``, for controls that do not fit, for a box
-            that the solver cannot keep, and for a checkpoint of another solver or problem, or in a
-            folder that cannot be made.
+            that does not fit them or that the solver cannot keep, and for a checkpoint of another
+            solver or problem, or in a folder that cannot be made.
 
     Example:
         ``J(u) = 1/2 (1 + u)^2 + 1/2 u^2`` has its minimum 1/4 at ``u = -1/2``:
@@ -164,7 +164,7 @@ def solve(
     if not isinstance(solver, Solver):
         raise InputError(
             f"the solver is {solver!r}; expected an object such as NewtonCG(), which "
-            "theory.solvers.registry.parse makes of a text"
+            "deltacontrol.theory.solvers.registry.parse makes of a text"
         )
     max_steps = solver.default_steps if max_steps is None else max_steps
     if max_steps < 0 or not (tol is None or tol >= 0):
@@ -178,6 +178,7 @@ def solve(
         )
     u = tuple(control.detach().clone() for control in u0)
     if problem.box is not None:
+        problem.box.check(u)
         u = problem.box.project(u)
     with tqdm(total=max_steps, disable=not progress, unit="step") as bar:
         recorder = _Recorder(problem, solver, max_steps, tol, callback, bar)

@@ -1,1 +1,1 @@
-"""Formats of peft, one a file that names its `FORMATS`; `deltas.interop.peft` finds them."""
+"""Formats of peft, one a file with its `FORMATS`, for `deltacontrol.deltas.interop.peft`."""
