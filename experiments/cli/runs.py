@@ -56,7 +56,7 @@ class Runs:
             print(json.dumps(_document(both_homes(self.runs).get(self.show)), indent=1))
             return
         store = both_homes(self.runs) if self.committed else RunStore(self.runs)
-        records = store.records()
+        records = store.listed()
         if not records:
             print(f"no runs in {self.runs}; `deltacontrol finetune` makes one")
             return
