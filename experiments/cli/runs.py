@@ -60,7 +60,8 @@ class Runs:
         if not records:
             print(f"no runs in {self.runs}; `deltacontrol finetune` makes one")
             return
-        chosen = [record for record in records if self._meets(record)]
+        conditions = self._conditions(records)
+        chosen = [record for record in records if _meets(record, conditions)]
         rows = pd.DataFrame([_row(record) for record in chosen], columns=list(_row(records[0])))
         if self.sort not in rows:
             raise unknown("column", self.sort, rows.columns)
@@ -85,16 +86,28 @@ class Runs:
         if failures:
             raise InputError("some records are left as they were:\n" + "\n".join(failures))
 
-    def _meets(self, record: Record) -> bool:
-        shown = {name: value for name, value in _row(record).items() if value is not None}
-        fields = record.config | shown
+    def _conditions(self, records: list[Record]) -> list[tuple[str, str]]:
+        known = set(_row(records[0])).union(*(record.config for record in records))
+        found = []
         for condition in self.where:
             name, equals, value = condition.partition("=")
             if not equals:
                 raise InputError(f"{condition!r} is not FIELD=VALUE, such as task=movie")
-            if str(fields.get(name)) != value and not _same_number(fields.get(name), value):
-                return False
+            if name not in known:
+                raise unknown("column or field of the configuration", name, known)
+            found.append((name, value))
+        return found
+
+
+def _meets(record: Record, conditions: list[tuple[str, str]]) -> bool:
+    if not conditions:
         return True
+    shown = {name: value for name, value in _row(record).items() if value is not None}
+    fields = record.config | shown
+    return all(
+        str(fields.get(name)) == value or _same_number(fields.get(name), value)
+        for name, value in conditions
+    )
 
 
 def _same_number(found: object, wanted: str) -> bool:

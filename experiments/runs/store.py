@@ -49,7 +49,7 @@ from deltacontrol.experiments.runs.record import (
     read,
     sealed,
 )
-from deltacontrol.theory.errors import InputError, unknown
+from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -172,12 +172,27 @@ class RunStore:
         return list(replace(self, committed=None)._folders(warn=False).values())
 
     def get(self, beginning: str) -> Record:
-        """The record whose id starts so; raises `InputError` where it is not exactly one whole."""
+        """The record whose id starts so, in `root` before the committed ones.
+
+        Raises:
+            InputError: No id starts so, or several do, or the record is damaged.
+        """
         folders = self._folders(warn=False)
-        found = [name for name in folders if name.startswith(beginning)]
-        if len(found) != 1:
-            raise unknown("run", beginning, folders)
-        return read(folders[found[0]])
+        found = [folder for name, folder in folders.items() if name.startswith(beginning)]
+        found = [folder for folder in found if folder.parent == self.root] or found
+        if not found:
+            package = "" if self.committed is None else " or of those that come with the package"
+            raise InputError(
+                f"unknown run {beginning!r}: no id of the records in {self.root}{package} begins "
+                "so; `deltacontrol runs --committed` lists them"
+            )
+        if len(found) > 1:
+            names = ", ".join(folder.name for folder in found[:3]) + ", ..." * (len(found) > 3)
+            raise InputError(
+                f"{len(found)} runs have an id that begins with {beginning!r} ({names}); give more "
+                "of the id"
+            )
+        return read(found[0])
 
     def _own(self, record: Record) -> bool:
         return record.folder.parent == self.root
