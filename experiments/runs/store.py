@@ -230,15 +230,17 @@ class RunStore:
         status: str = "completed",
         message: str = "",
         started: datetime | None = None,
+        digests: Digests | None = None,
     ) -> Record:
         """Write a record, whole or not at all, and return it.
 
-        A record that appeared meanwhile is kept, and returned in place of this one.
+        A record that appeared meanwhile is kept, and returned in place of this one. `digests` are
+        those of what the run read, taken before it began; by default they are taken now.
 
         Raises:
             InputError: The folder cannot be written (permissions, disk full).
         """
-        config, digests = experiment.to_config(), digests_of(experiment)
+        config, digests = experiment.to_config(), digests or digests_of(experiment)
         identity = run_id(experiment.kind, config, digests)
         target = self.root / identity
         temporary = self.root / ".partial" / identity / f"record-{uuid.uuid4().hex[:8]}"

@@ -22,10 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from deltacontrol.experiments.runs.experiment import Digests, digests_of
 from deltacontrol.experiments.runs.provenance import usable_cores
 from deltacontrol.experiments.runs.store import Experiment, Record, RunStore, Workspace, unwritable
 from deltacontrol.theory import plugins
@@ -63,11 +65,13 @@ def run(
         checkpoint_seconds: Time between checkpoints.
 
     Raises:
-        InputError: From the experiment, or because the store cannot be used.
+        InputError: From the experiment, because the store cannot be used, or because the files of
+            the model, the data or users' code changed during the run.
     """
     found = store.find(experiment)
     if found is not None:
         return found
+    digests = digests_of(experiment)
     partial = store.partial(experiment)
     first = int(os.environ.get("RANK", "0")) == 0
     with _locked(store, partial.name, block) if first else _unlocked() as mine:
@@ -81,6 +85,7 @@ def run(
         outcome = experiment.execute(workspace)
         if not first:
             return None
+        _require_unchanged(experiment, digests, partial)
         record = store.write(
             experiment,
             outcome.result,
@@ -91,9 +96,24 @@ def run(
             status=outcome.status,
             message=outcome.message,
             started=started,
+            digests=digests,
         )
         shutil.rmtree(partial, ignore_errors=True)
         return record
+
+
+def _require_unchanged(experiment: Experiment, before: Digests, partial: Path) -> None:
+    """Refuse to record a run under what it may not have read; its checkpoints are worth nothing."""
+    after = digests_of(experiment)
+    names = {"model": "its model", "data": "its data", "code": "the code of your classes"}
+    changed = [text for n, text in names.items() if getattr(before, n) != getattr(after, n)]
+    if changed:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(
+            f"the files of {' and '.join(changed)} changed while {experiment.label} ran, so that "
+            "nothing tells which of their contents it read; it is not recorded: run it again and "
+            "leave the files as they are meanwhile"
+        )
 
 
 def run_all(

@@ -7,7 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deltacontrol.experiments.sources import sha256_of
+from deltacontrol.experiments.sources import digest_of_file
 from deltacontrol.experiments.tasks.base import CONVERSION, KINDS, Kind, Task, parts_of
 from deltacontrol.experiments.tasks.splits import SPLIT_SEED, SPLITS, carve_validation, split
 from deltacontrol.theory.errors import InputError, unknown
@@ -97,7 +97,7 @@ def file_digest(
     Raises:
         InputError: no such file.
     """
-    content = sha256_of(_existing(name))
+    content = digest_of_file(_existing(name))
     identity = [content, text_column, label_column, kind, CONVERSION, SPLIT_SEED]
     return sha256(json.dumps(identity).encode()).hexdigest()
 
