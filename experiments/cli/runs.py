@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltacontrol.experiments.runs.failures import failures
 from deltacontrol.experiments.runs.store import Record, RunStore, both_homes
 from deltacontrol.experiments.runs.upgrade import upgrade
 from deltacontrol.theory.errors import InputError, unknown
@@ -28,6 +29,7 @@ class Runs:
         show: Id of a run (or its beginning), in either home: print the whole record.
         csv: Write the chosen rows, all of them, to this file.
         upgrade: Bring records of earlier versions in the folder to today's form first.
+        failed: List the runs in your folder that failed, and why, instead.
     """
 
     runs: Path = Path("runs")
@@ -38,6 +40,7 @@ class Runs:
     show: str | None = None
     csv: Path | None = None
     upgrade: bool = False
+    failed: bool = False
 
     def run(self) -> None:
         """Print the list, or one record.
@@ -54,6 +57,9 @@ class Runs:
             self._upgrade()
         if self.show is not None:
             print(json.dumps(_document(both_homes(self.runs).get(self.show)), indent=1))
+            return
+        if self.failed:
+            self._failures()
             return
         store = both_homes(self.runs) if self.committed else RunStore(self.runs)
         records = store.listed()
@@ -73,6 +79,16 @@ class Runs:
             print(f"{len(shown)} of {len(chosen)} that were asked for, of {len(records)} runs")
         if self.csv is not None:
             table.to_csv(self.csv, index=False)
+
+    def _failures(self) -> None:
+        found = failures(self.runs)
+        shown = found[: self.limit] if self.limit else found
+        for failure in shown:
+            print(f"{failure.id}  {failure.date}  {failure.label}\n    {failure.reason}")
+        if not found:
+            print(f"no run in {self.runs} failed")
+        elif len(shown) < len(found):
+            print(f"{len(shown)} of {len(found)} failed runs")
 
     def _upgrade(self) -> None:
         done, failures = 0, []
