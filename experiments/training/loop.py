@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from deltacontrol.deltas.dynamics.frozen_states import FrozenStates
+from deltacontrol.experiments.runs.interrupts import deferred
 from deltacontrol.experiments.training import checkpoints
 from deltacontrol.experiments.training import devices as resources
 from deltacontrol.experiments.training.gradients import accumulate, examples, num_tokens
-from deltacontrol.experiments.training.interrupts import deferred
 from deltacontrol.experiments.training.modes import training_mode
 from deltacontrol.experiments.training.results import TrainingResult, curve, divergence, summary
 from deltacontrol.experiments.training.schedules import learning_rate
