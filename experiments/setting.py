@@ -177,7 +177,7 @@ class Setting:
         """The chosen rows of a split, tokenised.
 
         Raises:
-            InputError: as in `frame`, `encode` and
+            InputError: as in `frame` and
             `deltacontrol.experiments.tasks.encoding.encode_rows`.
         """
         if name not in self._splits:

@@ -20,6 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -148,6 +149,29 @@ def sha256_of(*paths: Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+_digests: dict[tuple[str, int, int, int, int], str] = {}
+# A file that has only just changed may change again within one tick of the file system's clock.
+_SETTLED_NS = 2_000_000_000
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file's contents, computed once a process while nothing about the file changes.
+
+    A file counts as the same by its path, size, inode and both times; one that changed within the
+    last two seconds is read again.
+    """
+    found = path.stat()
+    times = found.st_mtime_ns, found.st_ctime_ns
+    key = (str(path.resolve()), found.st_size, found.st_ino, *times)
+    if key in _digests:
+        return _digests[key]
+    settled = time.time_ns() - max(times) > _SETTLED_NS
+    digest = sha256_of(path)
+    if settled:
+        _digests[key] = digest
+    return digest
 
 
 @contextmanager

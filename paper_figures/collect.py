@@ -70,6 +70,7 @@ def computed(
     *,
     discard: bool = False,
     workers: int | None = None,
+    **limits: float,
 ) -> list[Record]:
     """The records of `experiments` in `store`, after computing those that it lacks.
 
@@ -78,6 +79,7 @@ def computed(
         experiments: What is wanted.
         discard: Remove the records of `experiments` from `store` first.
         workers: Processes, one run each; None lets the sweep choose.
+        limits: ``limit_minutes`` of one run; by default the sweep's own.
 
     Raises:
         InputError: Some runs left no record.
@@ -89,7 +91,7 @@ def computed(
     if missing:
         from deltacontrol.experiments.runs.sweep import run_all  # imports torch
 
-        run_all(missing, store, workers=workers)
+        run_all(missing, store, workers=workers, **limits)
     records = [store.find(e) for e in experiments]
     unfinished = [e for e, record in zip(experiments, records, strict=True) if record is None]
     if unfinished:

@@ -32,6 +32,7 @@ class Figures:
         out: Where the pictures, tables and captions go.
         workers: Runs at a time, one process with one thread each; chosen by the machine if absent.
         runs: Where finished runs are kept.
+        limit_minutes: How long one run may take before it is stopped, as one that hangs.
         publish: Put the records that were drawn among the committed ones, for preset paper to
             read, and the pictures into the gallery; from a clean checkout only.
     """
@@ -42,6 +43,7 @@ class Figures:
     out: Path = Path("figures")
     workers: int | None = None
     runs: Path = Path("runs")
+    limit_minutes: float = 24.0 * 60.0
     publish: bool = False
 
     def run(self) -> None:
@@ -85,6 +87,7 @@ class Figures:
                 collect.study(figure.STUDY, self.preset),
                 discard=self.recompute and self.preset == "quick",
                 workers=self.workers,
+                limit_minutes=self.limit_minutes,
             )
         done = export(name, figure, records, self.out)
         if self.publish:

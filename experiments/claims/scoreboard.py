@@ -150,13 +150,22 @@ def publish(claim: Claim, judged: Judged, store: RunStore) -> None:
     Raises:
         InputError: the claim is a user's own, which stays beside their project.
     """
+    require_publishable(claim)
+    publish_records(list(records_of(claim, store).values()), RUNS, store.committed or COMMITTED)
+    keep(claim, judged)
+
+
+def require_publishable(claim: Claim) -> None:
+    """Refuse to publish a user's own claim, which stays beside their project.
+
+    Raises:
+        InputError: the claim is a user's own.
+    """
     if claim in (own for _, own in plugins.values("CLAIM")):
         raise InputError(
             f"claim {claim.id} is of your own file {source(claim)}, and only those of this project "
             "are published with it; leave out --publish: its result is kept beside your runs"
         )
-    publish_records(list(records_of(claim, store).values()), RUNS, store.committed or COMMITTED)
-    keep(claim, judged)
 
 
 def records_of(claim: Claim, store: RunStore) -> dict[str, Record]:

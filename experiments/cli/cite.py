@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from deltacontrol.experiments.runs.citing import cite
-from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.experiments.runs.store import both_homes
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Cite:
     Attributes:
         run_id: Id of a run, or its beginning; its deltas are cited.
         delta: Delta methods to cite.
-        runs: Folder of the records.
+        runs: Your folder of records; those that come with the package are found too.
     """
 
     run_id: tyro.conf.Positional[str | None] = None
@@ -32,7 +32,7 @@ class Cite:
 
     def run(self) -> None:
         """Print the entries."""
-        record = [] if self.run_id is None else [RunStore(self.runs).get(self.run_id)]
+        record = [] if self.run_id is None else [both_homes(self.runs).get(self.run_id)]
         print(cite([*record, *self.delta]))
 
 

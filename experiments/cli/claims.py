@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -14,6 +16,8 @@ from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.runs.store import RunStore, both_homes
 from deltacontrol.theory.claims import Claim, Outcome, Verdict
 from deltacontrol.theory.errors import InputError
+
+LEAST_TITLE = 24  # columns of the list
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class Claims:
         """Do the action; exit code 1 where a claim does not hold or could not be judged.
 
         Raises:
-            InputError: A claim is unknown, or the checkout is not clean enough to publish from.
+            InputError: A claim is unknown, or with --publish a claim is a user's own, or the
+                checkout is not clean enough to publish from; nothing has been computed by then.
         """
         chosen = [scoreboard.find(i) for i in self.ids] or list(scoreboard.available().values())
         store = both_homes(self.runs)
@@ -57,6 +62,8 @@ class Claims:
                 raise InputError("--publish goes with judge or run: these have results to publish")
             return self._list(chosen) if self.action == "list" else self._show(chosen)
         if self.publish:
+            for claim in chosen:
+                scoreboard.require_publishable(claim)
             provenance.require_clean()
         judged, failures = {}, []
         for claim in chosen:
@@ -85,12 +92,10 @@ class Claims:
         return found
 
     def _list(self, chosen: list[Claim]) -> int:
-        import pandas as pd
-
         own = self.runs / scoreboard.CLAIMS
-        table = pd.DataFrame(scoreboard.rows(own if own.is_dir() else None))
-        wanted = [claim.id for claim in chosen]
-        print(table[table["#"].isin(wanted)].drop(columns="source").to_string(index=False))
+        rows = {row["#"]: row for row in scoreboard.rows(own if own.is_dir() else None)}
+        for line in _lines([(claim, rows[claim.id]) for claim in chosen]):
+            print(line)
         return 0
 
     def _show(self, chosen: list[Claim]) -> int:
@@ -107,6 +112,37 @@ class Claims:
                         f"claim {claim.id} was not judged yet: deltacontrol claims run {claim.id}"
                     )
         return int(any(verdict is not Verdict.HOLDS for verdict in verdicts))
+
+
+def _lines(rows: Sequence[tuple[Claim, Mapping[str, Any]]]) -> list[str]:
+    """The scoreboard in the width of the terminal, of which 80 columns are enough.
+
+    The condition is the bound alone, where there is room; `deltacontrol claims show` has its words.
+    """
+    width = max(80, shutil.get_terminal_size().columns)
+    cells = {
+        "#": [str(row["#"]) for _, row in rows],
+        "verdict": [row["verdict"] for _, row in rows],
+        "measured": [row["measured"] for _, row in rows],
+        "own": [row.get("own", "") for _, row in rows],
+        "condition": [
+            str(claim.threshold)[len(claim.threshold.description) + 1 :] for claim, _ in rows
+        ],
+    }
+    if not any(cells["own"]):
+        del cells["own"]
+    sizes = {name: max(map(len, [name, *column])) for name, column in cells.items()}
+    if width - sum(sizes.values()) - 2 * len(sizes) < LEAST_TITLE:
+        del cells["condition"], sizes["condition"]
+    room = max(LEAST_TITLE, width - sum(sizes.values()) - 2 * len(sizes))
+    titles = [
+        t if len(t) <= room else t[: room - 1].rstrip() + "…" for t in (c.title for c, _ in rows)
+    ]
+    sizes = {"#": sizes.pop("#"), "claim": max(map(len, ["claim", *titles])), **sizes}
+    columns = {**cells, "claim": titles}
+    lines = [{name: name for name in sizes}]
+    lines += [{name: columns[name][i] for name in sizes} for i in range(len(rows))]
+    return ["  ".join(line[name].ljust(sizes[name]) for name in sizes).rstrip() for line in lines]
 
 
 def print_outcome(outcome: Outcome) -> None:

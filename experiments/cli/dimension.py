@@ -124,6 +124,8 @@ class Dimension(FineTuningDimension):
                     told = {name: getattr(prediction, name) for name in names}
                     document["prediction"] = {k: None if v != v else v for k, v in told.items()}
                 self.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        except InputError:  # it says what is wrong already
+            raise
         except (OSError, ValueError) as error:  # a ValueError names an unknown picture format
             raise InputError(f"cannot write what was found: {error}") from error
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.experiments.runs.store import both_homes
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class ExportPeft:
     Attributes:
         run_id: Id of a run, or its beginning.
         out: Folder to write; by default <run id>-adapter.
-        runs: Folder of the records.
+        runs: Your folder of records; those that come with the package are found too, and say so
+            where they were published without their trained controls.
         base_model: Name of the base model in the adapter; by default the run's.
     """
 
@@ -37,7 +38,7 @@ class ExportPeft:
         """Restore the model, write the adapter."""
         from deltacontrol.deltas.interop import export_peft
 
-        record = RunStore(self.runs).get(self.run_id)
+        record = both_homes(self.runs).get(self.run_id)
         out = self.out or Path(f"{record.id}-adapter")
         controlled = record.model()
         export_peft(controlled, out, base_model=self.base_model or record.config["model"])

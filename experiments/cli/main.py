@@ -94,8 +94,9 @@ def _main(argv: list[str]) -> int:
         return command.run() or 0
     except InputError as error:
         return _fail(error)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        saved = f"; {stop}" if stop.args else ""
+        print(f"interrupted{saved}; the same command goes on from what is saved", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

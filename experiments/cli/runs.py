@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltacontrol.experiments.runs.failures import failures
 from deltacontrol.experiments.runs.store import Record, RunStore, both_homes
 from deltacontrol.experiments.runs.upgrade import upgrade
 from deltacontrol.theory.errors import InputError, unknown
@@ -28,6 +29,7 @@ class Runs:
         show: Id of a run (or its beginning), in either home: print the whole record.
         csv: Write the chosen rows, all of them, to this file.
         upgrade: Bring records of earlier versions in the folder to today's form first.
+        failed: List the runs in your folder that failed, and why, instead.
     """
 
     runs: Path = Path("runs")
@@ -38,6 +40,7 @@ class Runs:
     show: str | None = None
     csv: Path | None = None
     upgrade: bool = False
+    failed: bool = False
 
     def run(self) -> None:
         """Print the list, or one record.
@@ -55,12 +58,16 @@ class Runs:
         if self.show is not None:
             print(json.dumps(_document(both_homes(self.runs).get(self.show)), indent=1))
             return
+        if self.failed:
+            self._failures()
+            return
         store = both_homes(self.runs) if self.committed else RunStore(self.runs)
-        records = store.records()
+        records = store.listed()
         if not records:
             print(f"no runs in {self.runs}; `deltacontrol finetune` makes one")
             return
-        chosen = [record for record in records if self._meets(record)]
+        conditions = self._conditions(records)
+        chosen = [record for record in records if _meets(record, conditions)]
         rows = pd.DataFrame([_row(record) for record in chosen], columns=list(_row(records[0])))
         if self.sort not in rows:
             raise unknown("column", self.sort, rows.columns)
@@ -72,6 +79,16 @@ class Runs:
             print(f"{len(shown)} of {len(chosen)} that were asked for, of {len(records)} runs")
         if self.csv is not None:
             table.to_csv(self.csv, index=False)
+
+    def _failures(self) -> None:
+        found = failures(self.runs)
+        shown = found[: self.limit] if self.limit else found
+        for failure in shown:
+            print(f"{failure.id}  {failure.date}  {failure.label}\n    {failure.reason}")
+        if not found:
+            print(f"no run in {self.runs} failed")
+        elif len(shown) < len(found):
+            print(f"{len(shown)} of {len(found)} failed runs")
 
     def _upgrade(self) -> None:
         done, failures = 0, []
@@ -85,16 +102,28 @@ class Runs:
         if failures:
             raise InputError("some records are left as they were:\n" + "\n".join(failures))
 
-    def _meets(self, record: Record) -> bool:
-        shown = {name: value for name, value in _row(record).items() if value is not None}
-        fields = record.config | shown
+    def _conditions(self, records: list[Record]) -> list[tuple[str, str]]:
+        known = set(_row(records[0])).union(*(record.config for record in records))
+        found = []
         for condition in self.where:
             name, equals, value = condition.partition("=")
             if not equals:
                 raise InputError(f"{condition!r} is not FIELD=VALUE, such as task=movie")
-            if str(fields.get(name)) != value and not _same_number(fields.get(name), value):
-                return False
+            if name not in known:
+                raise unknown("column or field of the configuration", name, known)
+            found.append((name, value))
+        return found
+
+
+def _meets(record: Record, conditions: list[tuple[str, str]]) -> bool:
+    if not conditions:
         return True
+    shown = {name: value for name, value in _row(record).items() if value is not None}
+    fields = record.config | shown
+    return all(
+        str(fields.get(name)) == value or _same_number(fields.get(name), value)
+        for name, value in conditions
+    )
 
 
 def _same_number(found: object, wanted: str) -> bool:

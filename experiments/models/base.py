@@ -8,7 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltacontrol.experiments.sources import PackageFile, build_once, cache_dir, extract, sha256_of
+from deltacontrol.experiments.sources import (
+    PackageFile,
+    build_once,
+    cache_dir,
+    digest_of_file,
+    extract,
+)
 
 # Part of every packaged model's digest: raise it when a conversion changes.
 CONVERSION = 1
@@ -76,9 +82,12 @@ class ResolvedModel:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of the files that `from_pretrained` may read."""
+    """SHA-256 over the names and contents of the files that `from_pretrained` may read.
+
+    A file that stays as it is is read once a process.
+    """
     suffixes = (".json", ".safetensors", ".bin", ".txt", ".model")
     total = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.suffix in suffixes):
-        total.update(f"{path.name} {sha256_of(path)}\n".encode())
+        total.update(f"{path.name} {digest_of_file(path)}\n".encode())
     return total.hexdigest()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltacontrol.experiments.models.base import ResolvedModel
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+MOST_CLASSES = 100_000
 _CLASSES = {
     "classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
@@ -77,6 +80,7 @@ def _config_and_tokenizer(
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     from transformers import AutoConfig, AutoTokenizer
 
+    _check_num_labels(model)
     try:
         # Code that a model's folder or repository brings along is never run.
         config = AutoConfig.from_pretrained(model.location, trust_remote_code=False)
@@ -96,6 +100,7 @@ def _config_and_tokenizer(
     return config, tokenizer
 
 
+<<<<<<< HEAD
 def _refuse_unknown_quantisation(config: PretrainedConfig, name: str) -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -109,6 +114,18 @@ def _refuse_unknown_quantisation(config: PretrainedConfig, name: str) -> None:
         raise InputError(
             f"the weights of {name} are quantised by {method!r}, which transformers does not know; "
             f"known: {', '.join(sorted(AUTO_QUANTIZER_MAPPING))}"
+=======
+def _check_num_labels(model: ResolvedModel) -> None:
+    """Refuse a config.json whose classes transformers would name one by one for ever."""
+    try:
+        given = json.loads((Path(model.location) / "config.json").read_text("utf-8"))["num_labels"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # of the hub, without such an entry, or refused where it is read
+    if isinstance(given, int | float) and given > MOST_CLASSES:
+        raise InputError(
+            f"the config.json of {model.name} has num_labels {given}; expected at most "
+            f"{MOST_CLASSES}: correct that entry, or take it out"
+>>>>>>> mend-runs
         )
 
 
@@ -116,6 +133,11 @@ def _set_task(config: PretrainedConfig, kind: str, num_labels: int | None, name:
     if kind == "classification":
         if num_labels is None or num_labels < 2:
             raise InputError(f"a classification needs num_labels of 2 or more, got {num_labels}.")
+        if num_labels > MOST_CLASSES:
+            raise InputError(
+                f"num_labels is {num_labels}; expected at most {MOST_CLASSES} classes, for a head "
+                "of more fills the memory: give the number of classes of your task"
+            )
         # Names of classes in the checkpoint stay when their number is the same.
         if config.num_labels != num_labels:
             config.num_labels = num_labels

@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltacontrol.experiments.runs import provenance
+from deltacontrol.experiments.runs import index, provenance
 from deltacontrol.experiments.runs.experiment import (
     Digests,
     Experiment,
@@ -49,7 +49,7 @@ from deltacontrol.experiments.runs.record import (
     read,
     sealed,
 )
-from deltacontrol.theory.errors import InputError, unknown
+from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,11 +108,6 @@ class RunStore:
         folder = self._committed().get(own.name)
         return None if folder is None else read(folder)
 
-    def matching(self, experiment: Experiment) -> list[Record]:
-        """Records of the same configuration, whatever the digests: needs no model and no data."""
-        wanted = configuration(experiment)
-        return [record for record in self.records() if configuration(record) == wanted]
-
     def lookup(self, experiments: Sequence[Experiment]) -> list[Record | None]:
         """For each experiment the record of its configuration, whatever the digests, or None.
 
@@ -124,7 +119,7 @@ class RunStore:
         found: dict[str, Record] = {}
         wanted = [configuration(experiment) for experiment in experiments]
         relevant = set(wanted)
-        for record in self.records():
+        for record in self.listed():
             key = configuration(record)
             other = found.setdefault(key, record)
             if other is not record and key in relevant and self._own(other) == self._own(record):
@@ -133,17 +128,34 @@ class RunStore:
                     f"{record.folder}, from different model or data files; delete the one that is "
                     "out of date"
                 )
-        return [found.get(key) for key in wanted]
+        return [read(found[key].folder, whole=False) if key in found else None for key in wanted]
 
     def records(self) -> list[Record]:
         """All records by id, those in `root` first; what is no whole record is skipped with a note.
 
-        The files beside run.json are checked when they are read.
+        Every run.json is checked; the files beside it are checked when they are read.
         """
-        found, skipped = [], []
-        for folder in self._folders(warn=True).values():
+        return self._all(indexed=False)
+
+    def listed(self) -> list[Record]:
+        """As `records`, sooner: what an index of `root` remembers is not read again.
+
+        It remembers that a run.json of this very size and these times was checked
+        (`deltacontrol.experiments.runs.index`). Whoever uses a record's numbers, and does not only
+        list them, takes `find`, `get`, `lookup` or `records`.
+        """
+        return self._all(indexed=True)
+
+    def _all(self, *, indexed: bool) -> list[Record]:
+        folders = self._folders(warn=True)
+        found, skipped = {}, []
+        if indexed:
+            own = {name: path for name, path in folders.items() if path.parent == self.root}
+            found, skipped = index.listed(self.root, own)
+            folders = {name: path for name, path in folders.items() if name not in own}
+        for name, folder in folders.items():
             try:
-                found.append(read(folder, whole=False))
+                found[name] = read(folder, whole=False)
             except (InputError, OSError):
                 skipped.append(folder)
         if skipped:
@@ -151,21 +163,36 @@ class RunStore:
             warnings.warn(
                 f"skipped {len(skipped)} folders that hold no whole record of this version: "
                 f"{names}; `deltacontrol runs --show {skipped[0].name}` says what is wrong",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return found
+        return list(found.values())
 
     def folders(self) -> list[Path]:
         """The folders in `root` that are named as records are, whole or not."""
         return list(replace(self, committed=None)._folders(warn=False).values())
 
     def get(self, beginning: str) -> Record:
-        """The record whose id starts so; raises `InputError` where it is not exactly one whole."""
+        """The record whose id starts so, in `root` before the committed ones.
+
+        Raises:
+            InputError: No id starts so, or several do, or the record is damaged.
+        """
         folders = self._folders(warn=False)
-        found = [name for name in folders if name.startswith(beginning)]
-        if len(found) != 1:
-            raise unknown("run", beginning, folders)
-        return read(folders[found[0]])
+        found = [folder for name, folder in folders.items() if name.startswith(beginning)]
+        found = [folder for folder in found if folder.parent == self.root] or found
+        if not found:
+            package = "" if self.committed is None else " or of those that come with the package"
+            raise InputError(
+                f"unknown run {beginning!r}: no id of the records in {self.root}{package} begins "
+                "so; `deltacontrol runs --committed` lists them"
+            )
+        if len(found) > 1:
+            names = ", ".join(folder.name for folder in found[:3]) + ", ..." * (len(found) > 3)
+            raise InputError(
+                f"{len(found)} runs have an id that begins with {beginning!r} ({names}); give more "
+                "of the id"
+            )
+        return read(found[0])
 
     def _own(self, record: Record) -> bool:
         return record.folder.parent == self.root
@@ -181,7 +208,7 @@ class RunStore:
             shown = ", ".join(map(repr, strays[:3])) + ", ..." * (len(strays) > 3)
             warnings.warn(
                 f"skipped {len(strays)} folders in {self.root} that are not records: {shown}",
-                stacklevel=3,
+                stacklevel=4,
             )
         own = {name: self.root / name for name in names if _IDENTITY.fullmatch(name)}
         return own | {n: path for n, path in self._committed().items() if n not in own}
@@ -203,15 +230,17 @@ class RunStore:
         status: str = "completed",
         message: str = "",
         started: datetime | None = None,
+        digests: Digests | None = None,
     ) -> Record:
         """Write a record, whole or not at all, and return it.
 
-        A record that appeared meanwhile is kept, and returned in place of this one.
+        A record that appeared meanwhile is kept, and returned in place of this one. `digests` are
+        those of what the run read, taken before it began; by default they are taken now.
 
         Raises:
             InputError: The folder cannot be written (permissions, disk full).
         """
-        config, digests = experiment.to_config(), digests_of(experiment)
+        config, digests = experiment.to_config(), digests or digests_of(experiment)
         identity = run_id(experiment.kind, config, digests)
         target = self.root / identity
         temporary = self.root / ".partial" / identity / f"record-{uuid.uuid4().hex[:8]}"

@@ -7,25 +7,24 @@ on one store, also from several machines: a lock per run keeps them from computi
 
 from __future__ import annotations
 
-import multiprocessing
+import math
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from multiprocessing.connection import Connection
+from functools import partial
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from deltacontrol.experiments.runs import failures
+from deltacontrol.experiments.runs.experiment import Digests, digests_of
+from deltacontrol.experiments.runs.processes import Processes
 from deltacontrol.experiments.runs.provenance import usable_cores
 from deltacontrol.experiments.runs.store import Experiment, Record, RunStore, Workspace, unwritable
 from deltacontrol.theory import plugins
@@ -41,6 +40,7 @@ PRELOADED = (
     "deltacontrol.experiments.tasks.encoding",
     "deltacontrol.experiments.training.finetune",
 )
+LIMIT_MINUTES = 24.0 * 60.0  # of one run of a sweep
 
 
 def run(
@@ -63,24 +63,27 @@ def run(
         checkpoint_seconds: Time between checkpoints.
 
     Raises:
-        InputError: From the experiment, or because the store cannot be used.
+        InputError: From the experiment, because the store cannot be used, or because the files of
+            the model, the data or users' code changed during the run.
     """
     found = store.find(experiment)
     if found is not None:
         return found
-    partial = store.partial(experiment)
+    digests = digests_of(experiment)
+    unfinished = store.partial(experiment)
     first = int(os.environ.get("RANK", "0")) == 0
-    with _locked(store, partial.name, block) if first else _unlocked() as mine:
+    with _locked(store, unfinished.name, block) if first else _unlocked() as mine:
         if not mine:
             return None
         found = store.find(experiment) if first else None
         if found is not None:
             return found
         began, worked, started = time.perf_counter(), time.process_time(), datetime.now(UTC)
-        workspace = Workspace(partial, progress, checkpoint_seconds, store.root)
+        workspace = Workspace(unfinished, progress, checkpoint_seconds, store.root)
         outcome = experiment.execute(workspace)
         if not first:
             return None
+        _require_unchanged(experiment, digests, unfinished)
         record = store.write(
             experiment,
             outcome.result,
@@ -91,9 +94,25 @@ def run(
             status=outcome.status,
             message=outcome.message,
             started=started,
+            digests=digests,
         )
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        failures.forget(store.root, record.id)
         return record
+
+
+def _require_unchanged(experiment: Experiment, before: Digests, unfinished: Path) -> None:
+    """Refuse to record a run under what it may not have read; its checkpoints are worth nothing."""
+    after = digests_of(experiment)
+    names = {"model": "its model", "data": "its data", "code": "the code of your classes"}
+    changed = [text for n, text in names.items() if getattr(before, n) != getattr(after, n)]
+    if changed:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise InputError(
+            f"the files of {' and '.join(changed)} changed while {experiment.label} ran, so that "
+            "nothing tells which of their contents it read; it is not recorded: run it again and "
+            "leave the files as they are meanwhile"
+        )
 
 
 def run_all(
@@ -103,6 +122,7 @@ def run_all(
     progress: bool = True,
     *,
     checkpoint_seconds: float = 30.0,
+    limit_minutes: float = LIMIT_MINUTES,
 ) -> list[Record]:
     """Run all experiments that are not recorded yet, one process each.
 
@@ -114,17 +134,24 @@ def run_all(
             threads a run had.
         progress: Whether to draw a progress bar that names what runs.
         checkpoint_seconds: Time between checkpoints: what a killed run loses at most.
+        limit_minutes: How long one run may take before it is stopped, as one that hangs.
 
     Returns:
         The records, in the order of `experiments`.
 
     Raises:
         InputError: Some runs failed: all others are finished and recorded by then, and the message
-            names each failed run and why. Also where the store cannot be used.
+            names each failed run and why, as does `deltacontrol runs --failed`. Also where the
+            store cannot be used.
         KeyboardInterrupt: After the workers were stopped; a later call continues.
     """
     if workers is not None and workers < 1:
         raise InputError(f"workers is {workers}; expected a whole number >= 1")
+    if not 0 < limit_minutes < math.inf:
+        raise InputError(
+            f"limit_minutes is {limit_minutes}; expected a number of minutes above 0, such as "
+            f"{LIMIT_MINUTES:g}"
+        )
     names = [store.path(experiment).name for experiment in experiments]
     distinct = dict(zip(names, experiments, strict=True))
     pending = {name: e for name, e in distinct.items() if store.find(e) is None}
@@ -133,11 +160,12 @@ def run_all(
         threads = threads_each(workers)
         with tqdm(total=len(distinct), disable=not progress, unit="run") as bar:
             bar.update(len(distinct) - len(pending))
-            failures = _Sweep(store, pending, workers, threads, checkpoint_seconds, bar).finish()
-        if failures:
-            lines = "\n".join(f"  {pending[n].label} ({n}): {why}" for n, why in failures.items())
+            sweep = _Sweep(store, pending, workers, threads, checkpoint_seconds, limit_minutes, bar)
+            failed = sweep.finish()
+        if failed:
+            lines = "\n".join(f"  {pending[n].label} ({n}): {why}" for n, why in failed.items())
             raise InputError(
-                f"{len(failures)} of {len(distinct)} runs failed; the others are recorded:\n{lines}"
+                f"{len(failed)} of {len(distinct)} runs failed; the others are recorded:\n{lines}"
             )
     records = [store.find(experiment) for experiment in experiments]
     return [record for record in records if record is not None]
@@ -166,77 +194,35 @@ class _Sweep:
     workers: int
     threads: int
     checkpoint_seconds: float
+    limit_minutes: float
     bar: tqdm
     failures: dict[str, str] = field(default_factory=dict)
 
     def finish(self) -> dict[str, str]:
         """Do all runs; returns the failed ones with their messages."""
-        busy = self._survive(list(self.pending), block=False)
-        self._survive(busy, block=True)
+        busy = self._do(list(self.pending), block=False)
+        self._do(busy, block=True)
         return self.failures
 
-    def _survive(self, names: list[str], block: bool) -> list[str]:
-        """Do `names`; a process that dies takes down its pool, but no run except its own."""
+    def _do(self, names: list[str], block: bool) -> list[str]:
+        """Do `names`; returns those that another sweep is computing."""
         busy: list[str] = []
-        while names:
-            lost = self._pool(names, self.workers, block, busy)
-            if not lost:
-                break
-            # Whoever died is among those that were running: try them alone to know which.
-            suspects, names = lost[: self.workers + 1], lost[self.workers + 1 :]
-            for name in suspects:
-                if self._pool([name], 1, block, busy):
-                    self._done(
-                        name,
-                        "its process died without a message, perhaps for lack of memory; "
-                        "try fewer workers, a smaller batch_size or more grad_accumulation",
-                    )
-        return busy
-
-    def _pool(self, names: list[str], workers: int, block: bool, busy: list[str]) -> list[str]:
-        """Do `names` in one pool; returns those that were lost with it, in order."""
-        lost: list[str] = []
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOADED))
-        # The workers wait on this pipe's end: it closes when this process stops or dies.
-        alive, hold = context.Pipe(duplex=False)
-        pool = ProcessPoolExecutor(
-            workers,
-            mp_context=context,
-            initializer=_begin_worker,
-            initargs=(self.threads, alive, plugins.sources()),
-            max_tasks_per_child=1,
+        processes = Processes(
+            _work,
+            partial(_begin_worker, self.threads, plugins.sources()),
+            workers=self.workers,
+            seconds=60.0 * self.limit_minutes,
+            preload=PRELOADED,
         )
-        try:
-            futures: dict[Future, str] = {
-                pool.submit(
-                    _work, self.pending[name], self.store, block, self.checkpoint_seconds
-                ): name
-                for name in names
-            }
-            waiting = set(futures)
-            while waiting:
-                self._describe([futures[f] for f in futures if f in waiting and f.running()])
-                done, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
-                for future in done:
-                    name = futures[future]
-                    try:
-                        finished, failure = future.result()
-                    except BrokenProcessPool:
-                        lost.append(name)
-                        continue
-                    if finished:
-                        self._done(name, failure)
-                    else:
-                        busy.append(name)
-        except BaseException:
-            hold.close()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            hold.close()
-            alive.close()
-        return [name for name in names if name in lost]
+        more = self.store, block, self.checkpoint_seconds
+        for ended in processes.ends({name: (self.pending[name], *more) for name in names}):
+            for name, end in ended.items():
+                if end.failure is None and not end.value:
+                    busy.append(name)
+                else:
+                    self._done(name, end.failure)
+            self._describe(processes.running)
+        return busy
 
     def _describe(self, running: list[str]) -> None:
         shown = [self.pending[name].label for name in running[: self.workers]]
@@ -245,46 +231,27 @@ class _Sweep:
     def _done(self, name: str, failure: str | None = None) -> None:
         if failure is not None:
             self.failures[name] = failure
+            try:
+                failures.keep(self.store.root, name, self.pending[name], failure)
+            except OSError as error:
+                raise unwritable(self.store.root, error) from error
             self.bar.write(f"failed: {self.pending[name].label}: {failure}", file=sys.stderr)
         self.bar.update()
 
 
-def _begin_worker(threads: int, alive: Connection, sources: tuple[str, ...]) -> None:
+def _begin_worker(threads: int, sources: tuple[str, ...]) -> None:
     import torch
 
     plugins.load_sources(sources)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
 
 
-def _end_with_parent(alive: Connection) -> None:
-    try:
-        alive.recv()
-    except (EOFError, OSError):
-        pass
-    os._exit(1)
-
-
-def _work(
-    experiment: Experiment, store: RunStore, block: bool, checkpoint_seconds: float
-) -> tuple[bool, str | None]:
-    """(finished, message of the failure): not every exception survives the way to the parent."""
-    try:
-        record = run(
-            experiment,
-            store,
-            progress=False,
-            block=block,
-            checkpoint_seconds=checkpoint_seconds,
-        )
-        return record is not None, None
-    except InputError as error:
-        return True, str(error)
-    except Exception as error:
-        traceback.print_exc()
-        return True, f"{type(error).__name__}: {error}"
+def _work(experiment: Experiment, store: RunStore, block: bool, checkpoint_seconds: float) -> bool:
+    """Whether the run is recorded; else another process computes it."""
+    record = run(
+        experiment, store, progress=False, block=block, checkpoint_seconds=checkpoint_seconds
+    )
+    return record is not None
 
 
 @contextmanager

@@ -32,12 +32,14 @@ def upgrade(folder: Path) -> Record:
     path = folder / RUN_FILE
     if folder.is_symlink() or path.is_symlink():
         raise InputError(f"{folder} is a link, or holds one, and is left as it is")
-    before = path.read_text(encoding="utf-8")
     try:
+        before = path.read_text(encoding="utf-8")
         document = json.loads(before)
         if document["schema"] != 1:
             read(folder)  # what is damaged must not be given a new digest
         after = json.dumps(upgraded(document, folder), indent=2, allow_nan=False) + "\n"
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no record of a run: {error}") from error
     temporary = folder / f".{RUN_FILE}"

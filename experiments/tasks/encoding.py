@@ -18,7 +18,6 @@ size), so a run that was killed goes on with the batch it would have had.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
-    from deltacontrol.experiments.tasks import Kind, Task
+    from deltacontrol.experiments.tasks import Kind
 
 Batch = dict[str, torch.Tensor]
 
@@ -132,7 +131,7 @@ class EncodedSplit:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A task, tokenised by `encode`."""
+    """A task, each split tokenised by `encode_rows`."""
 
     train: EncodedSplit
     validation: EncodedSplit
@@ -182,39 +181,10 @@ class Encoded:
         """
         yield from self.split(split).eval_batches(batch_size)
 
-    def num_eval_batches(self, split: str, batch_size: int) -> int:
-        """Number of batches that `eval_batches` yields."""
-        return math.ceil(len(self.split(split)) / batch_size)
-
 
 def without_labels(batch: Batch) -> Batch:
     """The arguments of a model that is to compute no loss."""
     return {name: value for name, value in batch.items() if name != "labels"}
-
-
-def encode(task: Task, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Encoded:
-    """Tokenise all rows of a task.
-
-    Args:
-        task: the rows.
-        tokenizer: as in `encode_rows`.
-        max_length: as in `encode_rows`.
-
-    Raises:
-        InputError: as in `encode_rows`.
-    """
-    return Encoded(
-        **{
-            split: encode_rows(
-                getattr(task, split),
-                tokenizer,
-                kind=task.kind,
-                max_length=max_length,
-                name=task.name,
-            )
-            for split in ("train", "validation", "test")
-        }
-    )
 
 
 def encode_rows(

@@ -22,7 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deltacontrol.experiments.sources import sha256_of
+from deltacontrol.experiments.sources import digest_of_file
 from deltacontrol.experiments.tasks.base import CONVERSION, KINDS, Kind, Task, parts_of
 from deltacontrol.experiments.tasks.reading import SUFFIXES, read_rows, suffix_of
 from deltacontrol.experiments.tasks.splits import (
@@ -141,7 +141,7 @@ def file_digest(
     """
     path = _existing(name)
     identity = [
-        sha256_of(path), suffix_of(path), text_column, label_column, kind, CONVERSION, READING,
+        digest_of_file(path), suffix_of(path), text_column, label_column, kind, CONVERSION, READING,
         SPLIT_SEED,
     ]  # fmt: skip
     return sha256(json.dumps(identity).encode()).hexdigest()

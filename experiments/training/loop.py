@@ -16,6 +16,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from deltacontrol.deltas.dynamics.frozen_states import FrozenStates
+from deltacontrol.experiments.runs.interrupts import deferred
 from deltacontrol.experiments.training import checkpoints
 from deltacontrol.experiments.training import devices as resources
 from deltacontrol.experiments.training.gradients import accumulate, examples, num_tokens
@@ -104,7 +106,8 @@ def train(
         desc="training",
         disable=not (progress and loop.accelerator.is_main_process),
     )
-    with bar, training_mode(delta_model, settings.dropout, settings.gradient_checkpointing):
+    mode = training_mode(delta_model, settings.dropout, settings.gradient_checkpointing)
+    with bar, mode, deferred() if checkpoint_dir is not None else nullcontext() as interrupts:
         if loop.exhausted:
             status, message = "early_stopped", "stopped before this attempt"
         while run.step < settings.steps and status == "completed":
@@ -120,12 +123,16 @@ def train(
                     status = "early_stopped"
                     break
             now = time.perf_counter()
-            due = run.step < settings.steps and now - saved >= settings.checkpoint_seconds
+            stopping = interrupts is not None and interrupts.asked
+            due = stopping or now - saved >= settings.checkpoint_seconds
+            due = due and run.step < settings.steps
             if checkpoint_dir is not None and due and loop.accelerator.is_main_process:
                 run.seconds = earlier + now - began
                 run.peak_memory = max(run.peak_memory, memory.peak())
                 loop.save(checkpoint_dir)
                 saved = time.perf_counter()
+            if stopping and due:
+                raise KeyboardInterrupt(f"step {run.step} of {settings.steps} is saved")
     if checkpoint_dir is not None and keep_checkpoint and status != "diverged":
         if loop.accelerator.is_main_process:
             run.seconds = earlier + time.perf_counter() - began

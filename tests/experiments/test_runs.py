@@ -81,7 +81,6 @@ def test_id_depends_on_configuration_and_digests_only(store):
     assert store.path(Toy()) == store.path(Toy(seed=0))
     store.write(Toy(), {}, curve())
     assert store.find(Toy(model_digest="b")) is None
-    assert [r.config["seed"] for r in store.matching(Toy(model_digest="b"))] == [0]
 
 
 def test_non_finite_results_become_null_and_configurations_must_be_finite(store):
@@ -248,7 +247,6 @@ def test_both_homes(store, tmp_path):
         [own, own_too], key=lambda record: record.id
     )
     assert both.find(Toy()).result == {"loss": 1.0}  # the same model
-    assert [r.result["loss"] for r in both.matching(Toy())] == [2.0, 1.0]  # the user's first
     found = both.lookup([Toy(seed=1), Toy(), Toy(seed=7)])
     assert [record and record.result["loss"] for record in found] == [1.0, 2.0, None]
     assert both.get(own.id[:8]) == own and both.get(found[0].id) == found[0]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from deltacontrol.experiments.runs import failures
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.experiments.runs.sweep import run, run_all, threads_each
 from deltacontrol.theory.errors import InputError
@@ -51,6 +52,8 @@ class Toy(Experiment):
             raise InputError("no such thing; try another")
         if self.behaviour == "fail":
             raise KeyError("lost")
+        if self.behaviour == "exit":
+            raise SystemExit(3)
         if self.behaviour == "die":
             os._exit(9)
         if self.behaviour == "sleep":
@@ -203,3 +206,50 @@ def test_two_sweeps_on_one_store_compute_each_run_once(toy, store):
         first, second = pool.map(sweep, range(2))
     assert first == second and len(first) == 3
     assert sorted(line.split()[0] for line in toy.log()) == ["a", "b", "c"]
+
+
+def test_a_run_that_exits_dies_or_hangs_fails_alone_and_is_listed(toy, store, capsys):
+    from deltacontrol.experiments.cli import main as cli
+
+    runs = [toy("good"), toy("left", "exit"), toy("stuck", "hang"), toy("dead", "die"), toy("last")]
+    with pytest.raises(InputError, match=r"3 of 5 runs failed; the others are recorded"):
+        run_all(runs, store, workers=2, progress=False, limit_minutes=0.4)
+    assert [r.result["name"] for r in map(store.find, runs) if r] == ["good", "last"]
+    capsys.readouterr()
+    assert cli._main(["runs", "--runs", str(store.root), "--failed"]) == 0
+    said = capsys.readouterr().out
+    for label, reason in (
+        ("toy left", "it called sys.exit(3)"),
+        ("toy stuck", "stopped at its limit of 0.4 minutes"),
+        ("toy dead", "died without a message (exit code 9)"),
+    ):
+        assert label in said and reason in said
+    assert len(toy.log()) == 5  # each once
+
+    failed = failures.failures(store.root)
+    failures.keep(store.root, store.path(runs[0]).name, runs[0], "once")
+    assert len(failures.failures(store.root)) == 4
+    (store.root / ".failed" / "x.json").write_text("[")
+    store.path(runs[0]).rename(store.root.parent / "away")
+    run(runs[0], store, progress=False)
+    assert failures.failures(store.root) == failed
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, float("inf"), float("nan")])
+def test_the_limit_is_finite(toy, store, minutes):
+    with pytest.raises(InputError, match="limit_minutes is"):
+        run_all([toy("a")], store, limit_minutes=minutes)
+
+
+def test_a_killed_fork_server_costs_no_run(toy, store):
+    from multiprocessing import forkserver
+
+    def killed():
+        wait_until(lambda: len(toy.log()) == 1)
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(killed)
+        records = run_all([toy("a", "sleep"), toy("b"), toy("c")], store, workers=1, progress=False)
+        waiting.result()
+    assert [record.result["name"] for record in records] == ["a", "b", "c"]

@@ -39,7 +39,10 @@ def sweep(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
     answers = {e.to_config().__repr__(): row for row in GRIDS[name]() for e in row[:1]}
 
     def run_all(
-        wanted: Sequence[Experiment], store: RunStore, workers: int | None = None
+        wanted: Sequence[Experiment],
+        store: RunStore,
+        workers: int | None = None,
+        limit_minutes: float = 1.0,
     ) -> list[Record]:
         asked.append(len(wanted))
         return write(store, [answers[repr(e.to_config())] for e in wanted])

@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM that wait for a step to end, so that what was computed can be saved."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+
+@dataclass
+class Interrupts:
+    """Whether an interrupt was asked for since `deferred` began."""
+
+    asked: bool = False
+
+
+@contextmanager
+def deferred() -> Iterator[Interrupts]:
+    """Note the first Ctrl-C or SIGTERM instead of stopping; the second one stops at once.
+
+    Signals that the process ignores stay ignored. Outside of the main thread nothing changes.
+    """
+    found = Interrupts()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if found.asked:
+            raise KeyboardInterrupt
+        found.asked = True
+        print("interrupted: this step ends and is saved; again to stop at once", file=sys.stderr)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, note)
+    try:
+        yield found
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
