@@ -100,7 +100,6 @@ def _config_and_tokenizer(
     return config, tokenizer
 
 
-<<<<<<< HEAD
 def _refuse_unknown_quantisation(config: PretrainedConfig, name: str) -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -114,7 +113,9 @@ def _refuse_unknown_quantisation(config: PretrainedConfig, name: str) -> None:
         raise InputError(
             f"the weights of {name} are quantised by {method!r}, which transformers does not know; "
             f"known: {', '.join(sorted(AUTO_QUANTIZER_MAPPING))}"
-=======
+        )
+
+
 def _check_num_labels(model: ResolvedModel) -> None:
     """Refuse a config.json whose classes transformers would name one by one for ever."""
     try:
@@ -125,7 +126,6 @@ def _check_num_labels(model: ResolvedModel) -> None:
         raise InputError(
             f"the config.json of {model.name} has num_labels {given}; expected at most "
             f"{MOST_CLASSES}: correct that entry, or take it out"
->>>>>>> mend-runs
         )
 
 
