@@ -26,6 +26,7 @@ from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from deltacontrol.deltas.editing.architectures import ARCHITECTURES
+from deltacontrol.deltas.editing.patterns import match_whole
 from deltacontrol.theory.errors import InputError
 
 SEMANTIC = (
@@ -251,11 +252,7 @@ class SiteMap:
             return self._match_semantic(target)
         paths = [p for p in self.modules if p and (p == target or p.endswith("." + target))]
         if not paths:
-            try:
-                pattern = re.compile(target)
-            except re.error as error:
-                raise InputError(f"site {target!r} is not a regular expression: {error}") from error
-            paths = [p for p in self.modules if p and pattern.fullmatch(p)]
+            paths = [p for p in self.modules if p and match_whole(target, p)]
         return [self._site(path) for path in paths]
 
     def _match_semantic(self, target: str) -> list[Site]:

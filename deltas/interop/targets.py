@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.editing.patterns import match_whole
 from deltacontrol.deltas.editing.sites import SEMANTIC
 from deltacontrol.theory.errors import InputError
 
@@ -52,10 +53,7 @@ def matches(rule: str | Iterable[str], path: str) -> bool:
 
 def is_match(pattern: str, path: str) -> bool:
     """Whether a regular expression matches a whole path; InputError where it is none."""
-    try:
-        return re.fullmatch(pattern, path) is not None
-    except re.error as error:
-        raise InputError(f"{pattern!r} is not a regular expression: {error}.") from error
+    return match_whole(pattern, path) is not None
 
 
 def saved_modules(config: Mapping[str, Any], host: Host) -> list[str]:
@@ -135,7 +133,7 @@ def _layer(patterns: str | Sequence[str] | None, path: str) -> int | None:
         return int(found[1]) if found else None
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         is_match(pattern, "")  # refuses what is no regular expression
-        if found := re.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", path):
+        if found := match_whole(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\..*", path):
             return int(found["number"])
     return None
 

@@ -50,6 +50,7 @@ from deltacontrol.deltas import (
     from_dict,
     parse,
 )
+from deltacontrol.deltas.editing import patterns
 from deltacontrol.deltas.registry import completed
 from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import FAMILIES, METHODS, P, V, assert_same, batch_of, d, out, snapshot
@@ -305,3 +306,15 @@ def test_a_record_without_a_new_field_is_completed_by_its_default():
     found = completed(config)
     assert found == {**config, "deltas": [whole], "delta": whole}
     assert completed({"name": "lora", "colour": "red"}) == {"name": "lora", "colour": "red"}
+
+
+@pytest.mark.parametrize("pattern", ["(a|a)*c", r"(.*)*x", r"([a-z.]+)+\d!"])
+def test_an_expression_that_backtracks_for_ever_is_refused(monkeypatch, pattern):
+    monkeypatch.setattr(patterns, "SECONDS", 0.1)
+    for path in ("bert.encoder.layer.0.attention.self.query", "a" * 60):
+        try:
+            assert patterns.match_whole(pattern, path) is None
+        except InputError as error:
+            assert "a repetition within a repetition" in str(error)
+    with pytest.raises(InputError, match="takes over"):
+        patterns.match_whole(r"(a|aa)+c", "a" * 200)
