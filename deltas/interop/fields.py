@@ -2,10 +2,13 @@
 
 peft drops a field that it does not know, with a warning. A field decides what the weights mean, so
 here every field must be known, be of the right kind and have a value whose effect is reproduced.
+Only a field of another version of peft that is switched off (null, false or empty) is passed over,
+and said.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -115,13 +118,27 @@ PROMPT: Fields = {
 }
 
 
+def _is_off(value: Any) -> bool:
+    """Null, false or nothing; 0 may be a setting."""
+    return value is None or value is False or (isinstance(value, dict | list) and not value)
+
+
 def checked(fields: Fields, config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with all defaults filled in.
 
     Raises:
-        InputError: unknown fields, or values that are wrong or not supported; all are listed.
+        InputError: unknown fields that are not switched off, or values that are wrong or not
+            supported; all are listed.
     """
     unknown = sorted(config.keys() - fields.keys())
+    idle = [name for name in unknown if _is_off(config[name])]
+    if idle:
+        warnings.warn(
+            f"this {config.get('peft_type')} adapter has fields of another version of peft, which "
+            f"are switched off and change nothing: {', '.join(idle)}",
+            stacklevel=3,
+        )
+    unknown = [name for name in unknown if name not in idle]
     problems = [f"unknown field {name} = {config[name]!r}" for name in unknown]
     for name, field in fields.items():
         if name in config and (problem := field.problem(name, config[name])):

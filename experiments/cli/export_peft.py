@@ -7,6 +7,8 @@ from pathlib import Path
 
 import tyro
 
+from deltacontrol.experiments import models
+from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.runs.store import both_homes
 
 
@@ -26,7 +28,8 @@ class ExportPeft:
         out: Folder to write; by default <run id>-adapter.
         runs: Your folder of records; those that come with the package are found too, and say so
             where they were published without their trained controls.
-        base_model: Name of the base model in the adapter; by default the run's.
+        base_model: Base model named in the adapter, an id on the hub or a folder; by default that
+            of the run, a packaged one by the folder it was unpacked to.
     """
 
     run_id: tyro.conf.Positional[str]
@@ -41,9 +44,15 @@ class ExportPeft:
         record = both_homes(self.runs).get(self.run_id)
         out = self.out or Path(f"{record.id}-adapter")
         controlled = record.model()
-        export_peft(controlled, out, base_model=self.base_model or record.config["model"])
+        export_peft(controlled, out, base_model=self.base_model or _base(record))
         names = " + ".join(delta.name for delta in controlled.deltas)
         print(f"wrote {out}: {names}, {controlled.num_trainable:,d} parameters")
+
+
+def _base(record: Record) -> str:
+    """What peft finds the base by: an id on the hub, or a folder, also of a packaged model."""
+    found = models.resolve(record.config["model"])
+    return str(Path(found.location).resolve()) if found.digest else str(found.location)
 
 
 COMMAND = ExportPeft

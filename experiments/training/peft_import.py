@@ -138,7 +138,7 @@ class ImportedAdapter(Experiment):
             test_rows=self.eval_limit,
             max_length=self.max_length,
             model_kind=None if self.task else self._kind(),
-            num_labels=None if self.task else self._num_labels(),
+            num_labels=None if self.task else self._classes(),
             text_column=self.text_column,
             label_column=self.label_column,
             task_kind=self.task_kind,
@@ -177,14 +177,38 @@ class ImportedAdapter(Experiment):
 
         config = self._read().config
         mapping = config.get("auto_mapping") or {}
-        task = config.get("task_type") or task_of(str(mapping.get("base_model_class", "")))
+        task = (
+            config.get("task_type")
+            or task_of(str(mapping.get("base_model_class", "")))
+            or task_of(self._class_of_base())
+        )
         if task not in _KINDS:
             raise InputError(
                 f"the adapter is for the task {task!r}, which needs another head than "
                 f"{', '.join(sorted(_KINDS.values()))}; give the task to evaluate it on, or import "
                 "it in Python with deltacontrol.deltas.interop.import_peft."
             )
+        if task == "SEQ_CLS" and self._num_labels() == 1:
+            return "regression"  # a reward model, for example
         return _KINDS[task]
+
+    def _class_of_base(self) -> str:
+        """The class that the base model was saved with; empty where it does not say."""
+        from transformers import AutoConfig
+
+        from deltacontrol.experiments import models
+
+        try:
+            found = AutoConfig.from_pretrained(
+                models.resolve(self._model()).location, trust_remote_code=False
+            )
+        except (OSError, ValueError):  # what is wrong with it is said where it is loaded
+            return ""
+        return next(iter(found.architectures or ()), "")
+
+    def _classes(self) -> int | None:
+        """Classes of the head; None where it tells no classes apart."""
+        return self._num_labels() if self._kind() == "classification" else None
 
     def _num_labels(self) -> int:
         """Rows of the head that the adapter holds; 2, as transformers has it, where it has none."""

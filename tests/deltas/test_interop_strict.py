@@ -134,6 +134,22 @@ def test_fields(refused, name, fields, parts):
     refused(name, *parts, fields=fields)
 
 
+@pytest.mark.parametrize("value", [None, False, {}, []])
+def test_a_field_of_another_version_that_is_off_is_passed_over(
+    build: Build, adapters, tmp_path: Path, value: object
+) -> None:
+    folder = Path(shutil.copytree(adapters["lora"], tmp_path / "later"))
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"enable_lora": value}))
+    with pytest.warns(UserWarning, match="switched off and change nothing: enable_lora"):
+        import_peft(folder, build("bert", dtype=torch.float32)).detach()
+
+
+@pytest.mark.parametrize("value", [0, True, "", "no", 0.0, [None]])
+def test_another_value_of_an_unknown_field_is_refused(refused, value):
+    refused("lora", f"unknown field enable_lora = {value!r}", fields={"enable_lora": value})
+
+
 def test_tensors(refused):
     def spoil(values: dict[str, torch.Tensor]) -> None:
         values[f"{QUERY}.lora_a.weight"] = values.pop(f"{QUERY}.lora_A.weight")

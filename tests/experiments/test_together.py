@@ -77,7 +77,9 @@ def copies(**overrides: Any) -> list[Settings]:
     ]
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, None])
+@pytest.mark.parametrize(
+    "group", [2, *(pytest.param(g, marks=pytest.mark.slow) for g in (1, 3, None))]
+)
 @pytest.mark.parametrize(
     "deltas",
     [

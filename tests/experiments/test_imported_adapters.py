@@ -1,0 +1,72 @@
+"""Adapters of the real peft as runs: without a task, without its type, of one output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import BertForSequenceClassification, BertModel
+
+from deltacontrol.experiments.cli.export_peft import _base
+from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.experiments.runs.sweep import run
+from deltacontrol.experiments.training.peft_import import ImportedAdapter
+from tests import tiny_model
+
+# peft asks transformers by a name that is about to go.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return tiny_model.write(tmp_path_factory.mktemp("imported"))
+
+
+def adapter(model: torch.nn.Module, folder: Path, *, keep_type: bool = True) -> Path:
+    """A LoRA adapter whose controls are away from their start."""
+    task = "SEQ_CLS" if isinstance(model, BertForSequenceClassification) else "FEATURE_EXTRACTION"
+    config = peft.LoraConfig(r=2, target_modules=["query", "value"], task_type=task)
+    tuned = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    tuned.save_pretrained(str(folder))
+    if not keep_type:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"task_type": None}))
+    return folder
+
+
+def test_a_reward_model_has_one_output(tiny: dict[str, str], tmp_path: Path) -> None:
+    model = BertForSequenceClassification.from_pretrained(tiny["model"], num_labels=1)
+    folder = adapter(model, tmp_path / "adapter")
+    record = run(ImportedAdapter(folder), RunStore(tmp_path / "runs"), progress=False)
+    assert record is not None and record.result["model_kind"] == "regression"
+    again = record.model()
+    batch = {"input_ids": torch.tensor([[2, 5, 6, 3]])}
+    reference = peft.PeftModel.from_pretrained(
+        BertForSequenceClassification.from_pretrained(tiny["model"], num_labels=1), folder
+    ).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, reference(**batch).logits)
+
+
+def test_an_adapter_without_a_task_type_goes_by_the_base(
+    tiny: dict[str, str], tmp_path: Path
+) -> None:
+    folder = adapter(BertModel.from_pretrained(tiny["model"]), tmp_path / "a", keep_type=False)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_mapping": None}))
+    record = run(ImportedAdapter(folder), RunStore(tmp_path / "runs"), progress=False)
+    assert record is not None and record.result["model_kind"] == "backbone"
+    assert record.model().num_trainable == 2 * 2 * 2 * 2 * 16
+
+
+def test_a_base_is_named_by_a_folder_that_peft_finds(tiny: dict[str, str], tmp_path: Path) -> None:
+    folder = adapter(BertModel.from_pretrained(tiny["model"]), tmp_path / "a")
+    record = run(ImportedAdapter(folder), RunStore(tmp_path / "runs"), progress=False)
+    assert record is not None and Path(_base(record)) == Path(tiny["model"]).resolve()
