@@ -73,7 +73,9 @@ def test_the_toy_quadratic_has_ten_dimensions_exactly() -> None:
     assert math.ceil(found.dimension) == math.ceil(found.low) == math.ceil(found.high) == 10
 
 
-@pytest.mark.parametrize("truth", [30, 400, 3000, 20_000])
+@pytest.mark.parametrize(
+    "truth", [30, *(pytest.param(d, marks=pytest.mark.slow) for d in (400, 3000, 20_000))]
+)
 def test_the_search_covers_the_truth_within_its_budget(truth: float) -> None:
     hits = 0
     for trial in range(10):
@@ -126,6 +128,7 @@ def test_a_search_says_why_it_ended(truth: float, budget: int, verdict: str, wor
     assert len(search.trials) <= budget
 
 
+@pytest.mark.slow
 def test_an_open_interval_is_closed_first() -> None:
     """A plateau just above the target, below which single runs on it fall; further on it rises."""
 

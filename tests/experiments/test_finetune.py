@@ -198,6 +198,7 @@ SWEEP = """
 """
 
 
+@pytest.mark.slow
 def test_killed_sweep_goes_on_and_gives_the_same_numbers(places, store, tmp_path):
     quick = tiny(places, steps=3)
     slow = tiny(places, deltas=("lora", "bitfit"), steps=200, dropout=True, eval_every=50)

@@ -146,6 +146,7 @@ def test_tuning_a_site_is_tuning_lora_attached_there_alone(data: MarginData) -> 
     assert tuner.start()["loss"] == pytest.approx(float(logistic_loss(before, data.signs)))
 
 
+@pytest.mark.slow
 def test_small_gains_are_those_of_the_linear_quadratic_model(minilm_l6: str, tmp_path) -> None:
     """A heavy weight decay keeps the control where the model is linear: both agree."""
     sizes = {

@@ -105,8 +105,25 @@ GENERAL = [entry for entry in SOLVERS if not entry.kind.linear_quadratic]
 # L-BFGS of torch mixes the entries of a control, so its steps cannot be projected.
 KEEPING = [e for e in SOLVERS if e.kind.takes_box and e.variant != "lbfgs"]
 
+# Sweeps of extended MSA minimise at every step: seconds where the others take milliseconds.
+SLOW_CASES = ("varying-batch", "varying-per-example")
+
+
+def slow_marked(entries: list[Entry]) -> list[object]:
+    """The entries as parameters; extended MSA is left to `make slow`."""
+    return [
+        pytest.param(e, id=e.name, marks=pytest.mark.slow if e.kind is ExtendedMSA else ())
+        for e in entries
+    ]
+
+
+def _mark(entry: Entry, case: Case) -> object:
+    slow = entry.kind is ExtendedMSA and case.name in SLOW_CASES
+    return pytest.mark.slow if slow else ()
+
+
 PAIRS = [
-    pytest.param(entry, case, id=f"{entry.name}-{case.name}")
+    pytest.param(entry, case, id=f"{entry.name}-{case.name}", marks=_mark(entry, case))
     for entry in SOLVERS
     for case in CASES
     if entry.solves(case)

@@ -216,6 +216,7 @@ def test_ilqr_converges_linearly_at_the_rate_of_the_neglected_curvature() -> Non
     assert order(solution) < 1.2
 
 
+@pytest.mark.slow
 def test_the_pendulum_swings_up_to_a_certified_optimum() -> None:
     problem = pendulum()
     found = {type(s).__name__: run(problem, s, 1e-9, 60) for s in (DDP(), ILQR())}

@@ -104,6 +104,7 @@ def test_exact_msa_converges_exactly_below_radius_one(radius: float) -> None:
     assert solution.status is Status.MAX_STEPS
 
 
+@pytest.mark.slow
 def test_extended_msa_solves_what_exact_msa_diverges_on() -> None:
     problem = with_radius(3.0)
     start = problem.zero_controls()
@@ -262,6 +263,7 @@ def test_with_a_fixed_rho_the_scalar_problem_descends_exactly_above_the_threshol
         assert factor == pytest.approx(abs(1 - 6 / (1 + rho)), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in ("residual", "low-rank")])
 def test_the_schedule_descends_from_any_first_rho(case) -> None:
     problem = case.make()

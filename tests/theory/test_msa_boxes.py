@@ -26,8 +26,17 @@ from tests.theory.problems import (
 F64 = torch.float64
 
 
-@pytest.mark.parametrize("make", [scalar, residual_network, lambda: varying(6)])
-@pytest.mark.parametrize("kind", ["gradient", "extended"])
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("gradient", scalar),
+        ("gradient", residual_network),
+        ("gradient", lambda: varying(6)),
+        ("extended", scalar),
+        pytest.param("extended", residual_network, marks=pytest.mark.slow),
+        pytest.param("extended", lambda: varying(6), marks=pytest.mark.slow),
+    ],
+)
 def test_boxes_are_kept_and_the_optimum_is_that_of_shooting(make, kind: str) -> None:
     problem = make()
     boxed = ControlProblem(problem.dynamics, problem.cost, problem.x0, Box(-0.15, 0.1))

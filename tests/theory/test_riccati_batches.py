@@ -158,7 +158,13 @@ def by_torch(terms: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> LQFac
         return factorise(**terms)
 
 
-@pytest.mark.parametrize(("n", "m", "cross"), [(4, 2, True), (4, 2, False), (3, 3, True)])
+@pytest.mark.parametrize(
+    ("n", "m", "cross"),
+    [
+        (4, 2, True),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in [(4, 2, False), (3, 3, True)]),
+    ],
+)
 def test_kernels_compute_what_torch_computes(
     n: int, m: int, cross: bool, kernels: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +240,9 @@ def test_without_numba_torch_computes(
     assert not kernels
 
 
-@pytest.mark.parametrize("error", [OSError, EOFError, RuntimeError])
+@pytest.mark.parametrize(
+    "error", [OSError, *(pytest.param(e, marks=pytest.mark.slow) for e in (EOFError, RuntimeError))]
+)
 def test_a_cache_that_cannot_be_used_is_done_without(
     error: type[Exception], fresh: None, kernels: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,9 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "emsa" else n for n in SOLVERS]
+)
 def test_the_defaults_solve_to_the_stated_tolerance(name: str) -> None:
     problem = residual_network()
     solution = solve(problem, SOLVERS[name])

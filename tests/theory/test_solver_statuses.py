@@ -11,7 +11,7 @@ from deltacontrol.theory.control.systems import LinearDynamics
 from deltacontrol.theory.solvers import Status, solve
 from tests.theory.dense import kkt
 from tests.theory.problems import residual_network, scalar, varying
-from tests.theory.solver_suite import F64, GENERAL, SOLVERS, Entry
+from tests.theory.solver_suite import F64, GENERAL, SOLVERS, Entry, slow_marked
 
 
 @pytest.mark.parametrize("entry", GENERAL, ids=lambda entry: entry.name)
@@ -60,7 +60,7 @@ def float32_network() -> ControlProblem:
     return ControlProblem(dynamics, cost, network.x0.float())
 
 
-@pytest.mark.parametrize("entry", GENERAL, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", slow_marked(GENERAL))
 def test_controls_keep_their_dtype_and_the_start_is_left_alone(entry: Entry) -> None:
     problem = float32_network()
     start = problem.zero_controls()
@@ -85,7 +85,7 @@ def test_a_concave_problem_is_unbounded_for_the_right_reason(entry: Entry) -> No
     assert "callback" not in solution.message
 
 
-@pytest.mark.parametrize("entry", FALLING, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", slow_marked(FALLING))
 def test_rounding_errors_end_a_solve_in_float32(entry: Entry) -> None:
     """No solver claims more than float32 resolves, or asks for more steps there.
 
