@@ -70,7 +70,7 @@ def computed(
     *,
     discard: bool = False,
     workers: int | None = None,
-    **limits: float,
+    limit_minutes: float = 24.0 * 60.0,
 ) -> list[Record]:
     """The records of `experiments` in `store`, after computing those that it lacks.
 
@@ -79,7 +79,7 @@ def computed(
         experiments: What is wanted.
         discard: Remove the records of `experiments` from `store` first.
         workers: Processes, one run each; None lets the sweep choose.
-        limits: ``limit_minutes`` of one run; by default the sweep's own.
+        limit_minutes: How long one run may take before it is stopped, as one that hangs.
 
     Raises:
         InputError: Some runs left no record.
@@ -91,7 +91,7 @@ def computed(
     if missing:
         from deltacontrol.experiments.runs.sweep import run_all  # imports torch
 
-        run_all(missing, store, workers=workers, **limits)
+        run_all(missing, store, workers=workers, limit_minutes=limit_minutes)
     records = [store.find(e) for e in experiments]
     unfinished = [e for e, record in zip(experiments, records, strict=True) if record is None]
     if unfinished:

@@ -167,11 +167,12 @@ def _of_kind(value: Any, kind: Any) -> Any:
     if kind in (int, float):
         if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
             raise _OtherKindError
+        number: Any = value  # an int, a float, or one of NumPy's
         if kind is float:
-            return value if isinstance(value, int | float) else float(value)
-        if value != int(value):
+            return number if isinstance(number, int | float) else float(number)
+        if number != int(number):
             raise _OtherKindError
-        return int(value)
+        return int(number)
     if kind in (bool, str) and not isinstance(value, kind):
         raise _OtherKindError
     return value

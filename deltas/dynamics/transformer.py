@@ -255,7 +255,7 @@ def has_many_labels(model: PreTrainedModel, labels: Tensor) -> bool:
         return False
     kind = model.config.problem_type
     if kind is None and labels.is_floating_point():
-        return model.config.num_labels > 1
+        return (model.config.num_labels or 1) > 1
     return kind == "multi_label_classification"
 
 

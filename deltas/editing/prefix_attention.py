@@ -44,8 +44,9 @@ def add_prefix(module: nn.Module, prefix: Prefix) -> Callable[[], None]:
     Raises:
         InputError: the module's own implementation is none that was switched.
     """
-    if hasattr(module, "config") and not _is_switched(module.config):
-        raise _no_masks(module.config._attn_implementation)
+    config: Any = getattr(module, "config", None)
+    if config is not None and not _is_switched(config):
+        raise _no_masks(config._attn_implementation)
     slot = module.__dict__.setdefault(_SLOT, [])  # not a submodule: the base tree stays as it is
     slot.append(prefix)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deltacontrol.theory.errors import InputError
 
@@ -47,7 +47,8 @@ def require_tokens(model: PreTrainedModel, name: str, tokens: np.ndarray, pad: i
     Raises:
         InputError: gives the largest id and the number of rows of the embedding.
     """
-    rows = len(model.get_input_embeddings().weight)
+    embedding: Any = model.get_input_embeddings()
+    rows = len(embedding.weight)
     largest = max(int(tokens.max(initial=0)), pad)
     if largest >= rows:
         raise InputError(
@@ -77,7 +78,7 @@ def class_order(
     """
     import numpy as np
 
-    config = model.config
+    config: Any = model.config
     names = [str(config.id2label.get(i, f"LABEL_{i}")) for i in range(config.num_labels)]
     if len(names) != len(labels) or all(map(_GENERIC.fullmatch, names)):
         return None

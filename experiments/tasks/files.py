@@ -205,14 +205,15 @@ def _label(
 
     label = rows["label"]
     if kind == "regression":
-        numbers = label.map(lambda v: float(v) if _NUMBER.fullmatch(v.strip()) else np.nan)
-        wrong = ~np.isfinite(numbers.to_numpy(float))
+        texts = [str(value).strip() for value in label]
+        numbers = np.array([float(t) if _NUMBER.fullmatch(t) else np.nan for t in texts])
+        wrong = ~np.isfinite(numbers)
         if wrong.any():
             raise InputError(
                 f"{path}: regression needs numbers, but {int(wrong.sum())} rows of '{column}' are "
                 f"not finite numbers (first: {label[wrong].iloc[0]!r})."
             )
-        return rows.assign(label=numbers.astype(float)), ()
+        return rows.assign(label=numbers), ()
     different = label.unique().tolist()
     _refuse_alike(different, column, path)
     values = sorted(different, key=float) if numeric else sorted(different)
