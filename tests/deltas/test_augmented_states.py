@@ -46,7 +46,10 @@ from tests.deltas.zoo import (
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["bert", "gpt2", "t5-seq2seq", "bart"])
+@pytest.mark.parametrize(
+    "family",
+    ["gpt2", "t5-seq2seq", *(pytest.param(f, marks=pytest.mark.slow) for f in ("bert", "bart"))],
+)
 def test_costates_give_the_gradient_of_every_method(build: Build, family: str, method: str) -> None:
     model = model_of(build, family)
     if (family, method) in REFUSED:

@@ -35,7 +35,7 @@ BEHIND = ("head", "ladder")
 
 
 # Images and sounds have one size; transformers has no checkpointing for MPNet.
-QUICK = ("bert", "gpt2")
+QUICK = ("gpt2",)
 PADDED = [(f, n) for f, n in DEEP if FAMILIES[f].reads == "tokens"]
 CHECKPOINTED = [(f, n) for f, n in DEEP if f != "mpnet"]
 

@@ -64,8 +64,20 @@ def whole(controlled: DeltaModel, sequence: Tensor, real: Tensor) -> Tensor:
     return logits[-NEW - 1 : -1]
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        ("gpt2", "eager"),
+        ("llama", "sdpa"),
+        pytest.param("gpt2", "sdpa", marks=SLOW),
+        pytest.param("llama", "eager", marks=SLOW),
+        pytest.param("opt", "eager", marks=SLOW),
+        pytest.param("opt", "sdpa", marks=SLOW),
+    ],
+)
 @pytest.mark.parametrize("deltas", DELTAS.values(), ids=DELTAS)
 def test_with_a_cache_equals_greedy_decoding(build: Build, family, deltas, attention):
     model = build(family, "causal-lm", attention=attention, dtype=torch.float32)

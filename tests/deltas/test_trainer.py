@@ -99,7 +99,13 @@ class TestTrainer:
         assert "eval_loss" in training.evaluate()
         assert same(before, tuned.detach().state_dict())
 
-    @pytest.mark.parametrize("name", ["lora+head", "prefix", "said", "full"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "lora+head",
+            *(pytest.param(n, marks=pytest.mark.slow) for n in ("prefix", "said", "full")),
+        ],
+    )
     def test_a_resumed_training_equals_one_without_a_break(self, build, tmp_path, name):
         """With dropout, so that the generators' states count."""
         model = float32(build("bert"))
