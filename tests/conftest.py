@@ -8,6 +8,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
+import gc
 import random
 from collections.abc import Iterator
 
@@ -16,6 +17,13 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Take modules and tests out of garbage collection: they stay, and there are very many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

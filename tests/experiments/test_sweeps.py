@@ -241,6 +241,7 @@ def test_the_limit_is_finite(toy, store, minutes):
         run_all([toy("a")], store, limit_minutes=minutes)
 
 
+@pytest.mark.slow
 def test_a_killed_fork_server_costs_no_run(toy, store):
     from multiprocessing import forkserver
 

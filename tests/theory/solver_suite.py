@@ -117,13 +117,18 @@ def slow_marked(entries: list[Entry]) -> list[object]:
     ]
 
 
-def _mark(entry: Entry, case: Case) -> object:
-    slow = entry.kind is ExtendedMSA and case.name in SLOW_CASES
-    return pytest.mark.slow if slow else ()
+def is_slow(entry: Entry, case: Case) -> bool:
+    """Whether a pair is left to `make slow`."""
+    return entry.kind is ExtendedMSA and case.name in SLOW_CASES
 
 
 PAIRS = [
-    pytest.param(entry, case, id=f"{entry.name}-{case.name}", marks=_mark(entry, case))
+    pytest.param(
+        entry,
+        case,
+        id=f"{entry.name}-{case.name}",
+        marks=pytest.mark.slow if is_slow(entry, case) else (),
+    )
     for entry in SOLVERS
     for case in CASES
     if entry.solves(case)
