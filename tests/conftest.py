@@ -19,6 +19,11 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Say whether the whole support matrix is wanted: collecting its cells takes a while."""
+    os.environ["SUPPORT_MATRIX"] = "quick" if config.option.markexpr == "not slow" else "whole"
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
     """Take modules and tests out of garbage collection: they stay, and there are very many."""

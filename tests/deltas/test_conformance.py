@@ -96,7 +96,7 @@ class Cell:
             return out(model, self.batch)
 
 
-CELLS = [pytest.param(pair, marks=zoo.marks(*pair), id="-".join(pair)) for pair in PAIRS]
+CELLS = [pytest.param(cell.values, marks=cell.marks, id=cell.id) for cell in zoo.cells(PAIRS)]
 
 
 @pytest.fixture(scope="module", params=CELLS)

@@ -7,6 +7,7 @@ its own file.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -167,14 +168,20 @@ DEEP = [(f, name) for f, name in PAIRS if f in ("bert", "gpt2", "llama") or name
 QUICK_FAMILIES = ("bert", "gpt2", "llama", "t5-seq2seq")
 
 
-def marks(family: str, method: str, quick: Iterable[str] = QUICK_FAMILIES) -> tuple[Any, ...]:
-    """The mark of a cell of the support matrix, slow for those that `make test` leaves out."""
-    return () if family in quick or method in REPRESENTATIVE else (pytest.mark.slow,)
-
-
 def cells(pairs: Iterable[tuple[str, str]], quick: Iterable[str] = QUICK_FAMILIES) -> list[Any]:
-    """Cells as parameters (family, method) of a test, with their marks."""
-    return [pytest.param(f, n, marks=marks(f, n, quick), id=f"{f}-{n}") for f, n in pairs]
+    """Cells of the support matrix as parameters (family, method) of a test.
+
+    Those that `make test` leaves out are marked slow, and are not even made by it.
+    """
+    made = []
+    for family, method in pairs:
+        if family in quick or method in REPRESENTATIVE:
+            made.append(pytest.param(family, method, id=f"{family}-{method}"))
+        elif os.environ.get("SUPPORT_MATRIX") != "quick":
+            made.append(
+                pytest.param(family, method, id=f"{family}-{method}", marks=pytest.mark.slow)
+            )
+    return made
 
 
 def num_parameters(method: str, sizes: Family, controlled: DeltaModel) -> int:
