@@ -43,6 +43,7 @@ def outcome(small: UpdateSpectra, tmp_path_factory: pytest.TempPathFactory) -> O
     return small.execute(Workspace(tmp_path_factory.mktemp("updates"), progress=False))
 
 
+@pytest.mark.slow
 def test_the_best_rate_counts_and_is_recorded(outcome: Outcome) -> None:
     losses = {(t["trained"], t["rate"]): t["loss"] for t in outcome.result["trials"]}
     assert len(losses) == 6 and losses["full", 90.0] > losses["full", 3e-4]  # one beyond the best

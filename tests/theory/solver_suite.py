@@ -110,15 +110,21 @@ SLOW_CASES = ("varying-batch", "varying-per-example")
 
 
 def slow_marked(entries: list[Entry]) -> list[object]:
-    """The entries as parameters; extended MSA is left to `make slow`."""
+    """The entries as parameters; extended MSA and Adam are left to `make slow`."""
     return [
-        pytest.param(e, id=e.name, marks=pytest.mark.slow if e.kind is ExtendedMSA else ())
+        pytest.param(
+            e,
+            id=e.name,
+            marks=pytest.mark.slow if e.kind is ExtendedMSA or e.variant == "adam" else (),
+        )
         for e in entries
     ]
 
 
 def is_slow(entry: Entry, case: Case) -> bool:
     """Whether a pair is left to `make slow`."""
+    if entry.variant == "adam":  # thousands of steps; test_torch_optimiser.py has quicker ones
+        return case.name != "scalar"
     return entry.kind is ExtendedMSA and case.name in SLOW_CASES
 
 

@@ -163,6 +163,7 @@ def test_an_optimiser_of_one_evaluation_costs_one_gradient_a_step() -> None:
         assert history["sweeps"].tolist() == [2.0, 4.0, 6.0, 8.0]
 
 
+@pytest.mark.slow
 def test_the_repr_is_stable_across_processes_and_tells_solvers_apart() -> None:
     solver = TorchOptimiser("AdamW", weight_decay=0.0, lr=1e-3, schedule=LINEAR)
     expected = (
