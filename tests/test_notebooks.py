@@ -38,6 +38,14 @@ def test_is_a_percent_script_with_the_agreed_sections(path: Path) -> None:
     assert "assert " in code
 
 
-@each
+# Of many seconds; `make slow` runs them too.
+SLOW = ("01_", "03_", "04_", "25_")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.slow if p.stem.startswith(SLOW) else ()) for p in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_runs(path: Path) -> None:
     runpy.run_path(str(path), run_name="__main__")

@@ -7,8 +7,15 @@ from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.paper_figures import base
 from tests.paper_figures.synthetic import GRIDS, Grid, committed, write
 
+# Drawing and writing a figure takes seconds; `make slow` does it with each. The gallery is held
+# against tables and code of all of them in the quick suite too.
+QUICK = ("performance", "threshold")
 
-@pytest.fixture(scope="module", params=base.names())
+
+@pytest.fixture(
+    scope="module",
+    params=[n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in base.names()],
+)
 def name(request: pytest.FixtureRequest) -> str:
     """Each figure."""
     return request.param

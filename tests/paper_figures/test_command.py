@@ -18,7 +18,7 @@ from tests.paper_figures.synthetic import GRIDS, Grid, write
 
 
 # The command is the same for every figure, so it is tested on the one that draws fastest.
-@pytest.fixture(scope="module", params=["d90"])
+@pytest.fixture(scope="module", params=["threshold"])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from deltacontrol.deltas import registry
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.paper_figures import base, methods
@@ -32,6 +34,7 @@ for name, wanted in ids.items():
 """
 
 
+@pytest.mark.slow
 def test_all_figures_are_drawn_without_torch(tmp_path: Path) -> None:
     """A subprocess, because this process has torch already."""
     ids = {
