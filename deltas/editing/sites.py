@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from deltacontrol.deltas.editing.architectures import ARCHITECTURES
-from deltacontrol.deltas.editing.patterns import match_whole
+from deltacontrol.deltas.patterns import match_whole
 from deltacontrol.theory.errors import InputError
 
 SEMANTIC = (

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from deltacontrol.deltas.editing.host import Host
-from deltacontrol.deltas.editing.patterns import match_whole
 from deltacontrol.deltas.editing.sites import SEMANTIC
+from deltacontrol.deltas.patterns import match_whole
 from deltacontrol.theory.errors import InputError
 
 # A classification adapter of peft trains the modules of these names, whatever its configuration.

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from deltacontrol.theory.errors import InputError
@@ -101,9 +102,9 @@ class Processes:
         """Start a process; the reason where that is not possible."""
         for attempt in range(_ATTEMPTS):
             receive, send = self._context.Pipe(duplex=False)
-            process = self._context.Process(
-                target=_child, args=(send, alive, self._begin, self._function, arguments)
-            )
+            # As bytes: what they hold may be of a user's file, which `begin` loads first.
+            call = bytes(ForkingPickler.dumps((self._function, arguments)))
+            process = self._context.Process(target=_child, args=(send, alive, self._begin, call))
             try:
                 process.start()
             except (EOFError, OSError) as error:
@@ -162,13 +163,13 @@ def _child(
     send: Connection,
     alive: Connection,
     begin: Callable[[], None],
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    call: bytes,
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
     try:
         begin()
+        function, arguments = ForkingPickler.loads(call)
         end = End(function(*arguments))
     except InputError as error:
         end = End(failure=str(error))

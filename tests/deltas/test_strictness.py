@@ -49,8 +49,8 @@ from deltacontrol.deltas import (
     available,
     from_dict,
     parse,
+    patterns,
 )
-from deltacontrol.deltas.editing import patterns
 from deltacontrol.deltas.registry import completed
 from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import FAMILIES, METHODS, P, V, assert_same, batch_of, d, out, snapshot

@@ -71,7 +71,7 @@ def test_claim_4_wrong_costates_err_at_first_order(tiny: Tiny) -> None:
     )
     assert short[0] / long[0] == pytest.approx(10, rel=0.05)
     right = [abs(step.needed) for step in claim._steps(range(1), (1e-3, 1e-4))]
-    assert right[1] <= 1.05 * right[0] < 1e-3 * long[0]
+    assert right[1] <= 1.05 * right[0] < 1e-3 * short[0]
 
 
 def test_claim_8_orders_of_the_predicted_loss_drop(tiny: Tiny) -> None:
