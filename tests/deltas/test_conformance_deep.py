@@ -35,7 +35,7 @@ BEHIND = ("head", "ladder")
 
 
 # Images and sounds have one size; transformers has no checkpointing for MPNet.
-QUICK = ("gpt2",)
+QUICK = ("gpt2",), ("lora", "prompt")
 PADDED = [(f, n) for f, n in DEEP if FAMILIES[f].reads == "tokens"]
 CHECKPOINTED = [(f, n) for f, n in DEEP if f != "mpnet"]
 
@@ -45,7 +45,7 @@ def delta(method: str) -> Delta:
     return METHODS[method][0]
 
 
-@pytest.mark.parametrize(("family", "method"), cells(PADDED, QUICK))
+@pytest.mark.parametrize(("family", "method"), cells(PADDED, *QUICK))
 class TestPadding:
     @BOTH
     def test_padding_does_not_change_a_row(self, build: Build, family, delta, attention):
@@ -62,7 +62,7 @@ class TestPadding:
         controlled.detach()
 
 
-@pytest.mark.parametrize(("family", "method"), cells(CHECKPOINTED, QUICK))
+@pytest.mark.parametrize(("family", "method"), cells(CHECKPOINTED, *QUICK))
 class TestCheckpointing:
     def test_gradient_checkpointing_gives_equal_gradients(self, build, family, method, delta):
         model = copy.deepcopy(build(family))  # transformers leaves a hook of its own behind
@@ -90,7 +90,7 @@ class TestCheckpointing:
         assert all(torch.equal(before[key], value) for key, value in restored.items())
 
 
-@pytest.mark.parametrize(("family", "method"), cells(DEEP, QUICK))
+@pytest.mark.parametrize(("family", "method"), cells(DEEP, *QUICK))
 class TestDeepConformance:
     def test_sdpa_starts_at_the_base_and_detaching_restores_it(self, build, family, delta):
         model = build(family, attention="sdpa")

@@ -35,6 +35,7 @@ from tests.deltas.zoo import (
     assert_same,
     attached,
     batch_of,
+    cells,
     gradients,
     move,
     out,
@@ -62,7 +63,7 @@ def problem_of(controlled: DeltaModel, batch: dict[str, Tensor], family: str) ->
 
 
 class TestStages:
-    @pytest.mark.parametrize(("family", "method"), LAYERED, ids=lambda value: value)
+    @pytest.mark.parametrize(("family", "method"), cells(LAYERED, ("gpt2",)))
     def test_states_are_the_models_and_costates_give_the_gradient(self, build, family, method):
         model = copy.deepcopy(build(family))  # hidden states leave hooks of transformers behind
         batch = batch_of(model)

@@ -168,14 +168,23 @@ DEEP = [(f, name) for f, name in PAIRS if f in ("bert", "gpt2", "llama") or name
 QUICK_FAMILIES = ("bert", "gpt2", "llama", "t5-seq2seq")
 
 
-def cells(pairs: Iterable[tuple[str, str]], quick: Iterable[str] = QUICK_FAMILIES) -> list[Any]:
+def cells(
+    pairs: Iterable[tuple[str, str]],
+    quick: Iterable[str] = QUICK_FAMILIES,
+    everywhere: Iterable[str] = REPRESENTATIVE,
+) -> list[Any]:
     """Cells of the support matrix as parameters (family, method) of a test.
 
     Those that `make test` leaves out are marked slow, and are not even made by it.
+
+    Args:
+        pairs: the cells.
+        quick: families of which `make test` takes every method.
+        everywhere: methods that it takes on every family.
     """
     made = []
     for family, method in pairs:
-        if family in quick or method in REPRESENTATIVE:
+        if family in quick or method in everywhere:
             made.append(pytest.param(family, method, id=f"{family}-{method}"))
         elif os.environ.get("SUPPORT_MATRIX") != "quick":
             made.append(

@@ -246,6 +246,7 @@ def test_a_full_disk(
     assert not list((tmp_path / "runs").glob("[!.]*"))
 
 
+@pytest.mark.slow
 def test_no_network_and_a_damaged_download(tmp_path: Path) -> None:
     """In a process of its own, with an empty cache and an index that cannot be reached."""
     from deltacontrol.experiments.models.packaged.minilm_l6 import MODEL

@@ -83,6 +83,7 @@ def test_the_fitted_head_is_stationary_for_its_ridge_regression(minilm_l6: str) 
     assert max(float(g.abs().max()) for g in gradient) <= 1e-3 * len(signs)
 
 
+@pytest.mark.slow
 def test_rows_are_the_derivatives_of_the_margins(data: MarginData) -> None:
     """(z(u + h v) - z(u - h v)) / 2h against C v: the error falls as h^2, site by site."""
     found = margin_map(data, SITES, 4, seed=1)

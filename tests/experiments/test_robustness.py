@@ -131,6 +131,7 @@ def test_candidates_are_all_combinations() -> None:
     assert sum(c.integral > 0 for c in found) == 2
 
 
+@pytest.mark.slow
 def test_a_small_run_end_to_end(minilm_l6: str, tmp_path: Path) -> None:
     experiment = Robustness(
         model=minilm_l6, steps=2, max_length=16, attack_steps=1, ranks=(64, 384), gains=(1.0,),

@@ -11,7 +11,10 @@ from deltacontrol.experiments.studies.solvers.trace import RATES, SOLVERS, Solve
 from deltacontrol.theory.errors import InputError
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    "solver",
+    [s if s == "gauss-newton" else pytest.param(s, marks=pytest.mark.slow) for s in SOLVERS],
+)
 def test_a_trace_spends_its_budget_and_descends(
     minilm_l6: str, tmp_path: Path, solver: str
 ) -> None:

@@ -106,6 +106,7 @@ GENERAL = [entry for entry in SOLVERS if not entry.kind.linear_quadratic]
 KEEPING = [e for e in SOLVERS if e.kind.takes_box and e.variant != "lbfgs"]
 
 # Sweeps of extended MSA minimise at every step: seconds where the others take milliseconds.
+FIRST_ORDER = ("MSA", "TorchOptimiser-sgd")
 SLOW_CASES = ("varying-batch", "varying-per-example")
 
 
@@ -125,6 +126,8 @@ def is_slow(entry: Entry, case: Case) -> bool:
     """Whether a pair is left to `make slow`."""
     if entry.variant == "adam":  # thousands of steps; test_torch_optimiser.py has quicker ones
         return case.name != "scalar"
+    if entry.kind in (MSA, ILQR, GaussNewton) or entry.variant == "sgd":
+        return case.name == "low-rank" or (entry.name in FIRST_ORDER and case.name in SLOW_CASES)
     return entry.kind is ExtendedMSA and case.name in SLOW_CASES
 
 

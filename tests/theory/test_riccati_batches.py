@@ -243,6 +243,7 @@ def test_without_numba_torch_computes(
 @pytest.mark.parametrize(
     "error", [OSError, *(pytest.param(e, marks=pytest.mark.slow) for e in (EOFError, RuntimeError))]
 )
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_used_is_done_without(
     error: type[Exception], fresh: None, kernels: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
