@@ -43,7 +43,7 @@ figures: $(STAMP)
 	"$(BIN)/deltacontrol" figures --preset $(PRESET)
 
 test: $(STAMP)
-	"$(BIN)/python" -m pytest -n $(WORKERS)
+	"$(BIN)/python" -m pytest -n $(WORKERS) --dist worksteal
 
 slow: $(STAMP)
 	"$(BIN)/python" -m pytest -m slow

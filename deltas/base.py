@@ -79,9 +79,9 @@ class Delta(ABC):
             return
 
         @wraps(own)
-        def checked(self: Delta) -> None:
+        def checked(self: Delta, *given: Any) -> None:  # with the values of InitVar fields
             self._check_types()
-            own(self)
+            own(self, *given)
 
         cls.__post_init__ = checked  # type: ignore[method-assign]
 

@@ -257,6 +257,11 @@ class Setting:
         """
         if self.kind != "classification" or self.data.kind != "classification":
             return None
+        if (self.classes or 0) < len(self.data.labels):
+            raise InputError(
+                f"num_labels is {self.classes}, and {self._name} has {len(self.data.labels)} "
+                "classes; leave num_labels out, or give as many or more"
+            )
         model = self._loaded[0]
         kept = self.head == "own" and self.pretrained and not getattr(model, "head_is_drawn", True)
         return fit.class_order(model, self.model, self.data.labels, head_is_kept=kept)

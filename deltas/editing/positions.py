@@ -88,6 +88,8 @@ def count_from_text(host: Host) -> None:
 
 
 def _with_positions(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    if len(args) > 1:
+        raise InputError("with prompts and prefixes, give the model's arguments by name.")
     mask, given = kwargs.get("attention_mask"), kwargs.get("position_ids")
     state = args[0] if args else kwargs.get("input_ids")
     state = kwargs.get("inputs_embeds") if state is None else state

@@ -31,10 +31,10 @@ def require_positions(
     usable = usable_positions(model)
     if usable is None:
         return
-    taken = {delta.name: delta.num_positions for delta in deltas if delta.num_positions}
-    left = usable - sum(taken.values())
+    taken = [(delta.name, delta.num_positions) for delta in deltas if delta.num_positions]
+    left = usable - sum(number for _, number in taken)
     if max_length > left:
-        and_deltas = "".join(f", of which {d} takes {n}" for d, n in taken.items())
+        and_deltas = "".join(f", of which {d} takes {n}" for d, n in taken)
         raise InputError(
             f"max_length is {max_length}, but {name} has {usable} positions{and_deltas}; "
             f"choose max_length <= {left}"
@@ -71,7 +71,8 @@ def class_order(
             names do not matter.
 
     Returns:
-        None where the order is the same, or the model's classes have no names (``LABEL_0``).
+        None where the order is the same, or where one side has no names but numbers: ``LABEL_0`` of
+        a model, or ``0`` to ``K - 1`` of a task, which are taken as the model's numbers.
 
     Raises:
         InputError: a head that was trained has classes of other names.
@@ -80,12 +81,15 @@ def class_order(
 
     config: Any = model.config
     names = [str(config.id2label.get(i, f"LABEL_{i}")) for i in range(config.num_labels)]
-    if len(names) != len(labels) or all(map(_GENERIC.fullmatch, names)):
-        return None
-    places = {_plain(own): number for number, own in enumerate(names)}
-    wanted = [_plain(label) for label in labels]
-    if set(places) != set(wanted) or len(places) < len(names):
-        if not head_is_kept:
+    places = {own: number for number, own in enumerate(names)}
+    wanted = list(labels)
+    if not set(wanted) <= set(places):
+        places = {_plain(own): number for number, own in enumerate(names)}
+        wanted = [_plain(label) for label in labels]
+    if not set(wanted) <= set(places) or len(places) < len(names):
+        by_number = wanted == [str(number) for number in range(len(labels))]
+        nameless = all(map(_GENERIC.fullmatch, names))
+        if not head_is_kept or by_number or nameless:
             return None
         raise InputError(
             f"the head of {name} tells the classes {_shown(names)} apart, and the task has "

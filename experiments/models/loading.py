@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -47,6 +48,12 @@ def build(
     precision = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not (isinstance(precision, torch.dtype) and precision.is_floating_point):
         raise unknown("dtype", str(dtype), ["float32", "float64", "bfloat16", "float16"])
+    if model.digest is not None and (Path(model.location) / "adapter_config.json").is_file():
+        raise InputError(
+            f"the folder {model.location} holds an adapter of peft beside the model, which would "
+            "be attached to it; move the adapter to a folder of its own and import it "
+            "(`deltacontrol import-peft`)."
+        )
     config, tokenizer = _config_and_tokenizer(model)
     _set_task(config, kind, num_labels, model.name)
     _set_padding(config, tokenizer, model.name)
@@ -68,7 +75,10 @@ def build(
                 built = auto.from_config(options.pop("config"), **options)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (
+        OSError, ValueError, RuntimeError, ImportError, SafetensorError,
+        KeyError, AttributeError, EOFError, pickle.UnpicklingError,  # of a damaged .bin file
+    ) as error:  # fmt: skip
         raise _cannot_load(model, error) from error
     if precision == torch.float64:
         built = built.double()
@@ -85,13 +95,15 @@ def _config_and_tokenizer(
         # Code that a model's folder or repository brings along is never run.
         config = AutoConfig.from_pretrained(model.location, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(model.location, trust_remote_code=False)
-    # Unreachable and unknown names are OSErrors; unknown architectures and tokenizers ValueErrors.
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    # Unreachable and unknown names are OSErrors; unknown architectures and tokenizers ValueErrors;
+    # entries of config.json of a wrong type are of all kinds.
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
         raise _cannot_load(model, error) from error
     if not tokenizer.is_fast:
         raise InputError(f"{model.name} has no fast tokenizer (a tokenizer.json is needed).")
     # Of a folder without a tokenizer's files, transformers makes one of the special tokens alone.
-    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 1:
+    added = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    if not any(word.strip("▁Ġ") for word in set(tokenizer.get_vocab()) - added):
         raise InputError(
             f"{model.name} has no tokenizer: no word is known but {tokenizer.all_special_tokens}. "
             "Save it beside the model, tokenizer.save_pretrained(folder)."
@@ -107,8 +119,9 @@ def _refuse_unknown_quantisation(config: PretrainedConfig, name: str) -> None:
     if given is None:
         return
     method = given.get("quant_method") if isinstance(given, dict) else given.quant_method
-    if method is None and isinstance(given, dict) and given.get("load_in_4bit"):
-        method = "bitsandbytes_4bit"
+    if method is None and isinstance(given, dict):
+        bits = [n for n in (4, 8) if given.get(f"load_in_{n}bit")]
+        method = f"bitsandbytes_{bits[0]}bit" if bits else None
     if str(method) not in AUTO_QUANTIZER_MAPPING and str(method) != "bitsandbytes":
         raise InputError(
             f"the weights of {name} are quantised by {method!r}, which transformers does not know; "
@@ -226,6 +239,8 @@ def _from_checkpoint(
 
 def _refuse_left_over(built: PreTrainedModel, unexpected: Iterable[str], name: str) -> None:
     """Refuse weights of further layers: they are called as those of a layer that there is."""
+    if getattr(built.config.get_text_config(), "num_hidden_layers", 1) == 0:
+        raise InputError(f"the config.json of {name} has no layers (num_hidden_layers 0).")
     numbers = re.compile(r"(?<=\.)\d+(?=\.)")
     prefix = f"{built.base_model_prefix}."
     known = {numbers.sub("#", key.removeprefix(prefix)) for key in built.state_dict()}
@@ -238,7 +253,8 @@ def _refuse_left_over(built: PreTrainedModel, unexpected: Iterable[str], name: s
         raise InputError(
             f"the checkpoint of {name} has {len(left)} weights that its config.json leaves out, "
             f"such as {left[0]} and {left[-1]}; the model would be cut short. Correct the number "
-            "of layers in config.json."
+            "of layers in config.json; if a shorter model is meant, load it with transformers and "
+            "save it (save_pretrained)."
         )
 
 

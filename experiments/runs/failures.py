@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,14 +48,17 @@ def keep(root: Path, identity: str, experiment: Experiment, reason: str) -> None
 
 
 def forget(root: Path, identity: str) -> None:
-    """Forget the failure of a run that is recorded now."""
-    (root / FOLDER / f"{identity}.json").unlink(missing_ok=True)
+    """Forget the failure of a run that is recorded now; what stays is passed over by `failures`."""
+    with suppress(OSError):
+        (root / FOLDER / f"{identity}.json").unlink(missing_ok=True)
 
 
 def failures(root: Path) -> list[Failure]:
-    """All that are kept, the newest first; what is no such file is passed over."""
+    """Those of runs without a record, the newest first; what is no such file is passed over."""
     found = []
     for path in sorted((root / FOLDER).glob("*.json")):
+        if (root / path.stem).is_dir():
+            continue
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             found.append(Failure(**{f.name: str(document[f.name]) for f in fields(Failure)}))

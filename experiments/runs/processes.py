@@ -100,10 +100,13 @@ class Processes:
 
     def _start(self, name: str, arguments: tuple[Any, ...], alive: Connection) -> str | None:
         """Start a process; the reason where that is not possible."""
-        for attempt in range(_ATTEMPTS):
-            receive, send = self._context.Pipe(duplex=False)
+        try:
             # As bytes: what they hold may be of a user's file, which `begin` loads first.
             call = bytes(ForkingPickler.dumps((self._function, arguments)))
+        except Exception as error:
+            return f"it cannot be sent to a process of its own: {type(error).__name__}: {error}"
+        for attempt in range(_ATTEMPTS):
+            receive, send = self._context.Pipe(duplex=False)
             process = self._context.Process(target=_child, args=(send, alive, self._begin, call))
             try:
                 process.start()
@@ -121,9 +124,11 @@ class Processes:
     def _collect(self) -> dict[str, End]:
         """Wait for a second at most; what ended."""
         ended = {}
-        ready = wait([running.pipe for running in self._running.values()], timeout=1.0)
+        # A process is over when it says so or is gone: its own children may hold the pipe open.
+        signs = [s for r in self._running.values() for s in (r.pipe, r.process.sentinel)]
+        ready = wait(signs, timeout=1.0)
         for name, running in list(self._running.items()):
-            if running.pipe in ready:
+            if running.pipe in ready or running.process.sentinel in ready:
                 ended[name] = self._end(running)
                 running.pipe.close()
                 del self._running[name]
@@ -134,10 +139,13 @@ class Processes:
 
     def _end(self, running: _Running) -> End:
         try:
-            end = running.pipe.recv()
+            end = running.pipe.recv() if running.pipe.poll() else None
         except (EOFError, OSError):
             end = None
-        running.process.join(10.0)
+        running.process.join(1.0)
+        if running.process.is_alive():  # a thread of it goes on, and what is wanted is here
+            running.process.kill()
+            running.process.join(1.0)
         if end is not None:
             return end
         if running.late:
@@ -176,7 +184,7 @@ def _child(
     except SystemExit as error:
         end = End(failure=f"it called sys.exit({'' if error.code is None else error.code!r})")
     except KeyboardInterrupt:
-        return
+        end = End(failure="it was interrupted; it goes on from its checkpoint")
     except BaseException as error:
         traceback.print_exc()
         end = End(failure=f"{type(error).__name__}: {error}")

@@ -15,15 +15,19 @@ suffix says: ``reviews.csv.gz`` (gzip), ``.bz2`` or ``.xz``.
 
 A cell is missing where a JSON value or a table's value is null, NaN or absent; the words "NA",
 "None" and "null" are text. Numbers and truth values become the text that Python prints for them, so
-that the same rows give the same cells from every kind of file.
+that the same rows give the same cells from every kind of file; numbers of one column are printed as
+decimals where one of them is, and zero has no sign.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import lzma
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -49,11 +53,13 @@ def suffix_of(path: Path | str) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
 
 
-def read_rows(path: Path) -> pd.DataFrame:
+def read_rows(path: Path, used: Collection[str] | None = None) -> pd.DataFrame:
     """Read all rows; cells are strings, or None where they are missing.
 
     Args:
         path: a file whose `suffix_of` is known.
+        used: the columns that matter; what is no text or number in another one is passed over, and
+            its cells are None. None means all columns.
 
     Raises:
         InputError: it cannot be read as what its name says; names the first line that is wrong.
@@ -62,7 +68,7 @@ def read_rows(path: Path) -> pd.DataFrame:
 
     suffix = suffix_of(path)
     if suffix in TABLES:
-        return _table(path, suffix)
+        return _table(path, suffix, used)
     try:
         with _opened(path) as lines:
             if suffix in (".csv", ".tsv"):
@@ -73,22 +79,23 @@ def read_rows(path: Path) -> pd.DataFrame:
                 return pd.DataFrame({"text": [t for t in texts if t.strip()]}, dtype=object)
             found = _objects(path, lines, whole=suffix == ".json")
     except UnicodeDecodeError as error:
-        raise _unreadable(path, f"byte {error.start} of a block is not UTF-8") from error
-    except (OSError, EOFError) as error:  # a damaged gzip file is an OSError or ends too early
+        reason = f"it is not UTF-8 text (a byte {error.object[error.start]:#04x}); save it as UTF-8"
+        raise _unreadable(path, reason) from error
+    # A damaged compressed file.
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise _unreadable(path, str(error)) from error
     names = list(dict.fromkeys(name for row in found for name in row))
-    cells = {
-        name: [_cell(row.get(name), name, number, path) for number, row in enumerate(found, 1)]
-        for name in names
-    }
-    _refuse_mixed(found, names, path)
+    cells: dict[str, list[Cell]] = {}
+    for name in names:
+        values = [row.get(name) for row in found]
+        read = used is None or name in used
+        cells[name] = _cells(values, name, path) if read else [None] * len(values)
     return pd.DataFrame(cells, columns=pd.Index(names), dtype=object)
 
 
 def _opened(path: Path) -> IO[str]:
     import bz2
     import gzip
-    import lzma
 
     options: Any = {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}
     openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -121,9 +128,11 @@ def _delimited(
             columns = _header(row, path)
         elif len(row) != len(columns):
             advice = (
-                'put a text with a comma between double quotes: "..."'
-                if suffix == ".csv"
-                else "a text of a .tsv file has no tab and no line end; write it as .csv or .jsonl"
+                "a text of a .tsv file has no tab and no line end; write it as .csv or .jsonl"
+                if suffix == ".tsv"
+                else 'put a text with a comma between double quotes: "..."'
+                if len(row) > len(columns)
+                else "a text with a line end stands between double quotes, and no field is left out"
             )
             raise _unreadable(
                 path,
@@ -131,15 +140,19 @@ def _delimited(
                 f"columns ({', '.join(columns)}); {advice}",
             )
         else:
+            if [row[0].lstrip("\ufeff"), *row[1:]] == columns and len(columns) > 1:
+                raise _unreadable(
+                    path, f"line {first} repeats the names of the columns; leave it out"
+                )
             if suffix == ".tsv":
                 _refuse_quoted(row, first, path)
             rows.append(row)
 
 
 def _header(row: list[str], path: Path) -> list[str]:
-    for name in row:
-        if row.count(name) > 1:
-            raise _unreadable(path, f"two columns are named {name!r}; name them apart")
+    name, times = Counter(row).most_common(1)[0] if row else ("", 1)
+    if times > 1:
+        raise _unreadable(path, f"two columns are named {name!r}; name them apart")
     return row
 
 
@@ -182,33 +195,51 @@ def _parsed(text: str, where: str, path: Path) -> Any:
 
     try:
         return json.loads(text, object_pairs_hook=unique)
-    except ValueError as error:
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise _unreadable(path, f"{where}{error}") from error
 
 
-def _cell(value: Any, name: str, row: int, path: Path) -> Cell:
-    if value is None or isinstance(value, str):
+def _cells(values: list[Any], name: str, path: Path) -> list[Cell]:
+    """The cells of a column.
+
+    Raises:
+        InputError: a value is no text or number, or the text "1" and the number 1 are both there,
+            which would become the same cell.
+    """
+    decimal = any(isinstance(v, float) and not math.isnan(v) for v in values)
+    cells = [_cell(v, name, number, path, decimal) for number, v in enumerate(values, 1)]
+    pairs = list(zip(values, cells, strict=True))
+    texts = {cell for value, cell in pairs if isinstance(value, str)}
+    both = texts & {cell for value, cell in pairs if value is not None and type(value) is not str}
+    if both:
+        shown = min(both, key=str)
+        raise InputError(
+            f"{path}: '{name}' holds both the text {shown!r} and the number {shown}; write all "
+            "rows one way."
+        )
+    return cells
+
+
+def _cell(value: Any, name: str, row: int, path: Path, decimal: bool) -> Cell:
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise InputError(
+                f"{path}: row {row} has half a character (a lone surrogate) in '{name}'; no "
+                "encoding has it, so write the character whole."
+            )
         return value
-    if isinstance(value, float) and math.isnan(value):
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(value, bool | int | float):
+    if isinstance(value, bool):
         return str(value)
+    if isinstance(value, int | float):
+        return str(float(value) + 0.0) if decimal and abs(value) < 2**53 else str(value)
     raise InputError(
         f"{path}: row {row} has {_kind(value)} in '{name}'; expected one text or number a row. "
         "Join words to one text; several labels of one row are not supported."
     )
-
-
-def _refuse_mixed(rows: list[dict[str, Any]], names: Iterable[str], path: Path) -> None:
-    """The text "1" and the number 1 in one column would become the same cell."""
-    for name in names:
-        values = (row.get(name) for row in rows)
-        kinds = {type(v) is str: v for v in values if v is not None}
-        if len(kinds) > 1 and any(str(kinds[False]) == row.get(name) for row in rows):
-            raise InputError(
-                f"{path}: '{name}' holds both the text {str(kinds[False])!r} and the number "
-                f"{kinds[False]!r}; write all rows one way."
-            )
 
 
 def _kind(value: Any) -> str:
@@ -216,16 +247,22 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null" if value is None else "a number")
 
 
-def _table(path: Path, suffix: str | None) -> pd.DataFrame:
+def _table(path: Path, suffix: str | None, used: Collection[str] | None) -> pd.DataFrame:
     import pandas as pd
     import pyarrow as pa
 
+    columns: dict[str, list[Cell]] = {}
     try:
         table = _parquet(path) if suffix == ".parquet" else _arrow(path)
-    except (pa.ArrowException, OSError, ValueError) as error:
+        _header(table.column_names, path)
+        for name in table.column_names:
+            read = used is None or name in used
+            values = _values(table.column(name), name, path) if read else [None] * len(table)
+            columns[name] = _cells(values, name, path)
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise _unreadable(path, str(error).strip().splitlines()[0]) from error
-    _header(table.column_names, path)
-    columns = {name: list(_cells(table.column(name), name, path)) for name in table.column_names}
     return pd.DataFrame(columns, columns=pd.Index(table.column_names), dtype=object)
 
 
@@ -247,23 +284,26 @@ def _arrow(path: Path) -> pa.Table:
             return pa.ipc.open_stream(source).read_all()
 
 
-def _cells(column: pa.ChunkedArray, name: str, path: Path) -> Iterator[Cell]:
+def _values(column: pa.ChunkedArray, name: str, path: Path) -> list[Any]:
+    """The values of a table's column as Python has them."""
     import numpy as np
     import pyarrow as pa
 
     kind = column.type
     if pa.types.is_dictionary(kind):
         column, kind = column.cast(kind.value_type), kind.value_type
-    floats = {pa.float16(): np.float16, pa.float32(): np.float32}
-    for number, value in enumerate(column.to_pylist(), 1):
-        if isinstance(value, float) and kind in floats and not math.isnan(value):
-            yield str(floats[kind](value))  # 0.1, not 0.10000000149011612
-        elif isinstance(value, bytes):
+    short = {pa.float16(): np.float16, pa.float32(): np.float32}.get(kind)
+    values: list[Any] = []
+    for value in column.to_pylist():
+        if isinstance(value, bytes):
             raise InputError(f"{path}: '{name}' holds bytes; expected texts or numbers.")
+        if short is not None and value is not None:
+            values.append(float(str(short(value))))  # 0.1, not 0.10000000149011612
         elif value is None or isinstance(value, str | bool | int | float | list | dict):
-            yield _cell(value, name, number, path)
+            values.append(value)
         else:
-            yield str(value)  # dates and decimals
+            values.append(str(value))  # dates and decimals
+    return values
 
 
 def _unreadable(path: Path, reason: str) -> InputError:

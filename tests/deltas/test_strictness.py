@@ -308,13 +308,8 @@ def test_a_record_without_a_new_field_is_completed_by_its_default():
     assert completed({"name": "lora", "colour": "red"}) == {"name": "lora", "colour": "red"}
 
 
-@pytest.mark.parametrize("pattern", ["(a|a)*c", r"(.*)*x", r"([a-z.]+)+\d!"])
+@pytest.mark.parametrize("pattern", [r"(a|aa)+c", r"(a|aa)+b?c", r"((a|aa)+)+c"])
 def test_an_expression_that_backtracks_for_ever_is_refused(monkeypatch, pattern):
     monkeypatch.setattr(patterns, "SECONDS", 0.1)
-    for path in ("bert.encoder.layer.0.attention.self.query", "a" * 60):
-        try:
-            assert patterns.match_whole(pattern, path) is None
-        except InputError as error:
-            assert "a repetition within a repetition" in str(error)
-    with pytest.raises(InputError, match="takes over"):
-        patterns.match_whole(r"(a|aa)+c", "a" * 200)
+    with pytest.raises(InputError, match="takes over.*a repetition within a repetition"):
+        patterns.match_whole(pattern, "a" * 200)

@@ -52,6 +52,14 @@ def test_committed_grids_are_those_of_the_studies() -> None:
         assert [configuration(record) for record in collect.committed(study)] == wanted, study
 
 
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout without changes, whatever this one is."""
+    commit = {"commit": "0" * 40, "modified": False}
+    monkeypatch.setattr(provenance, "project_commit", lambda: commit)
+
+
+@pytest.mark.usefixtures("clean")
 def test_publishing_leaves_out_the_controls_and_says_so(tmp_path: Path) -> None:
     own = RunStore(tmp_path / "runs")
     with_controls = own.write(Toy(), {"loss": 1.0}, curve(), {"a": torch.ones(4)})
@@ -69,6 +77,7 @@ def test_publishing_leaves_out_the_controls_and_says_so(tmp_path: Path) -> None:
     assert {p.name for p in root.rglob("*") if p.is_file()} == {"run.json", "curve.parquet"}
 
 
+@pytest.mark.usefixtures("clean")
 def test_a_run_is_published_once_and_only_whole(tmp_path: Path) -> None:
     own, root = RunStore(tmp_path / "runs"), tmp_path / "package"
     records = [own.write(Toy(seed=seed), {}, curve()) for seed in range(3)]
@@ -83,6 +92,7 @@ def test_a_run_is_published_once_and_only_whole(tmp_path: Path) -> None:
     assert len(list((root / "claims" / "runs").iterdir())) == 1
 
 
+@pytest.mark.usefixtures("clean")
 def test_a_dirty_checkout_publishes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"ls-files": "provenance.py", "status": " M theory/claims.py\n?? new.py\n"}
     monkeypatch.setattr(provenance, "_git", lambda folder, *words: answers[words[0]])

@@ -227,6 +227,90 @@ def test_classes_that_differ_in_white_space_are_refused(tmp_path: Path, other: s
         tasks.load(put(tmp_path / "a.jsonl", lines(rows)))
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["1", "1.0", "2"], "'1' and '1.0' are one number"),
+        (["0", "-0", "3"], "'0' and '-0' are one number"),
+        ([1, "1", 2], "both the text '1' and the number 1"),
+        (["pos", "pos\u200b", "neg"], "not seen"),
+        (["\u00e9", "e\u0301", "o"], "not seen"),
+    ],
+)
+def test_one_label_in_two_ways_is_refused(tmp_path: Path, labels: list, message: str) -> None:
+    rows = [{"text": t, "label": labels[i % 3]} for i, t in enumerate(texts())]
+    with pytest.raises(InputError, match=message):
+        tasks.load(put(tmp_path / "a.jsonl", lines(rows)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["9007199254740993", "5"], ("5", "9007199254740993")),
+        (["1e5", "2e3"], ("1e5", "2e3")),
+        (["\u0663", "\u0664"], ("\u0663", "\u0664")),
+        ([1, 1.0, 0], ("0", "1")),
+        ([0.0, -0.0, 1], ("0", "1")),
+    ],
+)
+def test_numbers_keep_their_value(tmp_path: Path, labels: list, classes: tuple) -> None:
+    rows = [{"text": t, "label": labels[i % len(labels)]} for i, t in enumerate(texts())]
+    assert tasks.load(put(tmp_path / "a.jsonl", lines(rows))).labels == classes
+
+
+def test_columns_that_are_not_read_may_hold_anything(tmp_path: Path) -> None:
+    rows = [
+        {"text": t, "label": WORDS[i % 3], "meta": {"a": [1]}, "id": "1" if i else 1}
+        for i, t in enumerate(texts())
+    ]
+    assert len(tasks.load(put(tmp_path / "a.jsonl", lines(rows))).labels) == 3
+    frame = pd.DataFrame(rows).drop(columns=["id"]).assign(image=b"x")
+    frame.to_parquet(tmp_path / "a.parquet")
+    assert len(tasks.load(str(tmp_path / "a.parquet")).labels) == 3
+    with pytest.raises(InputError, match="row 1 has an object in 'meta'"):
+        tasks.load(str(tmp_path / "a.jsonl"), text_column="meta")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2"])
+def test_a_damaged_compressed_file_is_refused(tmp_path: Path, suffix: str) -> None:
+    content = "text,label\n" + "".join(f"{t},{i % 2}\n" for i, t in enumerate(texts(400)))
+    packed = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}[suffix]
+    spoilt = bytearray(packed(content.encode()))
+    spoilt[len(spoilt) // 2 : len(spoilt) // 2 + 8] = b"\xff" * 8
+    for wrong in (bytes(spoilt), b"plain text"):
+        with pytest.raises(InputError, match="cannot be read as csv"):
+            tasks.load(put(tmp_path / f"a.csv{suffix}", wrong))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,label,Split\na,1,train\n", "the column 'Split' is not read"),
+        ("text,label,Text_Pair\na,1,b\n", "the column 'Text_Pair' is not read"),
+        ("text,label\na,1\ntext,label\nb,2\n", "line 3 repeats the names"),
+        (
+            "text,label,split\na,1,test\nb,2,test\nc,1,test\nd,2,test\n",
+            "the train split is empty: no row",
+        ),
+    ],
+)
+def test_columns_and_headers(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tasks.load(put(tmp_path / "a.csv", content))
+
+
+def test_classes_that_case_tells_apart_are_said(tmp_path: Path) -> None:
+    rows = [{"text": t, "label": ["Pos", "pos", "neg"][i % 3]} for i, t in enumerate(texts())]
+    with pytest.warns(UserWarning, match="'Pos' and 'pos', which only case tells apart"):
+        tasks.load(put(tmp_path / "a.jsonl", lines(rows)))
+
+
+@pytest.mark.parametrize("content", ['{"text": "\\ud83d", "label": 1}', "[" * 100_000])
+def test_texts_that_are_none(tmp_path: Path, content: str) -> None:
+    with pytest.raises(InputError, match="half a character|cannot be read as jsonl"):
+        tasks.load(put(tmp_path / "a.jsonl", content))
+
+
 @pytest.mark.parametrize("classes", [3, 20])
 def test_a_head_of_a_given_split_is_fair(tmp_path: Path, classes: int) -> None:
     count = 40 * classes
@@ -278,9 +362,10 @@ def test_a_second_text_stays_beside_the_first(tmp_path: Path) -> None:
     assert set(whole.itertuples(index=False, name=None)) == expected
     with pytest.raises(InputError, match="reads one text a row"):
         tasks.load(str(tmp_path / "a.jsonl"), kind="causal-lm")
-    rows[7]["text_pair"] = None
-    with pytest.raises(InputError, match="1 of 60 rows have no second text.*row 8"):
-        tasks.load(put(tmp_path / "b.jsonl", lines(rows)))
+    rows[7]["text_pair"] = None  # as an empty field of a .csv file
+    task = tasks.load(put(tmp_path / "b.jsonl", lines(rows)))
+    whole = pd.concat([task.train, task.validation, task.test])
+    assert (whole["text_pair"] == "").sum() == 1
 
 
 def test_what_a_table_may_hold(tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_a_split_column_is_obeyed(tmp_path: Path) -> None:
         (lambda f: f, {"kind": "ranking"}, "unknown kind of task 'ranking'"),
         (lambda f: f.head(9), {}, "split empty"),
         (lambda f: f.assign(split="dev"), {}, "'split' holds dev"),
-        (lambda f: f.assign(split="train"), {}, "test split empty"),
+        (lambda f: f.assign(split="train"), {}, "test split is empty"),
     ],
 )
 def test_a_file_that_is_wrong_is_explained(

@@ -100,7 +100,7 @@ def conjugate_gradients(
         products += 1
         bend = float(d @ hd)
         flat = eps * float(d.norm()) * float(hd.norm())
-        if not math.isfinite(bend):
+        if not (math.isfinite(bend) and math.isfinite(flat)):
             end = End.NOT_FINITE
             break
         if not bend > flat:
