@@ -210,13 +210,16 @@ class Setting:
         from deltacontrol.experiments.tasks.encoding import encode_rows
 
         model = self._loaded[0]
-        fit.require_positions(model, self.model, self.max_length, self.parsed_deltas)
+        suffix = prompt_tokens(self.tokenizer) if self.head == "words" else ()
+        fit.require_positions(
+            model, self.model, self.max_length, self.parsed_deltas, behind=len(suffix)
+        )
         found = encode_rows(
             frame,
             self.tokenizer,
             kind=self.data.kind,
             max_length=self.max_length if cut else None,
-            suffix=prompt_tokens(self.tokenizer) if self.head == "words" else (),
+            suffix=suffix,
             name=self._name,
         )
         fit.require_tokens(model, self.model, found.tokens, found.pad)

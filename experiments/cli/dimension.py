@@ -62,10 +62,10 @@ class Dimension(FineTuningDimension):
 
         names = [f.name for f in fields(FineTuningDimension)]
         experiment = FineTuningDimension(**{name: getattr(self, name) for name in names})
-        if told := tasks.reading_of(experiment):
-            print(told)
         store = RunStore(self.runs)
         known = store.find(experiment) is not None
+        if not known and (told := tasks.reading_of(experiment)):
+            print(told)
         record = run(experiment, store)
         if record is None:  # another process of the launch writes and prints
             return 0

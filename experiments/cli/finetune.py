@@ -65,10 +65,10 @@ class Finetune(FineTuning):
         experiment = FineTuning(**{f.name: getattr(self, f.name) for f in fields(FineTuning)})
         if self.learning_rate is None and experiment.learning_rate is not None:
             print(default_rate(experiment.model, experiment.task, experiment.deltas))
-        if told := tasks.reading_of(experiment):
-            print(told)
         store = RunStore(self.runs)
         known = store.find(experiment) is not None
+        if not known and (told := tasks.reading_of(experiment)):
+            print(told)
         record = run(experiment, store)
         if record is None:  # another process of the launch writes and prints
             return 0

@@ -50,10 +50,10 @@ class ImportPeft(ImportedAdapter):
 
         names = [f.name for f in fields(ImportedAdapter)]
         experiment = ImportedAdapter(**{name: getattr(self, name) for name in names})
-        if told := tasks.reading_of(experiment):
-            print(told)
         store = RunStore(self.runs)
         known = store.find(experiment) is not None
+        if not known and (told := tasks.reading_of(experiment)):
+            print(told)
         record = run(experiment, store)
         if record is None:  # another process of the launch writes and prints
             return

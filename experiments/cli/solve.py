@@ -41,10 +41,10 @@ class SolveCommand(Solve):
         from deltacontrol.experiments.runs.sweep import run
 
         experiment = Solve(**{f.name: getattr(self, f.name) for f in fields(Solve)})
-        if told := tasks.reading_of(experiment):
-            print(told)
         store = RunStore(self.runs)
         known = store.find(experiment) is not None
+        if not known and (told := tasks.reading_of(experiment)):
+            print(told)
         record = run(experiment, store)
         if record is None:  # another process of the launch writes and prints
             return 0

@@ -19,9 +19,21 @@ SHOWN = 6
 
 
 def require_positions(
-    model: PreTrainedModel, name: str, max_length: int, deltas: Iterable[Delta] = ()
+    model: PreTrainedModel,
+    name: str,
+    max_length: int,
+    deltas: Iterable[Delta] = (),
+    *,
+    behind: int = 0,
 ) -> None:
     """Refuse texts that are longer than the positions that deltas leave.
+
+    Args:
+        model: has the positions.
+        name: of the model, for errors.
+        max_length: tokens of a text at most.
+        deltas: some, such as prompts, take positions.
+        behind: tokens that follow every text.
 
     Raises:
         InputError: says how long a text may be.
@@ -32,6 +44,7 @@ def require_positions(
     if usable is None:
         return
     taken = [(delta.name, delta.num_positions) for delta in deltas if delta.num_positions]
+    taken += [("the question behind a text", behind)] if behind else []
     left = usable - sum(number for _, number in taken)
     if max_length > left:
         and_deltas = "".join(f", of which {d} takes {n}" for d, n in taken)

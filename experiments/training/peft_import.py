@@ -105,6 +105,7 @@ class ImportedAdapter(Experiment):
         import pandas as pd
 
         from deltacontrol.deltas.interop import import_peft
+        from deltacontrol.experiments.models import fit
         from deltacontrol.experiments.training.evaluation import evaluate
         from deltacontrol.experiments.training.execution import sizes
 
@@ -121,6 +122,9 @@ class ImportedAdapter(Experiment):
             "num_labels": setting.classes,
             **sizes(model),
         }
+        if self.task and setting.kind == "classification" and result["num_head"]:
+            # The adapter's head was trained on the classes that the base model names.
+            fit.class_order(setting.base, setting.model, setting.data.labels, head_is_kept=True)
         if self.task:
             rows = setting.split(self.evaluate_on)
             batches = rows.eval_batches(self.batch_size)

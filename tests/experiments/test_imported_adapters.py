@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -14,6 +15,7 @@ from deltacontrol.experiments.cli.export_peft import _base
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.experiments.runs.sweep import run
 from deltacontrol.experiments.training.peft_import import ImportedAdapter
+from deltacontrol.theory.errors import InputError
 from tests import tiny_model
 
 # peft asks transformers by a name that is about to go.
@@ -70,3 +72,27 @@ def test_a_base_is_named_by_a_folder_that_peft_finds(tiny: dict[str, str], tmp_p
     folder = adapter(BertModel.from_pretrained(tiny["model"]), tmp_path / "a")
     record = run(ImportedAdapter(folder), RunStore(tmp_path / "runs"), progress=False)
     assert record is not None and Path(_base(record)) == Path(tiny["model"]).resolve()
+
+
+@pytest.mark.parametrize(
+    ("classes", "fits"), [(["so", "yes", "no"], True), (["yes", "no", "maybe"], False)]
+)
+def test_an_adapters_head_keeps_the_classes_that_its_base_names(
+    tiny: dict[str, str], tmp_path: Path, classes: list[str], fits: bool
+) -> None:
+    base = Path(shutil.copytree(tiny["model"], tmp_path / "base"))
+    body = BertModel.from_pretrained(base)
+    body.config.id2label = dict(enumerate(classes))
+    body.config.label2id = {name: number for number, name in enumerate(classes)}
+    body.save_pretrained(base)
+    folder = adapter(BertForSequenceClassification.from_pretrained(base), tmp_path / "adapter")
+    wanted = ImportedAdapter(folder, model=str(base), task=tiny["task"], max_length=12)
+    if not fits:
+        with pytest.raises(InputError, match="tells the classes yes, no, maybe apart"):
+            run(wanted, RunStore(tmp_path / "runs"), progress=False)
+        return
+    record = run(wanted, RunStore(tmp_path / "runs"), progress=False)
+    assert record is not None
+    setting = wanted.setting()
+    order = setting.class_order
+    assert order is not None and [classes[i] for i in order] == list(setting.data.labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
+    BertConfig,
     BertForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -228,3 +230,31 @@ def test_the_table_of_the_task_is_left_as_it_is(tiny, tmp_path: Path) -> None:
     before = setting.data.train.copy()
     setting.split("train")
     pd.testing.assert_frame_equal(setting.data.train, before)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "order"),
+    [
+        (["0", "1", "2"], ["bad", "fair", "good"], None),  # the model's numbers
+        (["A", "a", "b"], ["a", "b", "A"], [2, 0, 1]),  # exact names before folded ones
+        (["neg", "pos"], ["neg", "neutral", "pos"], [0, 2]),  # some of the model's classes
+        ([f"LABEL_{i}" for i in (0, 10, 2)], [f"LABEL_{i}" for i in range(11)], [0, 10, 2]),
+    ],
+)
+def test_orders_of_classes(labels: list[str], classes: list[str], order: list[int] | None) -> None:
+    config = BertConfig(id2label=dict(enumerate(classes)))
+    model = SimpleNamespace(config=config)
+    found = fit.class_order(model, "m", labels, head_is_kept=True)  # type: ignore[arg-type]
+    assert (None if found is None else found.tolist()) == order
+
+
+def test_too_few_classes_are_refused_before_training(tiny) -> None:
+    with pytest.raises(InputError, match="num_labels is 2, and .* has 3 classes"):
+        Setting(tiny["model"], tiny["task"], max_length=12, num_labels=2).split("train")
+
+
+def test_an_adapter_beside_a_model_is_not_attached_in_silence(tiny, tmp_path: Path) -> None:
+    folder = copied(tiny, tmp_path)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds an adapter of peft beside the model"):
+        models.load(str(folder), kind="backbone")
