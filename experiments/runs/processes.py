@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
@@ -177,7 +178,7 @@ def _child(
     threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
     try:
         begin()
-        function, arguments = ForkingPickler.loads(call)
+        function, arguments = pickle.loads(call)  # made by this process's parent
         end = End(function(*arguments))
     except InputError as error:
         end = End(failure=str(error))

@@ -187,7 +187,7 @@ def _column(frame: pd.DataFrame, name: str, role: str, path: Path) -> str:
 def _refuse_misspelt(frame: pd.DataFrame, path: Path) -> None:
     """A column that would be read if its name were written in small letters, without blanks."""
     for name in ("split", PAIR_COLUMN):
-        other = [c for c in frame if c != name and c.strip().lower() == name]
+        other = [c for c in frame if c != name and str(c).strip().lower() == name]
         if other and name not in frame:
             raise InputError(
                 f"{path}: the column {other[0]!r} is not read by that name; call it {name!r}, or "
