@@ -49,6 +49,7 @@ READING = 2
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _WHOLE = re.compile(r"([+-]?[0-9]+)(\.0*)?")
+_SIGNED_ZERO = re.compile(r"^\s*[+-](?=0+(\.0*)?\s*$)")
 _LEADING_ZERO = re.compile(r"[+-]?0[0-9]")
 
 
@@ -107,6 +108,8 @@ def load_file(
     rows = frame[list(columns.values())].set_axis(list(columns), axis=1)
     if pairs:
         rows = rows.assign(text_pair=rows[PAIR_COLUMN].fillna(""))
+    if "label" in rows:  # zero has no sign, as in the other kinds of files
+        rows = rows.assign(label=rows["label"].str.replace(_SIGNED_ZERO, "", regex=True))
     labels: tuple[str, ...] = ()
     told = [f"{path.name}: {len(rows):,d} rows", f"text: '{text_column}'"]
     if pairs:
