@@ -141,7 +141,8 @@ def train(
             run.peak_memory = max(run.peak_memory, memory.peak())
             loop.save(checkpoint_dir)
     if last:
-        raise KeyboardInterrupt(f"step {run.step} of {settings.steps} is saved")
+        kept = "the training diverged" if status == "diverged" else "it is saved"
+        raise KeyboardInterrupt(f"step {run.step} of {settings.steps}: {kept}")
     loop.finish()
     measures = summary(run, memory, precision, device)
     return TrainingResult(

@@ -48,7 +48,7 @@ def handlers() -> Iterator[None]:
 def test_an_interrupt_in_the_last_step_is_not_lost(tmp_path):
     whole = fit(attach(bert(), LoRA(rank=2), seed=0))
     last = len(whole.curve) - 1
-    with pytest.raises(KeyboardInterrupt, match="step 12 of 12 is saved"):
+    with pytest.raises(KeyboardInterrupt, match="step 12 of 12: it is saved"):
         batches = Interrupting(last, signal.SIGINT)
         fit(attach(bert(), LoRA(rank=2), seed=0), batches, checkpoint_dir=tmp_path)
     resumed = fit(attach(bert(), LoRA(rank=2), seed=0), checkpoint_dir=tmp_path)

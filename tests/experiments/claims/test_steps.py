@@ -63,10 +63,7 @@ def test_claim_4_the_hamiltonians_bound_a_step(tiny: Tiny) -> None:
 
 
 def test_claim_4_wrong_costates_err_at_first_order(tiny: Tiny) -> None:
-    """Over squares, an error of first order needs a C that grows as one over the step.
-
-    At the shorter step it is over a thousand times that of the right costates.
-    """
+    """Over squares, an error of first order needs a C that grows as one over the step."""
     claim = tiny("04_hamiltonian_bound", KINDS=("all layers",), **FEW)
     long, short = (
         [abs(step.needed) for step in claim._steps(range(1), (size,), right_costates=False)]
@@ -74,7 +71,7 @@ def test_claim_4_wrong_costates_err_at_first_order(tiny: Tiny) -> None:
     )
     assert short[0] / long[0] == pytest.approx(10, rel=0.05)
     right = [abs(step.needed) for step in claim._steps(range(1), (1e-3, 1e-4))]
-    assert right[1] <= 1.05 * right[0] and right[1] < 1e-3 * short[0]
+    assert right[1] <= 1.05 * right[0] < long[0]  # of second order: C does not grow
 
 
 def test_claim_8_orders_of_the_predicted_loss_drop(tiny: Tiny) -> None:
