@@ -12,6 +12,7 @@ from deltacontrol.deltas import guards
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
 from deltacontrol.deltas.model import DeltaModel
+from deltacontrol.deltas.quantised import num_values
 from deltacontrol.deltas.summary import Attachment
 from deltacontrol.theory.errors import InputError
 
@@ -76,7 +77,7 @@ def attach(model: PreTrainedModel, *deltas: Delta, seed: int = 0) -> DeltaModel:
             "this model has deltas already: call .detach() on its DeltaModel first, or give all "
             "deltas to one attach(model, A, B)."
         )
-    num_base = sum(p.numel() for p in model.parameters())
+    num_base = sum(num_values(p) for p in model.parameters())
     host = Host(model, seed)
     flags = [(p, p.requires_grad) for p in model.parameters()]
 

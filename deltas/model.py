@@ -18,6 +18,7 @@ from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
 from deltacontrol.deltas.editing.merging import check_ties, merged_values
 from deltacontrol.deltas.editing.requests import Losses
+from deltacontrol.deltas.quantised import refuse_quantised
 from deltacontrol.deltas.summary import Attachment, as_html, as_text, summary
 from deltacontrol.theory.errors import InputError, unknown
 
@@ -293,6 +294,9 @@ class DeltaModel(nn.Module):
                     "Keep it attached, or detach() it."
                 )
         check_ties(self.host.merges, self.host.tied)
+        for merge in self.host.merges:
+            taken = {merge.name: self.host.original(merge.name)}
+            refuse_quantised(taken, f"{merge.namespace} cannot be merged into")
         training = self.controls.training
         self.controls.eval()  # without what training draws at random
         try:
