@@ -83,7 +83,7 @@ def build(
         "dtype": torch.float32 if precision == torch.float64 else precision,
     }
     if bits:
-        options |= _quantisation(bits, model.name, pretrained=pretrained)
+        options |= _quantisation(bits, model.name, architecture, config, pretrained=pretrained)
     try:
         with _drawn_from(seed), _without_load_report():
             if pretrained:
@@ -102,9 +102,18 @@ def build(
     return built.eval(), tokenizer
 
 
-def _quantisation(bits: str, name: str, *, pretrained: bool) -> dict[str, Any]:
-    """Options of `from_pretrained` that quantise the linear maps while they are read."""
+def _quantisation(
+    bits: str,
+    name: str,
+    architecture: type[PreTrainedModel],
+    config: PretrainedConfig,
+    *,
+    pretrained: bool,
+) -> dict[str, Any]:
+    """Options of `from_pretrained` that quantise the backbone's linear maps while it reads them."""
     import torch
+
+    from deltacontrol.deltas.editing.sites import SiteMap
 
     if not pretrained:
         raise InputError(
@@ -119,15 +128,19 @@ def _quantisation(bits: str, name: str, *, pretrained: bool) -> dict[str, Any]:
 
     # It tells of every cast of an input in every pass.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with torch.device("meta"):
+        heads = SiteMap(architecture(config)).head_paths()
     if bits == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=bits,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    return {"quantization_config": config}
+        chosen = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=heads)
+    else:
+        chosen = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=bits,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+            llm_int8_skip_modules=heads,
+        )
+    return {"quantization_config": chosen}
 
 
 def _config_and_tokenizer(

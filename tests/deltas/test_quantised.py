@@ -36,17 +36,22 @@ CONFIGS: dict[str, Any] = {
         num_attention_heads=4, num_key_value_heads=2, num_labels=3, pad_token_id=0,
     ),
 }  # fmt: skip
+HEADS = ["classifier", "score"]
 BITS = {
     "nf4": BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=HEADS,
     ),
-    "int8": BitsAndBytesConfig(load_in_8bit=True),
+    "int8": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS),
 }
 # Methods that train or move the weights themselves.
 NEED_WEIGHTS = {
     "diff-pruning", "fisher-mask", "full", "last-layers", "lottery-ticket", "random-mask", "said",
     "selected-modules", "subspace",
 }  # fmt: skip
+QUICK = (("bert", "nf4"), ("llama", "int8"))
 TOKENS = torch.arange(1, 22).reshape(3, 7)
 LABELS = torch.tensor([0, 1, 2])
 
@@ -109,8 +114,14 @@ def test_eight_bits_are_off_by_half_a_code_at_most(folders: dict[str, Path], fam
         model(input_ids=TOKENS)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    ("family", "bits"),
+    [
+        pytest.param(family, bits, marks=() if (family, bits) in QUICK else pytest.mark.slow)
+        for family in CONFIGS
+        for bits in BITS
+    ],
+)
 def test_every_method_acts_beside_them_or_says_why_not(
     folders: dict[str, Path], family: str, bits: str
 ) -> None:
