@@ -39,11 +39,21 @@ class Visibility:
     Args:
         host: the model.
         block: the block's site.
+
+    Raises:
+        InputError: the block has no attention.
     """
 
     def __init__(self, host: Host, block: Site) -> None:
         self.block = block
-        self.causal = any(getattr(m, "is_causal", False) for m in block.module.modules())
+        said = [m.is_causal for m in block.module.modules() if hasattr(m, "is_causal")]
+        self.causal = any(said)
+        self.says_so = bool(said)
+        if not said and "attention" not in host.sites.sites_of(block.path).places:
+            raise InputError(
+                f"{block.path} of {host.sites.model_type} has no attention, so which tokens may be "
+                "mixed there is not known; choose a delta that mixes none, such as lora."
+            )
         parameters = list(signature(type(block.module).forward).parameters.values())[1:]
         self._names = [p.name for p in parameters if p.kind is not Parameter.VAR_KEYWORD]
         self._carried = host.carry()
@@ -100,12 +110,23 @@ class Visibility:
     def seen(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """Boolean (batch or 1, queries, keys): True where a query may look at a key.
 
+        Models do not agree on what True says in a boolean mask: visible in most, hidden in MPT. In
+        a causal model the first of several queries never sees the last key, and a query alone sees
+        itself, so the mask tells.
+
         Raises:
-            InputError: the mask is of a kind that says nothing about single tokens.
+            InputError: the mask is of a kind that says nothing about single tokens, or there is
+                none and the block does not say whether it is causal.
         """
         mask = self._call.mask
         visible = torch.ones(1, queries, keys, dtype=torch.bool, device=device)
         if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+            if not self.says_so:
+                raise InputError(
+                    f"{self.block.path} received no attention mask of single tokens and does not "
+                    "say whether it is causal, so which tokens may be mixed is not known; load the "
+                    "model with attn_implementation='eager', or choose another delta."
+                )
             if self.causal:
                 visible = visible.tril(keys - queries)
             return visible if mask is None else visible & mask.bool()[:, None, -keys:]
@@ -118,4 +139,6 @@ class Visibility:
         mask = mask[:, 0]
         if mask.dtype != torch.bool:
             mask = mask > torch.finfo(mask.dtype).min / 2
+        elif self._true_hides:
+            mask = ~mask
         return visible & mask

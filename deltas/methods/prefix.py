@@ -13,6 +13,7 @@ from deltacontrol.deltas.editing.host import Host
 from deltacontrol.deltas.editing.positions import count_from_text, shift_positions
 from deltacontrol.deltas.editing.sites import Site
 from deltacontrol.deltas.editing.spans import state_width
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,17 @@ class PrefixTuning(Delta):
 
 
 def key_value_heads(host: Host) -> tuple[int, int]:
-    """Number of key and value heads, which grouped queries share, and their width."""
+    """Number of key and value heads, which grouped queries share, and their width.
+
+    Raises:
+        InputError: the heads of keys are wider than those of values.
+    """
     config = host.config
+    if getattr(config, "kv_lora_rank", None):
+        raise InputError(
+            f"{host.sites.model_type} makes keys and values of unequal widths from a latent, so a "
+            "prefix has no one width; choose another delta, such as prompt or lora."
+        )
     queries = config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or queries
     width = (
