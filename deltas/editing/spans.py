@@ -67,8 +67,11 @@ def find_spans(host: Host, around: Around, layers: Iterable[int] | None = None) 
         return [Span(b, b, width, width, _float_parameter(b)) for b in blocks]
     try:
         entry, end = (by_layer(host, name, layers) for name in _ENDS[around])
-    except InputError:
-        return _whole(host, around, layers)
+    except InputError as error:
+        try:
+            return _whole(host, around, layers)
+        except InputError:
+            raise error from None
     if any(entry[t].in_features != end[t].out_features for t in entry.keys() & end.keys()):
         return _whole(host, around, layers)
     if entry.keys() != end.keys():

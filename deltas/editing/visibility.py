@@ -22,6 +22,7 @@ from deltacontrol.deltas.editing.sites import Site
 from deltacontrol.theory.errors import InputError
 
 _SLOTS = "deltacontrol_slots"
+_TRUE_HIDES = ("mpt",)  # in whose boolean masks True says hidden
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Visibility:
         said = [m.is_causal for m in block.module.modules() if hasattr(m, "is_causal")]
         self.causal = any(said)
         self.says_so = bool(said)
+        self.inverted = host.sites.model_type in _TRUE_HIDES
         if not said and "attention" not in host.sites.sites_of(block.path).places:
             raise InputError(
                 f"{block.path} of {host.sites.model_type} has no attention, so which tokens may be "
@@ -110,10 +112,6 @@ class Visibility:
     def seen(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """Boolean (batch or 1, queries, keys): True where a query may look at a key.
 
-        Models do not agree on what True says in a boolean mask: visible in most, hidden in MPT. In
-        a causal model the first of several queries never sees the last key, and a query alone sees
-        itself, so the mask tells.
-
         Raises:
             InputError: the mask is of a kind that says nothing about single tokens, or there is
                 none and the block does not say whether it is causal.
@@ -139,6 +137,21 @@ class Visibility:
         mask = mask[:, 0]
         if mask.dtype != torch.bool:
             mask = mask > torch.finfo(mask.dtype).min / 2
-        elif self._true_hides:
+        elif self._true_hides(mask):
             mask = ~mask
         return visible & mask
+
+    def _true_hides(self, mask: Tensor) -> bool:
+        """What True says in a boolean mask (batch, queries, keys): visible, or hidden as in MPT.
+
+        A mask of padding alone has equal rows, and a causal one hides the later keys. So rows that
+        are not equal and are True at all later keys hide by it; a query alone sees itself.
+        """
+        if self.inverted or self.says_so:
+            return self.inverted
+        queries, keys = mask.shape[-2:]
+        if queries == 1:
+            return not bool(mask[..., -1].any())
+        earlier = torch.ones(queries, keys, dtype=torch.bool, device=mask.device)
+        later = ~earlier.tril(keys - queries)
+        return bool(mask[:, later].all()) and not torch.equal(mask[:, :1].expand_as(mask), mask)
