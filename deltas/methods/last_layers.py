@@ -51,7 +51,7 @@ class LastLayers(Delta):
 
     def _names(self, host: Host) -> list[str]:
         host.sites.check_called_once(
-            self.name, "train the shared block itself, full or selected-modules"
+            self.name, "choose full, or selected-modules for the shared block"
         )
         blocks = host.sites.block_paths
         if self.num_layers > len(blocks):

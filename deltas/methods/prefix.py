@@ -124,8 +124,9 @@ def key_value_heads(host: Host) -> tuple[int, int]:
     """Number of key and value heads, which grouped queries share, and their width.
 
     Raises:
-        InputError: the heads of keys are wider than those of values.
+        InputError: there is no attention, or the heads of keys are wider than those of values.
     """
+    host.find(("attention",))
     config = host.config
     if getattr(config, "kv_lora_rank", None):
         raise InputError(
