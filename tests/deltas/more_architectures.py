@@ -95,6 +95,7 @@ MORE: dict[str, Family] = {
         config=lambda: hf.Gemma2Config(**_LLAMA, head_dim=d // H, sliding_window=5),
         block=LLAMA_BLOCK + 2 * d,
         norms=L * 4 * d + d,
+        eager=True,
     ),
     "cohere": replace(
         _llama,
@@ -239,6 +240,7 @@ MORE: dict[str, Family] = {
         norms=L * (d + 2 * d) + d,  # of the block, and gated inside
         tolerance=1e-5,
         kind=hf.Mamba2Model,
+        eager=True,
     ),
     "pegasus": Family(
         lambda: hf.PegasusConfig(
@@ -255,6 +257,7 @@ MORE: dict[str, Family] = {
         biases=L * BLOCK_BIASES + 4 * d + d + 2 * d,
         norms=L * 4 * d + 2 * d + 4 * d,
         kind=hf.PegasusForConditionalGeneration,
+        unused=("embed_positions.weight",),  # sines, which it looks up without a gradient
     ),
     "mt5": Family(
         lambda: hf.MT5Config(
