@@ -22,6 +22,7 @@ from deltacontrol.deltas.editing.sites import Site
 from deltacontrol.theory.errors import InputError
 
 _SLOTS = "deltacontrol_slots"
+_ENCODERS = ("mpnet",)  # that do not say that they are not causal
 _TRUE_HIDES = ("mpt",)  # in whose boolean masks True says hidden
 
 
@@ -49,7 +50,7 @@ class Visibility:
         self.block = block
         said = [m.is_causal for m in block.module.modules() if hasattr(m, "is_causal")]
         self.causal = any(said)
-        self.says_so = bool(said)
+        self.says_so = bool(said) or host.sites.model_type in _ENCODERS
         self.inverted = host.sites.model_type in _TRUE_HIDES
         if not said and "attention" not in host.sites.sites_of(block.path).places:
             raise InputError(
@@ -118,16 +119,19 @@ class Visibility:
         """
         mask = self._call.mask
         visible = torch.ones(1, queries, keys, dtype=torch.bool, device=device)
-        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
-            if not self.says_so:
-                raise InputError(
-                    f"{self.block.path} received no attention mask of single tokens and does not "
-                    "say whether it is causal, so which tokens may be mixed is not known; load the "
-                    "model with attn_implementation='eager', or choose another delta."
-                )
-            if self.causal:
-                visible = visible.tril(keys - queries)
-            return visible if mask is None else visible & mask.bool()[:, None, -keys:]
+        if self.causal:
+            visible = visible.tril(keys - queries)
+        of_tokens = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2] == queries
+        if not of_tokens and not self.says_so:
+            raise InputError(
+                f"{self.block.path} received no attention mask for each query and does not say "
+                "whether it is causal, so which tokens may be mixed is not known; load the model "
+                "with attn_implementation='eager', or choose another delta."
+            )
+        if mask is None:
+            return visible
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return visible & mask.bool()[:, None, -keys:]
         if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] != keys:
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise InputError(

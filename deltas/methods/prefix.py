@@ -124,7 +124,7 @@ def key_value_heads(host: Host) -> tuple[int, int]:
     """Number of key and value heads, which grouped queries share, and their width.
 
     Raises:
-        InputError: there is no attention, or the heads of keys are wider than those of values.
+        InputError: its keys are not all of one width, or not of that of the values.
     """
     host.find(("attention",))
     config = host.config
@@ -134,12 +134,20 @@ def key_value_heads(host: Host) -> tuple[int, int]:
             "prefix has no one width; choose another delta, such as prompt or lora."
         )
     queries = config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or queries
     width = (
         getattr(config, "d_kv", None)
         or getattr(config, "head_dim", None)
         or config.hidden_size // queries
+        if isinstance(queries, int)
+        else 0
     )
+    widths = {site.out_features for site in host.find(("attention.key",))}
+    if not width or len(widths) > 1:
+        raise InputError(
+            f"{host.sites.model_type} has keys of other widths in other blocks, so a prefix has no "
+            "one width; choose another delta, such as prompt or lora."
+        )
+    heads = widths.pop() // width
     return heads, width
 
 
