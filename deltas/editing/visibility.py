@@ -139,11 +139,10 @@ class Visibility:
                 "tokens to mix cannot be told; load the model with attn_implementation='sdpa'."
             )
         mask = mask[:, 0]
-        if mask.dtype != torch.bool:
-            mask = mask > torch.finfo(mask.dtype).min / 2
-        elif self._true_hides(mask):
-            mask = ~mask
-        return visible & mask
+        if mask.is_floating_point():
+            return visible & (mask > torch.finfo(mask.dtype).min / 2)
+        mask = mask.bool()
+        return visible & (~mask if self._true_hides(mask) else mask)
 
     def _true_hides(self, mask: Tensor) -> bool:
         """What True says in a boolean mask (batch, queries, keys): visible, or hidden as in MPT.

@@ -318,7 +318,7 @@ def texts(
     mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
     if config.model_type == "bart":  # it reads the classes from the end's state
         ids[torch.arange(count), torch.tensor(lengths) - 1] = config.eos_token_id
-    batch = {"input_ids": ids.masked_fill(mask == 0, config.pad_token_id or 0)}
+    batch = {"input_ids": ids.masked_fill(mask == 0, getattr(config, "pad_token_id", None) or 0)}
     batch["attention_mask"] = mask
     if config.is_encoder_decoder and model.get_output_embeddings() is not None:
         batch["decoder_input_ids"] = torch.randint(3, V, (count, 4), generator=generator)

@@ -198,6 +198,18 @@ def cells(
     return made
 
 
+def each_family(*methods: str) -> list[Any]:
+    """Every family that takes all of some methods, as a parameter of a test.
+
+    Those of `more_architectures` are marked slow.
+    """
+    return [
+        pytest.param(family, marks=pytest.mark.slow if sizes.is_more else ())
+        for family, sizes in FAMILIES.items()
+        if not any((family, method) in REFUSED for method in methods)
+    ]
+
+
 def num_parameters(method: str, sizes: Family, controlled: DeltaModel) -> int:
     """What the method must cost: the formula above, or the one in the method's own file."""
     delta, count = METHODS[method]
