@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -61,6 +61,10 @@ OTHER: dict[str, Callable[[], hf.PreTrainedConfig]] = {
 }  # fmt: skip
 
 
+def mostly_slow(names: Iterable[str], quick: Iterable[str]) -> list[Any]:
+    return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in names]
+
+
 def unlisted(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model = hf.AutoModel.from_config((DECODING | OTHER)[name]()).double().eval()
@@ -90,7 +94,7 @@ def calls(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[str]:
     return called
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ("bert", "t5-seq2seq", "albert")))
 def test_the_blocks_are_what_a_pass_calls_once_each_in_order(build: Build, family: str) -> None:
     model = build(family)
     sites = SiteMap(model)
@@ -100,7 +104,7 @@ def test_the_blocks_are_what_a_pass_calls_once_each_in_order(build: Build, famil
     assert sites.calls == (L if family == "albert" else 1)
 
 
-@pytest.mark.parametrize("name", [*DECODING, *OTHER])
+@pytest.mark.parametrize("name", mostly_slow([*DECODING, *OTHER], ("wav2vec2", "convnext")))
 def test_so_they_are_in_an_architecture_that_is_not_listed(name: str) -> None:
     model = unlisted(name)
     assert calls(model, inputs(model)) == SiteMap(model).block_paths
@@ -129,9 +133,11 @@ def changed(model: PreTrainedModel, site: Site, token: int, batch: dict[str, Ten
     return (states[0] - states[1]).abs().amax((0, 2))
 
 
-@pytest.mark.parametrize(
-    "family", [*(f for f in (*DECODERS, *MORE_DECODERS) if f != "mamba2"), *DECODING]
-)
+ATTENDING = [*(f for f in (*DECODERS, *MORE_DECODERS) if f != "mamba2"), *DECODING]
+FUSED = ("gpt2", "gpt_neox", "bloom", "falcon", "mpt", "phi3", "deepseek-v3", "gpt_bigcode")
+
+
+@pytest.mark.parametrize("family", mostly_slow(ATTENDING, (*FUSED, "codegen")))
 def test_query_key_and_value_are_what_they_are_called(build: Build, family: str) -> None:
     """Of a causal model's first token, which sees itself alone.
 
@@ -159,7 +165,7 @@ def test_query_key_and_value_are_what_they_are_called(build: Build, family: str)
     assert len(slices) == len(set(slices))
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "modernbert", "mt5"])
+@pytest.mark.parametrize("family", ["phi3", "modernbert", "mt5"])
 def test_the_upper_half_of_a_gated_mlp_is_the_one_without_activation(
     build: Build, family: str
 ) -> None:
@@ -192,7 +198,7 @@ MIXING = [AttentionControl(rank=2, around=a) for a in ("mlp", "attention", "bloc
 MIXING += [PromptTuning(length=2), PrefixTuning(length=2), LoRA(rank=2)]
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("name", mostly_slow(DECODING, ("openai-gpt", "gpt_neo", "ctrl")))
 def test_an_architecture_that_is_not_listed_stays_causal_or_is_refused(name: str) -> None:
     model = unlisted(name)
     batch = batch_of(model, 0)
@@ -218,7 +224,7 @@ def test_an_architecture_that_is_not_listed_stays_causal_or_is_refused(name: str
     assert worked >= 1
 
 
-@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("name", mostly_slow(OTHER, ("wav2vec2", "convnext")))
 def test_every_method_works_or_is_refused_where_nothing_is_listed(name: str) -> None:
     model = unlisted(name)
     batch, worked = inputs(model), []

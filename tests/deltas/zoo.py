@@ -165,7 +165,7 @@ PAIRS = [(f, name) for f in FAMILIES for name in METHODS if (f, name) not in REF
 # Every way in which a delta may act on a model, for what costs too much in every pair.
 REPRESENTATIVE = ("bitfit", "lora", "prefix", "prompt", "subspace")
 DEEP = [(f, name) for f, name in PAIRS if f in ("bert", "gpt2", "llama") or name in REPRESENTATIVE]
-SMOKE = "lora"  # what `make test` takes of the families of `more_architectures`
+SMOKE = ("lora",)  # what `make test` takes of the families of `more_architectures`
 # An encoder, two decoders of which one fuses its projections, and both halves together: `make test`
 # takes every method on these and the representative ones everywhere, `make slow` the other cells.
 QUICK_FAMILIES = ("bert", "gpt2", "llama", "t5-seq2seq")
@@ -175,6 +175,7 @@ def cells(
     pairs: Iterable[tuple[str, str]],
     quick: Iterable[str] = QUICK_FAMILIES,
     everywhere: Iterable[str] = REPRESENTATIVE,
+    smoke: Iterable[str] = (),
 ) -> list[Any]:
     """Cells of the support matrix as parameters (family, method) of a test.
 
@@ -183,11 +184,10 @@ def cells(
     Args:
         pairs: the cells.
         quick: families of which `make test` takes every method.
-        everywhere: methods that it takes on every family, or none but ``SMOKE`` on those of
-            `more_architectures`, where it is one of several.
+        everywhere: methods that it takes on every family but those of `more_architectures`.
+        smoke: methods that it takes on those.
     """
-    made, everywhere = [], tuple(everywhere)
-    smoke = (SMOKE,) if everywhere == REPRESENTATIVE else ()
+    made = []
     for family, method in pairs:
         if family in quick or method in (smoke if FAMILIES[family].is_more else everywhere):
             made.append(pytest.param(family, method, id=f"{family}-{method}"))
