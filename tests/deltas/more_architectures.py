@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import transformers as hf
 
@@ -31,10 +32,10 @@ _HALF = d // 2  # width of keys and values that two queries share
 _EXPERTS, _SMALL = 3, 16
 _EXPERT = 3 * d * _SMALL
 _ATTENTION = 2 * d * d + 2 * d * _HALF
-_MOE = {"moe_intermediate_size": _SMALL, "num_experts_per_tok": 2}
+_MOE: dict[str, Any] = {"moe_intermediate_size": _SMALL, "num_experts_per_tok": 2}
 _LATENT = 8  # DeepSeek's latents of queries and of keys and values
-_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-_LLAMA = LLAMA | _IDS
+_IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+_LLAMA: dict[str, Any] = LLAMA | _IDS
 _KEY = d // H + 4  # its keys: without positions, and 4 features with
 _LATENTS = 2 * d * _LATENT + 4 * d + 2 * _LATENT + _LATENT * H * (_KEY + 2 * (d // H)) + d * d
 _MAMBA = 2 * d + 2 * 4  # features that its convolution mixes

@@ -29,14 +29,19 @@ from tests.deltas.test_padding_side import DECODERS, MORE_DECODERS
 from tests.deltas.zoo import FAMILIES, METHODS, H, L, P, V, attached, batch_of, d, m, move, out
 
 Build = Callable[..., PreTrainedModel]
-SIZE = {"hidden_size": d, "num_hidden_layers": L, "num_attention_heads": H, "intermediate_size": m}
-TEXT = SIZE | {"vocab_size": V, "max_position_embeddings": P, "pad_token_id": 0}
-GPT = {"n_embd": d, "n_layer": L, "n_head": H, "vocab_size": V, "n_positions": P}
-VISION = SIZE | {"image_size": 8, "patch_size": 4}
-CONVOLUTIONS = {"conv_dim": (16, 16), "conv_stride": (2, 2), "conv_kernel": (3, 3)}
+SIZE: dict[str, Any] = {
+    "hidden_size": d,
+    "num_hidden_layers": L,
+    "num_attention_heads": H,
+    "intermediate_size": m,
+}
+TEXT: dict[str, Any] = SIZE | {"vocab_size": V, "max_position_embeddings": P, "pad_token_id": 0}
+GPT: dict[str, Any] = {"n_embd": d, "n_layer": L, "n_head": H, "vocab_size": V, "n_positions": P}
+VISION: dict[str, Any] = SIZE | {"image_size": 8, "patch_size": 4}
+CONVOLUTIONS: dict[str, Any] = {"conv_dim": (16, 16), "conv_stride": (2, 2), "conv_kernel": (3, 3)}
 CONVOLUTIONS |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
 
-# Architectures that are not in the zoo, and of which no file of ours says anything.
+# Architectures that are not in the zoo.
 DECODING: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "gpt_neo": lambda: hf.GPTNeoConfig(
         hidden_size=d, num_layers=L, num_heads=H, attention_types=[[["global", "local"], 1]],
@@ -54,7 +59,7 @@ OTHER: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "deberta_v2": lambda: hf.DebertaV2Config(**TEXT),
     "xlnet": lambda: hf.XLNetConfig(d_model=d, n_layer=L, n_head=H, d_inner=m, vocab_size=V),
     "siglip": lambda: hf.SiglipVisionConfig(**VISION),
-    "wav2vec2": lambda: hf.Wav2Vec2Config(**SIZE, **CONVOLUTIONS, num_feat_extract_layers=2),
+    "wav2vec2": lambda: hf.Wav2Vec2Config(**SIZE, **CONVOLUTIONS),
     "convnext": lambda: hf.ConvNextConfig(
         patch_size=2, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=8
     ),
@@ -256,9 +261,9 @@ def test_two_towers_are_refused_and_one_of_them_is_not() -> None:
     assert by_name.num_trainable == 2 * 2 * d
     by_name.detach()
     for tower in ("text_model", "vision_model"):
-        inner = hf.CLIPTextModel(config.text_config)
+        inner = hf.CLIPTextModel(hf.CLIPTextConfig(**TEXT))
         if tower == "vision_model":
-            inner = hf.CLIPVisionModel(config.vision_config)
+            inner = hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION))
         assert len(SiteMap(inner).block_paths) == L
 
 
