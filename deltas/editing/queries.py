@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltacontrol.deltas.editing.sites import Site, SiteMap, whole_paths
+from deltacontrol.deltas.editing.sites import Site, SiteMap, input_embedding, whole_paths
 from deltacontrol.deltas.quantised import is_quantised, values_of
 from deltacontrol.theory.errors import InputError
 
@@ -48,11 +48,12 @@ class Queries:
         Raises:
             InputError: the model reads no tokens.
         """
-        embedding = self.model.get_input_embeddings()
+        embedding = input_embedding(self.model)
         if not isinstance(embedding, nn.Embedding):
+            through = "no module by name" if embedding is None else f"a {type(embedding).__name__}"
             raise InputError(
-                f"{type(self.model).__name__} reads {self.model.main_input_name} through a "
-                f"{type(embedding).__name__}, not tokens through a table of embeddings, so nothing "
+                f"{type(self.model).__name__} reads {self.model.main_input_name} through {through}"
+                ", not tokens through a table of embeddings, so nothing "
                 "can enter in front of its tokens; choose another delta, such as prefix or lora."
             )
         return embedding.weight

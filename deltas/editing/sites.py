@@ -16,16 +16,16 @@ a full path. A target that matches nothing is an error that names the nearest ca
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
-from deltacontrol.deltas.editing.architectures import ARCHITECTURES
+from deltacontrol.deltas.editing.architectures import HEADS, BlockSites, find_blocks, find_sites
 from deltacontrol.deltas.patterns import match_whole
 from deltacontrol.theory.errors import InputError
 
@@ -145,38 +145,82 @@ def whole_paths(sites: Iterable[Site], method: str) -> list[str]:
     return list(parts)
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """What the model reads its input through; None where transformers names no such module."""
+    try:
+        return getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation, by its class's name, and no layer around one."""
+    maps = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
+    named = "Norm" in type(module).__name__
+    return named and not any(isinstance(m, maps) for m in module.modules())
+
+
 class SiteMap:
     """The sites of one model.
 
     Attributes:
         backbone_path: path of the backbone in the model ("" when the model is one).
-        block_paths: paths of all blocks, in order.
+        xs of all blocks, in order.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
         backbone = getattr(model, "base_model", model)
         self.backbone_path = next(path for path, m in self.modules.items() if m is backbone)
-        config = getattr(model, "config", None)
-        self.model_type = getattr(config, "model_type", type(model).__name__)
-        self._num_heads = getattr(config, "num_attention_heads", 1)
-        self.architecture = ARCHITECTURES.get(self.model_type)
-        self.block_paths = self._find_blocks()
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        self._config: Any = getattr(model, "config", None)
+        self.model_type = getattr(self._config, "model_type", type(model).__name__)
+        self._blocks = find_blocks(self.modules, self._config)
+        self._block_sites: dict[str, BlockSites] = {}
+        embedding = input_embedding(model)
         self._output_embedding = getattr(model, "get_output_embeddings", lambda: None)()
         self.embedding_path = next((p for p, m in self.modules.items() if m is embedding), None)
 
-    def _find_blocks(self) -> list[str]:
-        prefix = self.backbone_path + "." if self.backbone_path else ""
-        if self.architecture:
-            lists = [prefix + name for name in self.architecture.blocks]
-        else:  # unknown family: its longest list of modules is its blocks
-            candidates = [p for p, m in self.modules.items() if isinstance(m, nn.ModuleList)]
-            lists = sorted(candidates, key=lambda p: -self._length(p))[:1]
-        return [f"{p}.{i}" for p in lists if p in self.modules for i in range(self._length(p))]
+    @property
+    def block_paths(self) -> list[str]:
+        """Paths of all blocks, in order.
 
-    def _length(self, path: str) -> int:
-        return sum(1 for _ in self.modules[path].children())
+        Raises:
+            InputError: the model has several towers of blocks.
+        """
+        if self._blocks.unclear:
+            raise InputError(
+                f"{self.model_type} {self._blocks.unclear}, so it is not known which blocks are "
+                "meant; give one of the towers as the model, or choose modules by their names."
+            )
+        return self._blocks.paths
+
+    @property
+    def calls(self) -> int:
+        """How often the forward pass calls each block: more than once where layers share one."""
+        return self._blocks.calls
+
+    def check_called_once(self, method: str, advice: str) -> None:
+        """Refuse a model whose layers share their blocks.
+
+        Args:
+            method: who asks, for the error's message.
+            advice: what to try.
+
+        Raises:
+            InputError: the forward pass calls a block several times.
+        """
+        if self.calls > 1:
+            raise InputError(
+                f"{method}: {self.model_type} calls the same block for {self.calls} layers, so no "
+                f"layer has a block of its own; {advice}."
+            )
+
+    def sites_of(self, block: str) -> BlockSites:
+        """The sites of the block at a path."""
+        if block not in self._block_sites:
+            config = getattr(self._config, "get_text_config", lambda: self._config)()
+            self._block_sites[block] = find_sites(block, self.modules, self.model_type, config)
+        return self._block_sites[block]
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -190,7 +234,7 @@ class SiteMap:
 
     def layer_of(self, path: str) -> int | None:
         """Index of the block that contains ``path``; None outside the blocks."""
-        for index, block in enumerate(self.block_paths):
+        for index, block in enumerate(self._blocks.paths):
             if path == block or path.startswith(block + "."):
                 return index
         return None
@@ -198,11 +242,10 @@ class SiteMap:
     def head_paths(self) -> list[str]:
         """Top-level modules beside the backbone that hold parameters: the task head."""
         if not self.backbone_path:  # T5 keeps its stacks and its head side by side, Whisper too
-            named = self.architecture.head if self.architecture else ()
             return [
                 p
                 for p, m in self.modules.items()
-                if p and (m is self._output_embedding or p in named)
+                if p and (m is self._output_embedding or p in HEADS)
             ]
         root = self.backbone_path.split(".")[0]
         return [
@@ -227,7 +270,7 @@ class SiteMap:
             raise InputError(f"layers is the number {layers}; expected a tuple: ({layers},).")
         found: dict[tuple[str, tuple[int, int] | None], Site] = {}
         for target in targets:
-            matches = self._match(target)
+            matches = self._match(target, layers)
             if not matches:
                 raise self._no_match(target)
             found.update({(site.path, site.part): site for site in matches})
@@ -247,15 +290,15 @@ class SiteMap:
             raise InputError(f"none of {sorted(set(targets))} lies in the layers {sorted(wanted)}.")
         return kept
 
-    def _match(self, target: str) -> list[Site]:
+    def _match(self, target: str, layers: Iterable[int] | None) -> list[Site]:
         if target in SEMANTIC:
-            return self._match_semantic(target)
+            return self._match_semantic(target, layers)
         paths = [p for p in self.modules if p and (p == target or p.endswith("." + target))]
         if not paths:
             paths = [p for p in self.modules if p and match_whole(target, p)]
         return [self._site(path) for path in paths]
 
-    def _match_semantic(self, target: str) -> list[Site]:
+    def _match_semantic(self, target: str, layers: Iterable[int] | None) -> list[Site]:
         if target == "embedding":
             return [self._site(self.embedding_path)] if self.embedding_path else []
         if target == "head":
@@ -263,36 +306,41 @@ class SiteMap:
         if target == "block":
             return [self._site(path) for path in self.block_paths]
         if target == "norm":
-            return [
-                self._site(p) for p, m in self.modules.items() if type(m).__name__.endswith("Norm")
-            ]
-        if self.architecture is None:
-            raise InputError(
-                f"the site name {target!r} has no meaning yet for the architecture "
-                f"{self.model_type!r} (known: {', '.join(sorted(ARCHITECTURES))}). Use module "
-                "names or a regular expression instead."
-            )
-        rule = self.architecture.sites.get(target)
-        if rule is None:
-            raise InputError(
-                f"{self.model_type} has no single module for {target!r}; it has "
-                f"{', '.join(self.architecture.sites)}, block, norm, embedding, head."
-            )
-        split = re.fullmatch(r"(.*)\[(\d+)/(\d+)( of a head)?\]", rule)
-        pattern, index, count, each = split.groups() if split else (rule, "0", "1", None)
-        groups = self._num_heads if each else 1
-        compiled = re.compile(pattern)
-        sites = []
-        for block in self.block_paths:
-            inside = (p for p in self.modules if p.startswith(block + "."))
-            for path in (p for p in inside if compiled.fullmatch(p[len(block) + 1 :])):
-                site = self._site(path)
-                if split:
-                    width = site.total_out_features // (int(count) * groups)
-                    part = (int(index) * width, (int(index) + 1) * width)
-                    site = Site(path, site.module, site.layer, part, groups)
-                sites.append(site)
+            norms = [p for p, m in self.modules.items() if _is_norm(m)]
+            return [self._site(p) for p in norms if p.rpartition(".")[0] not in norms]
+        blocks, wanted = list(enumerate(self.block_paths)), None if layers is None else set(layers)
+        if wanted is not None and wanted & set(range(len(blocks))):
+            blocks = [(index, block) for index, block in blocks if index in wanted]
+        sites: list[Site] = []
+        for index, block in blocks:
+            found = self.sites_of(block)
+            if target in found.lacking:
+                raise InputError(
+                    f"{self.model_type} has no single module for {target!r} in {block}, because "
+                    f"{found.lacking[target]}; choose other sites, blocks that have it (layers), "
+                    "or modules by their names."
+                )
+            for place in found.places.get(target, ()):
+                module = self.modules[place.path]
+                sites.append(Site(place.path, module, index, place.part, place.groups))
+        if not sites:
+            raise self._no_place(target)
         return sites
+
+    def _no_place(self, target: str) -> InputError:
+        """A semantic name that no block has a module for."""
+        names = {name for block in self.block_paths for name in self.sites_of(block).places}
+        names |= {"block", "norm", "embedding", "head"}
+        has = ", ".join(name for name in SEMANTIC if name in names)
+        if names & {"attention.query", "attention"}:
+            return InputError(
+                f"{self.model_type} has no single module for {target!r}; it has {has}."
+            )
+        return InputError(
+            f"the site name {target!r} has no meaning for {self.model_type!r}, in whose blocks no "
+            "attention with maps of query, key and value is found. Use module names or a regular "
+            "expression instead."
+        )
 
     def _site(self, path: str) -> Site:
         return Site(path, self.modules[path], self.layer_of(path))

@@ -7,8 +7,9 @@ A *span* is what lies between the state h that a control reads and the output th
     block       from the input of a block to its output, residual connections and norms included
 
 The first two are found by their linear maps, because not every architecture has one module around
-them (BERT's and OPT's MLP are two maps of the block). Where a block normalises before the
-sub-layer, h is the normalised state.
+them (BERT's and OPT's MLP are two maps of the block); by the module around them where it has no
+such maps: a mixture of experts, or DeepSeek's attention, whose query reads a latent. Where a block
+normalises before the sub-layer, h is the normalised state.
 """
 
 from __future__ import annotations
@@ -64,7 +65,15 @@ def find_spans(host: Host, around: Around, layers: Iterable[int] | None = None) 
         width = state_width(host)
         blocks = host.find(("block",), layers)
         return [Span(b, b, width, width, host.like(b)) for b in blocks]
-    entry, end = (by_layer(host, name, layers) for name in _ENDS[around])
+    try:
+        entry, end = (by_layer(host, name, layers) for name in _ENDS[around])
+    except InputError as error:
+        try:
+            return _whole(host, around, layers)
+        except InputError:
+            raise error from None
+    if any(entry[t].in_features != end[t].out_features for t in entry.keys() & end.keys()):
+        return _whole(host, around, layers)
     if entry.keys() != end.keys():
         raise InputError(
             f"{host.sites.model_type} has {_ENDS[around][0]} in the blocks {sorted(entry)} but "
@@ -74,6 +83,13 @@ def find_spans(host: Host, around: Around, layers: Iterable[int] | None = None) 
         Span(entry[t], end[t], entry[t].in_features, end[t].out_features, host.weight(end[t]))
         for t in entry
     ]
+
+
+def _whole(host: Host, around: Around, layers: Iterable[int] | None) -> list[Span]:
+    """The spans of the modules that are the sub-layers."""
+    width = state_width(host)
+    found = by_layer(host, around, layers).values()
+    return [Span(site, site, width, width, host.like(site)) for site in found]
 
 
 def state_width(host: Host) -> int:

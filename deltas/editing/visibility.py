@@ -22,6 +22,8 @@ from deltacontrol.deltas.editing.sites import Site
 from deltacontrol.theory.errors import InputError
 
 _SLOTS = "deltacontrol_slots"
+_ENCODERS = ("mpnet",)  # that do not say that they are not causal
+_TRUE_HIDES = ("mpt",)  # in whose boolean masks True says hidden
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,22 @@ class Visibility:
     Args:
         host: the model.
         block: the block's site.
+
+    Raises:
+        InputError: the block has no attention.
     """
 
     def __init__(self, host: Host, block: Site) -> None:
         self.block = block
-        self.causal = any(getattr(m, "is_causal", False) for m in block.module.modules())
+        said = [m.is_causal for m in block.module.modules() if hasattr(m, "is_causal")]
+        self.causal = any(said)
+        self.says_so = bool(said) or host.sites.model_type in _ENCODERS
+        self.inverted = host.sites.model_type in _TRUE_HIDES
+        if not said and "attention" not in host.sites.sites_of(block.path).places:
+            raise InputError(
+                f"{block.path} of {host.sites.model_type} has no attention, so which tokens may be "
+                "mixed there is not known; choose a delta that mixes none, such as lora."
+            )
         parameters = list(signature(type(block.module).forward).parameters.values())[1:]
         self._names = [p.name for p in parameters if p.kind is not Parameter.VAR_KEYWORD]
         self._carried = host.carry()
@@ -101,14 +114,24 @@ class Visibility:
         """Boolean (batch or 1, queries, keys): True where a query may look at a key.
 
         Raises:
-            InputError: the mask is of a kind that says nothing about single tokens.
+            InputError: the mask is of a kind that says nothing about single tokens, or there is
+                none and the block does not say whether it is causal.
         """
         mask = self._call.mask
         visible = torch.ones(1, queries, keys, dtype=torch.bool, device=device)
-        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
-            if self.causal:
-                visible = visible.tril(keys - queries)
-            return visible if mask is None else visible & mask.bool()[:, None, -keys:]
+        if self.causal:
+            visible = visible.tril(keys - queries)
+        of_tokens = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2] == queries
+        if not of_tokens and not self.says_so:
+            raise InputError(
+                f"{self.block.path} received no attention mask for each query and does not say "
+                "whether it is causal, so which tokens may be mixed is not known; load the model "
+                "with attn_implementation='eager', or choose another delta."
+            )
+        if mask is None:
+            return visible
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return visible & mask.bool()[:, None, -keys:]
         if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] != keys:
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise InputError(
@@ -116,6 +139,22 @@ class Visibility:
                 "tokens to mix cannot be told; load the model with attn_implementation='sdpa'."
             )
         mask = mask[:, 0]
-        if mask.dtype != torch.bool:
-            mask = mask > torch.finfo(mask.dtype).min / 2
-        return visible & mask
+        if mask.is_floating_point():
+            return visible & (mask > torch.finfo(mask.dtype).min / 2)
+        mask = mask.bool()
+        return visible & (~mask if self._true_hides(mask) else mask)
+
+    def _true_hides(self, mask: Tensor) -> bool:
+        """What True says in a boolean mask (batch, queries, keys): visible, or hidden as in MPT.
+
+        A mask of padding alone has equal rows, and a causal one hides the later keys. So rows that
+        are not equal and are True at all later keys hide by it; a query alone sees itself.
+        """
+        if self.inverted or self.says_so:
+            return self.inverted
+        queries, keys = mask.shape[-2:]
+        if queries == 1:
+            return not bool(mask[..., -1].any())
+        earlier = torch.ones(queries, keys, dtype=torch.bool, device=mask.device)
+        later = ~earlier.tril(keys - queries)
+        return bool(mask[:, later].all()) and not torch.equal(mask[:, :1].expand_as(mask), mask)

@@ -20,8 +20,9 @@ _PARTS = {
 class BitFit(Delta):
     """State-independent control: h + b with b trained, b₀ the pre-trained bias.
 
-    All biases of the backbone: linear maps and normalisations (Ben Zaken et al., Eq. 1–6). The
-    head's bias belongs to the head.
+    All biases of the backbone: linear maps and normalisations (Ben Zaken et al., Eq. 1–6), also
+    those that lie beside their weights under a name that ends in "_bias", as `in_proj_bias` of
+    torch's own attention. The head's bias belongs to the head.
 
     Attributes:
         sites: modules whose biases are trained; None means those of ``part``.
@@ -72,7 +73,8 @@ class BitFit(Delta):
             names = host.backbone_names()
         else:
             names = host.parameter_names(whole_paths(host.find(sites), self.name))
-        biases = [name for name in names if name.rpartition(".")[2] == "bias"]
+        leaves = {name: name.rpartition(".")[2] for name in names}
+        biases = [name for name, leaf in leaves.items() if leaf == "bias" or leaf.endswith("_bias")]
         if not biases:
             raise InputError(
                 f"{host.sites.model_type} has no bias at {sites or 'any module'}, so BitFit has "

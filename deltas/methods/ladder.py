@@ -99,6 +99,7 @@ class LadderSideTuning(Delta):
         return (depth + 2) * width * side + depth * (2 * _EXPANSION * side**2 + 1)
 
     def _widths(self, host: Host) -> tuple[int, int]:
+        host.sites.check_called_once(self.name, "choose a delta in the shared block, such as lora")
         if host.sites.num_stacks > 1:
             raise InputError(
                 f"ladder: {host.sites.model_type} has two stacks of blocks with other tokens in "

@@ -50,6 +50,9 @@ class LastLayers(Delta):
         return sum(p.numel() for p in host.distinct(self._names(host)).values())
 
     def _names(self, host: Host) -> list[str]:
+        host.sites.check_called_once(
+            self.name, "choose full, or selected-modules for the shared block"
+        )
         blocks = host.sites.block_paths
         if self.num_layers > len(blocks):
             raise InputError(

@@ -13,6 +13,7 @@ from deltacontrol.deltas.editing.host import Host
 from deltacontrol.deltas.editing.positions import count_from_text, shift_positions
 from deltacontrol.deltas.editing.sites import Site
 from deltacontrol.deltas.editing.spans import state_width
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,33 @@ class PrefixTuning(Delta):
 
 
 def key_value_heads(host: Host) -> tuple[int, int]:
-    """Number of key and value heads, which grouped queries share, and their width."""
+    """Number of key and value heads, which grouped queries share, and their width.
+
+    Raises:
+        InputError: its keys are not all of one width, or not of that of the values.
+    """
+    host.find(("attention",))
     config = host.config
+    if getattr(config, "kv_lora_rank", None):
+        raise InputError(
+            f"{host.sites.model_type} makes keys and values of unequal widths from a latent, so a "
+            "prefix has no one width; choose another delta, such as prompt or lora."
+        )
     queries = config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or queries
     width = (
         getattr(config, "d_kv", None)
         or getattr(config, "head_dim", None)
         or config.hidden_size // queries
+        if isinstance(queries, int)
+        else 0
     )
+    widths = {site.out_features for site in host.find(("attention.key",))}
+    if not width or len(widths) > 1:
+        raise InputError(
+            f"{host.sites.model_type} has keys of other widths in other blocks, so a prefix has no "
+            "one width; choose another delta, such as prompt or lora."
+        )
+    heads = widths.pop() // width
     return heads, width
 
 

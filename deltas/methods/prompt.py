@@ -9,12 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
 from deltacontrol.deltas.editing.positions import (
-    count_from_text,
     first_position,
     usable_positions,
 )
@@ -25,9 +23,11 @@ from deltacontrol.theory.errors import InputError
 class PromptTuning(Delta):
     """[P; E(x)]: extra rows of the initial state, no control after it (Lester et al., Section 2).
 
-    The rows are taken off again behind the backbone's last block, so that heads, pooling and token
-    losses see the text's own positions. They start as embeddings of random tokens, or Gaussian;
-    without training the model's output changes.
+    The rows enter directly before the text: behind the padding, where there is some before it, so
+    that it changes nothing, however the model counts distances. They are taken off again behind the
+    backbone's last block, so that heads, pooling and token losses see the text's own positions.
+    They start as embeddings of random tokens, or Gaussian; without training the model's output
+    changes.
 
     Attributes:
         length: n, number of prompt positions.
@@ -108,7 +108,6 @@ def lay_prompt(
     limit = usable_positions(host.model)
     prompt = Prompt(rows, embedding, limit, first_position(stack), encoder, length)
     host.add(path, prompt, like=host.embedding_weight)
-    count_from_text(host)
     host.on_call(stack, prompt.insert)
     if strip:  # last in, first out
         host.on_output(_exit(host, stack), prompt.strip, first=True)
@@ -170,6 +169,7 @@ class Prompt(nn.Module):
         self.first = first
         self.inserted = False
         self.total = 0  # positions of the present pass, prompt and text
+        self.before: Tensor | None = None  # (batch, 1): padding before each text of the pass
         self.embed: Callable[[Tensor], Tensor] = embedding.__call__  # the base's own: no submodule
 
     def forward(self) -> Tensor:
@@ -193,33 +193,45 @@ class Prompt(nn.Module):
         if kwargs.get("inputs_embeds") is None:
             kwargs["inputs_embeds"] = self.embed(tokens)
         text = kwargs["inputs_embeds"]
-        if self.inserted:
-            if self.limit is not None and text.shape[1] + length > self.limit:
-                raise InputError(
-                    f"a prompt of {length} and a text of {text.shape[1]} tokens are longer than "
-                    f"the {self.limit} positions of the model; shorten max_length or the prompt."
-                )
-            rows = self().to(text.dtype).expand(len(text), -1, -1)
-            kwargs["inputs_embeds"] = torch.cat([rows, text], dim=1)
-            self.total = text.shape[1] + length
         mask = kwargs.get("attention_mask")
+        self.before = None
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
                 raise InputError(
                     "prompt tuning needs an attention mask of shape (batch, tokens); in generation "
                     "with a static cache there is none: use cache_implementation='dynamic'."
                 )
-            kwargs["attention_mask"] = pad(mask, (length, 0), value=1)
+            self.before = (mask.cumsum(-1) == 0).sum(-1, keepdim=True) % mask.shape[-1]
+            kwargs["attention_mask"] = self._put(mask, mask.new_ones(length))
+        if self.inserted:
+            if self.limit is not None and text.shape[1] + length > self.limit:
+                raise InputError(
+                    f"a prompt of {length} and a text of {text.shape[1]} tokens are longer than "
+                    f"the {self.limit} positions of the model; shorten max_length or the prompt."
+                )
+            kwargs["inputs_embeds"] = self._put(text, self().to(text.dtype))
+            self.total = text.shape[1] + length
         positions = kwargs.get("position_ids")
         if positions is not None:
             shifted = positions + length
             start = torch.arange(self.first, self.first + length, device=positions.device)
-            start = start.expand(len(positions), -1)
-            kwargs["position_ids"] = torch.cat([start, shifted], 1) if self.inserted else shifted
+            kwargs["position_ids"] = self._put(shifted, start) if self.inserted else shifted
         types = kwargs.get("token_type_ids")
         if types is not None and self.inserted:
-            kwargs["token_type_ids"] = pad(types, (length, 0))
+            kwargs["token_type_ids"] = self._put(types, types.new_zeros(length))
         return (), kwargs
+
+    def _put(self, values: Tensor, rows: Tensor) -> Tensor:
+        """``values`` (batch or 1, tokens, …) with ``rows`` (n, …) before the text of each row."""
+        batch = len(values) if self.before is None else len(self.before)
+        values = values.expand(batch, *values.shape[1:])
+        both = torch.cat([rows.expand(batch, *rows.shape), values], dim=1)
+        if self.before is None:
+            return both
+        place = torch.arange(both.shape[1], device=both.device)
+        # Padding first, which stands behind the rows in `both`, then the rows, then the text.
+        moved = torch.where(place < self.before, place + self.length, place - self.before)
+        return _rows(both, torch.where(place < self.before + self.length, moved, place))
 
     def strip(self, _inputs: tuple, state: Tensor) -> Tensor:
         """The state without the prompt's rows.
@@ -234,4 +246,14 @@ class Prompt(nn.Module):
                 f"{self.total} positions went in and {state.shape[1]} came out, so the prompt "
                 "cannot be taken off again; choose another delta for this architecture."
             )
-        return state[:, self.length :]
+        if self.before is None:
+            return state[:, self.length :]
+        place = torch.arange(self.total - self.length, device=state.device)
+        return _rows(state, torch.where(place < self.before, place, place + self.length))
+
+
+def _rows(values: Tensor, places: Tensor) -> Tensor:
+    """The rows of ``values`` (batch, tokens, …) at ``places`` (batch, new tokens)."""
+    places = places.to(values.device)
+    places = places.view(*places.shape, *[1] * (values.dim() - 2))
+    return values.gather(1, places.expand(-1, -1, *values.shape[2:]))

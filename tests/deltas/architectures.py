@@ -1,14 +1,7 @@
-"""Small random models of eighteen architectures, and their sizes.
-
-The sizes are formulas of the dimensions below, written here a second time on purpose: they never
-ask a delta or a model. V tokens, P positions, d width, e embedding width, m inner width, H heads,
-L blocks (encoder and decoder together).
-"""
+"""Small random models of eighteen architectures and of those of ``more_architectures``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -16,99 +9,58 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-V, P, d, e, m, H, L, CLASSES = 100, 40, 32, 16, 64, 4, 2, 2
-TOKENS = 7
+from tests.deltas.family import (  # noqa: F401 - tests take all of it from here
+    BLOCK,
+    BLOCK_BIASES,
+    CLASSES,
+    DENSE_HEAD,
+    LINEAR,
+    LLAMA,
+    LLAMA_BLOCK,
+    PATCH,
+    PATCHES,
+    T5,
+    T5_BLOCK,
+    TOKENS,
+    VIT,
+    Family,
+    H,
+    L,
+    P,
+    V,
+    bert_like,
+    d,
+    e,
+    m,
+)  # fmt: skip
+from tests.deltas.more_architectures import MORE
 
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture: its configuration and its sizes.
-
-    Attributes:
-        config: makes the configuration.
-        embedding: parameters before the blocks.
-        block: of the last block.
-        tail: behind the blocks.
-        head: of the task head.
-        biases: bias entries of the backbone.
-        norms: entries of the gains and shifts of its normalisations.
-        key_width: width of keys and values.
-        embedding_width: width of the token embeddings.
-        tolerance: of identities; many compute norms, rotations or softmax in float32 always.
-        first_block: parameters of the first block, where it is another one than the last.
-        reads: what goes in: "tokens", "pixels" or "audio".
-        kind: what ``build`` makes of "classification".
-        unused: ends of the names of parameters that the forward pass does not touch.
-    """
-
-    config: Callable[[], hf.PreTrainedConfig]
-    embedding: int
-    block: int
-    tail: int
-    head: int
-    biases: int
-    norms: int
-    key_width: int = d
-    embedding_width: int = d
-    tolerance: float = 1e-12
-    first_block: int | None = None
-    reads: str = "tokens"
-    kind: type = hf.AutoModelForSequenceClassification
-    unused: tuple[str, ...] = ()
-
-    @property
-    def total(self) -> int:
-        first = self.block if self.first_block is None else self.first_block
-        return self.embedding + first + (L - 1) * self.block + self.tail + self.head
-
-
-def _bert_like(kind: type, **more: Any) -> Callable[[], hf.PreTrainedConfig]:
-    sizes = {"hidden_size": d, "num_hidden_layers": L, "num_attention_heads": H}
-    sizes |= {"intermediate_size": m, "vocab_size": V, "max_position_embeddings": P}
-    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return lambda: kind(**sizes, **off, **more)
-
-
-_LINEAR = d * d + d
-_BLOCK = 4 * _LINEAR + 2 * d * m + m + d + 2 * 2 * d
-_BLOCK_BIASES = 4 * d + m + d + 2 * d
-_DENSE_HEAD = _LINEAR + CLASSES * (d + 1)
-_PATCHES, _PATCH = 4, 3 * 4 * 4
-_LLAMA = {"hidden_size": d, "num_hidden_layers": L, "num_attention_heads": H}
-_LLAMA |= {"num_key_value_heads": H // 2, "intermediate_size": m, "vocab_size": V}
-_LLAMA |= {"max_position_embeddings": P, "pad_token_id": 0}
-_LLAMA_BLOCK = 2 * d * d + 2 * d * (d // 2) + 3 * d * m + 2 * d
-_VIT = {"hidden_size": d, "num_hidden_layers": L, "num_attention_heads": H}
-_VIT |= {"image_size": 8, "patch_size": 4, "hidden_dropout_prob": 0.0}
-_T5 = {"d_model": d, "num_heads": H, "d_ff": m, "d_kv": d // H, "vocab_size": V}
-_T5_BLOCK = 4 * d * d + 2 * d * m + 2 * d
-
-FAMILIES: dict[str, Family] = {
+MAIN: dict[str, Family] = {
     "bert": Family(
-        _bert_like(hf.BertConfig),
+        bert_like(hf.BertConfig),
         embedding=(V + P + 2) * d + 2 * d,
-        block=_BLOCK,
-        tail=_LINEAR,  # the pooler
+        block=BLOCK,
+        tail=LINEAR,  # the pooler
         head=CLASSES * (d + 1),
-        biases=d + L * _BLOCK_BIASES + d,
+        biases=d + L * BLOCK_BIASES + d,
         norms=2 * d + L * 4 * d,
     ),
     "roberta": Family(
-        _bert_like(hf.RobertaConfig, type_vocab_size=1),
+        bert_like(hf.RobertaConfig, type_vocab_size=1),
         embedding=(V + P + 1) * d + 2 * d,
-        block=_BLOCK,
+        block=BLOCK,
         tail=0,
-        head=_DENSE_HEAD,
-        biases=d + L * _BLOCK_BIASES,
+        head=DENSE_HEAD,
+        biases=d + L * BLOCK_BIASES,
         norms=2 * d + L * 4 * d,
     ),
     "electra": Family(
-        _bert_like(hf.ElectraConfig, embedding_size=e, summary_last_dropout=0.0),
+        bert_like(hf.ElectraConfig, embedding_size=e, summary_last_dropout=0.0),
         embedding=(V + P + 2) * e + 2 * e + e * d + d,
-        block=_BLOCK,
+        block=BLOCK,
         tail=0,
-        head=_DENSE_HEAD,
-        biases=e + d + L * _BLOCK_BIASES,
+        head=DENSE_HEAD,
+        biases=e + d + L * BLOCK_BIASES,
         norms=2 * e + L * 4 * d,
         embedding_width=e,
     ),
@@ -118,20 +70,21 @@ FAMILIES: dict[str, Family] = {
             dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0,
         ),
         embedding=(V + P) * d + 2 * d,
-        block=_BLOCK,
+        block=BLOCK,
         tail=0,
-        head=_DENSE_HEAD,
-        biases=d + L * _BLOCK_BIASES,
+        head=DENSE_HEAD,
+        biases=d + L * BLOCK_BIASES,
         norms=2 * d + L * 4 * d,
     ),
     "mpnet": Family(
-        _bert_like(hf.MPNetConfig),
+        bert_like(hf.MPNetConfig),
         embedding=(V + P) * d + 2 * d + 32 * H,  # 32 buckets of relative positions
-        block=_BLOCK,
+        block=BLOCK,
         tail=0,
-        head=_DENSE_HEAD,
-        biases=d + L * _BLOCK_BIASES,
+        head=DENSE_HEAD,
+        biases=d + L * BLOCK_BIASES,
         norms=2 * d + L * 4 * d,
+        eager=True,
     ),
     "gpt2": Family(
         lambda: hf.GPT2Config(
@@ -139,10 +92,10 @@ FAMILIES: dict[str, Family] = {
             bos_token_id=1, eos_token_id=1, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
         ),
         embedding=(V + P) * d,
-        block=_BLOCK,
+        block=BLOCK,
         tail=2 * d,
         head=CLASSES * d,
-        biases=L * _BLOCK_BIASES + d,
+        biases=L * BLOCK_BIASES + d,
         norms=L * 4 * d + 2 * d,
     ),
     "opt": Family(
@@ -151,18 +104,18 @@ FAMILIES: dict[str, Family] = {
             word_embed_proj_dim=e, max_position_embeddings=P, dropout=0.0, attention_dropout=0.0,
         ),
         embedding=V * e + (P + 2) * d + 2 * e * d,
-        block=_BLOCK,
+        block=BLOCK,
         tail=2 * d,
         head=CLASSES * e,
-        biases=L * _BLOCK_BIASES + d,
+        biases=L * BLOCK_BIASES + d,
         norms=L * 4 * d + 2 * d,
         embedding_width=e,
         tolerance=1e-5,
     ),
     "llama": Family(
-        lambda: hf.LlamaConfig(**_LLAMA),
+        lambda: hf.LlamaConfig(**LLAMA),
         embedding=V * d,
-        block=_LLAMA_BLOCK,
+        block=LLAMA_BLOCK,
         tail=d,
         head=CLASSES * d,
         biases=0,
@@ -171,9 +124,9 @@ FAMILIES: dict[str, Family] = {
         tolerance=1e-5,
     ),
     "t5": Family(
-        lambda: hf.T5Config(**_T5, num_layers=L, dropout_rate=0.0),
+        lambda: hf.T5Config(**T5, num_layers=L, dropout_rate=0.0),
         embedding=V * d + 32 * H,  # the first block owns the 32 buckets for all
-        block=_T5_BLOCK,
+        block=T5_BLOCK,
         tail=d,
         head=0,
         biases=0,
@@ -202,17 +155,17 @@ FAMILIES: dict[str, Family] = {
             vocab_size=V, max_position_embeddings=P, pad_token_id=0, bos_token_id=1, eos_token_id=1,
         ),
         embedding=V * d,
-        block=_BLOCK,
+        block=BLOCK,
         tail=2 * d,
         head=CLASSES * d,
-        biases=L * _BLOCK_BIASES + d,
+        biases=L * BLOCK_BIASES + d,
         norms=L * 4 * d + 2 * d,
         tolerance=1e-5,
     ),
     "qwen3": Family(
-        lambda: hf.Qwen3Config(**_LLAMA, head_dim=d // H),
+        lambda: hf.Qwen3Config(**LLAMA, head_dim=d // H),
         embedding=V * d,
-        block=_LLAMA_BLOCK + 2 * (d // H),  # norms of queries and keys
+        block=LLAMA_BLOCK + 2 * (d // H),  # norms of queries and keys
         tail=d,
         head=CLASSES * d,
         biases=0,
@@ -222,11 +175,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3": Family(
         lambda: hf.Gemma3TextConfig(
-            **_LLAMA, head_dim=d // H, sliding_window=5,
+            **LLAMA, head_dim=d // H, sliding_window=5,
             layer_types=["sliding_attention", "full_attention"],
         ),
         embedding=V * d,
-        block=_LLAMA_BLOCK + 2 * d + 2 * (d // H),
+        block=LLAMA_BLOCK + 2 * d + 2 * (d // H),
         tail=d,
         head=CLASSES * d,
         biases=0,
@@ -236,11 +189,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "t5-seq2seq": Family(
         lambda: hf.T5Config(
-            **_T5, num_layers=1, num_decoder_layers=1, dropout_rate=0.0, decoder_start_token_id=0
+            **T5, num_layers=1, num_decoder_layers=1, dropout_rate=0.0, decoder_start_token_id=0
         ),
         embedding=V * d,
-        block=_T5_BLOCK + 4 * d * d + d + 32 * H,  # the decoder's attends to the encoder as well
-        first_block=_T5_BLOCK + 32 * H,
+        block=T5_BLOCK + 4 * d * d + d + 32 * H,  # the decoder's attends to the encoder as well
+        first_block=T5_BLOCK + 32 * H,
         tail=2 * d,
         head=0,  # tied to the embedding
         biases=0,
@@ -256,32 +209,32 @@ FAMILIES: dict[str, Family] = {
             decoder_start_token_id=2, forced_eos_token_id=None, dropout=0.0,
         ),
         embedding=V * d + 2 * (P + 2) * d + 2 * 2 * d,
-        block=_BLOCK + 4 * _LINEAR + 2 * d,  # the decoder's attends to the encoder as well
-        first_block=_BLOCK,
+        block=BLOCK + 4 * LINEAR + 2 * d,  # the decoder's attends to the encoder as well
+        first_block=BLOCK,
         tail=0,
-        head=_DENSE_HEAD,
-        biases=2 * d + L * _BLOCK_BIASES + 4 * d + d,
+        head=DENSE_HEAD,
+        biases=2 * d + L * BLOCK_BIASES + 4 * d + d,
         norms=2 * 2 * d + L * 4 * d + 2 * d,
     ),
     "vit": Family(
-        lambda: hf.ViTConfig(**_VIT, intermediate_size=m),
-        embedding=d + (_PATCHES + 1) * d + (_PATCH + 1) * d,
-        block=_BLOCK,
+        lambda: hf.ViTConfig(**VIT, intermediate_size=m),
+        embedding=d + (PATCHES + 1) * d + (PATCH + 1) * d,
+        block=BLOCK,
         tail=2 * d,
         head=CLASSES * (d + 1),
-        biases=d + L * _BLOCK_BIASES + d,
+        biases=d + L * BLOCK_BIASES + d,
         norms=L * 4 * d + 2 * d,
         tolerance=1e-5,
         reads="pixels",
         kind=hf.AutoModelForImageClassification,
     ),
     "dinov2": Family(
-        lambda: hf.Dinov2Config(**_VIT, mlp_ratio=m // d),
-        embedding=2 * d + (_PATCHES + 1) * d + (_PATCH + 1) * d,
-        block=_BLOCK + 2 * d,  # the scales of both sub-layers
+        lambda: hf.Dinov2Config(**VIT, mlp_ratio=m // d),
+        embedding=2 * d + (PATCHES + 1) * d + (PATCH + 1) * d,
+        block=BLOCK + 2 * d,  # the scales of both sub-layers
         tail=2 * d,
         head=CLASSES * (2 * d + 1),
-        biases=d + L * _BLOCK_BIASES + d,
+        biases=d + L * BLOCK_BIASES + d,
         norms=L * 4 * d + 2 * d,
         reads="pixels",
         kind=hf.AutoModelForImageClassification,
@@ -296,18 +249,19 @@ FAMILIES: dict[str, Family] = {
             dropout=0.0,
         ),
         embedding=3 * 5 * d + d + 3 * d * d + d + 6 * d,  # two convolutions, positions
-        block=_BLOCK - d,  # keys have no bias
+        block=BLOCK - d,  # keys have no bias
         tail=2 * d,
         head=8 * (d + 1) + CLASSES * (8 + 1),
-        biases=2 * d + L * (_BLOCK_BIASES - d) + d,
+        biases=2 * d + L * (BLOCK_BIASES - d) + d,
         norms=L * 4 * d + 2 * d,
         reads="audio",
         kind=hf.AutoModelForAudioClassification,
     ),
 }  # fmt: skip
 
-
-ONE_STACK = [f for f in FAMILIES if f not in ("bart", "t5-seq2seq")]
+FAMILIES: dict[str, Family] = {**MAIN, **MORE}
+# Those that tests take which go through each family: `make slow` has the cells of the others.
+ONE_STACK = [f for f in MAIN if f not in ("bart", "t5-seq2seq")]
 TEXT = [f for f in ONE_STACK if FAMILIES[f].reads == "tokens"]
 
 
@@ -329,7 +283,8 @@ def build(
         "backbone": hf.AutoModel,
     }[kind]
     torch.manual_seed(1)
-    if family != "mpnet":
+    config._experts_implementation = "eager"  # the others have no float64
+    if not FAMILIES[family].eager:
         config._attn_implementation = attention
     model = auto.from_config(config) if hasattr(auto, "from_config") else auto(config)
     with torch.no_grad():
@@ -363,8 +318,8 @@ def texts(
     mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
     if config.model_type == "bart":  # it reads the classes from the end's state
         ids[torch.arange(count), torch.tensor(lengths) - 1] = config.eos_token_id
-    batch = {"input_ids": ids.masked_fill(mask == 0, config.pad_token_id or 0)}
+    batch = {"input_ids": ids.masked_fill(mask == 0, getattr(config, "pad_token_id", None) or 0)}
     batch["attention_mask"] = mask
-    if isinstance(model, hf.T5ForConditionalGeneration):
+    if config.is_encoder_decoder and model.get_output_embeddings() is not None:
         batch["decoder_input_ids"] = torch.randint(3, V, (count, 4), generator=generator)
     return batch

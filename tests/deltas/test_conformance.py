@@ -96,7 +96,10 @@ class Cell:
             return out(model, self.batch)
 
 
-CELLS = [pytest.param(cell.values, marks=cell.marks, id=cell.id) for cell in zoo.cells(PAIRS)]
+CELLS = [
+    pytest.param(cell.values, marks=cell.marks, id=cell.id)
+    for cell in zoo.cells(PAIRS, smoke=zoo.SMOKE)
+]
 
 
 @pytest.fixture(scope="module", params=CELLS)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from deltacontrol.deltas import Delta, DeltaModel
 from tests.deltas.zoo import (
@@ -34,10 +35,15 @@ BOTH = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 BEHIND = ("head", "ladder")
 
 
-# Images and sounds have one size; transformers has no checkpointing for MPNet.
+# Images and sounds have one size; transformers has no checkpointing for MPNet and ALBERT.
 QUICK = ("gpt2",), ("lora", "prompt")
 PADDED = [(f, n) for f, n in DEEP if FAMILIES[f].reads == "tokens"]
-CHECKPOINTED = [(f, n) for f, n in DEEP if f != "mpnet"]
+CHECKPOINTED = [(f, n) for f, n in DEEP if f not in ("mpnet", "albert")]
+# Models that torch.func cannot go through: BLOOM's activation has a derivative of its own, and
+# Pegasus looks its positions up without a gradient, which forward mode gives all the same.
+FUNCTIONAL = [(f, n) for f, n in DEEP if f != "bloom" and (f, n) != ("pegasus", "subspace")]
+# Models that torch.vmap cannot: they choose experts by the numbers, or add in place.
+ONE_AT_A_TIME = ("mixtral", "qwen2-moe", "deepseek-v3", "mamba2", "falcon", "pegasus")
 
 
 @pytest.fixture
@@ -72,7 +78,8 @@ class TestCheckpointing:
         torch.manual_seed(0)  # for controls that draw at random while training
         expected = gradients(out(controlled, batch).square().sum(), parameters)
         calls: list[int] = []
-        deep = controlled.host.sites.resolve(["mlp.down"])[-1].module
+        last = controlled.host.sites.blocks[-1]
+        deep = next(m for m in last.modules() if isinstance(m, nn.Linear | Conv1D))
         counter = deep.register_forward_pre_hook(lambda *_: calls.append(1))
         model.activation_checkpointing_enable()
         torch.manual_seed(0)
@@ -82,7 +89,8 @@ class TestCheckpointing:
         calls.clear()
         found = gradients(loss, parameters)
         assert calls or method in BEHIND, "the block was not run again"
-        assert relative(found, expected) <= 1e-12
+        # GPT-J's attention is in float32, and so is the rounding of a sum laid out in another way.
+        assert relative(found, expected) <= (1e-6 if family == "gptj" else 1e-12)
         model.activation_checkpointing_disable()
         counter.remove()
         before = build(family).state_dict()
@@ -138,10 +146,14 @@ class TestDeepConformance:
             assert parameter.grad.isfinite().all(), name
         controlled.detach()
 
+
+@pytest.mark.parametrize(("family", "method"), cells(FUNCTIONAL, *QUICK))
+class TestFunctional:
     def test_controls_become_an_argument(self, build, family, delta):
         """torch.func over the controls agrees with autograd."""
         model = build(family)
-        batch = batch_of(model)
+        # A table of embeddings gives padding no gradient, but forward mode does.
+        batch = batch_of(model, 2 if model.loss_type == "ForSequenceClassification" else 0)
         controlled = move(attached(model, delta))
         controls = controlled.trainable()
         generator = torch.Generator().manual_seed(5)
@@ -163,10 +175,11 @@ class TestDeepConformance:
         _, pushed = jvp(apply, (values,), (tangent,))
         slope = sum((g * t).sum() for g, t in zip(expected, tangent.values(), strict=True))
         torch.testing.assert_close((pushed * weights).sum(), slope, rtol=10 * tolerance, atol=1e-10)
-        moved = {n: v + tangent[n] for n, v in values.items()}
-        stacked = {n: torch.stack([v, moved[n]]) for n, v in values.items()}
-        both = vmap(apply)(stacked)
-        assert relative([both], [torch.stack([apply(values), apply(moved)])]) <= tolerance
+        if family not in ONE_AT_A_TIME:
+            moved = {n: v + tangent[n] for n, v in values.items()}
+            stacked = {n: torch.stack([v, moved[n]]) for n, v in values.items()}
+            both = vmap(apply)(stacked)
+            assert relative([both], [torch.stack([apply(values), apply(moved)])]) <= tolerance
         for name, parameter in controlled.trainable().items():
             assert parameter is controls[name], "functional_call must put the controls back"
         controlled.detach()

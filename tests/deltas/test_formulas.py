@@ -22,22 +22,24 @@ from deltacontrol.deltas import (
     attach,
 )
 from deltacontrol.theory.dimension.projections import DenseProjection, FastfoodProjection
-from tests.deltas.zoo import FAMILIES, TEXT, H, L, V, batch_of, d, m, move, out
+from tests.deltas.zoo import FAMILIES, TEXT, H, V, batch_of, d, each_family, m, move, out
 
 Build = Callable[..., PreTrainedModel]
 ATTENTION = ("attention.query", "attention.key", "attention.value", "attention.output")
+# Heads of keys, where query, key and value of each lie side by side.
+GROUPS = {"gpt_neox": H, "bloom": H, "falcon": H // 2, "falcon-alibi": H}
 EVERY_MAP = (*ATTENTION, "mlp.up", "mlp.down")
 
 
 class TestLoRA:
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", each_family("lora", "selected-modules"))
     def test_equals_the_merged_weights(self, build: Build, family):
         model = build(family)
         merged = copy.deepcopy(model)
         delta = LoRA(rank=3, alpha=5.0, sites=EVERY_MAP)
         controlled = move(attach(model, delta))
         state = controlled.state()
-        assert len(state) == 2 * L * len(EVERY_MAP)
+        assert len(state) == 2 * FAMILIES[family].layers * len(EVERY_MAP)
         with torch.no_grad():
             for key in (k for k in state if k.endswith(".A")):
                 change = (5.0 / 3) * state[key[:-1] + "B"] @ state[key]
@@ -45,8 +47,9 @@ class TestLoRA:
                 if path.rpartition(".")[2][0].isdigit():  # a slice of a fused matrix
                     path, _, columns = path.rpartition(".")
                     part = torch.arange(*map(int, columns.split("-")))
-                    if family == "gpt_neox":  # of every head
-                        part = (torch.arange(H)[:, None] * 3 * (d // H) + part).flatten()
+                    if family in GROUPS:  # of every head of keys
+                        rows = len(merged.get_submodule(path).weight) // GROUPS[family]
+                        part = (torch.arange(GROUPS[family])[:, None] * rows + part).flatten()
                 module = merged.get_submodule(path)
                 if isinstance(module, torch.nn.Linear):
                     module.weight[part] += change

@@ -61,6 +61,7 @@ from tests.deltas import support_table
 from tests.deltas.architectures import (  # noqa: F401 - tests take all of it from here
     CLASSES,
     FAMILIES,
+    MAIN,
     ONE_STACK,
     TEXT,
     TOKENS,
@@ -81,25 +82,25 @@ _COUNTED: dict[str, tuple[Delta, Callable[[Family], int]]] = {
     "full": (FullFineTuning(), lambda f: f.total),
     "head": (HeadTuning(), lambda f: f.head),
     "bitfit": (BitFit(), lambda f: f.biases),
-    "lora": (LoRA(rank=3), lambda f: L * 3 * (2 * d + d + f.key_width)),
-    "houlsby": (HoulsbyAdapter(bottleneck=5), lambda f: L * 2 * (2 * 5 * d + d + 5)),
-    "prefix": (PrefixTuning(length=3, init_std=1.0), lambda f: L * 2 * 3 * f.key_width),
+    "lora": (LoRA(rank=3), lambda f: f.layers * 3 * f.ends),
+    "houlsby": (HoulsbyAdapter(bottleneck=5), lambda f: f.layers * 2 * (2 * 5 * d + d + 5)),
+    "prefix": (PrefixTuning(length=3, init_std=1.0), lambda f: f.layers * 2 * 3 * f.key_width),
     "prompt": (PromptTuning(length=4), lambda f: 4 * f.embedding_width),
     "last-layers": (LastLayers(num_layers=1), lambda f: f.block),
     "layer-norm": (LayerNormTuning(), lambda f: f.norms),
     "selected-modules": (
         SelectedModules(("mlp.down",)),
-        lambda f: L * (m * d + (d if f.biases else 0)),
+        lambda f: f.layers * f.down,
     ),
-    "dora": (DoRA(rank=3), lambda f: L * (3 * (2 * d + d + f.key_width) + d + f.key_width)),
+    "dora": (DoRA(rank=3), lambda f: f.layers * (3 * f.ends + f.outputs)),
     "adalora": (
         AdaLoRA(rank=3, target_rank=2, sites=("attention.query", "attention.value")),
-        lambda f: L * 3 * (2 * d + d + f.key_width + 2),
+        lambda f: f.layers * 3 * (f.ends + 2),
     ),
-    "vera": (VeRA(rank=5), lambda f: L * (2 * 5 + d + f.key_width)),
-    "loha": (LoHa(rank=3), lambda f: L * 2 * 3 * (2 * d + d + f.key_width)),
+    "vera": (VeRA(rank=5), lambda f: f.layers * (2 * 5 + f.outputs)),
+    "loha": (LoHa(rank=3), lambda f: f.layers * 2 * 3 * f.ends),
     # 32 = 4 * 8 and 16 = 4 * 4: a full first factor, and a product of rank 3 for the second.
-    "lokr": (LoKr(rank=3), lambda f: L * (2 * 4 * 4 + 3 * (2 * 8 + 8 + f.key_width // 4))),
+    "lokr": (LoKr(rank=3), lambda f: f.layers * (2 * 4 * 4 + 3 * (2 * 8 + 8 + f.key_width // 4))),
     "random-mask": (RandomMask(density=0.01), lambda f: round(0.01 * (f.total - f.head))),
     "fisher-mask": (FisherMask(density=0.01), lambda f: round(0.01 * (f.total - f.head))),
     "lottery-ticket": (LotteryTicket(), lambda f: f.total - f.head),
@@ -108,46 +109,47 @@ _COUNTED: dict[str, tuple[Delta, Callable[[Family], int]]] = {
         DiffPruning(structured=False, log_alpha=1.0),
         lambda f: 2 * (f.total - f.head),
     ),
-    "said": (StructuredSubspace(dimension=11), lambda _: 11),
-    "intrinsic-prompt": (IntrinsicPrompt(length=4, dimension=3), lambda _: 3),
-    "subspace": (Subspace(dimension=11), lambda _: 11),
-    "pfeiffer": (PfeifferAdapter(bottleneck=5), lambda _: L * (2 * 5 * d + d + 5)),
+    "said": (StructuredSubspace(dimension=11), lambda f: 11),
+    "intrinsic-prompt": (IntrinsicPrompt(length=4, dimension=3), lambda f: 3),
+    "subspace": (Subspace(dimension=11), lambda f: 11),
+    "pfeiffer": (PfeifferAdapter(bottleneck=5), lambda f: f.layers * (2 * 5 * d + d + 5)),
     "adapterdrop": (
         AdapterDrop(num_dropped=0, random=True, bottleneck=5),
-        lambda _: L * (2 * 5 * d + d + 5),
+        lambda f: f.layers * (2 * 5 * d + d + 5),
     ),
     "low-rank-adapter": (
         LowRankAdapter(bottleneck=6, rank=2),
-        lambda _: L * 2 * (2 * (d + 6) + 2 * (6 + d) + 6 + d),
+        lambda f: f.layers * 2 * (2 * (d + 6) + 2 * (6 + d) + 6 + d),
     ),
     "compacter": (
         Compacter(bottleneck=8, num_terms=4),
-        lambda _: 4**3 + L * 2 * (4 * (d // 4 + 8 // 4) + 4 * (8 // 4 + d // 4) + 8 + d),
+        lambda f: 4**3 + f.layers * 2 * (4 * (d // 4 + 8 // 4) + 4 * (8 // 4 + d // 4) + 8 + d),
     ),
-    "parallel-adapter": (ParallelAdapter(bottleneck=5), lambda _: L * 2 * 5 * d),
-    "state-based": (StateBasedTuning(rank=3), lambda _: L * 2 * 3 * d),
-    "attention-control": (AttentionControl(rank=3), lambda _: L * 2 * 3 * d),
+    "parallel-adapter": (ParallelAdapter(bottleneck=5), lambda f: f.layers * 2 * 5 * d),
+    "state-based": (StateBasedTuning(rank=3), lambda f: f.layers * 2 * 3 * d),
+    "attention-control": (AttentionControl(rank=3), lambda f: f.layers * 2 * 3 * d),
     "mixture-of-control": (
         MixtureOfControl(num_controls=3, rank=2),
-        lambda _: L * (3 * 2 * 2 * d + 3 * d),
+        lambda f: f.layers * (3 * 2 * 2 * d + 3 * d),
     ),
     "ladder": (
         LadderSideTuning(reduction=4),
-        lambda _: d * 8 + L * (d * 8 + 2 * 8 * 32 + 1) + 8 * d,
+        lambda f: d * 8 + f.layers * (d * 8 + 2 * 8 * 32 + 1) + 8 * d,
     ),
-    "ia3": (IA3(), lambda f: L * (2 * f.key_width + m)),
+    "ia3": (IA3(), lambda f: f.layers * (2 * f.key_width + f.inner)),
     "p-tuning": (
         PTuning(length=4, hidden=6),
         lambda f: (lambda w: 4 * w + w * 6 + 6 + 6 * 6 + 6 + 6 * w + w)(f.embedding_width),
     ),
     "mam": (
         MixAndMatch(length=3, bottleneck=5, init_std=1.0),
-        lambda f: L * (2 * 3 * f.key_width + 2 * 5 * d),
+        lambda f: f.layers * (2 * 3 * f.key_width + 2 * 5 * d),
     ),
     "unipelt": (
         UniPELT(rank=3, bottleneck=5, length=2, init_std=1.0),
         lambda f: (
-            L * (3 * (3 * d + f.key_width) + 2 * 2 * f.key_width + 2 * 5 * d + 5 + d + 3 * (d + 1))
+            f.layers
+            * (3 * (3 * d + f.key_width) + 2 * 2 * f.key_width + 2 * 5 * d + 5 + d + 3 * (d + 1))
         ),
     ),
 }
@@ -163,6 +165,7 @@ PAIRS = [(f, name) for f in FAMILIES for name in METHODS if (f, name) not in REF
 # Every way in which a delta may act on a model, for what costs too much in every pair.
 REPRESENTATIVE = ("bitfit", "lora", "prefix", "prompt", "subspace")
 DEEP = [(f, name) for f, name in PAIRS if f in ("bert", "gpt2", "llama") or name in REPRESENTATIVE]
+SMOKE = ("lora",)  # what `make test` takes of the families of `more_architectures`
 # An encoder, two decoders of which one fuses its projections, and both halves together: `make test`
 # takes every method on these and the representative ones everywhere, `make slow` the other cells.
 QUICK_FAMILIES = ("bert", "gpt2", "llama", "t5-seq2seq")
@@ -172,6 +175,7 @@ def cells(
     pairs: Iterable[tuple[str, str]],
     quick: Iterable[str] = QUICK_FAMILIES,
     everywhere: Iterable[str] = REPRESENTATIVE,
+    smoke: Iterable[str] = (),
 ) -> list[Any]:
     """Cells of the support matrix as parameters (family, method) of a test.
 
@@ -180,11 +184,12 @@ def cells(
     Args:
         pairs: the cells.
         quick: families of which `make test` takes every method.
-        everywhere: methods that it takes on every family.
+        everywhere: methods that it takes on every family but those of `more_architectures`.
+        smoke: methods that it takes on those.
     """
     made = []
     for family, method in pairs:
-        if family in quick or method in everywhere:
+        if family in quick or method in (smoke if FAMILIES[family].is_more else everywhere):
             made.append(pytest.param(family, method, id=f"{family}-{method}"))
         elif os.environ.get("SUPPORT_MATRIX") != "quick":
             made.append(
@@ -193,9 +198,22 @@ def cells(
     return made
 
 
+def each_family(*methods: str) -> list[Any]:
+    """Every family that takes all of some methods, as a parameter of a test.
+
+    Those of `more_architectures` are marked slow.
+    """
+    return [
+        pytest.param(family, marks=pytest.mark.slow if sizes.is_more else ())
+        for family, sizes in FAMILIES.items()
+        if not any((family, method) in REFUSED for method in methods)
+    ]
+
+
 def num_parameters(method: str, sizes: Family, controlled: DeltaModel) -> int:
     """What the method must cost: the formula above, or the one in the method's own file."""
     delta, count = METHODS[method]
+    count = None if method in sizes.by_formula else count
     return delta.num_parameters(controlled.host) if count is None else count(sizes)
 
 
