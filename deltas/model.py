@@ -19,6 +19,7 @@ from deltacontrol.deltas.editing.host import Host
 from deltacontrol.deltas.editing.merging import check_ties, merged_values
 from deltacontrol.deltas.editing.requests import Losses
 from deltacontrol.deltas.summary import Attachment, as_html, as_text, summary
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError, unknown
 
 Request = TypeVar("Request")
@@ -208,6 +209,7 @@ class DeltaModel(nn.Module):
         """The controls by name, without those that `train_only` has frozen."""
         return {n: p for n, p in self.controls.named_parameters() if p.requires_grad}
 
+    @typed
     def train_only(self, namespaces: Iterable[str] | None) -> None:
         """Freeze the controls of all other deltas, which go on acting; None frees all.
 
@@ -310,6 +312,7 @@ class DeltaModel(nn.Module):
         """A copy of the controls, on the CPU, to be saved."""
         return {k: v.detach().cpu().clone() for k, v in self.controls.state_dict().items()}
 
+    @typed
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put saved controls in place.
 
@@ -369,6 +372,7 @@ class DeltaModel(nn.Module):
         with self.disable():
             return saved_folder.identity(self.model, self.host.queries.originals)
 
+    @typed
     def save(self, folder: str | Path) -> None:
         """Write the deltas and their controls into a folder, for `deltacontrol.deltas.load`.
 

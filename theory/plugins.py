@@ -30,6 +30,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 __all__ = [
@@ -53,6 +54,7 @@ _adopted: dict[str, ModuleType] = {}
 _texts: dict[str, str] = {}  # digest of a module's file when it was first seen
 
 
+@typed
 def load(path: str | Path) -> ModuleType:
     """Run a file as a module and let the registries find what it defines; a second time, nothing.
 

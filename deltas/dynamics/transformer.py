@@ -47,6 +47,7 @@ from transformers import PreTrainedModel
 from deltacontrol.deltas.dynamics.stages import Stages
 from deltacontrol.deltas.dynamics.state_layout import Part, StateLayout
 from deltacontrol.deltas.model import DeltaModel
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.costs import (
     BinaryCrossEntropyCost,
     CrossEntropyCost,
@@ -259,6 +260,7 @@ def has_many_labels(model: PreTrainedModel, labels: Tensor) -> bool:
     return kind == "multi_label_classification"
 
 
+@typed
 def control_problem(
     delta_model: DeltaModel, batch: Mapping[str, Any], *, weight_decay: float = 0.0
 ) -> ControlProblem:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -41,8 +40,6 @@ def build(
     """Build what `deltacontrol.experiments.models.load` describes."""
     import torch
     import transformers
-    from safetensors import SafetensorError
-
     if kind not in _CLASSES:
         raise unknown("kind of model", kind, _CLASSES)
     precision = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -67,19 +64,12 @@ def build(
         # Drawing in float64 would give another head than drawing in float32.
         "dtype": torch.float32 if precision == torch.float64 else precision,
     }
-    try:
-        with _drawn_from(seed), _without_load_report():
-            if pretrained:
-                built = _from_checkpoint(auto, model, kind, options)
-            else:
+    with _drawn_from(seed), _without_load_report():
+        if pretrained:
+            built = _from_checkpoint(auto, model, kind, options)
+        else:
+            with _reading(model, "the model of its config.json"):
                 built = auto.from_config(options.pop("config"), **options)
-    except InputError:
-        raise
-    except (
-        OSError, ValueError, RuntimeError, ImportError, SafetensorError,
-        KeyError, AttributeError, EOFError, pickle.UnpicklingError,  # of a damaged .bin file
-    ) as error:  # fmt: skip
-        raise _cannot_load(model, error) from error
     if precision == torch.float64:
         built = built.double()
     return built.eval(), tokenizer
@@ -91,14 +81,11 @@ def _config_and_tokenizer(
     from transformers import AutoConfig, AutoTokenizer
 
     _check_num_labels(model)
-    try:
-        # Code that a model's folder or repository brings along is never run.
+    # Code that a model's folder or repository brings along is never run.
+    with _reading(model, "its config.json"):
         config = AutoConfig.from_pretrained(model.location, trust_remote_code=False)
+    with _reading(model, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model.location, trust_remote_code=False)
-    # Unreachable and unknown names are OSErrors; unknown architectures and tokenizers ValueErrors;
-    # entries of config.json of a wrong type are of all kinds.
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        raise _cannot_load(model, error) from error
     if not tokenizer.is_fast:
         raise InputError(f"{model.name} has no fast tokenizer (a tokenizer.json is needed).")
     # Of a folder without a tokenizer's files, transformers makes one of the special tokens alone.
@@ -193,13 +180,14 @@ def _architecture(
 def _from_checkpoint(
     auto: Any, model: ResolvedModel, kind: str, options: dict[str, Any]
 ) -> PreTrainedModel:
-    built, report = auto.from_pretrained(
-        model.location,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        trust_remote_code=False,
-        **options,
-    )
+    with _reading(model, "its weights"):
+        built, report = auto.from_pretrained(
+            model.location,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **options,
+        )
     prefix = f"{built.base_model_prefix}."
 
     def may_be_new(weight: str) -> bool:
@@ -258,14 +246,30 @@ def _refuse_left_over(built: PreTrainedModel, unexpected: Iterable[str], name: s
         )
 
 
-def _cannot_load(model: ResolvedModel, error: Exception) -> InputError:
-    reason = str(error).strip().splitlines()[0].rstrip(".")
-    if model.digest is None:
-        return InputError(
-            f"{model.name} could not be loaded from the hub: {reason}. Check the id and the "
-            "connection, or give a local folder or a packaged model (`deltacontrol models`)."
-        )
-    return InputError(f"{model.name} could not be loaded from {model.location}: {reason}.")
+@contextmanager
+def _reading(model: ResolvedModel, part: str) -> Iterator[None]:
+    """Say which part of a model cannot be read; libraries raise errors of every kind of it.
+
+    Raises:
+        InputError: with the first line of the library's error.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:2]).rstrip(".") or type(error).__name__
+        if model.digest is None:
+            raise InputError(
+                f"{model.name} could not be loaded from the hub: {reason}. Check the id and the "
+                "connection, or give a local folder or a packaged model (`deltacontrol models`)."
+            ) from error
+        raise InputError(
+            f"{model.name} could not be loaded from {model.location}: {part} cannot be read "
+            f"({reason}). Is a file damaged or of another model? Save the model and its tokenizer "
+            "there again (save_pretrained)."
+        ) from error
 
 
 @contextmanager

@@ -49,6 +49,7 @@ from deltacontrol.experiments.runs.record import (
     read,
     sealed,
 )
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ class RunStore:
         """The folders in `root` that are named as records are, whole or not."""
         return list(replace(self, committed=None)._folders(warn=False).values())
 
+    @typed
     def get(self, beginning: str) -> Record:
         """The record whose id starts so, in `root` before the committed ones.
 

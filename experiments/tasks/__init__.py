@@ -13,6 +13,7 @@ from deltacontrol.experiments.tasks import packaged
 from deltacontrol.experiments.tasks.base import Kind, PackagedTask, Task
 from deltacontrol.experiments.tasks.files import file_digest, is_file_name, load_file
 from deltacontrol.theory import plugins
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError, unknown
 
 __all__ = ["Kind", "PackagedTask", "Task", "available", "digest", "load", "reading_of"]
@@ -35,6 +36,7 @@ def _packaged_tasks() -> dict[str, PackagedTask]:
     return {task.name: task for task in sorted(tasks, key=lambda task: task.name)}
 
 
+@typed
 def load(
     name: str,
     *,

@@ -20,12 +20,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="begin no case after these")
     parser.add_argument("--commands", type=int, default=200, help="command lines at most")
     parser.add_argument("--calls", type=int, default=200, help="calls at most")
-    parser.add_argument("--first", type=int, default=0, help="number of the first case of each kind")
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first case of each kind"
+    )
     parser.add_argument("--only", default="", help="those whose name begins like this")
     parser.add_argument("--case", action="append", help="one case alone, such as command:17")
     parser.add_argument("--world", type=Path, help="the folder of files; kept where it is named")
     parser.add_argument("--accepted", type=Path, default=Path("fuzz-accepted.jsonl"),
                         help="file for what was accepted")  # fmt: skip
+    parser.add_argument("--messages", type=Path, help="file for what was refused, and how")
     given = parser.parse_args()
     from tests.fuzz import report
 
@@ -34,7 +37,9 @@ def main() -> int:
         keys = given.case or report.keys(given.commands, given.calls, given.first)
         found = report.run(keys, given.seed, world, given.seconds, given.only)
         print(report.text(found, given.seed))
-        report.write_accepted(found, given.accepted)
+        report.write(found, "accepted", given.accepted)
+        if given.messages is not None:
+            report.write(found, "message", given.messages)
     return int(any(a.sort in ("traceback", "hang") for a in found))
 
 

@@ -1,4 +1,4 @@
-"""A case, what may answer it, and a process that takes one case after another."""
+"""A case, what may answer it, and a process for each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from deltacontrol.theory.errors import InputError
 
@@ -113,48 +112,42 @@ def _own_lines(lines: Sequence[str]) -> list[str]:
 
 
 def answers(keys: Sequence[str], draw: Callable[[str], Case]) -> Iterator[Answer]:
-    """The answer to each case, in a process of their own that a dead or a stuck case ends.
+    """The answer to each case, in a process of its own: nothing that one leaves meets another.
 
     Args:
         keys: of the cases.
         draw: gives a case by its key; called in that process.
     """
-    context = multiprocessing.get_context("fork")
-    left = list(keys)
-    while left:
-        receive, send = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(left, draw, send))
-        process.start()
-        send.close()
-        started: tuple[Any, ...] = (left[0], "", "", ())
-        try:
-            while left:
-                if not receive.poll(WALL_LIMIT):
-                    yield Answer(*started, "hang", f"nothing came back in {WALL_LIMIT:g} s", 0.0)
-                    left.pop(0)
-                    break
-                found = receive.recv()
-                if isinstance(found, Answer):
-                    left.pop(0)
-                    yield found
-                else:
-                    started = found
-        except EOFError:
-            process.join()
-            yield Answer(*started, "traceback", f"the process ended: {process.exitcode}", 0.0)
-            left.pop(0)
-        finally:
-            process.kill()
-            process.join()
-            receive.close()
-
-
-def _work(keys: Sequence[str], draw: Callable[[str], Case], send: Any) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    sys.stdin = open(os.devnull)  # noqa: SIM115 - for the life of the process
     for key in keys:
-        send.send((key, "", "", ()))
+        receive, send = multiprocessing.Pipe(duplex=False)
+        process = os.fork()
+        if not process:
+            _work(key, draw, send)
+        send.close()
+        found: Any = (key, "", "", ())
+        try:
+            while not isinstance(found, Answer):
+                if not receive.poll(WALL_LIMIT):
+                    found = Answer(*found, "hang", f"nothing came in {WALL_LIMIT:g} s", WALL_LIMIT)
+                else:
+                    found = receive.recv()
+        except EOFError:
+            found = Answer(*found, "traceback", "the process ended without an answer", 0.0)
+        finally:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            receive.close()
+        yield found
+
+
+def _work(key: str, draw: Callable[[str], Case], send: Any) -> NoReturn:
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):  # what libraries print beside Python
+            os.dup2(null, stream)
         case = draw(key)
         send.send((case.key, case.name, case.text, case.marks))
         send.send(answer(case))
-    os._exit(0)
+    finally:
+        os._exit(0)

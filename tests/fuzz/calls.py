@@ -10,7 +10,7 @@ from typing import Any
 
 from deltacontrol.deltas import registry
 from deltacontrol.theory.solvers import registry as solver_registry
-from tests.fuzz import odd, recipes_product, recipes_theory
+from tests.fuzz import odd, recipes_product, recipes_theory, world
 from tests.fuzz.answers import Case
 from tests.fuzz.recipes_theory import Recipe
 
@@ -31,9 +31,7 @@ def draw(key: str, seed: int, place: Path) -> Case:
     """
     chance = random.Random(f"{seed} {key}")
     name, call, make = recipes()[chance.randrange(len(recipes()))]
-    here = place / "case"
-    shutil.rmtree(here, ignore_errors=True)
-    here.mkdir()
+    here = world.folder(place)
     for file in place.iterdir():
         if file.name not in ("case", "runs"):
             (here / file.name).symlink_to(file)
@@ -44,8 +42,8 @@ def draw(key: str, seed: int, place: Path) -> Case:
     spoilt = recipes_product.spoil(chance, place, here, given) if chance.random() < 0.9 else ""
     if spoilt:
         marks.append(spoilt)
-    for _ in range(chance.choice((0, 1)) if spoilt else chance.choice((0, 1, 1, 1, 2))):
-        argument = chance.choice(sorted(given))
+    number = chance.choice((0, 1)) if spoilt else chance.choice((0, 1, 1, 1, 2))
+    for argument in chance.sample(sorted(given), min(number, len(given))):
         if argument == "text":
             known = registry if name.startswith("deltas") else solver_registry
             texts = {n: {k: d for k, (_, d) in known.fields(n).items()} for n in known.available()}

@@ -55,9 +55,7 @@ def draw(key: str, seed: int, place: Path) -> Case:
     name = chance.choice([n for n in BASES for _ in range(WEIGHTS.get(n, 1))])
     if chance.random() < 0.02:
         return _benchmark(key, chance)
-    here = place / "case"
-    shutil.rmtree(here, ignore_errors=True)
-    here.mkdir()
+    here = world.folder(place)
     for file in (*_FILES, "saved", "broken.py", "empty"):
         if file != "runs":
             (here / file).symlink_to(place / file)
@@ -70,7 +68,11 @@ def draw(key: str, seed: int, place: Path) -> Case:
     words = [word.replace("RUN", chance.choice(runs) if runs else "x") for word in words]
     argv = [name, *words]
     if chance.random() < 0.03:
-        argv = ["--load", chance.choice(("mine.py", "broken.py", "missing.py", "tiny", "task.csv")), *argv]
+        argv = [
+            "--load",
+            chance.choice(("mine.py", "broken.py", "missing.py", "tiny", "task.csv")),
+            *argv,
+        ]
         marks.append(f"--load {argv[1]}")
     if chance.random() < 0.01:
         argv[0] = odd.near(chance, argv[0])
@@ -83,20 +85,12 @@ def _run(argv: list[str], here: Path) -> int:
     import os
 
     os.chdir(here)
-    _forget()
     try:
         return cli._main(argv)
     except SystemExit as leave:  # the parser's own errors and --help
         if leave.code is None or isinstance(leave.code, int):
             return leave.code or 0
         raise
-
-
-def _forget() -> None:
-    """What a process knows of files that it has seen: each case has others under the same names."""
-    from deltacontrol.theory import plugins
-
-    plugins._loaded.clear()
 
 
 def _benchmark(key: str, chance: random.Random) -> Case:
@@ -150,6 +144,7 @@ def _value(chance: random.Random, field: str, hint: Any) -> list[str]:
     literals = [a for part in (hint, *typing.get_args(hint)) for a in typing.get_args(part)]
     words = [a for a in literals if isinstance(a, str)]
     if words:
+        words = [word for word in words if word != "run"]  # measures for minutes
         return [chance.choice((*words, odd.near(chance, words[0]), "", "None"))]
     if "int" in kind or "float" in kind:
         return [odd.number(chance, field)]
@@ -177,7 +172,15 @@ def _solvers() -> dict[str, dict[str, Any]]:
 def _change(
     chance: random.Random, name: str, words: list[str], marks: list[str], here: Path
 ) -> None:
-    kinds: list[Callable[..., None]] = [_give, _give, _give, _give, _spoil_file, _spoil_file, _structure]
+    kinds: list[Callable[..., None]] = [
+        _give,
+        _give,
+        _give,
+        _give,
+        _spoil_file,
+        _spoil_file,
+        _structure,
+    ]
     chance.choice(kinds)(chance, name, words, marks, here)
 
 

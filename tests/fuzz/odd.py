@@ -29,7 +29,24 @@ WORK = {
     "max_steps", "num_samples",
 }  # fmt: skip
 _HUGE = {"1e308", "1e400", "99999999999999999999", "inf"}
-SYNTAX = (":", "=", ",", "+", ";", "::", ",,", "=,", ":=", "name", " ", "\t", "ä", "none", "(", "(a+)+$")
+SYNTAX = (
+    ":",
+    "=",
+    ",",
+    "+",
+    ";",
+    "::",
+    ",,",
+    "=,",
+    ":=",
+    "name",
+    " ",
+    "\t",
+    "ä",
+    "none",
+    "(",
+    "(a+)+$",
+)
 BACKTRACK = ("(a+)+b", "(.*)*x", "(.|.)*!", "([a-z.]+)*Z", "(", "[", "a{999999}", "(?P<x>", "\\")
 
 
@@ -57,7 +74,9 @@ def spec(chance: random.Random, known: dict[str, dict[str, Any]]) -> str:
     """
     name = chance.choice(sorted(known))
     items = []
-    for field in chance.sample(sorted(known[name]), min(len(known[name]), chance.choice((0, 1, 1, 2)))):
+    for field in chance.sample(
+        sorted(known[name]), min(len(known[name]), chance.choice((0, 1, 1, 2)))
+    ):
         default = known[name][field]
         if isinstance(default, bool):
             value = chance.choice(("true", "false", "yes", "1", ""))

@@ -44,8 +44,12 @@ def _trained(tuned: Any) -> Any:
     return tuned.summary()
 
 
+def _several(deltas: Any) -> Any:
+    return deltas if isinstance(deltas, list | tuple) else (deltas,)
+
+
 def _attach(model: Any, deltas: Any, seed: Any) -> Any:
-    return _trained(dc.attach(model, *deltas, seed=seed))
+    return _trained(dc.attach(model, *_several(deltas), seed=seed))
 
 
 def _delta(name: str) -> Callable[..., Any]:
@@ -72,13 +76,13 @@ def _problem(path: Path) -> Any:
 
 
 def _controlled(deltas: Any, batch: Any, weight_decay: Any, path: Any) -> Any:
-    tuned = dc.attach(model(path).double(), *deltas)
+    tuned = dc.attach(model(path).double(), *_several(deltas))
     problem = dc.control_problem(tuned, batch, weight_decay=weight_decay)
     return problem.residual(problem.initial_controls())
 
 
 def _saved(path: Path, deltas: Any, folder: Any) -> Any:
-    tuned = dc.attach(model(path), *deltas)
+    tuned = dc.attach(model(path), *_several(deltas))
     dc.save(tuned, folder)
     return dc.load(model(path), folder)
 
@@ -97,12 +101,16 @@ def _only(path: Path, namespaces: Any) -> Any:
 
 
 def _exported(path: Path, deltas: Any, folder: Any, base_model: Any) -> Any:
-    return export_peft(dc.attach(model(path), *deltas), folder, base_model=base_model)
+    return export_peft(dc.attach(model(path), *_several(deltas)), folder, base_model=base_model)
+
+
+def _first(place: Path) -> str:
+    return min(p.name for p in (place / "runs").iterdir() if p.name[0] != ".")
 
 
 def _record(runs: Any, run_id: Any) -> Any:
     store = RunStore(runs)
-    record = store.get(store.listed()[0].id if run_id == "first" else run_id)
+    record = store.get(run_id)
     return record.result, record.curve()
 
 
@@ -123,14 +131,22 @@ def recipes() -> Iterator[Recipe]:
             continue
         yield registry.available()[name].__name__, _delta(name), _fields(name)
     yield "deltas.parse", parse, lambda _: {"text": "lora:rank=2"}
-    yield "deltas.from_dict", from_dict, lambda _: {"config": {"name": "lora", "rank": 2, "sites": ["attention.query"]}}
+    yield (
+        "deltas.from_dict",
+        from_dict,
+        lambda _: {"config": {"name": "lora", "rank": 2, "sites": ["attention.query"]}},
+    )
     yield "control_problem", _controlled, lambda p: {"deltas": [dc.BitFit()], "batch": dict(_BATCH),
                                                      "weight_decay": 0.1, "path": p}  # fmt: skip
     yield "solve(model)", dc.solve, lambda p: {"problem": _problem(p), "solver": NewtonCG(max_products=3),
                                                "max_steps": 1, "tol": 1e-3}  # fmt: skip
     yield "save", _saved, lambda p: {"path": p, "deltas": [dc.LoRA(rank=2)], "folder": p / "kept"}
     yield "load", dc.load, lambda p: {"model": model(p), "folder": p / "damaged" / "saved"}
-    yield "DeltaModel.load", _state, lambda p: {"path": p, "name": "first", "value": torch.ones(2, 32)}
+    yield (
+        "DeltaModel.load",
+        _state,
+        lambda p: {"path": p, "name": "first", "value": torch.ones(2, 32)},
+    )
     yield "DeltaModel.train_only", _only, lambda p: {"path": p, "namespaces": ["lora"]}
     yield "load_model", _loaded_model, lambda p: {
         "name": str(p / "tiny"), "kind": "classification", "num_labels": 2, "pretrained": True,
@@ -144,7 +160,11 @@ def recipes() -> Iterator[Recipe]:
         kind = "causal-lm" if suffix == "txt" else None
         yield f"load_task({suffix})", dc.load_task, lambda p, s=suffix, k=kind: {
             "name": str(p / "damaged" / f"task.{s}"), "kind": k}  # fmt: skip
-        yield f"read_rows({suffix})", read_rows, lambda p, s=suffix: {"path": p / "damaged" / f"task.{s}"}
+        yield (
+            f"read_rows({suffix})",
+            read_rows,
+            lambda p, s=suffix: {"path": p / "damaged" / f"task.{s}"},
+        )
     yield "finetune", _finetune, lambda p: {
         "model": str(p / "tiny"), "task": str(p / "task.csv"), "deltas": ["lora:rank=2"],
         "runs": p / "runs", "progress": False, "steps": 1, "max_length": 8, "batch_size": 4,
@@ -155,15 +175,23 @@ def recipes() -> Iterator[Recipe]:
         "steps": 1, "max_length": 8, "target": 0.2, "budget": 2, "eval_limit": 4, "seeds": 2,
         "largest": 100, "smallest": 10, "start": 20, "share": 0.9, "confidence": 0.9}  # fmt: skip
     yield "runs", dc.runs, lambda p: {"root": p / "runs", "committed": False}
-    yield "record", _record, lambda p: {"runs": p / "damaged" / "runs", "run_id": "first"}
+    yield "record", _record, lambda p: {"runs": p / "damaged" / "runs", "run_id": _first(p.parent)}
     yield "claims", dc.claims, lambda p: {"number": 2, "runs": p / "runs"}
     yield "cite", dc.cite, lambda _: {"record_or_deltas": ["lora", dc.BitFit()]}
     yield "figure", dc.figure, lambda p: {"name": "taxonomy", "preset": "paper", "runs": p / "runs"}
     yield "load_plugin", dc.load_plugin, lambda p: {"path": p / "mine.py"}
-    yield "import_peft", import_peft, lambda p: {"model": model(p), "path": p / "damaged" / "adapter"}
+    yield (
+        "import_peft",
+        import_peft,
+        lambda p: {"model": model(p), "path": p / "damaged" / "adapter"},
+    )
     yield "export_peft", _exported, lambda p: {"path": p, "deltas": [dc.LoRA(rank=2)],
                                                "folder": p / "exported", "base_model": "x"}  # fmt: skip
-    yield "attach_feedback", attach_feedback, lambda p: {"model": model(p), "law": _law(), "site": "state"}
+    yield (
+        "attach_feedback",
+        attach_feedback,
+        lambda p: {"model": model(p), "law": _law(), "site": "state"},
+    )
 
 
 def _law() -> Any:

@@ -81,8 +81,10 @@ def _rolled(make: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _cost(make: Callable[..., Any]) -> Callable[..., Any]:
-    def call(x: Any, **given: Any) -> Any:
+def _cost(make: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+    """Make a cost, and take it at a state of the right shape."""
+
+    def call(**given: Any) -> Any:
         cost = make(**given)
         return cost.terminal(x), cost.running(0, x, torch.ones(M, dtype=F64))
 
@@ -202,8 +204,10 @@ def recipes() -> Iterator[Recipe]:
     """Name, call, and arguments that are valid."""
     yield "riccati", th.riccati, lambda _: _terms()
     yield "LinearDynamics", _rolled(th.LinearDynamics), _some("A", "B", "c")
-    yield "QuadraticCost", _cost(th.QuadraticCost), lambda _: (
-        {k: v for k, v in _terms().items() if k not in "ABc"} | {"x": normal(N)}
+    yield (
+        "QuadraticCost",
+        _cost(th.QuadraticCost, normal(N)),
+        lambda _: {k: v for k, v in _terms().items() if k not in "ABc"},
     )
     yield "ResidualNetwork", _rolled(th.ResidualNetwork), lambda _: {
         "W1": [normal(N, N)] * L, "W2": [normal(N, N)] * L, "B": [normal(N, M)] * L}  # fmt: skip
@@ -212,19 +216,23 @@ def recipes() -> Iterator[Recipe]:
     yield "Segment", _rolled(th.Segment), lambda _: {"dynamics": _linear().dynamics, "start": 1,
                                                      "stop": 2}  # fmt: skip
     labels = torch.tensor([0, 2, 1, 1])
-    yield "CrossEntropyCost", _cost(th.CrossEntropyCost), lambda _: {
-        "labels": labels, "weight_decay": 0.1, "x": normal(BATCH, N)}  # fmt: skip
-    yield "BinaryCrossEntropyCost", _cost(th.BinaryCrossEntropyCost), lambda _: {
-        "labels": labels.clamp(max=1).double(), "weight_decay": 0.1, "x": normal(BATCH)}  # fmt: skip
-    yield "SquaredErrorCost", _cost(th.SquaredErrorCost), lambda _: {
-        "target": normal(BATCH, N), "weight_decay": 0.1, "x": normal(BATCH, N)}  # fmt: skip
+    yield "CrossEntropyCost", _cost(th.CrossEntropyCost, normal(BATCH, N)), lambda _: {
+        "labels": labels, "weight_decay": 0.1}  # fmt: skip
+    yield "BinaryCrossEntropyCost", _cost(th.BinaryCrossEntropyCost, normal(BATCH)), lambda _: {
+        "labels": labels.clamp(max=1).double(), "weight_decay": 0.1}  # fmt: skip
+    yield "SquaredErrorCost", _cost(th.SquaredErrorCost, normal(BATCH, N)), lambda _: {
+        "target": normal(BATCH, N), "weight_decay": 0.1}  # fmt: skip
     yield "Box", _boxed, lambda _: {"low": -0.4, "high": 1.0}
     yield "ControlProblem", _evaluated, lambda _: {
         "dynamics": _linear().dynamics, "cost": _linear().cost, "x0": _linear().x0}  # fmt: skip
     yield "ControlProblem.evaluate", lambda u: _network().evaluate(u), lambda _: {
         "u": _network().zero_controls(dtype=F64)}  # fmt: skip
     yield "solve", _solved, _solve
-    yield "solve(checkpoint)", _resumed, lambda path: {"checkpoint": path / "damaged" / "x.safetensors"}
+    yield (
+        "solve(checkpoint)",
+        _resumed,
+        lambda path: {"checkpoint": path / "damaged" / "x.safetensors"},
+    )
     for kind, given in (
         (th.NewtonCG, {"radius": 1.0, "forcing": 0.1, "max_products": 9, "keep": True}),
         (th.GaussNewton, {"damping": 1.0, "forcing": 0.5, "max_products": 9, "keep": True}),
@@ -326,7 +334,6 @@ def _numbers() -> Iterator[Recipe]:
         (conjugate_gradients, {"H": operator.SymmetricMatrix(positive(6)), "gradient": normal(6), "rtol": 1e-6, "max_products": 9, "radius": 10.0}),
         (operator.SymmetricMatrix, {"matrix": positive(4)}),
         (operator.Diagonal, {"diagonal": values}),
-        (known.random_linear_quadratic, {"sizes": [2, 3], "controls": [1], "seed": 0, "batch": 2, "scale": 0.8}),
     ):  # fmt: skip
         module = function.__module__.removeprefix("deltacontrol.theory.")
         yield f"{module}.{function.__name__}", function, lambda _, given=given: dict(given)

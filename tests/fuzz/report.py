@@ -43,6 +43,7 @@ def run(
         os.chdir(place)
         world.build(place)
     os.chdir(here)
+    world.warm_up()
 
     def draw(key: str) -> Case:
         kind = commands if key.startswith("command:") else calls
@@ -80,7 +81,7 @@ def text(found: Iterable[Answer], seed: int) -> str:
     return "\n".join(lines)
 
 
-def write_accepted(found: Iterable[Answer], path: Path) -> None:
-    """One line of JSON a case that was accepted."""
-    lines = [one.line() for one in found if one.sort == "accepted"]
+def write(found: Iterable[Answer], sort: str, path: Path) -> None:
+    """One line of JSON a case that was answered so."""
+    lines = [one.line() for one in found if one.sort == sort]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,9 +1,11 @@
-"""What inputs name: small models, tasks, adapters and runs in a folder, and damaged copies of them."""
+"""What inputs name: small models, tasks, adapters and runs, and damaged copies of them."""
 
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
+import pkgutil
 import random
 import shutil
 from collections.abc import Callable
@@ -32,6 +34,16 @@ from deltacontrol.deltas import LoRA
 class Mine(LoRA):
     name: ClassVar[str] = "mine"
 """
+
+
+def warm_up() -> None:
+    """Import what cases import, once for the processes of all."""
+    import deltacontrol
+
+    for info in pkgutil.walk_packages(deltacontrol.__path__, "deltacontrol."):
+        skipped = (".claims.", ".figures.", "proofs_notebooks", ".tests", "__main__")
+        if not any(part in info.name for part in skipped):
+            importlib.import_module(info.name)
 
 
 def build(folder: Path) -> None:
@@ -79,6 +91,14 @@ def build(folder: Path) -> None:
     _record(folder)
 
 
+def folder(place: Path) -> Path:
+    """An empty folder for a case, in place of that of the case before."""
+    here = place / "case"
+    shutil.rmtree(here, ignore_errors=True)
+    here.mkdir()
+    return here
+
+
 def _record(folder: Path) -> None:
     """Runs of one step each."""
     from deltacontrol.experiments.measures.solving import Solve
@@ -121,7 +141,20 @@ def _flip(chance: random.Random, data: bytes) -> bytes:
 
 def _insert(chance: random.Random, data: bytes) -> bytes:
     place = chance.randrange(len(data) + 1)
-    odd = (b'"', b"\x00", b"\xff\xfe", b"\n", b",", b"\t", b"{", b"}", b"NaN", b"\r", b"\\u00", b"\x1a")
+    odd = (
+        b'"',
+        b"\x00",
+        b"\xff\xfe",
+        b"\n",
+        b",",
+        b"\t",
+        b"{",
+        b"}",
+        b"NaN",
+        b"\r",
+        b"\\u00",
+        b"\x1a",
+    )
     return data[:place] + chance.choice(odd) * chance.choice((1, 1, 5)) + data[place:]
 
 
@@ -147,6 +180,26 @@ def _other(chance: random.Random, data: bytes) -> bytes:
                           b"\xef\xbb\xbf", b"[" * 100_000, data + data, data[::-1]))  # fmt: skip
 
 
+_ENTRIES = (
+    None,
+    -1,
+    0,
+    10**9,
+    1.5,
+    "x",
+    "",
+    [],
+    {},
+    True,
+    [1],
+    {"a": 1},
+    "nan",
+    "../..",
+    [None],
+    3,
+)
+
+
 def _json(chance: random.Random, data: bytes) -> bytes:
     """One entry of a JSON object, at any depth, gets another value or goes."""
     try:
@@ -155,7 +208,11 @@ def _json(chance: random.Random, data: bytes) -> bytes:
         return _flip(chance, data)
     place = document
     while isinstance(place, dict | list) and place:
-        key = chance.choice(sorted(place)) if isinstance(place, dict) else chance.randrange(len(place))
+        key = (
+            chance.choice(sorted(place))
+            if isinstance(place, dict)
+            else chance.randrange(len(place))
+        )
         inner = place[key]
         if isinstance(inner, dict | list) and inner and chance.random() < 0.7:
             place = inner
@@ -163,8 +220,7 @@ def _json(chance: random.Random, data: bytes) -> bytes:
         if chance.random() < 0.25:
             del place[key]
         else:
-            place[key] = chance.choice((None, -1, 0, 10**9, 1.5, "x", "", [], {}, True, [1], {"a": 1},
-                                        "nan", "../..", [None], 3))  # fmt: skip
+            place[key] = chance.choice(_ENTRIES)
         break
     return json.dumps(document).encode()
 

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.box import Box, Controls
 from deltacontrol.theory.control.work import count
 from deltacontrol.theory.display import html_table, text_table
@@ -125,6 +126,7 @@ class Evaluation:
     gradient: Controls
 
 
+@typed
 @dataclass(frozen=True, eq=False, repr=False)
 class ControlProblem:
     """Minimise ``J(u) = Phi(x_L) + sum_t l_t(x_t, u_t)`` along ``x_{t+1} = f_t(x_t, u_t)``.
@@ -206,6 +208,11 @@ class ControlProblem:
             InputError: naming the step, the shape that was given and the one expected.
         """
         sizes = self.dynamics.control_sizes
+        if not isinstance(u, list | tuple) or not all(isinstance(u_t, Tensor) for u_t in u):
+            raise InputError(
+                f"the controls are {type(u).__name__}; expected a tuple of tensors, one a step, as "
+                "ControlProblem.initial_controls() gives it"
+            )
         if len(u) != len(sizes):
             raise InputError(f"expected {len(sizes)} controls, one per step, but got {len(u)}")
         for t, (u_t, m) in enumerate(zip(u, sizes, strict=True)):
@@ -318,6 +325,26 @@ class ControlProblem:
             return Residual.of(gradient)
         moved = self.box.project(tuple(a - g for a, g in zip(u, gradient, strict=True)))
         return Residual.of(tuple(a - b for a, b in zip(u, moved, strict=True)))
+
+
+def require_one_dtype(**terms: Sequence[Tensor] | Tensor | None) -> None:
+    """Refuse terms of several dtypes, or of whole numbers.
+
+    Raises:
+        InputError: naming the dtypes of each term.
+    """
+    found = {
+        name: {item.dtype for item in (given[None] if isinstance(given, Tensor) else given)}
+        for name, given in terms.items()
+        if given is not None
+    }
+    kinds = set().union(*found.values())
+    if len(kinds) > 1 or not all(kind.is_floating_point for kind in kinds):
+        shown = ", ".join(
+            f"{name} {' and '.join(sorted(str(k).removeprefix('torch.') for k in kinds))}"
+            for name, kinds in found.items()
+        )
+        raise InputError(f"the terms have dtypes {shown}; expected one float dtype for all")
 
 
 def _zeros(

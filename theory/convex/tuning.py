@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import Box
 from deltacontrol.theory.convex.blocks import as_matrix, blocks, check_memory, named_groups
 from deltacontrol.theory.convex.certificate import Certificate, CertifiedPoint
@@ -51,6 +52,7 @@ from deltacontrol.theory.errors import InputError
 __all__ = ["ConvexTuning"]
 
 
+@typed
 class ConvexTuning:
     """Minimise ``1/N sum_i l(z_i + G_i u; y_i) + R(u)`` over the change ``u`` of the controls.
 

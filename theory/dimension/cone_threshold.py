@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 MOREAU = 1e-5  # of |h|^2; the standard error over draws is a thousand times as large
@@ -49,6 +50,7 @@ class ConeThreshold:
     rank: int
 
 
+@typed
 def cross_entropy_threshold(
     kernel: Tensor, logits: Tensor, labels: Tensor, target: float, *, draws: int = 30, seed: int = 0
 ) -> ConeThreshold:

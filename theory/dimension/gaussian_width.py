@@ -40,6 +40,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.krylov import Quadrature, SpectralDensity
 
@@ -182,6 +183,7 @@ class QuadraticLoss:
         return float(self.values.max())
 
 
+@typed
 def published_threshold(values: Tensor, displacement: Tensor, target: float) -> float:
     """``D - sum_i r_i^2/(R^2 + r_i^2)``, ``r_i^2 = 2 eps/lambda_i``: Larsen et al., section 3.3.
 

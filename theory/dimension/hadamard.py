@@ -17,6 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
 _FACTOR_BITS = 5  # 32 x 32: the matrix stays in the first cache, the product is not yet dense
 
 
+@typed
 def hadamard_transform(x: Tensor, *, pad: bool = False) -> Tensor:
     """``H x`` along the last axis; differentiable to any order, safe under `torch.func`.
 
@@ -58,6 +60,7 @@ def hadamard_transform(x: Tensor, *, pad: bool = False) -> Tensor:
     return x.reshape(shape)
 
 
+@typed
 def orthonormal_transform(x: Tensor) -> Tensor:
     """An orthonormal transform of any length, by chunks: ``T = diag(H_m / sqrt(m))``.
 

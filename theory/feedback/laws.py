@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import Controls, Dynamics
 from deltacontrol.theory.errors import InputError
 
@@ -63,6 +64,7 @@ class FeedbackLaw(ABC):
         """
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class AffineFeedback(FeedbackLaw):
     """``u_t + K_t (x - x_t)`` around the trajectory ``(x_t, u_t)``.
@@ -143,6 +145,7 @@ class Trajectory(NamedTuple):
     controls: Controls
 
 
+@typed
 def closed_loop(
     dynamics: Dynamics,
     law: FeedbackLaw,

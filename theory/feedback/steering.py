@@ -38,6 +38,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import Controls
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.feedback.correction import AdditiveControl, StateFeedback
@@ -190,6 +191,7 @@ class OutputSteering(StateFeedback):
         return u if anchor is None else u + anchor
 
 
+@typed
 def steer_output(
     dynamics: AdditiveControl,
     x0: Tensor,

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Dynamics
 from deltacontrol.theory.control.work import count
 from deltacontrol.theory.errors import InputError
@@ -34,6 +35,7 @@ from deltacontrol.theory.linear.step_graph import StepGraph, differentiable_atte
 __all__ = ["Linearisation", "StateTransition", "differentiable_attention"]
 
 
+@typed
 @dataclass(frozen=True, eq=False, repr=False)
 class Linearisation(LinearOperator):
     """The linear system ``dx_{t+1} = A_t dx_t + B_t du_t`` along a trajectory.

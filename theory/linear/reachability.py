@@ -34,6 +34,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.conjugate_gradients import conjugate_gradients
 from deltacontrol.theory.linear.linearisation import Linearisation
@@ -60,6 +61,7 @@ __all__ = ["Reachability"]
 Access: TypeAlias = Sequence[Tensor | float]
 
 
+@typed
 @dataclass(frozen=True, eq=False, repr=False)
 class Reachability(LinearOperator):
     """The output map ``C`` of a linearised rollout: flat controls to the flat output.

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.control.work import Meter, metered
 from deltacontrol.theory.errors import InputError
@@ -103,6 +104,7 @@ class Solver(ABC):
         """
 
 
+@typed
 def solve(
     problem: ControlProblem,
     solver: Solver,

@@ -1,0 +1,268 @@
+"""Arguments that are held to their annotations where a user calls.
+
+    @typed
+    def stable_rank(values: Tensor) -> float: ...
+
+    stable_rank([1.0])   # InputError: stable_rank: values is [1.0]; expected a tensor.
+
+What is checked of an annotation: numbers (a whole one where ``int`` is asked, no NaN where
+``float`` is), texts, switches, tensors (dense ones with real values: none on meta), classes,
+``Literal``, callables, and the items of sequences. A number called ``seed`` is from 0 to 2^63 - 1. Annotations of other kinds are let pass, and so
+is what a function alone can know, such as shapes.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import inspect
+import math
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from functools import wraps
+from numbers import Real
+from typing import Any, TypeVar
+
+from deltacontrol.theory.errors import InputError
+
+__all__ = ["typed"]
+
+T = TypeVar("T", bound=Callable[..., Any])
+SHOWN = 60  # letters of a value in a message
+
+
+class _WrongError(Exception):
+    """A value is not what its annotation says; the text is what is wrong with it, or empty."""
+
+
+def typed(made: T) -> T:
+    """Check every argument of a function, or of the constructor of a class, before it runs.
+
+    Args:
+        made: a function, or a class with an ``__init__`` of its own (a dataclass has one).
+
+    Returns:
+        The function that checks first, or the class itself.
+
+    Example:
+        >>> @typed
+        ... def half(n: int) -> float:
+        ...     return n / 2
+        >>> half(3)
+        1.5
+        >>> half("3")
+        Traceback (most recent call last):
+        ...
+        deltacontrol.theory.errors.InputError: half: n is '3'; expected a whole number.
+    """
+    if isinstance(made, type):
+        made.__init__ = _checking(made.__init__, made.__name__)  # type: ignore[misc]
+        return made
+    return typing.cast("T", _checking(made, made.__name__))
+
+
+def _checking(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    signature = inspect.signature(function)
+    named = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    order = [p.name for p in signature.parameters.values() if p.kind not in named]
+    hints: dict[str, Any] = {}
+
+    @wraps(function)
+    def checked(*given: Any, **by_name: Any) -> Any:
+        if not hints:
+            hints.update(_hints(function))
+        for argument, value in (*zip(order, given, strict=False), *by_name.items()):
+            if argument in hints:
+                _require(name, argument, value, hints[argument])
+        return function(*given, **by_name)
+
+    return checked
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations that can be told; one that is imported for type checkers alone cannot."""
+    found: dict[str, Any] = {"return": None}
+    for name, text in function.__annotations__.items():
+        try:
+            hint = eval(text, function.__globals__) if isinstance(text, str) else text  # type: ignore[attr-defined]
+        except (NameError, TypeError, AttributeError):
+            continue
+        if name not in ("return", "self"):
+            found[name] = hint
+    return found
+
+
+def _require(name: str, argument: str, value: Any, hint: Any) -> None:
+    try:
+        _check(value, hint)
+        if argument == "seed" and isinstance(value, Real) and not 0 <= value < 2**63:
+            raise _WrongError("from 0 to 2^63 - 1")
+    except _WrongError as wrong:
+        reason = f": {wrong}" if wrong.args else ""
+        raise InputError(
+            f"{name}: {argument} is {_shown(value)}; expected {_expected(hint)}{reason}."
+        ) from None
+
+
+def _check(value: Any, hint: Any) -> None:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint in _CHECKS:
+        _CHECKS[hint](value)
+    elif origin in (typing.Union, types.UnionType):
+        _check_one_of(value, args)
+    elif origin is typing.Literal:
+        if not any(value is a or (type(value) is type(a) and value == a) for a in args):
+            raise _WrongError
+    elif origin in (collections.abc.Sequence, list, tuple):
+        _check_items(value, args)
+    elif origin is collections.abc.Mapping or origin is dict:
+        if not isinstance(value, Mapping):
+            raise _WrongError
+    elif origin is collections.abc.Iterable:
+        # A text is one of letters, which nobody means.
+        if isinstance(value, str | bytes) or not isinstance(value, collections.abc.Iterable):
+            raise _WrongError
+    elif origin is collections.abc.Callable or hint is Callable:
+        if not callable(value):
+            raise _WrongError
+    elif origin is type:
+        if not isinstance(value, type):
+            raise _WrongError
+    elif isinstance(hint, type) and origin is None:
+        _check_class(value, hint)
+
+
+def _check_one_of(value: Any, hints: tuple[Any, ...]) -> None:
+    """One of them; where none is, what is wrong with the item that comes nearest."""
+    nearest: tuple[Any, ...] = ()
+    for hint in hints:
+        try:
+            return _check(value, hint)
+        except _WrongError as wrong:
+            nearest = nearest or wrong.args
+    raise _WrongError(*nearest)
+
+
+def _check_items(value: Any, hints: tuple[Any, ...]) -> None:
+    if not isinstance(value, list | tuple | range) and not _is_array(value):
+        raise _WrongError
+    hint = hints[0] if hints and (len(hints) == 1 or hints[1:] == (...,)) else None
+    if hint is None:
+        if hints and len(value) != len(hints):
+            raise _WrongError(f"it has {len(value)} items, not {len(hints)}")
+        return
+    for place, item in enumerate(value):
+        try:
+            _check(item, hint)
+        except _WrongError as wrong:
+            reason = wrong.args or (f"not {_expected(hint)}",)
+            raise _WrongError(f"item {place} is {_shown(item)}, {reason[0]}") from None
+
+
+def _check_class(value: Any, kind: type) -> None:
+    if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
+        return
+    if not isinstance(value, kind):
+        raise _WrongError
+    if kind.__name__ == "Tensor" and kind.__module__ == "torch":
+        _check_values(value)
+
+
+def _check_values(tensor: Any) -> None:
+    torch = sys.modules["torch"]
+    if tensor.is_meta:
+        raise _WrongError("it lies on meta and has no values")
+    if tensor.layout is not torch.strided:
+        raise _WrongError("it is sparse; give its .to_dense()")
+    if tensor.is_complex():
+        raise _WrongError("it is complex; real values are meant")
+
+
+def _check_int(value: Any) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise _WrongError
+    if not math.isfinite(value) or value != int(value):
+        raise _WrongError
+
+
+def _check_float(value: Any) -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor) and value.ndim == 0:
+        _check_values(value)
+        value = value.item()
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise _WrongError
+    try:
+        number = float(value)
+    except OverflowError:
+        raise _WrongError("it is larger than a float can be") from None
+    if math.isnan(number):
+        raise _WrongError
+
+
+def _check_bool(value: Any) -> None:
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
+        raise _WrongError
+
+
+def _check_none(value: Any) -> None:
+    if value is not None:
+        raise _WrongError
+
+
+_CHECKS: dict[Any, Callable[[Any], None]] = {
+    int: _check_int,
+    float: _check_float,
+    bool: _check_bool,
+    type(None): _check_none,
+    None: _check_none,
+    Any: lambda value: None,
+    object: lambda value: None,
+}
+
+
+def _is_array(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and getattr(value, "ndim", 0) >= 1
+
+
+def _shown(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        kind = "a tensor" if type(value).__module__.startswith("torch") else "an array"
+        return f"{kind} of shape {tuple(value.shape)} and {value.dtype}"
+    if isinstance(value, int) and abs(value) >= 10**SHOWN:
+        return "a whole number of very many digits"
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({type(value).__name__})"
+
+
+def _expected(hint: Any) -> str:
+    """An annotation in words."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text",
+             type(None): "None"}  # fmt: skip
+    if hint in names:
+        return names[hint]
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_expected(a) for a in args)
+    if origin is typing.Literal:
+        return " or ".join(map(repr, args))
+    if origin in (collections.abc.Sequence, collections.abc.Iterable, list, tuple):
+        return f"a list or tuple of {_plural(args[0])}" if args else "a list or tuple"
+    if origin is collections.abc.Mapping or origin is dict:
+        return "a dictionary"
+    if origin is collections.abc.Callable:
+        return "a function"
+    name = getattr(hint, "__name__", str(hint))
+    article = "an" if name[:1] in "AEIOU" else "a"
+    return "a tensor" if name == "Tensor" else f"{article} {name}"
+
+
+def _plural(hint: Any) -> str:
+    names = {int: "whole numbers", float: "numbers", str: "texts", bool: "switches"}
+    if hint in names:
+        return names[hint]
+    single = _expected(hint)
+    return (
+        single.replace("a tensor", "tensors") if single == "a tensor" else f"items, each {single}"
+    )
