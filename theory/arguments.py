@@ -7,8 +7,9 @@
 
 What is checked of an annotation: numbers (a whole one where ``int`` is asked, no NaN where
 ``float`` is), texts, switches, tensors (dense ones with real values: none on meta), classes,
-``Literal``, callables, and the items of sequences. A number called ``seed`` is from 0 to 2^63 - 1. Annotations of other kinds are let pass, and so
-is what a function alone can know, such as shapes.
+``Literal``, callables, and the items of sequences. A number called ``seed`` is from 0 to 2^63 - 1.
+Annotations of other kinds are let pass, and so is what a function alone can know, such as shapes.
+A whole number of another type (``8.0``, NumPy's) arrives as an int.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import collections.abc
 import inspect
 import math
+import operator
 import sys
 import types
 import typing
@@ -72,10 +74,14 @@ def _checking(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     def checked(*given: Any, **by_name: Any) -> Any:
         if not hints:
             hints.update(_hints(function))
-        for argument, value in (*zip(order, given, strict=False), *by_name.items()):
+        values = list(given)
+        for place, argument in enumerate(order[: len(values)]):
             if argument in hints:
-                _require(name, argument, value, hints[argument])
-        return function(*given, **by_name)
+                values[place] = _required(name, argument, values[place], hints[argument])
+        for argument, value in by_name.items():
+            if argument in hints:
+                by_name[argument] = _required(name, argument, value, hints[argument])
+        return function(*values, **by_name)
 
     return checked
 
@@ -93,83 +99,86 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
-def _require(name: str, argument: str, value: Any, hint: Any) -> None:
+def _required(name: str, argument: str, value: Any, hint: Any) -> Any:
+    """The value, a whole number as an int."""
     try:
-        _check(value, hint)
-        if argument == "seed" and isinstance(value, Real) and not 0 <= value < 2**63:
+        found = _checked(value, hint)
+        if argument == "seed" and isinstance(found, int) and found < 0:
             raise _WrongError("from 0 to 2^63 - 1")
     except _WrongError as wrong:
         reason = f": {wrong}" if wrong.args else ""
         raise InputError(
             f"{name}: {argument} is {_shown(value)}; expected {_expected(hint)}{reason}."
         ) from None
+    return found
 
 
-def _check(value: Any, hint: Any) -> None:
+def _checked(value: Any, hint: Any) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint in _CHECKS:
-        _CHECKS[hint](value)
-    elif origin in (typing.Union, types.UnionType):
-        _check_one_of(value, args)
-    elif origin is typing.Literal:
-        if not any(value is a or (type(value) is type(a) and value == a) for a in args):
-            raise _WrongError
-    elif origin in (collections.abc.Sequence, list, tuple):
-        _check_items(value, args)
+        return _CHECKS[hint](value)
+    if origin in (typing.Union, types.UnionType):
+        return _one_of(value, args)
+    if origin in (collections.abc.Sequence, list, tuple):
+        return _items(value, args)
+    if origin is typing.Literal:
+        right = any(value is a or (type(value) is type(a) and value == a) for a in args)
     elif origin is collections.abc.Mapping or origin is dict:
-        if not isinstance(value, Mapping):
-            raise _WrongError
+        right = isinstance(value, Mapping)
     elif origin is collections.abc.Iterable:
         # A text is one of letters, which nobody means.
-        if isinstance(value, str | bytes) or not isinstance(value, collections.abc.Iterable):
-            raise _WrongError
+        right = isinstance(value, collections.abc.Iterable) and not isinstance(value, str | bytes)
     elif origin is collections.abc.Callable or hint is Callable:
-        if not callable(value):
-            raise _WrongError
+        right = callable(value)
     elif origin is type:
-        if not isinstance(value, type):
-            raise _WrongError
-    elif isinstance(hint, type) and origin is None:
-        _check_class(value, hint)
+        right = isinstance(value, type)
+    else:
+        right = origin is not None or not isinstance(hint, type) or _is_a(value, hint)
+    if not right:
+        raise _WrongError
+    return value
 
 
-def _check_one_of(value: Any, hints: tuple[Any, ...]) -> None:
-    """One of them; where none is, what is wrong with the item that comes nearest."""
-    nearest: tuple[Any, ...] = ()
+def _one_of(value: Any, hints: tuple[Any, ...]) -> Any:
+    """As one of them; where it is none, what is wrong by the first that says something."""
+    reasons: tuple[Any, ...] = ()
     for hint in hints:
         try:
-            return _check(value, hint)
+            return _checked(value, hint)
         except _WrongError as wrong:
-            nearest = nearest or wrong.args
-    raise _WrongError(*nearest)
+            reasons = reasons or wrong.args
+    raise _WrongError(*reasons)
 
 
-def _check_items(value: Any, hints: tuple[Any, ...]) -> None:
+def _items(value: Any, hints: tuple[Any, ...]) -> Any:
     if not isinstance(value, list | tuple | range) and not _is_array(value):
         raise _WrongError
-    hint = hints[0] if hints and (len(hints) == 1 or hints[1:] == (...,)) else None
-    if hint is None:
-        if hints and len(value) != len(hints):
-            raise _WrongError(f"it has {len(value)} items, not {len(hints)}")
-        return
+    if not hints:
+        return value
+    repeated = len(hints) == 1 or hints[1:] == (...,)
+    if not repeated and len(value) != len(hints):
+        raise _WrongError(f"it has {len(value)} items, not {len(hints)}")
+    found = []
     for place, item in enumerate(value):
+        hint = hints[0 if repeated else place]
         try:
-            _check(item, hint)
+            found.append(_checked(item, hint))
         except _WrongError as wrong:
             reason = wrong.args or (f"not {_expected(hint)}",)
             raise _WrongError(f"item {place} is {_shown(item)}, {reason[0]}") from None
+    same = not isinstance(value, list | tuple) or all(map(operator.is_, found, value))
+    return value if same else type(value)(found)
 
 
-def _check_class(value: Any, kind: type) -> None:
+def _is_a(value: Any, kind: type) -> bool:
     if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
-        return
-    if not isinstance(value, kind):
-        raise _WrongError
-    if kind.__name__ == "Tensor" and kind.__module__ == "torch":
-        _check_values(value)
+        return True
+    if isinstance(value, kind) and kind.__name__ == "Tensor" and kind.__module__ == "torch":
+        _require_values(value)
+    return isinstance(value, kind)
 
 
-def _check_values(tensor: Any) -> None:
+def _require_values(tensor: Any) -> None:
     torch = sys.modules["torch"]
     if tensor.is_meta:
         raise _WrongError("it lies on meta and has no values")
@@ -179,17 +188,22 @@ def _check_values(tensor: Any) -> None:
         raise _WrongError("it is complex; real values are meant")
 
 
-def _check_int(value: Any) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise _WrongError
-    if not math.isfinite(value) or value != int(value):
-        raise _WrongError
+def _int(value: Any) -> int:
+    if type(value) is not int:
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise _WrongError
+        if not math.isfinite(value) or value != int(value):
+            raise _WrongError
+        value = int(value)
+    if not -(2**63) <= value < 2**63:
+        raise _WrongError("one of at most 63 binary digits")
+    return value
 
 
-def _check_float(value: Any) -> None:
+def _float(value: Any) -> Any:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor) and value.ndim == 0:
-        _check_values(value)
+        _require_values(value)
         value = value.item()
     if not isinstance(value, Real) or isinstance(value, bool):
         raise _WrongError
@@ -199,26 +213,28 @@ def _check_float(value: Any) -> None:
         raise _WrongError("it is larger than a float can be") from None
     if math.isnan(number):
         raise _WrongError
+    return value
 
 
-def _check_bool(value: Any) -> None:
+def _bool(value: Any) -> Any:
     if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
         raise _WrongError
+    return value
 
 
-def _check_none(value: Any) -> None:
+def _none(value: Any) -> None:
     if value is not None:
         raise _WrongError
 
 
-_CHECKS: dict[Any, Callable[[Any], None]] = {
-    int: _check_int,
-    float: _check_float,
-    bool: _check_bool,
-    type(None): _check_none,
-    None: _check_none,
-    Any: lambda value: None,
-    object: lambda value: None,
+_CHECKS: dict[Any, Callable[[Any], Any]] = {
+    int: _int,
+    float: _float,
+    bool: _bool,
+    type(None): _none,
+    None: _none,
+    Any: lambda value: value,
+    object: lambda value: value,
 }
 
 

@@ -133,6 +133,11 @@ class SquaredErrorCost(Cost):
     target: Tensor
     weight_decay: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Refuse switches."""
+        if self.target.dtype == torch.bool:
+            raise InputError("the target is torch.bool; expected numbers, such as float64")
+
     def running(self, t: int, x: Tensor, u: Tensor) -> Tensor:
         """``weight_decay/2 ||u||^2``."""
         return _decay(self.weight_decay, u)

@@ -231,8 +231,9 @@ class ControlProblem:
                     f"{given}; expected {(m,)}, shared by the batch, or "
                     f"{(self.x0.shape[0], m)}, one per example"
                 )
-            if not u_t.is_floating_point():
-                raise InputError(f"control at step {t} has dtype {u_t.dtype}; expected a float")
+            if not u_t.is_floating_point() or u_t.is_meta:
+                found = "lies on meta, without values" if u_t.is_meta else f"has dtype {u_t.dtype}"
+                raise InputError(f"control at step {t} {found}; expected floats")
 
     def rollout(self, u: Controls) -> list[Tensor]:
         """The states ``x_0, ..., x_L`` (a list of length ``horizon + 1``)."""
@@ -383,5 +384,9 @@ def _located(t: int, x: Tensor, u: Tensor) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
+        if x.is_floating_point() and x.dtype != u.dtype and isinstance(error, RuntimeError):
+            raise InputError(
+                f"step {t} has a state of {x.dtype} and a control of {u.dtype}; give both one dtype"
+            ) from error
         error.add_note(f"in step {t}, state {tuple(x.shape)}, control {tuple(u.shape)}")
         raise

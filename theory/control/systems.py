@@ -17,6 +17,8 @@ from deltacontrol.theory.errors import InputError
 
 __all__ = ["LinearDynamics", "LowRankDynamics", "ResidualNetwork", "Segment"]
 
+MOST_RANK = 2**20
+
 
 @typed
 @dataclass(frozen=True, eq=False)
@@ -191,7 +193,7 @@ class LowRankDynamics(Dynamics):
         rank: the number ``r`` of columns of ``A_t`` and of rows of ``B_t``.
 
     Raises:
-        InputError: if the rank is not positive.
+        InputError: if the rank is not positive or beyond every matrix, or weights do not fit.
     """
 
     weights: Sequence[Tensor] | Tensor
@@ -199,8 +201,8 @@ class LowRankDynamics(Dynamics):
 
     def __post_init__(self) -> None:
         """Check the rank."""
-        if self.rank < 1:
-            raise InputError(f"rank {self.rank} is not positive")
+        if not 1 <= self.rank <= MOST_RANK:
+            raise InputError(f"rank is {self.rank}; expected a number from 1 to {MOST_RANK}")
         for t, W in enumerate(self.weights):
             if W.ndim != 2:
                 raise InputError(f"weights[{t}] has shape {tuple(W.shape)}; expected (n, n')")

@@ -150,7 +150,7 @@ def two_sided_rate(values: Tensor) -> float:
         )
     if not bool(((values > 0) & torch.isfinite(values)).all()):
         raise InputError("the values must be positive and finite; leave out exact zeros")
-    logs = values.double().log().numpy()
+    logs = values.detach().double().log().numpy()
     steps = np.arange(len(logs))
 
     def misfit(z: np.ndarray) -> np.ndarray:

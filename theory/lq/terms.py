@@ -322,7 +322,7 @@ def require_tensors(name: str, terms: object) -> None:
         raise InputError(
             f"{name} is {type(terms).__name__}; expected a tensor, or a list of tensors, one a step"
         )
-    for item in items[:1]:
+    for item in items:
         if item.is_meta or item.layout is not torch.strided:
             kind = "on meta, without values" if item.is_meta else "sparse"
             raise InputError(f"{name} is {kind}; expected a dense tensor with values")
