@@ -18,8 +18,8 @@ from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
 from deltacontrol.deltas.editing.merging import check_ties, merged_values
 from deltacontrol.deltas.editing.requests import Losses
+from deltacontrol.deltas.quantised import refuse_quantised
 from deltacontrol.deltas.summary import Attachment, as_html, as_text, summary
-from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError, unknown
 
 Request = TypeVar("Request")
@@ -209,7 +209,6 @@ class DeltaModel(nn.Module):
         """The controls by name, without those that `train_only` has frozen."""
         return {n: p for n, p in self.controls.named_parameters() if p.requires_grad}
 
-    @typed
     def train_only(self, namespaces: Iterable[str] | None) -> None:
         """Freeze the controls of all other deltas, which go on acting; None frees all.
 
@@ -295,6 +294,9 @@ class DeltaModel(nn.Module):
                     "Keep it attached, or detach() it."
                 )
         check_ties(self.host.merges, self.host.tied)
+        for merge in self.host.merges:
+            taken = {merge.name: self.host.original(merge.name)}
+            refuse_quantised(taken, f"{merge.namespace} cannot be merged into")
         training = self.controls.training
         self.controls.eval()  # without what training draws at random
         try:
@@ -312,7 +314,6 @@ class DeltaModel(nn.Module):
         """A copy of the controls, on the CPU, to be saved."""
         return {k: v.detach().cpu().clone() for k, v in self.controls.state_dict().items()}
 
-    @typed
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put saved controls in place.
 
@@ -372,7 +373,6 @@ class DeltaModel(nn.Module):
         with self.disable():
             return saved_folder.identity(self.model, self.host.queries.originals)
 
-    @typed
     def save(self, folder: str | Path) -> None:
         """Write the deltas and their controls into a folder, for `deltacontrol.deltas.load`.
 

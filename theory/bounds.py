@@ -44,6 +44,8 @@ __all__ = [
 
 SCALES = range(-96, 32)  # a scale is 2^(i/4): 128 of them, coded as equally likely
 ROUNDING = 1e-12
+MOST_LEVELS = 2**24
+MOST_ROWS = 2**27  # `maurer_constant` has as many terms
 
 
 @typed
@@ -118,6 +120,8 @@ def maurer_constant(n: int) -> float:
     Source: Maurer, arXiv cs/0411099, theorem 1.
     """
     _check(n, 0.5)
+    if n > MOST_ROWS:
+        raise InputError(f"n is {n}; expected at most {MOST_ROWS} rows")
     k = np.arange(n + 1)
     logs = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
     logs += xlogy(k, k / n) + xlogy(n - k, (n - k) / n)
@@ -203,8 +207,8 @@ def quantise(vector: Tensor, levels: int) -> Quantised:
     Raises:
         InputError: fewer than two levels, no vector, or entries that are not finite.
     """
-    if levels < 2:
-        raise InputError(f"levels is {levels}; expected at least 2")
+    if not 2 <= levels <= MOST_LEVELS:
+        raise InputError(f"levels is {levels}; expected a number from 2 to {MOST_LEVELS}")
     if vector.ndim != 1 or not vector.numel() or not vector.isfinite().all():
         raise InputError(
             f"expected a vector (d,) of finite numbers, got shape {tuple(vector.shape)}"
@@ -241,8 +245,8 @@ def code_length(indices: Tensor, levels: int) -> float:
     """
     if indices.is_floating_point() or str(indices.dtype) == "torch.bool":
         raise InputError(f"the indices are {indices.dtype}; expected whole numbers, such as int64")
-    if levels < 1:
-        raise InputError(f"levels is {levels}; expected at least 1")
+    if not 1 <= levels <= MOST_LEVELS:
+        raise InputError(f"levels is {levels}; expected a number from 1 to {MOST_LEVELS}")
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < levels:
         raise InputError(
             f"indices must lie between 0 and {levels - 1}, the last of {levels} levels"

@@ -61,10 +61,14 @@ def load(path: str | Path) -> ModuleType:
     Raises:
         InputError: there is no such Python file, or it fails when it is run.
     """
-    file = Path(path).expanduser().resolve()
+    try:
+        file = Path(path).expanduser().resolve()
+        there = file.suffix == ".py" and file.is_file()
+    except (OSError, RuntimeError, ValueError):  # no path: too long, an unknown ~user, a zero byte
+        file, there = Path(), False
     if file in _loaded:
         return _loaded[file]
-    if file.suffix != ".py" or not file.is_file():
+    if not there:
         raise InputError(
             f"cannot load {path}: expected the path of a Python file, such as my_delta.py"
         )

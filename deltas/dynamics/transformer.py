@@ -294,7 +294,9 @@ def control_problem(
         )
     labels = batch.get("labels")
     if labels is None:
-        raise InputError(f"the batch has no 'labels'; it has {', '.join(batch)}.")
+        raise InputError(f"the batch has no 'labels'; it has {', '.join(map(str, batch))}.")
+    if not isinstance(labels, torch.Tensor):
+        raise InputError(f"the labels are {type(labels).__name__}; expected a tensor.")
     dynamics = TransformerDynamics(delta_model, _with_decoder_tokens(delta_model.model, batch))
     cost: Cost
     if has_many_labels(delta_model.model, labels):

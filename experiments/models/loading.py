@@ -40,6 +40,7 @@ def build(
     """Build what `deltacontrol.experiments.models.load` describes."""
     import torch
     import transformers
+
     if kind not in _CLASSES:
         raise unknown("kind of model", kind, _CLASSES)
     precision = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

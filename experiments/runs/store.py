@@ -90,7 +90,13 @@ class RunStore:
     committed: Path | None = None
 
     def __post_init__(self) -> None:
-        """Accept a string for `root`."""
+        """Accept a string for `root`.
+
+        Raises:
+            InputError: it is no path.
+        """
+        if not isinstance(self.root, str | os.PathLike):
+            raise InputError(f"the folder of runs is {self.root!r}; expected a path, such as runs")
         object.__setattr__(self, "root", Path(self.root))
 
     def path(self, experiment: Experiment) -> Path:

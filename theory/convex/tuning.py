@@ -156,10 +156,12 @@ class ConvexTuning:
         a = self.loss.gradient(self._offset, self._targets)
         return self.penalty.gauge(self._certificate.pulled(a))
 
+    @typed
     def grid(self, count: int, smallest: float = 0.01) -> list[float]:
         """Weights from `largest_weight` down to `smallest` times it, equidistant in logarithm."""
         return [self.largest_weight * float(r) for r in np.geomspace(1.0, smallest, count)]
 
+    @typed
     def solve(self, weight: float) -> ConvexSolution:
         """The solution for one weight.
 
@@ -168,6 +170,7 @@ class ConvexTuning:
         """
         return self._solve(weight, {})
 
+    @typed
     def path(self, weights: Sequence[float]) -> list[ConvexSolution]:
         """The solutions for several weights, in their order.
 

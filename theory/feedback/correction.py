@@ -264,14 +264,6 @@ class PIDGains:
         return cls(proportional, integral, derivative)
 
 
-def _check_step(t: int, subspaces: Sequence[AffineSubspace | None]) -> None:
-    if not 0 <= t < len(subspaces):
-        raise InputError(
-            f"the law has {len(subspaces)} subspaces, and step {t} needs one; give one, or None, "
-            "for every step"
-        )
-
-
 def _at(gain: float | Sequence[float], t: int) -> float:
     return gain[t] if isinstance(gain, list | tuple) else gain  # type: ignore[return-value]
 

@@ -118,6 +118,11 @@ class AffineFeedback(FeedbackLaw):
             )
         return cls(solution.gains, solution.controls, solution.states)
 
+    @property
+    def horizon(self) -> int:
+        """The number of gains."""
+        return len(self.gains)
+
     def control(self, t: int, x: Tensor) -> Tensor:
         """``u_t + K_t (x - x_t)``.
 
@@ -161,12 +166,18 @@ def closed_loop(
         disturbance: ``w_t`` for each step, broadcast to the state ``x_{t+1}``; None is zero.
 
     Raises:
-        InputError: if the number of disturbances is not the horizon, or if one changes the shape
-            of the state.
+        InputError: if the number of disturbances is not the horizon, if one changes the shape of
+            the state, or if the law is for fewer steps.
     """
     if disturbance is not None and len(disturbance) != dynamics.horizon:
         raise InputError(
             f"expected {dynamics.horizon} disturbances, one per step, but got {len(disturbance)}"
+        )
+    steps = getattr(law, "horizon", dynamics.horizon)
+    if steps < dynamics.horizon:
+        raise InputError(
+            f"the law is for {steps} steps and the system has {dynamics.horizon}; expected one of "
+            "the same system"
         )
     states, controls = [x0], []
     for t in range(dynamics.horizon):

@@ -216,7 +216,16 @@ def steer_output(
         masks: as in `OutputSteering.of`.
         controls: the controls ``(batch, m_t)`` to linearise at; zero by default.
         damping: as in `OutputSteering.of`.
+
+    Raises:
+        InputError: the state holds whole numbers or is of another dtype than the controls.
     """
+    moved = [c.dtype for c in dynamics.controls]
+    if not x0.is_floating_point() or any(dtype != x0.dtype for dtype in moved):
+        raise InputError(
+            f"x0 is {x0.dtype}; expected a float state, of the dtype of the controls"
+            + "".join(sorted({f" ({dtype})" for dtype in moved}))
+        )
     base, states = dynamics.base, [x0]
     shifted: list[Tensor] = []
     with torch.no_grad():

@@ -7,6 +7,7 @@ gradients: exactly the iterates of the usual loop of a fine-tuning on fixed data
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
