@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 # One thread a test worker. A sweep shares the cores out among its runs by itself.
 test slow: export OMP_NUM_THREADS = 1
+# Many tests start a process: without bytecode each of them compiles the package anew.
+test slow: export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
 .PHONY: help install figures test slow lint clean

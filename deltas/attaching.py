@@ -12,6 +12,7 @@ from deltacontrol.deltas import guards
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
 from deltacontrol.deltas.model import DeltaModel
+from deltacontrol.deltas.quantised import num_values
 from deltacontrol.deltas.summary import Attachment
 from deltacontrol.theory.errors import InputError
 
@@ -80,7 +81,7 @@ def attach(model: PreTrainedModel, *deltas: Delta, seed: int = 0) -> DeltaModel:
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise InputError(f"the seed is {seed!r}; expected a whole number from 0 to 2^63 - 1.")
     guards.refuse_offloaded(model)
-    num_base = sum(p.numel() for p in model.parameters())
+    num_base = sum(num_values(p) for p in model.parameters())
     host = Host(model, seed)
     flags = [(p, p.requires_grad) for p in model.parameters()]
 

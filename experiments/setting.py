@@ -66,7 +66,7 @@ class Setting:
             a causal language model, read out at two words after a prompt
             (`deltacontrol.experiments.heads.WORDS`).
         head_rows: of the head "ridge".
-        dtype: of the parameters.
+        dtype: of the parameters; "nf4" and "int8" quantise the linear maps.
         pretrained: False draws every weight from ``seed``.
         seed: of the weights that are drawn and of the controls.
         model_kind: of the model; by default the task's kind.

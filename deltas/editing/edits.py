@@ -20,6 +20,7 @@ from deltacontrol.deltas.editing.passes import (
     with_first_tensor,
 )
 from deltacontrol.deltas.editing.queries import Queries
+from deltacontrol.deltas.quantised import refuse_quantised
 from deltacontrol.theory.errors import InputError
 
 
@@ -91,6 +92,7 @@ class Edits:
         names = list(names)
         owners = self._queries.owners()
         self._refuse_taken(names)
+        refuse_quantised({n: owners[n] for n in names}, f"{self.namespace} cannot train")
         for name in names:
             tied = [
                 other for other, p in owners.items() if p is owners[name] and other not in names
@@ -178,6 +180,7 @@ class Edits:
         """
         self.is_reparametrised = True
         originals = {name: self._queries.parameter(name) for name in names}
+        refuse_quantised(originals, f"{self.namespace} cannot change")
         merging: dict[str, Tensor] = {}  # computed once for all, and each taken out when used
 
         def merged(name: str) -> Tensor:

@@ -37,7 +37,7 @@ class Host:
         self.generator = torch.Generator().manual_seed(seed)
 
         self.model, self.sites = queries.model, queries.sites
-        self.find, self.weight = queries.find, queries.weight
+        self.find, self.weight, self.like = queries.find, queries.weight, queries.like
         self.parameter_names, self.parameter = queries.parameter_names, queries.parameter
         self.distinct, self.original, self.tied = queries.distinct, queries.original, queries.tied
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltacontrol.deltas.editing.sites import Site, SiteMap, whole_paths
+from deltacontrol.deltas.quantised import is_quantised, values_of
 from deltacontrol.theory.errors import InputError
 
 
@@ -56,10 +58,17 @@ class Queries:
         return embedding.weight
 
     def weight(self, site: Site) -> Tensor:
-        """The weight of the linear map at a site."""
-        weight = site.module.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        """The weight of the linear map at a site; its values, where it is quantised."""
+        return values_of(site.module, self.model.dtype)
+
+    def like(self, site: Site) -> Tensor:
+        """A tensor of the device and the dtype that controls at a site take."""
+        device = self.model.device
+        for parameter in site.module.parameters():
+            if not is_quantised(parameter):
+                return parameter
+            device = parameter.device
+        return torch.empty(0, device=device, dtype=self.model.dtype)
 
     def find(self, targets: Iterable[str], layers: Iterable[int] | None = None) -> list[Site]:
         """Sites of ``targets``; see :meth:`deltacontrol.deltas.editing.sites.SiteMap.resolve`."""

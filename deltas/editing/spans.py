@@ -63,7 +63,7 @@ def find_spans(host: Host, around: Around, layers: Iterable[int] | None = None) 
     if around == "block":
         width = state_width(host)
         blocks = host.find(("block",), layers)
-        return [Span(b, b, width, width, _float_parameter(b)) for b in blocks]
+        return [Span(b, b, width, width, host.like(b)) for b in blocks]
     entry, end = (by_layer(host, name, layers) for name in _ENDS[around])
     if entry.keys() != end.keys():
         raise InputError(
@@ -98,10 +98,6 @@ def by_layer(host: Host, name: str, layers: Iterable[int] | None = None) -> dict
         if site.layer is not None:
             found.setdefault(site.layer, site)
     return found
-
-
-def _float_parameter(block: Site) -> Tensor:
-    return next(p for p in block.module.parameters() if p.is_floating_point())
 
 
 def act_across(host: Host, span: Span, law: Callable[[Tensor, Tensor], Tensor]) -> None:

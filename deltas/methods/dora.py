@@ -15,6 +15,7 @@ from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
 from deltacontrol.deltas.editing.paths import check_dropout, low_rank_sites
 from deltacontrol.deltas.editing.sites import Site, add_change
+from deltacontrol.deltas.quantised import values_of
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class MagnitudeDirection(nn.Module):
             x = dropout(x, self.dropout, self.training)
         module = self.site.module
         assert isinstance(module, nn.Linear | Conv1D)
-        gain = self.m / self._norms(module.weight)
+        gain = self.m / self._norms(values_of(module, self.m.dtype))
         low = linear(linear(x, self.A) * self.scale, self.B)
         own = self.site.take(output)
         unbiased = own if module.bias is None else own - self.site.take(module.bias)

@@ -64,7 +64,7 @@ class LadderSideTuning(Delta):
         """Lay the ladder beside the blocks."""
         width, side = self._widths(host)
         blocks = host.find(("block",))
-        like = next(p for p in blocks[0].module.parameters() if p.is_floating_point())
+        like = host.like(blocks[0])
         carried = host.carry()
         entry = Entry(host.kaiming(side, width))
         end = End(torch.zeros(width, side))

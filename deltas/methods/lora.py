@@ -157,7 +157,7 @@ class LoRA(Delta):
     def _start(self, host: Host, site: Site) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r)."""
         if self.init == "svd":
-            return _principal(site, self.rank, self.scale)
+            return _principal(site, host.weight(site), self.rank, self.scale)
         if self.init == "gaussian":
             down = host.normal(self.rank, site.in_features, std=1 / self.rank)
         else:
@@ -165,10 +165,8 @@ class LoRA(Delta):
         return down, torch.zeros(site.out_features, self.rank)
 
 
-def _principal(site: Site, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def _principal(site: Site, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A = √(S/s) V', B = U √(S/s) of the r largest singular values, so that s·B A ≈ W."""
-    weight = site.module.weight
-    assert isinstance(weight, Tensor)
     rows = site.rows(weight.detach()).double()
     left, values, right = torch.linalg.svd(rows, full_matrices=False)
     roots = (values[:rank] / scale).sqrt()

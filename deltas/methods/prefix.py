@@ -94,7 +94,7 @@ class PrefixTuning(Delta):
             else:
                 size = (2 * heads * head_width, rows.inner)
                 made = ProjectedPrefix(rows, host.normal(*size, std=self.init_std), heads)
-            prefix = host.add(site.path, made, like=_floats(site))
+            prefix = host.add(site.path, made, like=host.like(site))
             host.add_prefix(site.module, prefix)
         count_from_text(host)
         if self.shift:
@@ -104,7 +104,7 @@ class PrefixTuning(Delta):
         width, inner = state_width(host), self.projection or 0
         rows = host.normal(self.length, width, std=self.init_std)
         made = PrefixRows(rows, host.kaiming(inner, width))
-        host.add(first.path, made, like=_floats(first), key="rows")
+        host.add(first.path, made, like=host.like(first), key="rows")
         host.shared += [f"{host.namespace}.rows.{name}" for name, _ in made.named_parameters()]
         return made
 
@@ -130,10 +130,6 @@ def key_value_heads(host: Host) -> tuple[int, int]:
         or config.hidden_size // queries
     )
     return heads, width
-
-
-def _floats(site: Site) -> Tensor:
-    return next(p for p in site.module.parameters() if p.is_floating_point())
 
 
 class KeyValuePrefix(nn.Module):

@@ -99,7 +99,9 @@ def load(
         pretrained: False draws every weight from `seed`; the configuration is the model's.
         seed: of the weights that are drawn.
         dtype: of the parameters. For float64 the weights are drawn and read in float32, then
-            widened, so that both precisions start from the same numbers.
+            widened, so that both precisions start from the same numbers. "nf4" and "int8" keep the
+            linear maps (not the head) in 4 and 8 bits by bitsandbytes, frozen, and the rest in
+            float32.
         attn_implementation: "sdpa" (falls back to "eager" where a model has no other) or "eager".
 
     Raises:

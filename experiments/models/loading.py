@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import re
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MOST_CLASSES = 100_000
+# Four bits (Dettmers et al., NeurIPS 2023: NF4 with double quantisation) and eight (Dettmers et
+# al., NeurIPS 2022: LLM.int8) for the linear maps; float32 for all beside them.
+QUANTISED = ("nf4", "int8")
 _CLASSES = {
     "classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
@@ -43,9 +47,13 @@ def build(
 
     if kind not in _CLASSES:
         raise unknown("kind of model", kind, _CLASSES)
-    precision = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    bits = dtype if isinstance(dtype, str) and dtype in QUANTISED else None
+    precision = torch.float32 if bits else dtype
+    if isinstance(precision, str):
+        precision = getattr(torch, precision, None)
     if not (isinstance(precision, torch.dtype) and precision.is_floating_point):
-        raise unknown("dtype", str(dtype), ["float32", "float64", "bfloat16", "float16"])
+        floats = ["float32", "float64", "bfloat16", "float16"]
+        raise unknown("dtype", str(dtype), [*floats, *QUANTISED])
     if model.digest is not None and (Path(model.location) / "adapter_config.json").is_file():
         raise InputError(
             f"the folder {model.location} holds an adapter of peft beside the model, which would "
@@ -53,6 +61,13 @@ def build(
             "(`deltacontrol import-peft`)."
         )
     config, tokenizer = _config_and_tokenizer(model)
+    given = getattr(config, "quantization_config", None)
+    if given is not None and (bits or precision == torch.float64 or not pretrained):
+        raise InputError(
+            f"the weights of {model.name} are quantised already; expected dtype float32, bfloat16 "
+            f"or float16 for what is beside them, and pretrained weights, got dtype {dtype} and "
+            f"pretrained={pretrained}"
+        )
     _set_task(config, kind, num_labels, model.name)
     _set_padding(config, tokenizer, model.name)
     auto = getattr(transformers, _CLASSES[kind])
@@ -65,6 +80,8 @@ def build(
         # Drawing in float64 would give another head than drawing in float32.
         "dtype": torch.float32 if precision == torch.float64 else precision,
     }
+    if bits:
+        options |= _quantisation(bits, model.name, architecture, config, pretrained=pretrained)
     with _drawn_from(seed), _without_load_report():
         if pretrained:
             built = _from_checkpoint(auto, model, kind, options)
@@ -74,6 +91,47 @@ def build(
     if precision == torch.float64:
         built = built.double()
     return built.eval(), tokenizer
+
+
+def _quantisation(
+    bits: str,
+    name: str,
+    architecture: type[PreTrainedModel],
+    config: PretrainedConfig,
+    *,
+    pretrained: bool,
+) -> dict[str, Any]:
+    """Options of `from_pretrained` that quantise the backbone's linear maps while it reads them."""
+    import torch
+
+    from deltacontrol.deltas.editing.sites import SiteMap
+
+    if not pretrained:
+        raise InputError(
+            f"dtype {bits} quantises the weights of a checkpoint, and pretrained=False draws those "
+            f"of {name}; take float32"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"dtype {bits} needs bitsandbytes; install it: pip install 'deltacontrol[quantised]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    # It tells of every cast of an input in every pass.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with torch.device("meta"):
+        heads = SiteMap(architecture(config)).head_paths()
+    if bits == "int8":
+        chosen = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=heads)
+    else:
+        chosen = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=bits,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+            llm_int8_skip_modules=heads,
+        )
+    return {"quantization_config": chosen}
 
 
 def _config_and_tokenizer(

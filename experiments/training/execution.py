@@ -62,6 +62,9 @@ def fine_tune(
         InputError: as `deltacontrol.experiments.training.finetune.FineTuning.execute`.
     """
     task, encoded, model = setting.data, setting.encoded, setting.controlled
+    in_half = setting.dtype == "bfloat16"
+    if in_half:  # steps smaller than a rounding of bfloat16 are not lost
+        model.controls.float()
 
     def metrics(module: Any, split: str) -> dict[str, float]:
         return evaluate(module, encoded.eval_batches(split, batch_size), task.kind)
@@ -87,6 +90,8 @@ def fine_tune(
             progress=workspace.progress,
         )
     measures = trained.measures
+    if in_half:
+        model.controls.bfloat16()
     if trained.status == "diverged":
         final = dict.fromkeys(METRICS[task.kind])
     else:

@@ -93,6 +93,9 @@ class Subject(Experiment):
         )
 
 
+WEIGHTS = ("float32", "bfloat16", "nf4", "int8")
+
+
 @dataclass(frozen=True)
 class FineTuning(Options, Subject):
     """Train deltas on a frozen model for a task, then evaluate on rows that training never saw.
@@ -103,7 +106,7 @@ class FineTuning(Options, Subject):
     """
 
     kind: ClassVar[str] = "fine-tuning"
-    younger: ClassVar[tuple[str, ...]] = ("cache_frozen", "sequential", "optimiser")
+    younger: ClassVar[tuple[str, ...]] = ("cache_frozen", "sequential", "optimiser", "weights")
 
     batch_size: int = 16
     """Examples per update, over all processes and slices."""
@@ -115,6 +118,9 @@ class FineTuning(Options, Subject):
     """The rows of the final result. Choose models and rates by validation, never by test."""
     sequential: bool = False
     """Train the deltas one after another, each for all steps, the earlier ones frozen."""
+    weights: Literal["float32", "bfloat16", "nf4", "int8"] = "float32"
+    """How the frozen weights are kept: nf4 (QLoRA) and int8 (LLM.int8) quantise the linear maps.
+    Beside weights in bfloat16 the controls are trained in float32 and rounded at the end."""
 
     def __post_init__(self) -> None:
         """Check every field, expand the deltas' defaults and settle the learning rate."""
@@ -127,6 +133,13 @@ class FineTuning(Options, Subject):
             check_count(self, name, least=1)
         if self.evaluate_on not in ("test", "validation"):
             raise unknown("split", str(self.evaluate_on), ("test", "validation"))
+        if self.weights not in WEIGHTS:
+            raise unknown("kind of weights", str(self.weights), WEIGHTS)
+        if self.weights == "bfloat16" and self.precision != "bf16":
+            raise InputError(
+                f"weights in bfloat16 are computed with in bfloat16, got precision {self.precision}"
+                "; give precision bf16 too"
+            )
         if self.grad_accumulation > self.batch_size:
             raise InputError(
                 f"grad_accumulation is {self.grad_accumulation}, but a batch has only "
@@ -145,6 +158,7 @@ class FineTuning(Options, Subject):
         batches = set(_DEFAULTS) - {"seed", "optimiser", "steps", "weight_decay", "precision"}
         wrong = sorted(n for n in batches if getattr(self, n) != _DEFAULTS[n] and n != "device")
         wrong += ["sequential"] * self.sequential
+        wrong += ["weights"] * (self.weights != "float32")
         if wrong:
             raise InputError(
                 f"{self.optimiser} solves the problem of all training rows at once, without "
@@ -201,7 +215,7 @@ class FineTuning(Options, Subject):
             "train_rows": self.train_limit,
             "validation_rows": self.eval_limit,
             "test_rows": self.eval_limit,
-            "dtype": "float64" if exact else "float32",
+            "dtype": "float64" if exact else self.weights,
         }
         return super().setting(**(given | rows))
 

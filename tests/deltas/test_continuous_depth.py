@@ -18,6 +18,7 @@ from tests.deltas.zoo import batch_of, move
 Build = Callable[..., PreTrainedModel]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["constant", pytest.param("linear", marks=pytest.mark.slow)])
 def test_refined_blocks_tend_to_the_adjoint_of_the_differential_equation(
     build: Build, weights

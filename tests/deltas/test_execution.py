@@ -48,6 +48,7 @@ def assert_compiles(
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiles(build: Build) -> None:
     assert_compiles(build, "bert", "lora")
 

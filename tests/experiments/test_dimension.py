@@ -73,6 +73,7 @@ def test_the_toy_quadratic_has_ten_dimensions_exactly() -> None:
     assert math.ceil(found.dimension) == math.ceil(found.low) == math.ceil(found.high) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "truth", [30, *(pytest.param(d, marks=pytest.mark.slow) for d in (400, 3000, 20_000))]
 )

@@ -31,6 +31,7 @@ def test_a_head_follows_its_kernel_exactly(data: MarginData) -> None:
     assert found.loss < found.start
 
 
+@pytest.mark.slow
 def test_lora_leaves_its_kernel_in_proportion_to_how_far_it_goes(data: MarginData) -> None:
     """A tenth of a short step: a tenth of the error and of the drift, to the next order."""
     long, short = (

@@ -108,6 +108,7 @@ def test_rows_are_derivatives_of_the_real_margins(data: MarginData) -> None:
     assert errors[1] < 0.03 * errors[0]
 
 
+@pytest.mark.slow
 def test_the_real_model_is_trained_and_left_as_it_was(data: MarginData) -> None:
     real = RealLoRA(data, "attention.value", 2)
     rows, margins = real.rows()

@@ -98,6 +98,7 @@ def test_the_linearised_loss_has_the_gradient_and_curvature_of_the_model(
     assert len(problem.residual) == size
 
 
+@pytest.mark.slow
 def test_a_free_head_is_taken_out(places: dict[str, str]) -> None:
     """After it, the fall in random directions of LoRA is that of both together."""
     initial = made(places, "lora:rank=2")
@@ -225,6 +226,7 @@ def test_ranks_are_those_of_the_gradient_and_of_the_linear_step(full: InitialMod
     assert max(table["step_rank90"]) <= 16
 
 
+@pytest.mark.slow
 def test_records_of_thresholds(places: dict[str, str], tmp_path: Path) -> None:
     tuned = ModelThreshold(
         model=places["model"],

@@ -126,12 +126,19 @@ def test_other_losses(kind: str) -> None:
 @pytest.mark.parametrize(
     ("deltas", "overrides", "reason"),
     [
-        ((Subspace(dimension=5),), {}, "functions of a control"),
+        pytest.param(
+            (Subspace(dimension=5),), {}, "functions of a control", marks=pytest.mark.slow
+        ),
         ((AdaLoRA(rank=2, target_rank=1),), {}, "more of the training than gradients"),
-        ((StateBasedTuning(rank=2, around="mlp"),), {}, "another module left behind"),
+        pytest.param(
+            (StateBasedTuning(rank=2, around="mlp"),),
+            {},
+            "another module left behind",
+            marks=pytest.mark.slow,
+        ),
         ((LoRA(rank=2, dropout=0.5), HeadTuning()), {}, "draw random numbers"),
         ((LoRA(rank=2),), {"grad_accumulation": 2}, "grad_accumulation is set"),
-        ((LoRA(rank=2),), {"dropout": True}, "dropout is set"),
+        pytest.param((LoRA(rank=2),), {"dropout": True}, "dropout is set", marks=pytest.mark.slow),
     ],
     ids=lambda value: "",
 )

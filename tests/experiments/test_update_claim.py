@@ -64,6 +64,7 @@ def test_each_term_can_fail_the_claim(
         assert over[term] > 1
 
 
+@pytest.mark.slow
 def test_the_control_passes_where_the_update_is_as_a_gaussian_matrix(
     claim: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,7 @@ def test_rates_follow_until_the_best_lies_between_two(
     assert found.loss == min(abs(math.log(rate / best)) for rate in tried)
 
 
+@pytest.mark.slow
 def test_cutting_at_the_full_rank_leaves_the_loss_of_full_fine_tuning(outcome: Outcome) -> None:
     ends, rows = outcome.result["losses"], {r["rank"]: r for r in outcome.result["ranks"]}
     assert rows[384]["truncated_loss"] == pytest.approx(ends["full"], abs=1e-6)

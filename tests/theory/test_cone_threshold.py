@@ -44,6 +44,7 @@ def least(R: Tensor, logits: Tensor, labels: Tensor, P: Tensor) -> float:
     return float(minimize(value, np.zeros(P.shape[1]), jac=True, method="L-BFGS-B").fun)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_half_of_solved_subspaces_succeed(classes: int) -> None:
     R, logits, labels = problem(24, classes, 60)

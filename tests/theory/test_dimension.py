@@ -100,6 +100,7 @@ def test_the_spread_is_the_pooled_standard_deviation() -> None:
     assert estimate_dimension(d, y, 0.7).spread == pytest.approx(math.sqrt(deviations.mean()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seeds", "share"), [(2, 0.9), (3, 1.0)])
 def test_the_interval_covers_the_truth_as_often_as_it_says(seeds: int, share: float) -> None:
     """Of 300 experiments, the noise in curve and baseline: 90 % up to three standard errors."""

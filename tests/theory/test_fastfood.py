@@ -80,6 +80,7 @@ class TestSharedFastfood(TestFastfood):
         shares = [FastfoodProjection(D, 16).share for D in (2**12, 2**13, 2**15, 2**20)]
         assert shares == [1, 2, 8, 64]
 
+    @pytest.mark.slow
     def test_sharing_keeps_the_mean_and_the_deviation_of_the_gram_matrix(self) -> None:
         """``P'P`` over 400 draws: mean the identity, its deviation that of unshared factors."""
         D, d, draws = 1024, 6, 400

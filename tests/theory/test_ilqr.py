@@ -183,7 +183,7 @@ def test_ddp_solves_deep_networks_in_thirty_iterations(width: int, size: int, se
 
 @BOTH
 @pytest.mark.parametrize(
-    "width", [16, 64, *(pytest.param(w, marks=pytest.mark.slow) for w in (128, 256))]
+    "width", [16, *(pytest.param(w, marks=pytest.mark.slow) for w in (64, 128, 256))]
 )
 def test_both_reach_1e_8_on_twelve_layers_within_30_iterations(solver: Solver, width: int) -> None:
     """Where the target can nearly be reached; far from there iLQR is slow."""
@@ -192,6 +192,7 @@ def test_both_reach_1e_8_on_twelve_layers_within_30_iterations(solver: Solver, w
     assert solution.status is Status.CONVERGED, solution.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("horizon", [4, 24])
 def test_ddp_solves_networks_of_other_depths(horizon: int) -> None:
     problem = deep_residual_network(8, horizon=horizon)
@@ -199,6 +200,7 @@ def test_ddp_solves_networks_of_other_depths(horizon: int) -> None:
     assert solution.status is Status.CONVERGED, solution.message
 
 
+@pytest.mark.slow
 def test_ilqr_converges_linearly_at_the_rate_of_the_neglected_curvature() -> None:
     """The error is multiplied by ``I - G^-1 H`` in each iteration."""
     problem = residual_network()
@@ -265,6 +267,7 @@ def test_boxes_per_example_are_boxes_of_each_problem(solver: Solver) -> None:
             torch.testing.assert_close(u[i], expected, rtol=0, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [residual_network, pendulum, lambda: deep_residual_network(8)])
 def test_boxes_of_nonlinear_problems(make: Callable[[], ControlProblem]) -> None:
     problem = boxed(make(), -0.2, 0.15)

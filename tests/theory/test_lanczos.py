@@ -95,6 +95,7 @@ def test_unit_vectors_give_exact_traces() -> None:
     assert float((counts * nodes).sum()) == pytest.approx(float(values.sum()), rel=1e-10)
 
 
+@pytest.mark.slow
 def test_the_standard_error_of_traces_is_true_and_falls_with_the_root_of_the_probes() -> None:
     values = spread(60)
     W, _ = operator(values)

@@ -356,6 +356,7 @@ def test_the_second_derivatives_pass_through_fused_attention() -> None:
     assert descends(solution.history["objective"].tolist())
 
 
+@pytest.mark.slow
 def test_where_no_step_helps_the_solver_says_so() -> None:
     problem = residual_classifier()
     solution = solve(problem, ExtendedMSA(), problem.zero_controls(), max_steps=400, tol=0.0)

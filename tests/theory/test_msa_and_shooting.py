@@ -37,6 +37,7 @@ def test_msa_with_too_long_a_step_diverges_and_returns_the_last_finite_iterate()
     assert torch.isfinite(flat(solution.controls)).all()
 
 
+@pytest.mark.slow
 def test_msa_converges_exactly_below_two_over_the_curvature() -> None:
     problem = scalar()
     start = problem.zero_controls()

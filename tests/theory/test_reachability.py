@@ -285,6 +285,7 @@ def test_spectrum_of_a_rollout() -> None:
     assert hutchpp(chunked.gramian, 10**6).value == pytest.approx(float(exact.sum()), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_hutchpp_is_exact_for_low_rank_unbiased_and_has_its_rate() -> None:
     low = symmetric(torch.cat([normal(8, seed=1).square() + 0.1, torch.zeros(52, dtype=F64)]))
     found = hutchpp(SymmetricMatrix(low), 24)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deltacontrol.deltas.editing.host import Host
+from deltacontrol.deltas.quantised import refuse_quantised
 from deltacontrol.theory.errors import InputError
 
 
@@ -45,6 +46,7 @@ def maskable(
             f"{host.namespace}: {sites} of {host.sites.model_type} have no parameters; choose "
             "modules that have some, or sites=none for the whole backbone."
         )
+    refuse_quantised(dict(parameters), f"{host.namespace} cannot change")
     return parameters
 
 
