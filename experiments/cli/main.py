@@ -83,6 +83,12 @@ def _main(argv: list[str]) -> int:
         return _fail(error)
     if argv and not argv[0].startswith("-") and argv[0] not in known:
         return _fail(unknown("command", argv[0], known))
+    words = [argument.partition("=")[0] for argument in argv if argument.startswith("--")]
+    if twice := next((word for word in words if words.count(word) > 1), None):
+        return _fail(
+            f"{twice} is given twice, and the first would be lost; give it once, several values "
+            "behind one another (--delta lora bitfit)"
+        )
     try:
         command = tyro.extras.subcommand_cli_from_dict(
             known,

@@ -362,7 +362,7 @@ class _Recorder:
             there = path.exists()
         except (OSError, ValueError) as error:
             raise InputError(
-                f"the checkpoint {path} cannot be made ({error}); name another file"
+                f"the folder of the checkpoint {path} cannot be made ({error}); name another file"
             ) from error
         self.checkpoint = path
         if not there:
