@@ -56,9 +56,9 @@ def test_no_traceback_and_no_hang(tmp_path: Path) -> None:
         "--seed",
         "7",
         "--commands",
-        "12",
+        "4",
         "--calls",
-        "90",
+        "40",
     ]
     command += ["--accepted", str(tmp_path / "accepted.jsonl")]
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
@@ -68,6 +68,6 @@ def test_no_traceback_and_no_hang(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     lines = (tmp_path / "accepted.jsonl").read_text("utf-8").splitlines()
     names = {json.loads(line)["name"] for line in lines}
-    assert len(names) > 20  # valid inputs are drawn too, and the table counts all of them
+    assert len(names) > 5  # valid inputs are drawn too, and the table counts all of them
     commands, calls = (row.split() for row in done.stdout.splitlines()[1:3])
-    assert sum(map(int, commands[1:])) == 12 and sum(map(int, calls[1:])) == 90
+    assert sum(map(int, commands[1:])) == 4 and sum(map(int, calls[1:])) == 40

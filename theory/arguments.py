@@ -7,9 +7,9 @@
 
 What is checked of an annotation: numbers (a whole one where ``int`` is asked, no NaN where
 ``float`` is), texts, switches, tensors (dense ones with real values: none on meta), classes,
-``Literal``, callables, and the items of sequences. A number called ``seed`` is from 0 to 2^63 - 1.
-Annotations of other kinds are let pass, and so is what a function alone can know, such as shapes.
-A whole number of another type (``8.0``, NumPy's) arrives as an int.
+the type of ``Literal``, callables, and the items of sequences. A number called ``seed`` is from 0
+to 2^63 - 1. Annotations of other kinds are let pass, and so is what a function alone can know, such
+as shapes. A whole number of another type (``8.0``, NumPy's) arrives as an int.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ def _checked(value: Any, hint: Any) -> Any:
     if origin in (collections.abc.Sequence, list, tuple):
         return _items(value, args)
     if origin is typing.Literal:
-        right = any(value is a or (type(value) is type(a) and value == a) for a in args)
+        # Another text goes on to the function, whose message names the nearest one.
+        right = isinstance(value, str) or any(value is a for a in args)
     elif origin is collections.abc.Mapping or origin is dict:
         right = isinstance(value, Mapping)
     elif origin is collections.abc.Iterable:

@@ -63,7 +63,7 @@ def test_columns_do_not_go_with_a_packaged_task() -> None:
     ("argv", "expected"),
     [
         (["inspect", "--delta", "lora", "--delta", "bitfit"], "--delta is given twice"),
-        (["finetune", "--seed=1", "--seed", "2"], "--seed is given twice"),
+        (["runs", "--where", "task=a", "--where=seed=1"], "--where is given twice"),
         (["inspect", "--kind", "regression", "--num-labels", "3"], "--kind classification"),
         (["inspect", "--depth", "0"], "depth is 0"),
         (["tasks", "--text-column", "review"], "--show FILE"),

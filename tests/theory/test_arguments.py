@@ -65,7 +65,6 @@ def called(
         ({"names": ["a", 1]}, "item 1 is 1, not a text"),
         ({"sizes": (1,)}, "has 1 items, not 2"),
         ({"sizes": (1, ())}, r"item 1 is \(\), not a whole number"),
-        ({"mode": "left"}, "expected 'up' or 'down'"),
         ({"mode": []}, "expected 'up' or 'down'"),
         ({"function": 3}, "expected a function or None"),
         ({"seed": -1}, "from 0 to"),

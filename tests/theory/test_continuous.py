@@ -350,7 +350,7 @@ def test_bad_input() -> None:
     problem = varying(None)
     with pytest.raises(InputError, match="controls of one size"):
         ContinuousDepth(problem.dynamics, weights="linear")
-    with pytest.raises(InputError, match="controls is 'cubic'"):
+    with pytest.raises(InputError, match="unknown interpolation 'cubic'"):
         ContinuousDepth(Growth(), controls="cubic")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="unknown method 'heun'"):
         ContinuousDepth(Growth()).refine(2, "heun")  # type: ignore[arg-type]

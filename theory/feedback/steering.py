@@ -108,6 +108,10 @@ class OutputSteering(StateFeedback):
             InputError: for shapes that do not fit, a weight or control cost that is not positive,
                 and outputs that no control can reach where the target must be met exactly.
         """
+        if outputs.ndim != 2:
+            raise InputError(
+                f"the outputs have shape {tuple(outputs.shape)}; expected (batch, k), a row each"
+            )
         batch, k = outputs.shape
         if target.shape not in ((batch, k), (k,)):
             raise InputError(
