@@ -10,6 +10,7 @@ import pytest
 
 from deltacontrol.experiments import tasks
 from deltacontrol.experiments.cli import main as cli
+from deltacontrol.experiments.training.finetune import FineTuning
 from deltacontrol.theory.errors import InputError
 
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -76,3 +77,8 @@ def test_an_option_that_would_be_ignored_is_refused(
 ) -> None:
     assert cli._main(argv) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_a_batch_size_is_needed() -> None:
+    with pytest.raises(InputError, match="batch_size is None"):
+        FineTuning(batch_size=None)  # type: ignore[arg-type]

@@ -74,6 +74,7 @@ def cross_entropy_threshold(
             f"kernel has shape {tuple(kernel.shape)}, labels {tuple(labels.shape)}; expected "
             f"{(count * classes,) * 2} and {(count,)} for logits {tuple(logits.shape)}"
         )
+    kernel, logits = kernel.detach(), logits.detach()
     start = float(torch.nn.functional.cross_entropy(logits.double(), labels))
     if not 0 < target < start:
         raise InputError(f"target is {target}; expected between 0 and {start:.4g}, the start's")

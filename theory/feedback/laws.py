@@ -182,6 +182,11 @@ def closed_loop(
     states, controls = [x0], []
     for t in range(dynamics.horizon):
         u = law.control(t, states[-1])
+        if states[-1].is_floating_point() and u.dtype != states[-1].dtype:
+            raise InputError(
+                f"step {t} has a state of {states[-1].dtype} and a control of {u.dtype}; give both "
+                "one dtype"
+            )
         x = dynamics.step(t, states[-1], u)
         w = None if disturbance is None else disturbance[t]
         if w is not None:
