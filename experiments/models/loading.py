@@ -143,6 +143,7 @@ def _config_and_tokenizer(
     # Code that a model's folder or repository brings along is never run.
     with _reading(model, "its config.json"):
         config = AutoConfig.from_pretrained(model.location, trust_remote_code=False)
+    _name_classes(config, model)
     with _reading(model, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model.location, trust_remote_code=False)
     if not tokenizer.is_fast:
@@ -173,6 +174,35 @@ def _refuse_unknown_quantisation(config: PretrainedConfig, name: str) -> None:
             f"the weights of {name} are quantised by {method!r}, which transformers does not know; "
             f"known: {', '.join(sorted(AUTO_QUANTIZER_MAPPING))}"
         )
+
+
+def _name_classes(config: PretrainedConfig, model: ResolvedModel) -> None:
+    """Take names of classes from ``label2id`` where ``id2label`` is not there; refuse two answers.
+
+    Raises:
+        InputError: ``num_labels``, ``id2label`` and ``label2id`` of config.json contradict.
+    """
+    try:
+        given = json.loads((Path(model.location) / "config.json").read_text("utf-8"))
+        by_name = {int(i): str(name) for name, i in (given.get("label2id") or {}).items()}
+        by_id = {int(i): str(name) for i, name in (given.get("id2label") or {}).items()}
+        number = given.get("num_labels")
+    except (OSError, ValueError, TypeError, AttributeError):
+        return  # of the hub, or refused where it is read
+    names = by_id or by_name
+    if names and sorted(names) != list(range(len(names))):
+        raise InputError(
+            f"the config.json of {model.name} numbers its classes {sorted(names)}; expected 0 to "
+            f"{len(names) - 1}: correct id2label and label2id"
+        )
+    if (by_id and by_name and by_id != by_name) or (names and number not in (None, len(names))):
+        raise InputError(
+            f"the config.json of {model.name} contradicts itself: id2label {by_id}, label2id "
+            f"{by_name}, num_labels {number}; correct what says which output is which"
+        )
+    if by_name and not by_id:
+        config.id2label = by_name
+        config.label2id = {name: i for i, name in by_name.items()}
 
 
 def _check_num_labels(model: ResolvedModel) -> None:

@@ -20,14 +20,14 @@ _SMALL = ["--model", "tiny", "--task", "task.csv", "--max-length", "8"]
 _TRAINED = [*_SMALL, "--steps", "1", "--batch-size", "4"]
 BASES: dict[str, list[list[str]]] = {
     "finetune": [[*_TRAINED, "--delta", "lora:rank=2", "--learning-rate", "0.01"]],
-    "solve": [[*_SMALL, "--delta", "bitfit", "--rows", "2", "--steps", "1", "--solver", "adam:lr=0.01"]],
-    "dimension": [[*_TRAINED, "--target", "0.99", "--budget", "2", "--eval-limit", "4", "--seeds", "2",
+    "solve": [[*_SMALL, "--delta", "bitfit", "--rows", "2", "--steps", "1", "--solver", "adam:lr=0.01"]],  # noqa: E501
+    "dimension": [[*_TRAINED, "--target", "0.99", "--budget", "2", "--eval-limit", "4", "--seeds", "2",  # noqa: E501
                    "--largest", "100", "--no-predict"]],
     "tasks": [[], ["--show", "task.csv"], ["--show", "split.csv"], ["--show", "pairs.csv"]],
     "models": [[]],
     "inspect": [["--model", "tiny", "--delta", "lora:rank=2", "--kind", "classification"]],
     "deltas": [[], ["--show", "lora"]],
-    "runs": [["--runs", "runs"], ["--show", "RUN"], ["--where", "task=task.csv", "--sort", "accuracy"]],
+    "runs": [["--runs", "runs"], ["--show", "RUN"], ["--where", "task=task.csv", "--sort", "accuracy"]],  # noqa: E501
     "cite": [["--delta", "lora"], ["RUN"]],
     "claims": [["list"], ["show", "2"], ["judge", "9"]],
     "figures": [["--only", "taxonomy", "--preset", "paper", "--out", "out"]],
@@ -39,8 +39,8 @@ WEIGHTS = {"finetune": 8, "solve": 4, "tasks": 5, "inspect": 5, "runs": 4, "impo
 BENCHMARKS = ("solvers", "gauss_newton", "deltas", "projections")
 # Options that would write into this checkout, or that train for minutes.
 _LEFT_OUT = {"publish", "recompute", "predict", "upgrade"}
-_FILES = ("tiny", "labelled", "causal", "task.csv", "task.tsv", "task.jsonl", "task.parquet", "task.txt",
-          "task.csv.gz", "real.csv", "split.csv", "pairs.csv", "adapter", "runs", "mine.py")  # fmt: skip
+_FILES = ("tiny", "labelled", "causal", "task.csv", "task.tsv", "task.jsonl", "task.parquet", "task.txt",  # noqa: E501
+          "task.csv.gz", "real.csv", "split.csv", "pairs.csv", "adapter", "runs", "mine.py")  # fmt: skip  # noqa: E501
 
 
 def draw(key: str, seed: int, place: Path) -> Case:

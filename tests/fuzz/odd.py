@@ -16,7 +16,7 @@ NUMBERS = (
     "99999999999999999999", "0x10", "1_000", "many", "", " ", "²", "٣", "None", "True", "1,5",
 )  # fmt: skip
 WORDS = (
-    "", " ", "ä€𝄞", "\u202e", "-", "none", "nan", "0", "..", "/", "%s%n", "{0}", "'", '"', "a" * 3000,
+    "", " ", "ä€𝄞", "\u202e", "-", "none", "nan", "0", "..", "/", "%s%n", "{0}", "'", '"', "a" * 3000,  # noqa: E501
     "lora", "movie", "\ud800", "\n", "=", ":", ",", "None", "*", "tiny", "full",
 )  # fmt: skip
 PATHS = (
@@ -86,7 +86,7 @@ def spec(chance: random.Random, known: dict[str, dict[str, Any]]) -> str:
             value = chance.choice((default, near(chance, default), *BACKTRACK, "none"))
         else:
             value = chance.choice(("none", "0", "0+1", "-1", "1+1", "", "x", *NUMBERS, *BACKTRACK,
-                                   "attention.query", "attention.query+mlp.up", "head", ".*"))  # fmt: skip
+                                   "attention.query", "attention.query+mlp.up", "head", ".*"))  # fmt: skip  # noqa: E501
         items.append(f"{field}={value}")
     text = name + (":" + ",".join(items) if items else "")
     if chance.random() < 0.3:
@@ -99,7 +99,7 @@ def values(chance: random.Random, like: Any) -> tuple[str, Any]:
     """An odd value in place of ``like``: what it is, and itself."""
     anything: list[tuple[str, Any]] = [
         ("None", None), ("''", ""), ("'x'", "x"), ("-1", -1), ("nan", math.nan), ("[]", []),
-        ("{}", {}), ("object()", object()), ("True", True), ("1.5", 1.5), ("()", ()), ("b'x'", b"x"),
+        ("{}", {}), ("object()", object()), ("True", True), ("1.5", 1.5), ("()", ()), ("b'x'", b"x"),  # noqa: E501
         ("[None]", [None]), ("1j", 1j), ("int", int),
     ]  # fmt: skip
     own: list[tuple[str, Any]] = []
@@ -133,7 +133,7 @@ def values(chance: random.Random, like: Any) -> tuple[str, Any]:
         key = chance.choice(sorted(like, key=str))
         name, inner = values(chance, like[key])
         own = [(f"without {key!r}", {k: v for k, v in like.items() if k != key}),
-               ("with 'surprise'", {**like, "surprise": 1}), ("with 3", {**like, 3: 1})]  # fmt: skip
+               ("with 'surprise'", {**like, "surprise": 1}), ("with 3", {**like, 3: 1})]  # fmt: skip  # noqa: E501
         own += [(f"{key!r} = {name}", {**like, key: inner})] * 5
     elif callable(like) and not isinstance(like, type):
         own = [("lambda *a: None", lambda *a, **k: None)]
@@ -149,7 +149,7 @@ def _tensors(like: Tensor) -> list[tuple[str, Any]]:
         endless.view(-1)[-1] = math.inf
     found = [
         ("NaN in it", broken), ("inf in it", endless), ("zeros", torch.zeros_like(like)),
-        ("its list", like.tolist()), ("its array", like.detach().numpy()), ("empty", like[:0] if like.dim() else like.new_empty(0)),
+        ("its list", like.tolist()), ("its array", like.detach().numpy()), ("empty", like[:0] if like.dim() else like.new_empty(0)),  # noqa: E501
         ("one axis more", like[None]), ("flat", like.reshape(-1)), ("a scalar", like.new_zeros(())),
         ("int64", like.long()), ("float32", like.float()), ("float16", like.half()),
         ("complex", like.to(torch.complex128)), ("bool", like.bool()), ("on meta", like.to("meta")),

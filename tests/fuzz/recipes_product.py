@@ -138,7 +138,7 @@ def recipes() -> Iterator[Recipe]:
     )
     yield "control_problem", _controlled, lambda p: {"deltas": [dc.BitFit()], "batch": dict(_BATCH),
                                                      "weight_decay": 0.1, "path": p}  # fmt: skip
-    yield "solve(model)", dc.solve, lambda p: {"problem": _problem(p), "solver": NewtonCG(max_products=3),
+    yield "solve(model)", dc.solve, lambda p: {"problem": _problem(p), "solver": NewtonCG(max_products=3),  # noqa: E501
                                                "max_steps": 1, "tol": 1e-3}  # fmt: skip
     yield "save", _saved, lambda p: {"path": p, "deltas": [dc.LoRA(rank=2)], "folder": p / "kept"}
     yield "load", dc.load, lambda p: {"model": model(p), "folder": p / "damaged" / "saved"}
@@ -152,7 +152,7 @@ def recipes() -> Iterator[Recipe]:
         "name": str(p / "tiny"), "kind": "classification", "num_labels": 2, "pretrained": True,
         "seed": 0, "dtype": "float32"}  # fmt: skip
     yield "load_model(folder)", _loaded_model, lambda p: {
-        "name": str(p / "damaged" / "labelled"), "kind": "classification", "num_labels": 3}  # fmt: skip
+        "name": str(p / "damaged" / "labelled"), "kind": "classification", "num_labels": 3}  # fmt: skip  # noqa: E501
     yield "load_task", dc.load_task, lambda p: {
         "name": str(p / "task.csv"), "text_column": "text", "label_column": "label",
         "kind": "classification"}  # fmt: skip
@@ -169,9 +169,9 @@ def recipes() -> Iterator[Recipe]:
         "model": str(p / "tiny"), "task": str(p / "task.csv"), "deltas": ["lora:rank=2"],
         "runs": p / "runs", "progress": False, "steps": 1, "max_length": 8, "batch_size": 4,
         "learning_rate": 0.01, "optimiser": "adamw", "eval_limit": 8, "seed": 0, "warmup": 0.1,
-        "schedule": "linear", "weight_decay": 0.0, "max_grad_norm": 1.0, "grad_accumulation": 1}  # fmt: skip
+        "schedule": "linear", "weight_decay": 0.0, "max_grad_norm": 1.0, "grad_accumulation": 1}  # fmt: skip  # noqa: E501
     yield "estimate_dimension", dc.estimate_dimension, lambda p: {
-        "model": str(p / "tiny"), "task": str(p / "task.csv"), "runs": p / "runs", "progress": False,
+        "model": str(p / "tiny"), "task": str(p / "task.csv"), "runs": p / "runs", "progress": False,  # noqa: E501
         "steps": 1, "max_length": 8, "target": 0.2, "budget": 2, "eval_limit": 4, "seeds": 2,
         "largest": 100, "smallest": 10, "start": 20, "share": 0.9, "confidence": 0.9}  # fmt: skip
     yield "runs", dc.runs, lambda p: {"root": p / "runs", "committed": False}
@@ -186,7 +186,7 @@ def recipes() -> Iterator[Recipe]:
         lambda p: {"model": model(p), "path": p / "damaged" / "adapter"},
     )
     yield "export_peft", _exported, lambda p: {"path": p, "deltas": [dc.LoRA(rank=2)],
-                                               "folder": p / "exported", "base_model": "x"}  # fmt: skip
+                                               "folder": p / "exported", "base_model": "x"}  # fmt: skip  # noqa: E501
     yield (
         "attach_feedback",
         attach_feedback,

@@ -249,13 +249,13 @@ def recipes() -> Iterator[Recipe]:
     yield "ExactArgmin", th.ExactArgmin, lambda _: {"dense_limit": 10}
     yield "solvers.parse", registry.parse, lambda _: {"text": "newton-cg:radius=2"}
     yield "AffineSubspace", th.AffineSubspace, lambda _: {"mean": normal(N),
-                                                          "basis": torch.eye(N, dtype=F64)[:, :1]}  # fmt: skip
+                                                          "basis": torch.eye(N, dtype=F64)[:, :1]}  # fmt: skip  # noqa: E501
     yield "AffineFeedback", _corrected(th.AffineFeedback), lambda _: {
-        "gains": [normal(N, N)] * L, "controls": (normal(N),) * L, "states": [normal(N)] * L}  # fmt: skip
+        "gains": [normal(N, N)] * L, "controls": (normal(N),) * L, "states": [normal(N)] * L}  # fmt: skip  # noqa: E501
     yield "ProjectionCorrection", _corrected(th.ProjectionCorrection), lambda _: {
         "subspaces": _subspaces(), "gain": 0.5}  # fmt: skip
     yield "PIDCorrection", _corrected(th.PIDCorrection), lambda _: {
-        "subspaces": _subspaces(), "proportional": 1.0, "integral": 0.1, "derivative": 0.1}  # fmt: skip
+        "subspaces": _subspaces(), "proportional": 1.0, "integral": 0.1, "derivative": 0.1}  # fmt: skip  # noqa: E501
     yield "closed_loop", th.closed_loop, lambda _: {
         "dynamics": _linear().dynamics, "x0": _linear().x0, "disturbance": [normal(N)] * L,
         "law": th.AffineFeedback([normal(M, N)] * L, _u(), [normal(N)] * L)}  # fmt: skip
@@ -268,15 +268,15 @@ def recipes() -> Iterator[Recipe]:
         yield curvature.__name__, _curvature(curvature), lambda _: {
             "problem": _network(), "u": _network().zero_controls(dtype=F64)}  # fmt: skip
     yield "ContinuousDepth", _depth, lambda _: {"dynamics": _continuous(), "weights": "constant",
-                                                "controls": "constant", "rtol": 1e-6, "atol": 1e-8}  # fmt: skip
+                                                "controls": "constant", "rtol": 1e-6, "atol": 1e-8}  # fmt: skip  # noqa: E501
     yield "solve_convex", th.solve_convex, lambda _: {
-        "problem": known.scalar_box(), "per_example": False, "tolerance": 1e-8, "solver": "auto"}  # fmt: skip
+        "problem": known.scalar_box(), "per_example": False, "tolerance": 1e-8, "solver": "auto"}  # fmt: skip  # noqa: E501
     yield "ConvexTuning", _tuned, lambda _: {
         "features": normal(6, 3, 4), "labels": torch.tensor([0, 1, 2, 0, 1, 2]), "groups": [2, 2],
-        "loss": "cross-entropy", "penalty": th.Ridge(), "tolerance": 1e-6, "weight": 0.1}  # fmt: skip
+        "loss": "cross-entropy", "penalty": th.Ridge(), "tolerance": 1e-6, "weight": 0.1}  # fmt: skip  # noqa: E501
     yield "GroupLasso", lambda **k: _tuned(0.1, features=normal(6, 3, 4), groups=[2, 2],
                                            labels=torch.tensor([0, 1, 2, 0, 1, 2]),
-                                           penalty=th.GroupLasso(**k)), lambda _: {"scales": (1.0, 2.0)}  # fmt: skip
+                                           penalty=th.GroupLasso(**k)), lambda _: {"scales": (1.0, 2.0)}  # fmt: skip  # noqa: E501
     for name in projections.RANDOM_PROJECTIONS:
         kind = projections.RANDOM_PROJECTIONS[name]
         yield kind.__name__, _projection(kind), lambda _: {
@@ -306,7 +306,7 @@ def _numbers() -> Iterator[Recipe]:
         (bounds.pac_bayes_bound, {"q": 0.1, "divergence": 3.0, "n": 100, "delta": 0.05}),
         (bounds.countable_class_bound, {"q": 0.1, "code": 9.0, "n": 100, "delta": 0.05}),
         (bounds.monte_carlo_bound, {"mean": 0.1, "draws": 20, "delta": 0.05}),
-        (bounds.gaussian_kl, {"mean": normal(4), "posterior_deviation": 0.5, "prior_deviation": 1.0}),
+        (bounds.gaussian_kl, {"mean": normal(4), "posterior_deviation": 0.5, "prior_deviation": 1.0}),  # noqa: E501
         (bounds.quantise, {"vector": normal(20), "levels": 5}),
         (bounds.code_length, {"indices": torch.tensor([0, 1, 1, 2]), "levels": 3}),
         (low_rank.singular_values, {"matrix": normal(4, 3)}),
@@ -317,21 +317,21 @@ def _numbers() -> Iterator[Recipe]:
         (low_rank.principal_angles, {"first": normal(5, 2), "second": normal(5, 3, seed=1)}),
         (low_rank.subspace_overlap, {"first": normal(5, 2), "second": normal(5, 3, seed=1)}),
         (low_rank.truncated, {"matrix": normal(4, 3), "rank": 2}),
-        (expressive_rank.rank_threshold, {"target": normal(3, 3), "frozen": [normal(3, 3, seed=i) for i in (1, 2)]}),
-        (expressive_rank.adapted_product, {"target": normal(3, 3), "frozen": [normal(3, 3, seed=i) for i in (1, 2)], "rank": 2}),
+        (expressive_rank.rank_threshold, {"target": normal(3, 3), "frozen": [normal(3, 3, seed=i) for i in (1, 2)]}),  # noqa: E501
+        (expressive_rank.adapted_product, {"target": normal(3, 3), "frozen": [normal(3, 3, seed=i) for i in (1, 2)], "rank": 2}),  # noqa: E501
         (hadamard.hadamard_transform, {"x": normal(8), "pad": False}),
         (hadamard.orthonormal_transform, {"x": normal(8)}),
-        (perturbation.growth_bound, {"lipschitz": [torch.tensor([1.1], dtype=F64)] * 2, "defects": [torch.tensor([0.1], dtype=F64)] * 2, "initial": torch.tensor([0.0], dtype=F64)}),
+        (perturbation.growth_bound, {"lipschitz": [torch.tensor([1.1], dtype=F64)] * 2, "defects": [torch.tensor([0.1], dtype=F64)] * 2, "initial": torch.tensor([0.0], dtype=F64)}),  # noqa: E501
         (perturbation.example_norms, {"x": normal(4, 3)}),
-        (turnpike.two_sided_rate, {"values": torch.tensor([1.0, 0.3, 0.1, 0.09, 0.3, 1.0], dtype=F64)}),
+        (turnpike.two_sided_rate, {"values": torch.tensor([1.0, 0.3, 0.1, 0.09, 0.3, 1.0], dtype=F64)}),  # noqa: E501
         (estimate.estimate_dimension, _estimate(Path())),
-        (gaussian_width.published_threshold, {"values": values, "displacement": normal(4), "target": 0.1}),
-        (cross_entropy_threshold, {"kernel": positive(6), "logits": normal(3, 2), "labels": torch.tensor([0, 1, 0]), "target": 0.2, "draws": 3, "seed": 0}),
-        (krylov.quadrature, {"W": operator.SymmetricMatrix(positive(6)), "start": normal(2, 6), "steps": 3}),
-        (krylov.spectral_density, {"W": operator.SymmetricMatrix(positive(6)), "steps": 3, "probes": 2, "seed": 0}),
-        (sketching.hutchpp, {"W": operator.SymmetricMatrix(positive(6)), "num_products": 6, "seed": 0}),
-        (sketching.leading_spectrum, {"W": operator.SymmetricMatrix(positive(6)), "num_values": 2, "oversampling": 2, "iterations": 1, "probes": 2, "seed": 0}),
-        (conjugate_gradients, {"H": operator.SymmetricMatrix(positive(6)), "gradient": normal(6), "rtol": 1e-6, "max_products": 9, "radius": 10.0}),
+        (gaussian_width.published_threshold, {"values": values, "displacement": normal(4), "target": 0.1}),  # noqa: E501
+        (cross_entropy_threshold, {"kernel": positive(6), "logits": normal(3, 2), "labels": torch.tensor([0, 1, 0]), "target": 0.2, "draws": 3, "seed": 0}),  # noqa: E501
+        (krylov.quadrature, {"W": operator.SymmetricMatrix(positive(6)), "start": normal(2, 6), "steps": 3}),  # noqa: E501
+        (krylov.spectral_density, {"W": operator.SymmetricMatrix(positive(6)), "steps": 3, "probes": 2, "seed": 0}),  # noqa: E501
+        (sketching.hutchpp, {"W": operator.SymmetricMatrix(positive(6)), "num_products": 6, "seed": 0}),  # noqa: E501
+        (sketching.leading_spectrum, {"W": operator.SymmetricMatrix(positive(6)), "num_values": 2, "oversampling": 2, "iterations": 1, "probes": 2, "seed": 0}),  # noqa: E501
+        (conjugate_gradients, {"H": operator.SymmetricMatrix(positive(6)), "gradient": normal(6), "rtol": 1e-6, "max_products": 9, "radius": 10.0}),  # noqa: E501
         (operator.SymmetricMatrix, {"matrix": positive(4)}),
         (operator.Diagonal, {"diagonal": values}),
     ):  # fmt: skip
