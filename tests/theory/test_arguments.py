@@ -25,6 +25,7 @@ from deltacontrol.theory import (
 from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.solved_problems import scalar
 from deltacontrol.theory.depth.continuous import ContinuousDepth
+from deltacontrol.theory.dimension.gaussian_width import published_threshold
 from deltacontrol.theory.dimension.projections import FastfoodProjection
 from deltacontrol.theory.parsing import checked
 from deltacontrol.theory.rank import low_rank
@@ -94,6 +95,11 @@ def linear(width: int = 2) -> LinearDynamics:
     ("call", "expected"),
     [
         (lambda: low_rank.singular_values("x"), "matrix is 'x'; expected a tensor"),
+        (
+            lambda: published_threshold(torch.ones(2), torch.tensor([1.0, math.nan]), 0.1),
+            "finite and not zero",
+        ),
+        (lambda: published_threshold(torch.ones(2), torch.ones(2), 0.0), "target is 0"),
         (lambda: NewtonCG(radius="2"), "radius is '2'"),
         (lambda: solve(scalar(), "newton-cg"), "solver is 'newton-cg'"),
         (lambda: solve(scalar(), NewtonCG(), [0.0] * 5), "u0 is"),

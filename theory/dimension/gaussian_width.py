@@ -191,8 +191,21 @@ def published_threshold(values: Tensor, displacement: Tensor, target: float) -> 
         values: all eigenvalues of ``H``, ``(D,)``.
         displacement: ``theta_0 - theta*``, in any basis, ``(D,)``.
         target: ``eps``, the target loss above the minimum.
+
+    Raises:
+        InputError: the shapes differ, a number is not finite, an eigenvalue is negative, the
+            displacement is zero or the target is not positive.
     """
-    kappa = 2 * target / float(displacement.square().sum())
+    finite = bool(values.isfinite().all()) and bool(displacement.isfinite().all())
+    size = float(displacement.square().sum())
+    if values.shape != displacement.shape or not finite or bool((values < 0).any()) or not size:
+        raise InputError(
+            f"expected eigenvalues >= 0 and a displacement of one shape, finite and not zero; got "
+            f"shapes {tuple(values.shape)} and {tuple(displacement.shape)}"
+        )
+    if not 0 < target < math.inf:
+        raise InputError(f"target is {target}; expected a finite loss above 0")
+    kappa = 2 * target / size
     return float((values / (values + kappa)).sum())
 
 

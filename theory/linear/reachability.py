@@ -91,6 +91,8 @@ class Reachability(LinearOperator):
         stage = horizon if self.stage is None else self.stage
         if not 1 <= stage <= horizon:
             raise InputError(f"stage is {stage}; expected 1 to {horizon}, or None for the last")
+        if self.chunk is not None and self.chunk < 1:
+            raise InputError(f"chunk is {self.chunk}; expected at least 1, or None for the default")
         given = [1.0] * horizon if self.access is None else self.access
         if len(given) != horizon:
             raise InputError(f"access has {len(given)} entries; expected {horizon}, one per step")
