@@ -50,7 +50,8 @@ def attach(model: PreTrainedModel, *deltas: Delta, seed: int = 0) -> DeltaModel:
 
     Raises:
         InputError: a target matches nothing, a size is impossible, a tied weight would change on
-            both ends, or the model has deltas already. The model is then as before.
+            both ends, the model has deltas already or offloaded weights, or the controls are larger
+            than the memory. The model is then as before.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -77,6 +78,9 @@ def attach(model: PreTrainedModel, *deltas: Delta, seed: int = 0) -> DeltaModel:
             "this model has deltas already: call .detach() on its DeltaModel first, or give all "
             "deltas to one attach(model, A, B)."
         )
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise InputError(f"the seed is {seed!r}; expected a whole number from 0 to 2^63 - 1.")
+    guards.refuse_offloaded(model)
     num_base = sum(num_values(p) for p in model.parameters())
     host = Host(model, seed)
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -95,6 +99,7 @@ def attach(model: PreTrainedModel, *deltas: Delta, seed: int = 0) -> DeltaModel:
             host.namespace = delta.name.replace(".", "_") + (f"_{taken + 1}" if taken else "")
             before = {name for name, _ in host.controls.named_parameters()}
             expected = delta.num_parameters(host)
+            guards.require_memory(delta.name, expected, model)
             delta.build(host)
             added = {n: p for n, p in host.controls.named_parameters() if n not in before}
             count = sum(p.numel() for p in added.values())
@@ -102,6 +107,11 @@ def attach(model: PreTrainedModel, *deltas: Delta, seed: int = 0) -> DeltaModel:
                 raise AssertionError(
                     f"{delta.name}: {count} parameters, its formula "
                     f"{delta.num_parameters_formula} gives {expected}."
+                )
+            if not count:
+                raise InputError(
+                    f"{delta.name} acts nowhere on this {type(model).__name__}, with no parameter; "
+                    "give it sites, or leave its options as they are by default."
                 )
             places = {host.state_path[name] for name in added}
             attachments.append(Attachment(delta, host.namespace, count, len(places)))

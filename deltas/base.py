@@ -27,6 +27,8 @@ CATEGORY_RATES: dict[Category, float] = {
     "reparametrisation": 3e-3,
     "combined": 1e-3,
 }
+# Of the numbers of a delta: those of a model in float32 are not larger.
+LARGEST = 3.4e38
 
 
 class Delta(ABC):
@@ -121,6 +123,11 @@ class Delta(ABC):
         for field, kind in _field_types(type(self)).items():
             given = getattr(self, field)
             value = parsing.checked(self.name, field, given, kind)
+            if isinstance(value, float) and abs(value) > LARGEST:
+                raise InputError(
+                    f"{self.name}: {field} is {value:g}; expected a number that float32 has, at "
+                    f"most {LARGEST:g}."
+                )
             if value is not given:
                 object.__setattr__(self, field, value)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import psutil
+import torch
 from transformers import PreTrainedModel
 
 from deltacontrol.deltas.editing.edits import Edits
@@ -49,6 +51,43 @@ def guard(edits: Edits) -> None:
     edits.override("save_pretrained", _refuse(saved))
     edits.override("push_to_hub", _refuse(saved))
     edits.override("__deepcopy__", _refuse(COPIED))
+
+
+def refuse_offloaded(model: PreTrainedModel) -> None:
+    """Refuse weights on ``meta``: a control that is laid on them has no values to start from.
+
+    Accelerate leaves them there where it keeps the weights on the disk or in another memory.
+
+    Raises:
+        InputError: names the first such weights.
+    """
+    empty = [name for name, p in model.named_parameters() if p.is_meta]
+    empty += [name for name, b in model.named_buffers() if b.is_meta]
+    if empty:
+        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+        raise InputError(
+            f"{len(empty)} weights of this {type(model).__name__} are on meta, without values "
+            f"({', '.join(empty[:3])}{more}): they are offloaded. Load the model whole, without "
+            "device_map or with room for all of it (device_map={'': 'cpu'}), or a smaller one."
+        )
+
+
+def require_memory(name: str, parameters: int, model: PreTrainedModel) -> None:
+    """Refuse controls that no memory of this machine holds, before anything is made.
+
+    Raises:
+        InputError: gives the number of parameters and the memory.
+    """
+    weight = next(model.parameters(), None)
+    size = 4 if weight is None else weight.element_size()
+    total = psutil.virtual_memory().total
+    if weight is not None and weight.is_cuda:
+        total = torch.cuda.get_device_properties(weight.device).total_memory
+    if parameters * size > total:
+        raise InputError(
+            f"{name} would have {parameters:,d} parameters, {parameters * size / 2**30:,.0f} GiB, "
+            f"and the memory has {total / 2**30:,.0f} GiB; choose smaller sizes."
+        )
 
 
 def _refuse(message: str) -> Callable[..., NoReturn]:

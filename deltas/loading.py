@@ -12,14 +12,17 @@ from deltacontrol.deltas import saved_folder
 from deltacontrol.deltas.attaching import attach
 from deltacontrol.deltas.model import DeltaModel
 from deltacontrol.deltas.registry import from_dict
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 
+@typed
 def save(controlled: DeltaModel, folder: str | Path) -> None:
     """Write the deltas, their controls and the base's identity; see `DeltaModel.save`."""
     controlled.save(folder)
 
 
+@typed
 def load(model: PreTrainedModel, folder: str | Path) -> DeltaModel:
     """Attach the deltas that `DeltaModel.save` wrote, with their controls.
 

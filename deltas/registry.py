@@ -11,6 +11,7 @@ from typing import Any
 
 from deltacontrol.deltas.base import Delta
 from deltacontrol.theory import parsing, plugins
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError, unknown
 
 
@@ -73,6 +74,7 @@ def delta_of(given: Delta | str | Mapping[str, Any]) -> Delta:
     return given if isinstance(given, Delta) else from_dict(given)
 
 
+@typed
 def from_dict(config: Mapping[str, Any]) -> Delta:
     """The delta of a plain dictionary ``{"name": ..., field: value}``.
 
@@ -101,6 +103,7 @@ def completed(config: Any) -> Any:
     return config
 
 
+@typed
 def parse(text: str) -> Delta:
     """The delta of a text such as ``lora:rank=16,sites=attention.query+mlp.up``.
 

@@ -173,13 +173,18 @@ def write(folder: str | Path, saved: Saved) -> None:
     before a whole folder stands at the place.
 
     Raises:
-        InputError: there is something else at that place.
+        InputError: there is something else at that place, or it cannot be written.
     """
     target = Path(folder).resolve()
     _check_free(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    had_one = target.exists()
-    beside = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        had_one = target.exists()
+        beside = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise InputError(
+            f"the folder {target} cannot be written ({error.strerror or error}); name another one"
+        ) from error
     new, old = beside / "new", beside / "old"
     try:
         _fill(new, saved)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = ["claims", "estimate_dimension", "finetune"]
 RUNS = Path("runs")
 
 
+@typed
 def finetune(
     model: str = "minilm-l6",
     task: str = "movie",
@@ -60,6 +62,7 @@ def finetune(
     return record
 
 
+@typed
 def estimate_dimension(
     model: str = "minilm-l6",
     task: str = "movie",
@@ -94,6 +97,7 @@ def estimate_dimension(
     return record
 
 
+@typed
 def claims(number: int | None = None, *, runs: str | Path = RUNS) -> DataFrame | Outcome:
     """The scoreboard, one row a claim; or one judged claim with its evidence.
 

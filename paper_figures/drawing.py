@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from deltacontrol.experiments.runs.store import both_homes
 from deltacontrol.paper_figures import base, collect
+from deltacontrol.theory.arguments import typed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["figure"]
 
 
+@typed
 def figure(
     name: str, preset: Literal["paper", "quick"] = "paper", *, runs: str | Path = "runs"
 ) -> Figure:

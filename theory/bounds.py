@@ -26,6 +26,7 @@ from scipy.optimize import brentq
 from scipy.special import gammaln, rel_entr, xlogy
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 __all__ = [
@@ -43,8 +44,11 @@ __all__ = [
 
 SCALES = range(-96, 32)  # a scale is 2^(i/4): 128 of them, coded as equally likely
 ROUNDING = 1e-12
+MOST_LEVELS = 2**24
+MOST_ROWS = 2**27  # `maurer_constant` has as many terms
 
 
+@typed
 def binary_kl(q: float, p: float) -> float:
     """kl(q‖p) = q ln(q/p) + (1-q) ln((1-q)/(1-p)), infinite where p rules out what q allows.
 
@@ -56,6 +60,7 @@ def binary_kl(q: float, p: float) -> float:
     return float(rel_entr(q, p) + rel_entr(1 - q, 1 - p))
 
 
+@typed
 def kl_inverse(q: float, divergence: float) -> float:
     """The largest p with kl(q‖p) <= c, rounded up.
 
@@ -84,6 +89,7 @@ def kl_inverse(q: float, divergence: float) -> float:
     return min(1.0, root + ROUNDING)
 
 
+@typed
 def countable_class_bound(q: float, code: float, n: int, delta: float) -> float:
     """The error that exceeds the truth with probability at most δ, for every h of a code.
 
@@ -107,18 +113,22 @@ def countable_class_bound(q: float, code: float, n: int, delta: float) -> float:
     return kl_inverse(q, (code - math.log(delta)) / n)
 
 
+@typed
 def maurer_constant(n: int) -> float:
     """ξ(n) = Σ_k C(n,k) (k/n)^k (1-k/n)^(n-k), the mean of exp(n kl(q‖e)), at most.
 
     Source: Maurer, arXiv cs/0411099, theorem 1.
     """
     _check(n, 0.5)
+    if n > MOST_ROWS:
+        raise InputError(f"n is {n}; expected at most {MOST_ROWS} rows")
     k = np.arange(n + 1)
     logs = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
     logs += xlogy(k, k / n) + xlogy(n - k, (n - k) / n)
     return float(np.exp(logs).sum())
 
 
+@typed
 def pac_bayes_bound(q: float, divergence: float, n: int, delta: float) -> float:
     """The mean error over Q that is exceeded with probability at most δ, for every Q at once.
 
@@ -139,6 +149,7 @@ def pac_bayes_bound(q: float, divergence: float, n: int, delta: float) -> float:
     return kl_inverse(q, (divergence + math.log(maurer_constant(n) / delta)) / n)
 
 
+@typed
 def monte_carlo_bound(mean: float, draws: int, delta: float) -> float:
     """Upper bound of an expectation in [0, 1] from the mean of so many independent draws.
 
@@ -151,6 +162,7 @@ def monte_carlo_bound(mean: float, draws: int, delta: float) -> float:
     return kl_inverse(mean, -math.log(delta) / draws)
 
 
+@typed
 def gaussian_kl(mean: Tensor, posterior_deviation: float, prior_deviation: float) -> float:
     """KL(N(z, σ²I)‖N(0, τ²I)) = d/2 (ρ - 1 - ln ρ) + ‖z‖²/2τ², ρ = σ²/τ², in nats.
 
@@ -188,14 +200,15 @@ class Quantised:
     code: float
 
 
+@typed
 def quantise(vector: Tensor, levels: int) -> Quantised:
     """Round to the nearest of L levels, with the scale of least squared error; larger ones clip.
 
     Raises:
         InputError: fewer than two levels, no vector, or entries that are not finite.
     """
-    if levels < 2:
-        raise InputError(f"levels is {levels}; expected at least 2")
+    if not 2 <= levels <= MOST_LEVELS:
+        raise InputError(f"levels is {levels}; expected a number from 2 to {MOST_LEVELS}")
     if vector.ndim != 1 or not vector.numel() or not vector.isfinite().all():
         raise InputError(
             f"expected a vector (d,) of finite numbers, got shape {tuple(vector.shape)}"
@@ -216,6 +229,7 @@ def quantise(vector: Tensor, levels: int) -> Quantised:
     return Quantised(rounded.to(vector.dtype), levels, scale, code)
 
 
+@typed
 def code_length(indices: Tensor, levels: int) -> float:
     """-ln P of a sequence of levels under the mixture of all coins with L sides.
 
@@ -229,6 +243,10 @@ def code_length(indices: Tensor, levels: int) -> float:
     Raises:
         InputError: an index is not among 0, …, L - 1.
     """
+    if indices.is_floating_point() or str(indices.dtype) == "torch.bool":
+        raise InputError(f"the indices are {indices.dtype}; expected whole numbers, such as int64")
+    if not 1 <= levels <= MOST_LEVELS:
+        raise InputError(f"levels is {levels}; expected a number from 1 to {MOST_LEVELS}")
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < levels:
         raise InputError(
             f"indices must lie between 0 and {levels - 1}, the last of {levels} levels"

@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError, unknown
 
 __all__ = ["Claim", "Evidence", "Outcome", "Records", "Threshold", "Verdict", "judge", "verdict_of"]
@@ -64,6 +65,7 @@ class Verdict(StrEnum):
         return self.value.replace("_", " ")
 
 
+@typed
 @dataclass(frozen=True)
 class Threshold:
     """The condition that a measured number must meet, written before it is measured.

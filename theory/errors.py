@@ -16,12 +16,12 @@ class InputError(ValueError):
     """An argument, a file or a name that cannot be used; the message says what to try."""
 
 
-def unknown(kind: str, name: str, options: Iterable[str]) -> InputError:
+def unknown(kind: str, name: object, options: Iterable[str]) -> InputError:
     """The error for a name that is not among `options`, naming the nearest ones.
 
     Args:
         kind: what the name stands for, such as ``"task"``.
-        name: the name that was given.
+        name: the name that was given; what is no text is shown as it is.
         options: every name that would have been accepted.
 
     Returns:
@@ -32,7 +32,7 @@ def unknown(kind: str, name: str, options: Iterable[str]) -> InputError:
         unknown task 'moive'; nearest: movie; known: movie, rt, sms
     """
     known = sorted(set(options))
-    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     parts = [f"unknown {kind} {name!r}"]
     if nearest:
         parts.append("nearest: " + ", ".join(nearest))

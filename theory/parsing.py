@@ -165,7 +165,7 @@ def _of_kind(value: Any, kind: Any) -> Any:
             raise _OtherKindError
         return tuple(_of_kind(item, args[0]) for item in value)
     if kind in (int, float):
-        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, Real) or isinstance(value, bool) or not _is_finite(value):
             raise _OtherKindError
         number: Any = value  # an int, a float, or one of NumPy's
         if kind is float:
@@ -176,6 +176,13 @@ def _of_kind(value: Any, kind: Any) -> Any:
     if kind in (bool, str) and not isinstance(value, kind):
         raise _OtherKindError
     return value
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _describe_value(kind: Any) -> str:

@@ -30,6 +30,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 __all__ = [
@@ -53,16 +54,21 @@ _adopted: dict[str, ModuleType] = {}
 _texts: dict[str, str] = {}  # digest of a module's file when it was first seen
 
 
+@typed
 def load(path: str | Path) -> ModuleType:
     """Run a file as a module and let the registries find what it defines; a second time, nothing.
 
     Raises:
         InputError: there is no such Python file, or it fails when it is run.
     """
-    file = Path(path).expanduser().resolve()
+    try:
+        file = Path(path).expanduser().resolve()
+        there = file.suffix == ".py" and file.is_file()
+    except (OSError, RuntimeError, ValueError):  # no path: too long, an unknown ~user, a zero byte
+        file, there = Path(), False
     if file in _loaded:
         return _loaded[file]
-    if file.suffix != ".py" or not file.is_file():
+    if not there:
         raise InputError(
             f"cannot load {path}: expected the path of a Python file, such as my_delta.py"
         )

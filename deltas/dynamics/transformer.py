@@ -47,6 +47,7 @@ from transformers import PreTrainedModel
 from deltacontrol.deltas.dynamics.stages import Stages
 from deltacontrol.deltas.dynamics.state_layout import Part, StateLayout
 from deltacontrol.deltas.model import DeltaModel
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.costs import (
     BinaryCrossEntropyCost,
     CrossEntropyCost,
@@ -259,6 +260,7 @@ def has_many_labels(model: PreTrainedModel, labels: Tensor) -> bool:
     return kind == "multi_label_classification"
 
 
+@typed
 def control_problem(
     delta_model: DeltaModel, batch: Mapping[str, Any], *, weight_decay: float = 0.0
 ) -> ControlProblem:
@@ -292,7 +294,9 @@ def control_problem(
         )
     labels = batch.get("labels")
     if labels is None:
-        raise InputError(f"the batch has no 'labels'; it has {', '.join(batch)}.")
+        raise InputError(f"the batch has no 'labels'; it has {', '.join(map(str, batch))}.")
+    if not isinstance(labels, torch.Tensor):
+        raise InputError(f"the labels are {type(labels).__name__}; expected a tensor.")
     dynamics = TransformerDynamics(delta_model, _with_decoder_tokens(delta_model.model, batch))
     cost: Cost
     if has_many_labels(delta_model.model, labels):

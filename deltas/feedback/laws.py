@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from deltacontrol.deltas.editing.host import Host
 from deltacontrol.deltas.model import DeltaModel
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.feedback.correction import StateFeedback
 from deltacontrol.theory.feedback.laws import FeedbackLaw
@@ -138,6 +139,7 @@ class AttachedFeedback:
         self.detach()
 
 
+@typed
 def attach_feedback(model: Model, law: FeedbackLaw, site: str = "state") -> AttachedFeedback:
     """Let a law correct the hidden states: x_t + law(t, x_t) at every site, for each example.
 

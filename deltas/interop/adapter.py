@@ -85,7 +85,12 @@ def write(path: str | Path, adapter: Adapter) -> None:
         InputError: the folder cannot be written, or holds an adapter already.
     """
     folder = Path(path).expanduser()
-    present = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
+    try:
+        present = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the folder {folder} cannot be written ({error}); name another one."
+        ) from error
     if present:
         raise InputError(
             f"{folder} holds {' and '.join(present)} already; choose another folder, or delete it."

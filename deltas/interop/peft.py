@@ -31,6 +31,7 @@ from deltacontrol.deltas.interop.targets import task_type
 from deltacontrol.deltas.methods.layer_norm import LayerNormTuning
 from deltacontrol.deltas.methods.selected_modules import SelectedModules
 from deltacontrol.deltas.model import DeltaModel
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError, unknown
 
 
@@ -44,6 +45,7 @@ def available() -> dict[str, Format]:
     return dict(sorted(found.items()))
 
 
+@typed
 def import_peft(path: str | Path, model: PreTrainedModel) -> DeltaModel:
     """Attach the adapter in a folder to a model.
 
@@ -77,6 +79,7 @@ def import_peft(path: str | Path, model: PreTrainedModel) -> DeltaModel:
     return controlled
 
 
+@typed
 def export_peft(controlled: DeltaModel, path: str | Path, *, base_model: str | None = None) -> None:
     """Write the deltas of a model as an adapter that peft loads, with the same outputs.
 

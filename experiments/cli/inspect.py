@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from deltacontrol.experiments import tasks
 from deltacontrol.experiments.setting import Setting
+from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
     from deltacontrol.deltas.model import DeltaModel
@@ -25,24 +26,35 @@ class Inspect:
         model: A packaged model's name, a local folder, or an id on the hub.
         delta: The deltas, such as lora:rank=16; none prints the bare model.
         kind: Which head the model gets: classification, regression or causal-lm.
-        num_labels: Classes of the head.
+        num_labels: Classes of the head, of a classification; 2 by default.
         depth: How deep into the tree to go.
     """
 
     model: str = "minilm-l6"
     delta: tuple[str, ...] = ("lora",)
     kind: tasks.Kind | None = None
-    num_labels: int = 2
+    num_labels: int | None = None
     depth: int = 99
 
     def run(self) -> None:
-        """Load, attach, print."""
+        """Load, attach, print.
+
+        Raises:
+            InputError: The model cannot be loaded, a delta does not fit it, or an option is of
+                another kind of model.
+        """
+        if self.num_labels is not None and self.kind not in (None, "classification"):
+            raise InputError(
+                f"--num-labels goes with --kind classification, not {self.kind}; leave it out"
+            )
+        if self.depth < 1:
+            raise InputError(f"depth is {self.depth}; expected at least 1")
         setting = Setting(
             self.model,
             deltas=self.delta,
             add_head=False,
             model_kind=self.kind or "classification",
-            num_labels=self.num_labels,
+            num_labels=2 if self.num_labels is None else self.num_labels,
         )
         if not self.delta:
             base = setting.base

@@ -25,6 +25,8 @@ from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError, unknown
 
 GROUP = "deltacontrol.commands"
+# Options of several values; given twice, the values of the first would be lost without a word.
+SEVERAL = ("--delta", "--where", "--only")
 DESCRIPTION = """Delta tuning as optimal control.
 
 A frozen Transformer is a discrete dynamical system and a delta (LoRA, adapter, prefix, ...) is a
@@ -83,6 +85,12 @@ def _main(argv: list[str]) -> int:
         return _fail(error)
     if argv and not argv[0].startswith("-") and argv[0] not in known:
         return _fail(unknown("command", argv[0], known))
+    words = [argument.partition("=")[0] for argument in argv]
+    if twice := next((word for word in SEVERAL if words.count(word) > 1), None):
+        return _fail(
+            f"{twice} is given twice, and the first would be lost; give it once, several values "
+            "behind one another (--delta lora bitfit)"
+        )
     try:
         command = tyro.extras.subcommand_cli_from_dict(
             known,

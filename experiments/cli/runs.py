@@ -53,6 +53,15 @@ class Runs:
 
         if self.limit < 0:
             raise InputError(f"limit is {self.limit}; expected a number of rows, or 0 for all")
+        if self.runs.exists() and not self.runs.is_dir():
+            raise InputError(f"{self.runs} is a file; --runs takes a folder of records")
+        if self.show is not None:
+            idle = {"--where": self.where, "--csv": self.csv, "--failed": self.failed}
+            if given := [word for word, value in idle.items() if value]:
+                raise InputError(
+                    f"{', '.join(given)} goes with the list of runs, and --show prints one run; "
+                    "leave one of them out"
+                )
         if self.upgrade:
             self._upgrade()
         if self.show is not None:

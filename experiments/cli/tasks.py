@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deltacontrol.experiments import tasks
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,15 @@ class Tasks:
     label_column: str = "label"
 
     def run(self) -> None:
-        """Print the list, or one task."""
+        """Print the list, or one task.
+
+        Raises:
+            InputError: The task cannot be read, or an option goes with a task file and there is
+                none.
+        """
         if self.show is None:
+            if (self.text_column, self.label_column) != ("text", "label"):
+                raise InputError("--text-column and --label-column go with --show FILE; name one")
             for name, task in tasks.available().items():
                 print(f"{name:8} {task.description}")
             print(

@@ -17,6 +17,7 @@ from deltacontrol.experiments.models import packaged
 from deltacontrol.experiments.models.base import PackagedModel, ResolvedModel, folder_digest
 from deltacontrol.experiments.models.loading import build
 from deltacontrol.theory import plugins
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def _packaged_models() -> dict[str, PackagedModel]:
     return {model.name: model for model in sorted(found, key=lambda model: model.name)}
 
 
+@typed
 def resolve(name: str) -> ResolvedModel:
     """Find a model: a local folder with a config.json, else a packaged name, else an id on the hub.
 
@@ -72,6 +74,7 @@ def digest(name: str) -> str | None:
     return available()[name].digest if name in available() else None
 
 
+@typed
 def load(
     name: str,
     *,

@@ -15,6 +15,7 @@ from deltacontrol.experiments.sources import (
     digest_of_file,
     extract,
 )
+from deltacontrol.theory.errors import InputError
 
 # Part of every packaged model's digest: raise it when a conversion changes.
 CONVERSION = 1
@@ -85,9 +86,18 @@ def folder_digest(folder: Path) -> str:
     """SHA-256 over the names and contents of the files that `from_pretrained` may read.
 
     A file that stays as it is is read once a process.
+
+    Raises:
+        InputError: one of them is a folder, or cannot be read.
     """
     suffixes = (".json", ".safetensors", ".bin", ".txt", ".model")
     total = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.suffix in suffixes):
-        total.update(f"{path.name} {digest_of_file(path)}\n".encode())
+        try:
+            total.update(f"{path.name} {digest_of_file(path)}\n".encode())
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be read ({error.strerror or error}); expected a file of the model: "
+                "save the model there again (save_pretrained)."
+            ) from error
     return total.hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import pickle
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -45,7 +44,6 @@ def build(
     """Build what `deltacontrol.experiments.models.load` describes."""
     import torch
     import transformers
-    from safetensors import SafetensorError
 
     if kind not in _CLASSES:
         raise unknown("kind of model", kind, _CLASSES)
@@ -84,19 +82,12 @@ def build(
     }
     if bits:
         options |= _quantisation(bits, model.name, architecture, config, pretrained=pretrained)
-    try:
-        with _drawn_from(seed), _without_load_report():
-            if pretrained:
-                built = _from_checkpoint(auto, model, kind, options)
-            else:
+    with _drawn_from(seed), _without_load_report():
+        if pretrained:
+            built = _from_checkpoint(auto, model, kind, options)
+        else:
+            with _reading(model, "the model of its config.json"):
                 built = auto.from_config(options.pop("config"), **options)
-    except InputError:
-        raise
-    except (
-        OSError, ValueError, RuntimeError, ImportError, SafetensorError,
-        KeyError, AttributeError, EOFError, pickle.UnpicklingError,  # of a damaged .bin file
-    ) as error:  # fmt: skip
-        raise _cannot_load(model, error) from error
     if precision == torch.float64:
         built = built.double()
     return built.eval(), tokenizer
@@ -149,14 +140,12 @@ def _config_and_tokenizer(
     from transformers import AutoConfig, AutoTokenizer
 
     _check_num_labels(model)
-    try:
-        # Code that a model's folder or repository brings along is never run.
+    # Code that a model's folder or repository brings along is never run.
+    with _reading(model, "its config.json"):
         config = AutoConfig.from_pretrained(model.location, trust_remote_code=False)
+    _name_classes(config, model)
+    with _reading(model, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model.location, trust_remote_code=False)
-    # Unreachable and unknown names are OSErrors; unknown architectures and tokenizers ValueErrors;
-    # entries of config.json of a wrong type are of all kinds.
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        raise _cannot_load(model, error) from error
     if not tokenizer.is_fast:
         raise InputError(f"{model.name} has no fast tokenizer (a tokenizer.json is needed).")
     # Of a folder without a tokenizer's files, transformers makes one of the special tokens alone.
@@ -185,6 +174,35 @@ def _refuse_unknown_quantisation(config: PretrainedConfig, name: str) -> None:
             f"the weights of {name} are quantised by {method!r}, which transformers does not know; "
             f"known: {', '.join(sorted(AUTO_QUANTIZER_MAPPING))}"
         )
+
+
+def _name_classes(config: PretrainedConfig, model: ResolvedModel) -> None:
+    """Take names of classes from ``label2id`` where ``id2label`` is not there; refuse two answers.
+
+    Raises:
+        InputError: ``num_labels``, ``id2label`` and ``label2id`` of config.json contradict.
+    """
+    try:
+        given = json.loads((Path(model.location) / "config.json").read_text("utf-8"))
+        by_name = {int(i): str(name) for name, i in (given.get("label2id") or {}).items()}
+        by_id = {int(i): str(name) for i, name in (given.get("id2label") or {}).items()}
+        number = given.get("num_labels")
+    except (OSError, ValueError, TypeError, AttributeError):
+        return  # of the hub, or refused where it is read
+    names = by_id or by_name
+    if names and sorted(names) != list(range(len(names))):
+        raise InputError(
+            f"the config.json of {model.name} numbers its classes {sorted(names)}; expected 0 to "
+            f"{len(names) - 1}: correct id2label and label2id"
+        )
+    if (by_id and by_name and by_id != by_name) or (names and number not in (None, len(names))):
+        raise InputError(
+            f"the config.json of {model.name} contradicts itself: id2label {by_id}, label2id "
+            f"{by_name}, num_labels {number}; correct what says which output is which"
+        )
+    if by_name and not by_id:
+        config.id2label = by_name
+        config.label2id = {name: i for i, name in by_name.items()}
 
 
 def _check_num_labels(model: ResolvedModel) -> None:
@@ -251,13 +269,14 @@ def _architecture(
 def _from_checkpoint(
     auto: Any, model: ResolvedModel, kind: str, options: dict[str, Any]
 ) -> PreTrainedModel:
-    built, report = auto.from_pretrained(
-        model.location,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        trust_remote_code=False,
-        **options,
-    )
+    with _reading(model, "its weights"):
+        built, report = auto.from_pretrained(
+            model.location,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **options,
+        )
     prefix = f"{built.base_model_prefix}."
 
     def may_be_new(weight: str) -> bool:
@@ -316,14 +335,30 @@ def _refuse_left_over(built: PreTrainedModel, unexpected: Iterable[str], name: s
         )
 
 
-def _cannot_load(model: ResolvedModel, error: Exception) -> InputError:
-    reason = str(error).strip().splitlines()[0].rstrip(".")
-    if model.digest is None:
-        return InputError(
-            f"{model.name} could not be loaded from the hub: {reason}. Check the id and the "
-            "connection, or give a local folder or a packaged model (`deltacontrol models`)."
-        )
-    return InputError(f"{model.name} could not be loaded from {model.location}: {reason}.")
+@contextmanager
+def _reading(model: ResolvedModel, part: str) -> Iterator[None]:
+    """Say which part of a model cannot be read; libraries raise errors of every kind of it.
+
+    Raises:
+        InputError: with the first line of the library's error.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:2]).rstrip(".") or type(error).__name__
+        if model.digest is None:
+            raise InputError(
+                f"{model.name} could not be loaded from the hub: {reason}. Check the id and the "
+                "connection, or give a local folder or a packaged model (`deltacontrol models`)."
+            ) from error
+        raise InputError(
+            f"{model.name} could not be loaded from {model.location}: {part} cannot be read "
+            f"({reason}). Is a file damaged or of another model? Save the model and its tokenizer "
+            "there again (save_pretrained)."
+        ) from error
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from inspect import cleandoc
 from typing import TYPE_CHECKING, Any
 
 from deltacontrol.experiments.runs.record import Record
-from deltacontrol.theory.errors import unknown
+from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from deltacontrol.deltas import Delta
@@ -101,6 +101,11 @@ def _methods(given: Any) -> list[type[Delta]]:
     if isinstance(given, Delta):
         given = given.to_dict()
     if not isinstance(given, Mapping):
+        if not isinstance(given, Iterable) or isinstance(given, bytes):
+            raise InputError(
+                f"cannot cite {given!r}; expected a record, a delta such as LoRA() or its text, or "
+                "a list of them"
+            )
         return [method for one in given for method in _methods(one)]
     name = str(given.get("name"))
     if name not in available():

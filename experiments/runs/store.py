@@ -49,6 +49,7 @@ from deltacontrol.experiments.runs.record import (
     read,
     sealed,
 )
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,7 +90,13 @@ class RunStore:
     committed: Path | None = None
 
     def __post_init__(self) -> None:
-        """Accept a string for `root`."""
+        """Accept a string for `root`.
+
+        Raises:
+            InputError: it is no path.
+        """
+        if not isinstance(self.root, str | os.PathLike):
+            raise InputError(f"the folder of runs is {self.root!r}; expected a path, such as runs")
         object.__setattr__(self, "root", Path(self.root))
 
     def path(self, experiment: Experiment) -> Path:
@@ -171,6 +178,7 @@ class RunStore:
         """The folders in `root` that are named as records are, whole or not."""
         return list(replace(self, committed=None)._folders(warn=False).values())
 
+    @typed
     def get(self, beginning: str) -> Record:
         """The record whose id starts so, in `root` before the committed ones.
 

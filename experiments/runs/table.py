@@ -10,6 +10,7 @@ from deltacontrol.experiments.runs.experiment import canonical_json
 from deltacontrol.experiments.runs.index import no_collection
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.runs.store import RunStore, both_homes
+from deltacontrol.theory.arguments import typed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _PLAIN = (bool, int, float, str)
 
 
+@typed
 def runs(root: Path | str = "runs", *, committed: bool = True) -> pd.DataFrame:
     """All records as a table, the newest first.
 

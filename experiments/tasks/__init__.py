@@ -13,6 +13,7 @@ from deltacontrol.experiments.tasks import packaged
 from deltacontrol.experiments.tasks.base import Kind, PackagedTask, Task
 from deltacontrol.experiments.tasks.files import file_digest, is_file_name, load_file
 from deltacontrol.theory import plugins
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError, unknown
 
 __all__ = ["Kind", "PackagedTask", "Task", "available", "digest", "load", "reading_of"]
@@ -35,6 +36,7 @@ def _packaged_tasks() -> dict[str, PackagedTask]:
     return {task.name: task for task in sorted(tasks, key=lambda task: task.name)}
 
 
+@typed
 def load(
     name: str,
     *,
@@ -55,7 +57,7 @@ def load(
     """
     if is_file_name(name):
         return load_file(name, text_column=text_column, label_column=label_column, kind=kind)
-    return _packaged(name, kind).load()
+    return _packaged(name, kind, text_column, label_column).load()
 
 
 def reading_of(experiment: object) -> str:
@@ -87,14 +89,19 @@ def digest(
     """Return `load(...).digest` without fetching or converting; arguments and errors of `load`."""
     if is_file_name(name):
         return file_digest(name, text_column=text_column, label_column=label_column, kind=kind)
-    return _packaged(name, kind).digest
+    return _packaged(name, kind, text_column, label_column).digest
 
 
-def _packaged(name: str, kind: Kind | None) -> PackagedTask:
+def _packaged(name: str, kind: Kind | None, text_column: str, label_column: str) -> PackagedTask:
     tasks = available()
     if name not in tasks:
         raise unknown("task", name, [*tasks, "a path to a file such as reviews.csv"])
     task = tasks[name]
+    if (text_column, label_column) != ("text", "label"):
+        raise InputError(
+            f"{name} is a packaged task, whose columns are known; text_column and label_column go "
+            "with a file of your own: leave them out."
+        )
     if kind not in (None, task.kind):
         raise InputError(f"{name} is a {task.kind} task, not {kind}; leave kind out.")
     return task

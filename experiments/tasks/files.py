@@ -32,6 +32,7 @@ from deltacontrol.experiments.tasks.splits import (
     SPLIT_SEED,
     SPLITS,
     carve_validation,
+    doubts,
     in_fair_order,
     split,
 )
@@ -103,6 +104,11 @@ def load_file(
             )
         columns[PAIR_COLUMN] = PAIR_COLUMN
     if kind != "causal-lm":
+        if text_column == label_column:
+            raise InputError(
+                f"{path}: text_column and label_column are both {text_column!r}, so that a text "
+                "would hold its label; name two columns, or give kind='causal-lm', without labels."
+            )
         columns["label"] = _column(frame, label_column, "label", path)
     _refuse_blank(frame, columns, path)
     rows = frame[list(columns.values())].set_axis(list(columns), axis=1)
@@ -126,6 +132,7 @@ def load_file(
     else:
         rows = split(rows)
         told.append("split: seeded, stratified")
+    told += doubts(rows)
     parts = parts_of(rows)
     for part_name, part in zip(SPLITS, parts, strict=True):
         if part.empty and given:

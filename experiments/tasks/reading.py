@@ -31,6 +31,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def suffix_of(path: Path | str) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
 
 
+@typed
 def read_rows(path: Path, used: Collection[str] | None = None) -> pd.DataFrame:
     """Read all rows; cells are strings, or None where they are missing.
 

@@ -75,6 +75,31 @@ def normalised(text: pd.Series) -> pd.Series:
     return text.str.split().str.join(" ").str.casefold()
 
 
+def doubts(frame: pd.DataFrame) -> list[str]:
+    """What makes scores on these rows less than they seem, in words; empty where nothing does.
+
+    Counted are texts that have several labels, for no model can be right on all of their rows, and
+    test rows whose text training or validation has as well, which a model may know by heart. Texts
+    are compared as `normalised`; the second one of a pair belongs to its text.
+
+    Args:
+        frame: columns `text`, `split`, and optionally `label` and `text_pair`.
+    """
+    text = normalised(frame["text"])
+    if "text_pair" in frame:
+        text = text + "\x1e" + normalised(frame["text_pair"])
+    found = []
+    if "label" in frame:
+        several = frame["label"].groupby(text).nunique() > 1
+        if count := int(several.sum()):
+            rows = int(text.isin(several.index[several]).sum())
+            found.append(f"{count:,d} equal texts have several labels ({rows:,d} rows)")
+    in_test = frame["split"] == "test"
+    if count := int(text[in_test].isin(set(text[~in_test])).sum()):
+        found.append(f"{count:,d} of {int(in_test.sum()):,d} test rows are in training too")
+    return found
+
+
 def _merged_groups(frame: pd.DataFrame) -> np.ndarray:
     """Number the connected components of "same text or same group" (rows,)."""
     import pandas as pd

@@ -140,6 +140,9 @@ class FineTuning(Options, Subject):
                 f"weights in bfloat16 are computed with in bfloat16, got precision {self.precision}"
                 "; give precision bf16 too"
             )
+        for name in ("batch_size", "grad_accumulation", "steps", "seed", "max_length"):
+            if getattr(self, name) is None:
+                raise InputError(f"{name} is None; expected a whole number")
         if self.grad_accumulation > self.batch_size:
             raise InputError(
                 f"grad_accumulation is {self.grad_accumulation}, but a batch has only "

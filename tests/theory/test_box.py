@@ -31,7 +31,7 @@ def test_projection_is_the_nearest_point_and_broadcasts() -> None:
 
 @pytest.mark.parametrize("bounds", [(1.0, 0.0), (math.nan, 1.0)])
 def test_an_empty_box_is_refused(bounds: tuple[float, float]) -> None:
-    with pytest.raises(InputError, match="box is empty at step 0"):
+    with pytest.raises(InputError, match="box is empty at step 0|low is nan"):
         Box(*bounds)
 
 

@@ -114,5 +114,5 @@ def test_low_rank_step_is_that_of_the_changed_weight() -> None:
     each = dynamics.step(0, x, u.expand(5, -1))
     torch.testing.assert_close(each, dynamics.step(0, x, u))
     torch.testing.assert_close(dynamics.step(0, x[0], u), dynamics.step(0, x, u)[0])
-    with pytest.raises(InputError, match="rank 0"):
+    with pytest.raises(InputError, match="rank is 0"):
         LowRankDynamics([normal(3, 4, seed=0)], rank=0)

@@ -235,7 +235,7 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(InputError, match="control_cost is 0"):
         make(one, control_cost=0.0)
     for weight in (0.0, -1.0, math.nan):
-        with pytest.raises(InputError, match="the weight is"):
+        with pytest.raises(InputError, match="weight is"):
             make(one, weight=weight)
     with pytest.raises(InputError, match="the weight has shape"):
         make(one, weight=torch.eye(2, dtype=F64))

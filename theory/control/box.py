@@ -13,11 +13,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 Controls: TypeAlias = tuple[Tensor, ...]
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class Box:
     """Bounds ``low <= u <= high`` on every entry of the controls.

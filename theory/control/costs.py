@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deltacontrol.theory.control.problem import Cost
+from deltacontrol.theory.arguments import typed
+from deltacontrol.theory.control.problem import Cost, require_one_dtype
 from deltacontrol.theory.errors import InputError
 
 __all__ = ["BinaryCrossEntropyCost", "CrossEntropyCost", "QuadraticCost", "SquaredErrorCost"]
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class CrossEntropyCost(Cost):
     """``Phi(x) = -mean log softmax(x)[label]``, ``l_t(x, u) = weight_decay/2 ||u||^2``.
@@ -39,7 +41,17 @@ class CrossEntropyCost(Cost):
     ignore_index: int = -100
 
     def __post_init__(self) -> None:
-        """Refuse labels that all are ignored."""
+        """Refuse labels that are no class numbers, or that all are ignored."""
+        if self.labels.dtype not in (
+            torch.int64,
+            torch.int32,
+            torch.int16,
+            torch.int8,
+            torch.uint8,
+        ):
+            raise InputError(
+                f"the labels are {self.labels.dtype}; expected class numbers, such as int64"
+            )
         if bool((self.labels == self.ignore_index).all()):
             raise InputError(
                 f"every one of the {self.labels.numel()} labels is ignored ({self.ignore_index}); "
@@ -62,6 +74,7 @@ class CrossEntropyCost(Cost):
         )
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class BinaryCrossEntropyCost(Cost):
     """``Phi(x) = -mean [y log s(x) + (1-y) log s(-x)]``, ``s`` the logistic function.
@@ -104,6 +117,7 @@ class BinaryCrossEntropyCost(Cost):
         return functional.binary_cross_entropy_with_logits(x, self.labels)
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class SquaredErrorCost(Cost):
     """``Phi(x) = 1/2 mean_batch ||x - target||^2``, ``l_t(x, u) = weight_decay/2 ||u||^2``.
@@ -119,6 +133,11 @@ class SquaredErrorCost(Cost):
     target: Tensor
     weight_decay: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Refuse switches."""
+        if self.target.dtype == torch.bool:
+            raise InputError("the target is torch.bool; expected numbers, such as float64")
+
     def running(self, t: int, x: Tensor, u: Tensor) -> Tensor:
         """``weight_decay/2 ||u||^2``."""
         return _decay(self.weight_decay, u)
@@ -133,6 +152,7 @@ class SquaredErrorCost(Cost):
         return 0.5 * (x - self.target).square().sum() / _examples(x)
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class QuadraticCost(Cost):
     """The cost of a time-varying linear-quadratic problem, with cross and affine terms.
@@ -162,9 +182,16 @@ class QuadraticCost(Cost):
     qf: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Check the shapes of each step."""
+        """Check the shapes and dtypes of each step."""
         horizon = len(self.R)
+        if len(self.Q) != horizon:
+            raise InputError(f"Q has {len(self.Q)} entries and R {horizon}")
         for t in range(horizon):
+            for name, matrix in (("Q", self.Q[t]), ("R", self.R[t])):
+                if matrix.ndim != 2:
+                    raise InputError(
+                        f"{name}[{t}] has shape {tuple(matrix.shape)}; expected a matrix"
+                    )
             n, m = self.Q[t].shape[-1], self.R[t].shape[-1]
             expected = {"Q": (n, n), "R": (m, m), "N": (n, m), "q": (n,), "r": (m,)}
             for name, shape in expected.items():
@@ -174,10 +201,14 @@ class QuadraticCost(Cost):
                 if len(terms) != horizon:
                     raise InputError(f"{name} has {len(terms)} entries and R {horizon}")
                 _check(f"{name}[{t}]", terms[t], shape)
+        if self.Qf.ndim != 2:
+            raise InputError(f"Qf has shape {tuple(self.Qf.shape)}; expected a matrix")
         n = self.Qf.shape[-1]
         _check("Qf", self.Qf, (n, n))
         if self.qf is not None:
             _check("qf", self.qf, (n,))
+        ends = {"Qf": self.Qf[None], "qf": None if self.qf is None else self.qf[None]}
+        require_one_dtype(Q=self.Q, R=self.R, N=self.N, q=self.q, r=self.r, **ends)
 
     @classmethod
     def constant(

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.box import Box, Controls
 from deltacontrol.theory.control.work import count
 from deltacontrol.theory.display import html_table, text_table
@@ -125,6 +126,7 @@ class Evaluation:
     gradient: Controls
 
 
+@typed
 @dataclass(frozen=True, eq=False, repr=False)
 class ControlProblem:
     """Minimise ``J(u) = Phi(x_L) + sum_t l_t(x_t, u_t)`` along ``x_{t+1} = f_t(x_t, u_t)``.
@@ -206,6 +208,11 @@ class ControlProblem:
             InputError: naming the step, the shape that was given and the one expected.
         """
         sizes = self.dynamics.control_sizes
+        if not isinstance(u, list | tuple) or not all(isinstance(u_t, Tensor) for u_t in u):
+            raise InputError(
+                f"the controls are {type(u).__name__}; expected a tuple of tensors, one a step, as "
+                "ControlProblem.initial_controls() gives it"
+            )
         if len(u) != len(sizes):
             raise InputError(f"expected {len(sizes)} controls, one per step, but got {len(u)}")
         for t, (u_t, m) in enumerate(zip(u, sizes, strict=True)):
@@ -224,8 +231,9 @@ class ControlProblem:
                     f"{given}; expected {(m,)}, shared by the batch, or "
                     f"{(self.x0.shape[0], m)}, one per example"
                 )
-            if not u_t.is_floating_point():
-                raise InputError(f"control at step {t} has dtype {u_t.dtype}; expected a float")
+            if not u_t.is_floating_point() or u_t.is_meta:
+                found = "lies on meta, without values" if u_t.is_meta else f"has dtype {u_t.dtype}"
+                raise InputError(f"control at step {t} {found}; expected floats")
 
     def rollout(self, u: Controls) -> list[Tensor]:
         """The states ``x_0, ..., x_L`` (a list of length ``horizon + 1``)."""
@@ -320,6 +328,26 @@ class ControlProblem:
         return Residual.of(tuple(a - b for a, b in zip(u, moved, strict=True)))
 
 
+def require_one_dtype(**terms: Sequence[Tensor] | Tensor | None) -> None:
+    """Refuse terms of several dtypes, or of whole numbers.
+
+    Raises:
+        InputError: naming the dtypes of each term.
+    """
+    found = {
+        name: {item.dtype for item in (given[None] if isinstance(given, Tensor) else given)}
+        for name, given in terms.items()
+        if given is not None
+    }
+    kinds = set().union(*found.values())
+    if len(kinds) > 1 or not all(kind.is_floating_point for kind in kinds):
+        shown = ", ".join(
+            f"{name} {' and '.join(sorted(str(k).removeprefix('torch.') for k in kinds))}"
+            for name, kinds in found.items()
+        )
+        raise InputError(f"the terms have dtypes {shown}; expected one float dtype for all")
+
+
 def _zeros(
     sizes: Sequence[int], lead: Sequence[int], like: Tensor, dtype: torch.dtype | None
 ) -> Controls:
@@ -356,5 +384,9 @@ def _located(t: int, x: Tensor, u: Tensor) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
+        if x.is_floating_point() and x.dtype != u.dtype and isinstance(error, RuntimeError):
+            raise InputError(
+                f"step {t} has a state of {x.dtype} and a control of {u.dtype}; give both one dtype"
+            ) from error
         error.add_note(f"in step {t}, state {tuple(x.shape)}, control {tuple(u.shape)}")
         raise

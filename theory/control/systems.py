@@ -11,12 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltacontrol.theory.control.problem import Controls, Dynamics
+from deltacontrol.theory.arguments import typed
+from deltacontrol.theory.control.problem import Controls, Dynamics, require_one_dtype
 from deltacontrol.theory.errors import InputError
 
 __all__ = ["LinearDynamics", "LowRankDynamics", "ResidualNetwork", "Segment"]
 
+MOST_RANK = 2**20
 
+
+@typed
 @dataclass(frozen=True, eq=False)
 class LinearDynamics(Dynamics):
     """``x_{t+1} = A_t x_t + B_t u_t + c_t``; sizes may change from step to step.
@@ -42,6 +46,13 @@ class LinearDynamics(Dynamics):
         if len(set(lengths.values())) != 1:
             raise InputError(f"the matrices are for different numbers of steps: {lengths}")
         for t in range(len(self.A)):
+            for name, term in (("A", self.A[t]), ("B", self.B[t])):
+                if term.ndim != 2:
+                    raise InputError(
+                        f"{name}[{t}] has shape {tuple(term.shape)}; expected a matrix"
+                    )
+            if self.c is not None and self.c[t].ndim != 1:
+                raise InputError(f"c[{t}] has shape {tuple(self.c[t].shape)}; expected a vector")
             rows = {"A": self.A[t].shape[0], "B": self.B[t].shape[0]}
             if self.c is not None:
                 rows["c"] = self.c[t].shape[0]
@@ -52,6 +63,8 @@ class LinearDynamics(Dynamics):
                     f"A[{t}] has shape {tuple(self.A[t].shape)} but A[{t - 1}], of shape "
                     f"{tuple(self.A[t - 1].shape)}, gives {self.A[t - 1].shape[0]} state entries"
                 )
+
+        require_one_dtype(A=self.A, B=self.B, c=self.c)
 
     @classmethod
     def constant(cls, horizon: int, A: Tensor, B: Tensor) -> LinearDynamics:
@@ -75,6 +88,7 @@ class LinearDynamics(Dynamics):
         return x_next if self.c is None else x_next + self.c[t]
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class ResidualNetwork(Dynamics):
     """``x_{t+1} = x_t + W2_t tanh(W1_t x_t + B_t u_t)``: a frozen layer, the control in its bias.
@@ -94,12 +108,16 @@ class ResidualNetwork(Dynamics):
 
     def __post_init__(self) -> None:
         """Check the shapes of each layer."""
+        lengths = {"W1": len(self.W1), "W2": len(self.W2), "B": len(self.B)}
+        if len(set(lengths.values())) != 1:
+            raise InputError(f"the matrices are for different numbers of layers: {lengths}")
         for t, (W1, W2, B) in enumerate(zip(self.W1, self.W2, self.B, strict=True)):
-            if W1.shape != W2.mT.shape or B.shape[0] != W1.shape[0]:
+            if W1.ndim != 2 or W1.shape != W2.mT.shape or B.shape[:-1] != W1.shape[:1]:
                 raise InputError(
                     f"layer {t} has W1 {tuple(W1.shape)}, W2 {tuple(W2.shape)}, "
                     f"B {tuple(B.shape)}; expected (h, n), (n, h), (h, m)"
                 )
+        require_one_dtype(W1=self.W1, W2=self.W2, B=self.B)
 
     @classmethod
     def random(
@@ -162,6 +180,7 @@ class ResidualNetwork(Dynamics):
         return x + torch.tanh(x @ W1.mT + u @ B.mT) @ W2.mT
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class LowRankDynamics(Dynamics):
     """``x_{t+1} = x_t (W_t + A_t B_t)`` with the control ``u_t = (A_t, B_t)``, as in LoRA.
@@ -174,7 +193,7 @@ class LowRankDynamics(Dynamics):
         rank: the number ``r`` of columns of ``A_t`` and of rows of ``B_t``.
 
     Raises:
-        InputError: if the rank is not positive.
+        InputError: if the rank is not positive or beyond every matrix, or weights do not fit.
     """
 
     weights: Sequence[Tensor] | Tensor
@@ -182,8 +201,12 @@ class LowRankDynamics(Dynamics):
 
     def __post_init__(self) -> None:
         """Check the rank."""
-        if self.rank < 1:
-            raise InputError(f"rank {self.rank} is not positive")
+        if not 1 <= self.rank <= MOST_RANK:
+            raise InputError(f"rank is {self.rank}; expected a number from 1 to {MOST_RANK}")
+        for t, W in enumerate(self.weights):
+            if W.ndim != 2:
+                raise InputError(f"weights[{t}] has shape {tuple(W.shape)}; expected (n, n')")
+        require_one_dtype(weights=self.weights)
 
     @property
     def horizon(self) -> int:
@@ -208,6 +231,7 @@ class LowRankDynamics(Dynamics):
         return x @ self.weights[t] + (x.unsqueeze(-2) @ down @ up).squeeze(-2)
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class Segment(Dynamics):
     """The steps ``start <= t < stop`` of a system, numbered from 0.

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.costs import QuadraticCost
 from deltacontrol.theory.control.problem import ControlProblem, Controls
 from deltacontrol.theory.control.systems import LinearDynamics
@@ -76,6 +77,7 @@ class QuadraticSolution:
     seconds: float
 
 
+@typed
 def solve_convex(
     problem: ControlProblem,
     *,

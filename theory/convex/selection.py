@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.convex.penalties import ROUNDING, Blocks, Penalty, Working
 from deltacontrol.theory.errors import InputError
 
@@ -110,6 +111,7 @@ class SumOfNorms(Penalty):
         ]
 
 
+@typed
 @dataclass(frozen=True)
 class GroupLasso(SumOfNorms):
     """``lambda sum_g w_g ||u_g||_2``, which selects groups; ``w_g`` is ``sqrt(m_g)`` by default."""
@@ -140,6 +142,7 @@ class GroupLasso(SumOfNorms):
         return [block if r else np.zeros_like(block) for block, r in zip(u, ranks, strict=True)]
 
 
+@typed
 @dataclass(frozen=True)
 class NuclearNorm(SumOfNorms):
     """``lambda sum_g w_g ||U_g||_*``, which selects a rank; ``w_g`` is 1 by default.

@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import Box
 from deltacontrol.theory.convex.blocks import as_matrix, blocks, check_memory, named_groups
 from deltacontrol.theory.convex.certificate import Certificate, CertifiedPoint
@@ -51,6 +52,7 @@ from deltacontrol.theory.errors import InputError
 __all__ = ["ConvexTuning"]
 
 
+@typed
 class ConvexTuning:
     """Minimise ``1/N sum_i l(z_i + G_i u; y_i) + R(u)`` over the change ``u`` of the controls.
 
@@ -154,10 +156,12 @@ class ConvexTuning:
         a = self.loss.gradient(self._offset, self._targets)
         return self.penalty.gauge(self._certificate.pulled(a))
 
+    @typed
     def grid(self, count: int, smallest: float = 0.01) -> list[float]:
         """Weights from `largest_weight` down to `smallest` times it, equidistant in logarithm."""
         return [self.largest_weight * float(r) for r in np.geomspace(1.0, smallest, count)]
 
+    @typed
     def solve(self, weight: float) -> ConvexSolution:
         """The solution for one weight.
 
@@ -166,6 +170,7 @@ class ConvexTuning:
         """
         return self._solve(weight, {})
 
+    @typed
     def path(self, weights: Sequence[float]) -> list[ConvexSolution]:
         """The solutions for several weights, in their order.
 

@@ -36,15 +36,16 @@ section II.1 and table II.5.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Cost, Dynamics, Evaluation
+from deltacontrol.theory.depth.integration import integrate
 from deltacontrol.theory.errors import InputError, unknown
 
 __all__ = ["ContinuousDepth", "DepthInterpolation", "RefinedDynamics"]
@@ -65,6 +66,7 @@ class DepthInterpolation(Protocol):
         ...
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class ContinuousDepth:
     """The differential equation ``x' = F(s, x, u(s))`` of a layered system.
@@ -75,6 +77,9 @@ class ContinuousDepth:
         controls: how the controls are.
         rtol: relative tolerance of a step of the integration.
         atol: absolute tolerance. The defaults need float64.
+        max_steps: steps of the integration of one layer at most. A stiff layer needs about
+            ``|lambda| / 3`` of them, ``lambda`` the eigenvalue of its Jacobian of largest modulus.
+        progress: show how far the integration is.
 
     Raises:
         InputError: for an unknown interpolation, or a linear one where control sizes differ.
@@ -98,9 +103,16 @@ class ContinuousDepth:
     controls: Interpolation = "constant"
     rtol: float = 1e-10
     atol: float = 1e-12
+    max_steps: int = 10_000
+    progress: bool = False
 
     def __post_init__(self) -> None:
         """Check the choices and what they need."""
+        if not (0 < self.rtol < 1 and 0 < self.atol < math.inf) or self.max_steps < 1:
+            raise InputError(
+                f"rtol is {self.rtol:g}, atol {self.atol:g} and max_steps {self.max_steps}; "
+                "expected 0 < rtol < 1, a finite atol > 0 and at least one step"
+            )
         for choice in (self.weights, self.controls):
             if choice not in get_args(Interpolation):
                 raise unknown("interpolation", choice, get_args(Interpolation))
@@ -181,7 +193,7 @@ class ContinuousDepth:
             def adjoint(s: Tensor, y: Any, t: int = t, a: Tensor = a, b: Tensor = b) -> Any:
                 return self._adjoint(cost, t, float(s) - t, y[0], y[1], a, b)
 
-            y = _integrate(adjoint, t + 1.0, float(t), (states[t + 1], p, *zeros), t, self)
+            y = integrate(adjoint, t + 1.0, float(t), (states[t + 1], p, *zeros), t, self)
             p = y[1]
             gradient[t] += y[2]
             gradient[self._next(t)] += y[3]
@@ -219,7 +231,7 @@ class ContinuousDepth:
                 return self._field(t, w, y[0], v), cost.running(t, y[0], v).to(y[1])
 
             with torch.no_grad():
-                x, running = _integrate(flow, float(t), t + 1.0, (states[-1], running), t, self)
+                x, running = integrate(flow, float(t), t + 1.0, (states[-1], running), t, self)
             states.append(x)
         return states, running
 
@@ -270,6 +282,7 @@ class ContinuousDepth:
         return y
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class RefinedDynamics(Dynamics):
     """``x_{k+1} = x_k + h F(s, y, u_k)``, ``h = 1/factor``, ``k = 0..factor L - 1``.
@@ -374,27 +387,3 @@ class _RefinedCost(Cost):
 class _NoCost(Cost):
     def terminal(self, x: Tensor) -> Tensor:
         return x.new_zeros(())
-
-
-def _integrate(
-    flow: Callable[[Tensor, Any], Any],
-    begin: float,
-    end: float,
-    y: tuple[Tensor, ...],
-    t: int,
-    depth: ContinuousDepth,
-) -> tuple[Tensor, ...]:
-    """The value at ``end`` of the solution that is ``y`` at ``begin``, both ends of layer ``t``."""
-    times = torch.tensor([begin, end], dtype=torch.float64, device=y[0].device)
-    options = {"step_t": times[1:]}  # end there, rather than step beyond the layer and interpolate
-    try:
-        path = odeint(
-            flow, y, times, rtol=depth.rtol, atol=depth.atol, method="dopri5", options=options
-        )
-    except AssertionError as error:  # how torchdiffeq says that its step size came to nothing
-        raise InputError(
-            f"the integration of layer {t} cannot meet rtol = {depth.rtol:g} and atol = "
-            f"{depth.atol:g} in {y[0].dtype} ({error}); raise them, use float64, and check that "
-            "the layer gives finite numbers"
-        ) from error
-    return tuple(part[-1] for part in path)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import Dynamics
 from deltacontrol.theory.control.systems import Segment
 from deltacontrol.theory.errors import InputError
@@ -50,11 +51,21 @@ class SpectralNorm:
     vector: Tensor
 
 
+@typed
 def example_norms(x: Tensor) -> Tensor:
-    """The Euclidean norm of each example, ``(batch,)``."""
+    """The Euclidean norm of each example, ``(batch,)``.
+
+    Raises:
+        InputError: unless ``x`` has a batch axis and real entries.
+    """
+    if x.ndim < 2 or not x.is_floating_point():
+        raise InputError(
+            f"x has shape {tuple(x.shape)} and dtype {x.dtype}; expected real examples (batch, ...)"
+        )
     return torch.linalg.vector_norm(x.flatten(1), dim=1)
 
 
+@typed
 def growth_bound(lipschitz: Sequence[Tensor], defects: Sequence[Tensor], initial: Tensor) -> Tensor:
     """``b_0 = initial``, ``b_{t+1} = defects_t + lipschitz_t b_t``, as ``(L + 1, batch)``.
 
@@ -64,19 +75,26 @@ def growth_bound(lipschitz: Sequence[Tensor], defects: Sequence[Tensor], initial
         initial: ``||y_0 - x_0||``, ``(batch,)``.
 
     Raises:
-        InputError: if the numbers of constants and defects differ.
+        InputError: if the numbers of constants and defects differ, or the shapes of two terms.
     """
     if len(lipschitz) != len(defects):
         raise InputError(
             f"{len(lipschitz)} Lipschitz constants and {len(defects)} defects; expected one of "
             "each for each step"
         )
+    for t, term in enumerate((*lipschitz, *defects)):
+        if term.shape != initial.shape:
+            raise InputError(
+                f"a term of step {t % len(defects)} has shape {tuple(term.shape)} and the initial "
+                f"distance {tuple(initial.shape)}; expected one number an example, (batch,)"
+            )
     bounds = [initial]
     for constant, defect in zip(lipschitz, defects, strict=True):
         bounds.append(defect + constant * bounds[-1])
     return torch.stack(bounds)
 
 
+@typed
 def segment_norms(
     dynamics: Dynamics,
     t: int,
@@ -126,6 +144,7 @@ def segment_norms(
     return SpectralNorm(*(torch.stack(part) for part in parts))
 
 
+@typed
 def spectral_norm(
     A: LinearOperator, like: Tensor, *, num_iterations: int = 15, seed: int = 0
 ) -> SpectralNorm:

@@ -28,10 +28,13 @@ import torch
 from scipy import linalg, optimize
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import ControlProblem, Controls
 from deltacontrol.theory.errors import InputError
 
 __all__ = ["SteadyState", "two_sided_rate"]
+
+LEAST_STEPS = 3  # numbers of the fit of `two_sided_rate`
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +127,7 @@ class SteadyState:
         return tuple(controls)
 
 
+@typed
 def two_sided_rate(values: Tensor) -> float:
     """Fit ``log values_t`` by ``log(a e^(-r t) + b e^(-r (L-1-t)))`` and return ``r``.
 
@@ -132,16 +136,21 @@ def two_sided_rate(values: Tensor) -> float:
             still show.
 
     Raises:
-        InputError: if a value is not positive and finite.
+        InputError: if a value is not positive and finite, or there are fewer than three.
 
     Example:
         >>> t = torch.arange(30, dtype=torch.float64)
         >>> round(two_sided_rate(2 * torch.exp(-0.3 * t) + 5 * torch.exp(-0.3 * (29 - t))), 9)
         0.3
     """
+    if values.ndim != 1 or len(values) < LEAST_STEPS:
+        raise InputError(
+            f"the values have shape {tuple(values.shape)}; expected at least {LEAST_STEPS}, one a "
+            "step: a fit of three numbers needs as many"
+        )
     if not bool(((values > 0) & torch.isfinite(values)).all()):
         raise InputError("the values must be positive and finite; leave out exact zeros")
-    logs = values.double().log().numpy()
+    logs = values.detach().double().log().numpy()
     steps = np.arange(len(logs))
 
     def misfit(z: np.ndarray) -> np.ndarray:

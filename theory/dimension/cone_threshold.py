@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 MOREAU = 1e-5  # of |h|^2; the standard error over draws is a thousand times as large
@@ -49,6 +50,7 @@ class ConeThreshold:
     rank: int
 
 
+@typed
 def cross_entropy_threshold(
     kernel: Tensor, logits: Tensor, labels: Tensor, target: float, *, draws: int = 30, seed: int = 0
 ) -> ConeThreshold:
@@ -72,6 +74,7 @@ def cross_entropy_threshold(
             f"kernel has shape {tuple(kernel.shape)}, labels {tuple(labels.shape)}; expected "
             f"{(count * classes,) * 2} and {(count,)} for logits {tuple(logits.shape)}"
         )
+    kernel, logits = kernel.detach(), logits.detach()
     start = float(torch.nn.functional.cross_entropy(logits.double(), labels))
     if not 0 < target < start:
         raise InputError(f"target is {target}; expected between 0 and {start:.4g}, the start's")

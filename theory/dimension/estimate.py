@@ -42,6 +42,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 from scipy.stats import norm, t
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 __all__ = ["Baseline", "DimensionEstimate", "DimensionVerdict", "crossing", "estimate_dimension"]
@@ -58,6 +59,7 @@ class DimensionVerdict(StrEnum):
     INCONCLUSIVE = "inconclusive"
 
 
+@typed
 @dataclass(frozen=True)
 class Baseline:
     """A target that was measured: a share of the mean performance of some runs.
@@ -184,6 +186,7 @@ def crossing(dimensions: np.ndarray, fit: np.ndarray, target: float) -> float:
     return float(np.exp(left + weight * (right - left)))
 
 
+@typed
 def estimate_dimension(
     dimensions: Sequence[float] | np.ndarray,
     performance: Sequence[float] | np.ndarray,
@@ -207,8 +210,14 @@ def estimate_dimension(
         seed: of the bootstrap.
 
     Raises:
-        InputError: no runs, or numbers that are not finite, or sizes that differ.
+        InputError: no runs, or numbers that are not finite, or sizes that differ; a confidence
+            that is no share, no draws, or a negative seed.
     """
+    if not 0 < confidence < 1 or num_draws < 1 or seed < 0:
+        raise InputError(
+            f"confidence is {confidence}, num_draws {num_draws} and seed {seed}; expected a "
+            "confidence between 0 and 1, at least one draw, and a seed >= 0"
+        )
     groups = _groups(dimensions, performance)
     d = np.array(sorted(groups))
     means = np.array([np.mean(groups[x]) for x in d])

@@ -40,6 +40,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.krylov import Quadrature, SpectralDensity
 
@@ -182,6 +183,7 @@ class QuadraticLoss:
         return float(self.values.max())
 
 
+@typed
 def published_threshold(values: Tensor, displacement: Tensor, target: float) -> float:
     """``D - sum_i r_i^2/(R^2 + r_i^2)``, ``r_i^2 = 2 eps/lambda_i``: Larsen et al., section 3.3.
 
@@ -189,8 +191,21 @@ def published_threshold(values: Tensor, displacement: Tensor, target: float) -> 
         values: all eigenvalues of ``H``, ``(D,)``.
         displacement: ``theta_0 - theta*``, in any basis, ``(D,)``.
         target: ``eps``, the target loss above the minimum.
+
+    Raises:
+        InputError: the shapes differ, a number is not finite, an eigenvalue is negative, the
+            displacement is zero or the target is not positive.
     """
-    kappa = 2 * target / float(displacement.square().sum())
+    finite = bool(values.isfinite().all()) and bool(displacement.isfinite().all())
+    size = float(displacement.square().sum())
+    if values.shape != displacement.shape or not finite or bool((values < 0).any()) or not size:
+        raise InputError(
+            f"expected eigenvalues >= 0 and a displacement of one shape, finite and not zero; got "
+            f"shapes {tuple(values.shape)} and {tuple(displacement.shape)}"
+        )
+    if not 0 < target < math.inf:
+        raise InputError(f"target is {target}; expected a finite loss above 0")
+    kappa = 2 * target / size
     return float((values / (values + kappa)).sum())
 
 

@@ -17,6 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
 _FACTOR_BITS = 5  # 32 x 32: the matrix stays in the first cache, the product is not yet dense
 
 
+@typed
 def hadamard_transform(x: Tensor, *, pad: bool = False) -> Tensor:
     """``H x`` along the last axis; differentiable to any order, safe under `torch.func`.
 
@@ -37,8 +39,12 @@ def hadamard_transform(x: Tensor, *, pad: bool = False) -> Tensor:
         pad: fill the axis with zeros up to the next power of two; the result has that length.
 
     Raises:
-        InputError: if ``n`` is no power of two and is not to be padded.
+        InputError: if ``n`` is no power of two and is not to be padded; if they are no floats.
     """
+    if not x.ndim or not x.is_floating_point():
+        raise InputError(
+            f"x has shape {tuple(x.shape)} and dtype {x.dtype}; expected floats (..., n)"
+        )
     n = x.shape[-1]
     if pad and n:
         x = torch.nn.functional.pad(x, (0, (1 << (n - 1).bit_length()) - n))
@@ -58,6 +64,7 @@ def hadamard_transform(x: Tensor, *, pad: bool = False) -> Tensor:
     return x.reshape(shape)
 
 
+@typed
 def orthonormal_transform(x: Tensor) -> Tensor:
     """An orthonormal transform of any length, by chunks: ``T = diag(H_m / sqrt(m))``.
 
@@ -66,7 +73,12 @@ def orthonormal_transform(x: Tensor) -> Tensor:
 
     Args:
         x: ``(..., n)``.
+
+    Raises:
+        InputError: it is a single number, or holds no floats.
     """
+    if not x.ndim:
+        raise InputError("x is one number; expected (..., n)")
     chunks, start, n = [], 0, x.shape[-1]
     for bit in reversed(range(n.bit_length())):
         if n >> bit & 1:

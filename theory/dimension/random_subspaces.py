@@ -20,11 +20,13 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 __all__ = ["MeasuredThreshold", "falls", "measured_threshold"]
 
 
+@typed
 def falls(values: Tensor, gradient: Tensor, dimension: int, seed: int) -> Tensor:
     """The fall of the loss in ``1, 2, ..., dimension`` random directions, ``(dimension,)``.
 
@@ -86,6 +88,7 @@ class MeasuredThreshold:
         return self.dimensions[k], self.dimensions[count - k - 1]
 
 
+@typed
 def measured_threshold(
     values: Tensor, gradient: Tensor, fall: float, dimension: int, seeds: Sequence[int]
 ) -> MeasuredThreshold:

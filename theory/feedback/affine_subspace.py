@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 __all__ = ["AffineSubspace", "Moments"]
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class AffineSubspace:
     """``mu + span V`` in the last axis of a state.

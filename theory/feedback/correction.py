@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Dynamics
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.feedback.affine_subspace import AffineSubspace
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 
+@typed
 class AdditiveControl(Dynamics):
     """``x_{t+1} = f_t(x_t + u_t)``: the steps of a system under controls of its states.
 
@@ -99,6 +101,7 @@ class StateFeedback(FeedbackLaw):
         return u if x.ndim == 1 else u.flatten(1)
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class ProjectionCorrection(StateFeedback):
     """``u_t = -k_t (I - V_t V_t') (x_t - mu_t)``.
@@ -129,6 +132,7 @@ class ProjectionCorrection(StateFeedback):
         return None if subspace is None else -_at(self.gain, t) * subspace.error(x)
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class PIDCorrection(StateFeedback):
     """``u_t = -(kp_t e_t + ki_t sum_{s<=t} e_s + kd_t (e_t - e_{t-1}))``, ``e_{-1} = e_0``.
@@ -261,9 +265,9 @@ class PIDGains:
 
 
 def _at(gain: float | Sequence[float], t: int) -> float:
-    return gain if isinstance(gain, int | float) else gain[t]
+    return gain[t] if isinstance(gain, list | tuple) else gain  # type: ignore[return-value]
 
 
 def _per_step(name: str, gain: float | Sequence[float], horizon: int) -> None:
-    if not isinstance(gain, int | float) and len(gain) != horizon:
+    if isinstance(gain, list | tuple) and len(gain) != horizon:
         raise InputError(f"{name} has {len(gain)} entries; expected {horizon}, one for each step")

@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import Controls, Dynamics
 from deltacontrol.theory.errors import InputError
 
@@ -63,6 +64,7 @@ class FeedbackLaw(ABC):
         """
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class AffineFeedback(FeedbackLaw):
     """``u_t + K_t (x - x_t)`` around the trajectory ``(x_t, u_t)``.
@@ -116,6 +118,11 @@ class AffineFeedback(FeedbackLaw):
             )
         return cls(solution.gains, solution.controls, solution.states)
 
+    @property
+    def horizon(self) -> int:
+        """The number of gains."""
+        return len(self.gains)
+
     def control(self, t: int, x: Tensor) -> Tensor:
         """``u_t + K_t (x - x_t)``.
 
@@ -143,6 +150,7 @@ class Trajectory(NamedTuple):
     controls: Controls
 
 
+@typed
 def closed_loop(
     dynamics: Dynamics,
     law: FeedbackLaw,
@@ -158,16 +166,27 @@ def closed_loop(
         disturbance: ``w_t`` for each step, broadcast to the state ``x_{t+1}``; None is zero.
 
     Raises:
-        InputError: if the number of disturbances is not the horizon, or if one changes the shape
-            of the state.
+        InputError: if the number of disturbances is not the horizon, if one changes the shape of
+            the state, or if the law is for fewer steps.
     """
     if disturbance is not None and len(disturbance) != dynamics.horizon:
         raise InputError(
             f"expected {dynamics.horizon} disturbances, one per step, but got {len(disturbance)}"
         )
+    steps = getattr(law, "horizon", dynamics.horizon)
+    if steps < dynamics.horizon:
+        raise InputError(
+            f"the law is for {steps} steps and the system has {dynamics.horizon}; expected one of "
+            "the same system"
+        )
     states, controls = [x0], []
     for t in range(dynamics.horizon):
         u = law.control(t, states[-1])
+        if states[-1].is_floating_point() and u.dtype != states[-1].dtype:
+            raise InputError(
+                f"step {t} has a state of {states[-1].dtype} and a control of {u.dtype}; give both "
+                "one dtype"
+            )
         x = dynamics.step(t, states[-1], u)
         w = None if disturbance is None else disturbance[t]
         if w is not None:

@@ -38,6 +38,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import Controls
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.feedback.correction import AdditiveControl, StateFeedback
@@ -107,6 +108,10 @@ class OutputSteering(StateFeedback):
             InputError: for shapes that do not fit, a weight or control cost that is not positive,
                 and outputs that no control can reach where the target must be met exactly.
         """
+        if outputs.ndim != 2:
+            raise InputError(
+                f"the outputs have shape {tuple(outputs.shape)}; expected (batch, k), a row each"
+            )
         batch, k = outputs.shape
         if target.shape not in ((batch, k), (k,)):
             raise InputError(
@@ -190,6 +195,7 @@ class OutputSteering(StateFeedback):
         return u if anchor is None else u + anchor
 
 
+@typed
 def steer_output(
     dynamics: AdditiveControl,
     x0: Tensor,
@@ -214,7 +220,16 @@ def steer_output(
         masks: as in `OutputSteering.of`.
         controls: the controls ``(batch, m_t)`` to linearise at; zero by default.
         damping: as in `OutputSteering.of`.
+
+    Raises:
+        InputError: the state holds whole numbers or is of another dtype than the controls.
     """
+    moved = [c.dtype for c in dynamics.controls]
+    if not x0.is_floating_point() or any(dtype != x0.dtype for dtype in moved):
+        raise InputError(
+            f"x0 is {x0.dtype}; expected a float state, of the dtype of the controls"
+            + "".join(sorted({f" ({dtype})" for dtype in moved}))
+        )
     base, states = dynamics.base, [x0]
     shifted: list[Tensor] = []
     with torch.no_grad():

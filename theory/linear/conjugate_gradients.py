@@ -21,6 +21,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.linear.operator import SymmetricOperator
 
 __all__ = ["End", "ModelStep", "conjugate_gradients"]
@@ -63,6 +64,7 @@ class ModelStep:
         return -self.slope - 0.5 * self.curvature
 
 
+@typed
 def conjugate_gradients(
     H: SymmetricOperator,
     gradient: Tensor,

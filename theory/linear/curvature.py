@@ -29,6 +29,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.control.work import count
 from deltacontrol.theory.linear.linearisation import Linearisation
@@ -83,6 +84,7 @@ class Curvature(SymmetricOperator):
         return self._terminal.curve([dx])[0]
 
 
+@typed
 class GaussNewtonCurvature(Curvature):
     """``G``: the cost's Hessians seen through the linearised rollout."""
 
@@ -117,6 +119,7 @@ class GaussNewtonCurvature(Curvature):
         return cost.curve([dx, du])
 
 
+@typed
 class HessianCurvature(Curvature):
     """The exact Hessian of ``J``: Gauss-Newton and the second derivatives of the dynamics."""
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.operator import SymmetricOperator
 from deltacontrol.theory.linear.sketching import TraceEstimate
@@ -124,6 +125,7 @@ class Quadrature:
         return (self.weights * f(self.nodes)).sum(1)
 
 
+@typed
 def quadrature(W: SymmetricOperator, start: Tensor, steps: int) -> Quadrature:
     """The Gauss rules of the rows of ``start``.
 
@@ -142,6 +144,8 @@ def quadrature(W: SymmetricOperator, start: Tensor, steps: int) -> Quadrature:
             f"the start has shape {tuple(start.shape)} and steps is {steps}; expected (k, n) and "
             "at least 1"
         )
+    if start.dtype != W.dtype:
+        raise InputError(f"the start is {start.dtype}; expected {W.dtype}, as the operator is")
     norms = start.norm(dim=1)
     if not bool((norms > 0).all()):
         raise InputError("a start vector is zero, which has no spectral measure; drop that row")
@@ -204,6 +208,7 @@ class SpectralDensity:
         return self.rules.nodes.flatten(), self.rules.weights.flatten() / k
 
 
+@typed
 def spectral_density(
     W: SymmetricOperator, steps: int, *, probes: int = 10, seed: int = 0
 ) -> SpectralDensity:

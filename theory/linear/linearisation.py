@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Dynamics
 from deltacontrol.theory.control.work import count
 from deltacontrol.theory.errors import InputError
@@ -34,6 +35,7 @@ from deltacontrol.theory.linear.step_graph import StepGraph, differentiable_atte
 __all__ = ["Linearisation", "StateTransition", "differentiable_attention"]
 
 
+@typed
 @dataclass(frozen=True, eq=False, repr=False)
 class Linearisation(LinearOperator):
     """The linear system ``dx_{t+1} = A_t dx_t + B_t du_t`` along a trajectory.
@@ -60,13 +62,19 @@ class Linearisation(LinearOperator):
     _graphs: dict[int, StepGraph] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check the lengths."""
+        """Check the lengths and the dtypes."""
         horizon = self.dynamics.horizon
         if len(self.states) != horizon + 1 or len(self.controls) != horizon:
             raise InputError(
                 f"expected {horizon + 1} states and {horizon} controls, but got "
                 f"{len(self.states)} and {len(self.controls)}"
             )
+        for t, (x, u) in enumerate(zip(self.states, self.controls, strict=False)):
+            if not u.is_floating_point() or (x.is_floating_point() and x.dtype != u.dtype):
+                raise InputError(
+                    f"step {t} has a state of {x.dtype} and a control of {u.dtype}; expected one "
+                    "float dtype for both"
+                )
         last, entries = self.states[-1], sum(u.numel() for u in self.controls)
         super().__init__((last.numel(), entries), last.dtype, last.device)
 

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
@@ -250,6 +251,7 @@ class _Transpose(LinearOperator):
         return self.of._product(y)
 
 
+@typed
 class SymmetricMatrix(SymmetricOperator):
     """A stored matrix ``(n, n)`` that the caller knows to be symmetric."""
 
@@ -263,6 +265,7 @@ class SymmetricMatrix(SymmetricOperator):
         return x @ self.matrix
 
 
+@typed
 class Diagonal(SymmetricOperator):
     """``diag(d)``, of ``d`` ``(n,)``."""
 
@@ -276,6 +279,7 @@ class Diagonal(SymmetricOperator):
         return self.diagonal * x
 
 
+@typed
 class Shifted(SymmetricOperator):
     """``A + c I`` of a symmetric ``A``."""
 
@@ -287,6 +291,7 @@ class Shifted(SymmetricOperator):
         return self._operator._product(x) + self._shift * x
 
 
+@typed
 class Congruence(SymmetricOperator):
     """``A M A.T`` of any ``A`` and a symmetric ``M``.
 

@@ -34,6 +34,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.conjugate_gradients import conjugate_gradients
 from deltacontrol.theory.linear.linearisation import Linearisation
@@ -60,6 +61,7 @@ __all__ = ["Reachability"]
 Access: TypeAlias = Sequence[Tensor | float]
 
 
+@typed
 @dataclass(frozen=True, eq=False, repr=False)
 class Reachability(LinearOperator):
     """The output map ``C`` of a linearised rollout: flat controls to the flat output.
@@ -89,6 +91,8 @@ class Reachability(LinearOperator):
         stage = horizon if self.stage is None else self.stage
         if not 1 <= stage <= horizon:
             raise InputError(f"stage is {stage}; expected 1 to {horizon}, or None for the last")
+        if self.chunk is not None and self.chunk < 1:
+            raise InputError(f"chunk is {self.chunk}; expected at least 1, or None for the default")
         given = [1.0] * horizon if self.access is None else self.access
         if len(given) != horizon:
             raise InputError(f"access has {len(given)} entries; expected {horizon}, one per step")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.operator import SymmetricOperator
 
@@ -43,6 +44,7 @@ class Spectrum:
     num_products: int
 
 
+@typed
 def leading_spectrum(
     W: SymmetricOperator,
     num_values: int,
@@ -108,6 +110,7 @@ class TraceEstimate:
     num_products: int
 
 
+@typed
 def hutchpp(W: SymmetricOperator, num_products: int, *, seed: int = 0) -> TraceEstimate:
     """``tr W`` by Hutch++: exact on a sketched subspace, Hutchinson's estimate on the rest.
 

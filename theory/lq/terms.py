@@ -126,6 +126,8 @@ class QuadraticTerms:
             InputError: naming the term and the step that do not fit.
         """
         given = {"A": A, "B": B, "Q": Q, "R": R} | ({} if N is None else {"N": N})
+        for name, terms in {**given, "Qf": Qf}.items():
+            require_tensors(name, terms)
         lengths = {name: len(terms) for name, terms in given.items()}
         if len(set(lengths.values())) != 1:
             raise InputError(f"the terms are for different numbers of steps: {lengths}")
@@ -309,12 +311,30 @@ def _check_dtypes(stacked: dict[str, Steps], Qf: Tensor) -> None:
         raise InputError(f"the terms have dtypes {found}; expected float32 or float64 for all")
 
 
+def require_tensors(name: str, terms: object) -> None:
+    """Refuse what is no tensor or list of tensors, and tensors without values.
+
+    Raises:
+        InputError: naming the term.
+    """
+    items = [terms] if isinstance(terms, Tensor) else terms
+    if not isinstance(items, list | tuple) or not all(isinstance(item, Tensor) for item in items):
+        raise InputError(
+            f"{name} is {type(terms).__name__}; expected a tensor, or a list of tensors, one a step"
+        )
+    for item in items:
+        if item.is_meta or item.layout is not torch.strided:
+            kind = "on meta, without values" if item.is_meta else "sparse"
+            raise InputError(f"{name} is {kind}; expected a dense tensor with values")
+
+
 def check_vectors(name: str, vectors: Terms, sizes: Sequence[int], like: Tensor) -> torch.Size:
     """Check the number, sizes and dtype of vectors, one a step; returns their batch axes.
 
     Raises:
         InputError: naming the vector that does not fit.
     """
+    require_tensors(name, vectors)
     if len(vectors) != len(sizes):
         raise InputError(f"{name} has {len(vectors)} entries; expected {len(sizes)}, one per step")
     if isinstance(vectors, Tensor) and len(set(sizes)) == 1:

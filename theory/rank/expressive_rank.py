@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.rank.low_rank import numerical_rank
 
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 
+@typed
 def product(maps: Sequence[Tensor]) -> Tensor:
     """W_M ... W_1."""
     result = maps[0]
@@ -47,6 +49,7 @@ def product(maps: Sequence[Tensor]) -> Tensor:
     return result
 
 
+@typed
 def rank_threshold(target: Tensor, frozen: Sequence[Tensor]) -> int:
     """⌈rank(target - W_M ... W_1) / M⌉: the least rank of every layer's change that may suffice.
 
@@ -81,6 +84,7 @@ class AdaptedProduct:
     condition: float
 
 
+@typed
 def adapted_product(target: Tensor, frozen: Sequence[Tensor], rank: int) -> AdaptedProduct:
     """The changes of rank R that bring a product nearest to the target.
 
@@ -161,6 +165,7 @@ class ReLUNetwork:
         return z
 
 
+@typed
 def adapted_network(
     target: ReLUNetwork, frozen: Sequence[Tensor], rank: int, radius: float
 ) -> tuple[ReLUNetwork, list[AdaptedProduct]]:

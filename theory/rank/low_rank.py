@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 
+@typed
 def singular_values(matrix: Tensor) -> Tensor:
     """The singular values, largest first, ``(min(m, n),)``.
 
@@ -36,6 +38,7 @@ def singular_values(matrix: Tensor) -> Tensor:
     return torch.linalg.svdvals(_checked(matrix))
 
 
+@typed
 def truncated(matrix: Tensor, rank: int) -> Tensor:
     """The nearest matrix of rank at most ``r``, in the dtype of the argument.
 
@@ -48,6 +51,7 @@ def truncated(matrix: Tensor, rank: int) -> Tensor:
     return ((left[:, :rank] * values[:rank]) @ right[:rank]).to(matrix.dtype)
 
 
+@typed
 def tail_energy(values: Tensor) -> Tensor:
     """``sum_{i > r} s_i^2`` for ``r = 0, ..., k``, from the ``k`` singular values, ``(k + 1,)``.
 
@@ -62,6 +66,7 @@ def tail_energy(values: Tensor) -> Tensor:
     return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
 
 
+@typed
 def stable_rank(values: Tensor) -> float:
     """``||W||_F^2 / ||W||_2^2``: between 1 and the rank, and steady under small changes.
 
@@ -74,6 +79,7 @@ def stable_rank(values: Tensor) -> float:
     return float(squares.sum() / squares.max())
 
 
+@typed
 def participation_ratio(values: Tensor) -> float:
     """``(sum s_i^2)^2 / sum s_i^4``: the number of directions that share the energy equally.
 
@@ -84,6 +90,7 @@ def participation_ratio(values: Tensor) -> float:
     return float(squares.sum().square() / squares.square().sum())
 
 
+@typed
 def numerical_rank(values: Tensor, shape: tuple[int, int], eps: float) -> int:
     """The number of values above ``max(m, n) eps s_1``, what rounding to ``eps`` can leave.
 
@@ -96,6 +103,7 @@ def numerical_rank(values: Tensor, shape: tuple[int, int], eps: float) -> int:
     return int((values > max(shape) * eps * values.max()).sum()) if values.max() > 0 else 0
 
 
+@typed
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     """Angles between the ranges of two matrices ``(n, k)`` and ``(n, l)``, smallest first.
 
@@ -115,6 +123,7 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(cosines.square() >= 0.5, by_sine, by_cosine)
 
 
+@typed
 def subspace_overlap(first: Tensor, second: Tensor) -> float:
     """Mean squared cosine of the principal angles: 1 if one range holds the other, 0 if orthogonal.
 

@@ -35,6 +35,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.control.work import count
 from deltacontrol.theory.errors import InputError
@@ -88,6 +89,7 @@ def step_change(
         return _difference(problem, old, new, p_next)
 
 
+@typed
 @dataclass(frozen=True)
 class ExtendedMSA(Solver):
     """MSA on the augmented Hamiltonian, all steps at once, with an automatic ``rho``.

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.conjugate_gradients import End, ModelStep, conjugate_gradients
@@ -63,6 +64,7 @@ def damped_step(
     )
 
 
+@typed
 @dataclass(frozen=True)
 class GaussNewton(Solver):
     """Levenberg-Marquardt: ``(G + kappa ||g|| I) d = -g``, solved inexactly, any controls.
@@ -128,6 +130,7 @@ class GaussNewton(Solver):
         return None
 
 
+@typed
 @dataclass(frozen=True)
 class NewtonCG(Solver):
     """Newton's method in a ball, ``||d|| <= radius``, with the exact Hessian of ``J``.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.work import count
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.linearisation import differentiable_attention
@@ -97,6 +98,7 @@ class Minimiser(ABC):
         """
 
 
+@typed
 @dataclass(frozen=True)
 class GradientStep(Minimiser):
     """``proj(u - step_size grad)``.
@@ -120,6 +122,7 @@ class GradientStep(Minimiser):
         return stage.project(stage.control - self.step_size * stage.gradient)
 
 
+@typed
 @dataclass(frozen=True)
 class ExactArgmin(Minimiser):
     """The exact minimiser of a quadratic function: one Newton step, ``u - R^{-1} grad``.
@@ -189,6 +192,7 @@ class ExactArgmin(Minimiser):
         return R.diagonal() if bool((rest.abs() <= rounding * R.abs().max()).all()) else R
 
 
+@typed
 @dataclass(frozen=True)
 class InnerLBFGS(Minimiser):
     """L-BFGS-B from the present control (scipy's; the values may be of any dtype and device).

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.solvers.minimisers import GradientStep, Minimiser, NoMinimum, Stage
 from deltacontrol.theory.solvers.solving import Ending, Memory, Report, Solver, Status
@@ -28,6 +29,7 @@ from deltacontrol.theory.solvers.solving import Ending, Memory, Report, Solver, 
 __all__ = ["MSA"]
 
 
+@typed
 @dataclass(frozen=True)
 class MSA(Solver):
     """Improve each control for its Hamiltonian, all along one trajectory and its costates.

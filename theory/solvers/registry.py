@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deltacontrol.theory import parsing, plugins, solvers
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError, unknown
 from deltacontrol.theory.solvers.minimisers import GradientStep, Minimiser
 from deltacontrol.theory.solvers.solving import Solver
@@ -96,6 +97,7 @@ def fields(name: str) -> dict[str, tuple[Any, Any]]:
     return found
 
 
+@typed
 def parse(text: str) -> Solver:
     """The solver of a text such as ``ddp``, ``msa:rate=0.1`` or ``adamw:lr=0.01,betas=0.9+0.99``.
 

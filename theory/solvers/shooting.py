@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.solvers.lbfgs import LBFGSEnd, minimise_lbfgs
@@ -16,6 +17,7 @@ from deltacontrol.theory.solvers.solving import Ending, Memory, Report, Solver, 
 __all__ = ["Shooting"]
 
 
+@typed
 @dataclass(frozen=True)
 class Shooting(Solver):
     """L-BFGS on ``J`` over the concatenated controls.

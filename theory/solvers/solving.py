@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.control.work import Meter, metered
 from deltacontrol.theory.errors import InputError
@@ -103,6 +104,7 @@ class Solver(ABC):
         """
 
 
+@typed
 def solve(
     problem: ControlProblem,
     solver: Solver,
@@ -357,12 +359,13 @@ class _Recorder:
         """Keep checkpoints there; the controls from which to go on."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+            there = path.exists()
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"the folder of the checkpoint {path} cannot be made ({error}); name another file"
             ) from error
         self.checkpoint = path
-        if not path.exists():
+        if not there:
             return u
         found = Checkpoint.read(path, repr(self.solver), u)
         self.history, self.memory, self.resumed = found.history, found.memory, True

@@ -7,6 +7,7 @@ gradients: exactly the iterates of the usual loop of a fine-tuning on fixed data
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -105,6 +106,9 @@ class TorchOptimiser(Solver):
             if optimiser not in OPTIMISERS:
                 raise unknown("optimiser of torch.optim", optimiser, OPTIMISERS)
             optimiser = OPTIMISERS[optimiser]
+        for name, value in options.items():
+            if isinstance(value, int | float) and not abs(value) < sys.float_info.max:
+                raise InputError(f"{name} is not a finite number; expected one, such as 0.01")
         if options.get("maximize"):
             raise InputError("maximize=True would raise J; a ControlProblem is minimised")
         object.__setattr__(self, "optimiser", optimiser)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltacontrol.experiments.runs.experiment import Experiment, Outcome, Workspace
 from deltacontrol.experiments.studies.d90.search import Search, Trial, steadiest, three_digits
+from deltacontrol.experiments.training.settings import check_count, check_number
 from deltacontrol.theory.dimension.estimate import (
     SHARE,
     Baseline,
@@ -90,6 +91,10 @@ class DimensionSearch(Experiment):
 
     def __post_init__(self) -> None:
         """Check the numbers of the search."""
+        for name in ("smallest", "largest", "start", "seeds", "budget", "baseline_seeds"):
+            check_count(self, name, least=1)
+        for name in ("stride", "resolution", "width", "share", "confidence", "target"):
+            check_number(self, name, above=0.0)
         if not 1 <= self.smallest < self.largest:
             raise InputError(
                 f"smallest is {self.smallest} and largest {self.largest}; expected "

@@ -11,6 +11,8 @@ from torch import Tensor
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.operator import LinearOperator
 
+MOST_DIMENSIONS = 2**40
+
 
 class Projection(LinearOperator):
     """A linear map ``P`` of shape ``(D, d)``: ``P @ z`` lifts, ``P.T @ v`` is its adjoint.
@@ -24,7 +26,7 @@ class Projection(LinearOperator):
             what was trained under the old one is refused instead of misread.
 
     Raises:
-        InputError: unless ``1 <= d <= D``.
+        InputError: unless ``1 <= d <= D <= 2**40``.
     """
 
     draws: ClassVar[int] = 1
@@ -37,6 +39,11 @@ class Projection(LinearOperator):
             raise InputError(
                 f"a projection from dimension {sub_dim} into {full_dim} does not exist; "
                 "expected 1 <= sub_dim <= full_dim"
+            )
+        if full_dim > MOST_DIMENSIONS:
+            raise InputError(
+                f"full_dim is {full_dim}; expected at most {MOST_DIMENSIONS}, beyond which no "
+                "memory reaches"
             )
         super().__init__((full_dim, sub_dim), dtype, device)
         self.full_dim = full_dim

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.dimension.hadamard import butterfly_reference, transform_columns
 from deltacontrol.theory.dimension.projections.base import Projection
 from deltacontrol.theory.errors import InputError
@@ -41,6 +42,7 @@ class _Piece:
         return self.groups.stop - self.groups.start
 
 
+@typed
 class FastfoodProjection(Projection):
     """Fastfood: stacked blocks ``S H G Pi H B_k / sqrt(D n)``, ``O(D log d)``, never a matrix.
 

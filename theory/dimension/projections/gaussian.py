@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.dimension.projections.base import Projection
 from deltacontrol.theory.errors import InputError
 
@@ -17,6 +18,7 @@ _TILE = 2**16
 _BLOCK = 2**20
 
 
+@typed
 class DenseProjection(Projection):
     """A stored Gaussian matrix, with orthonormal columns (``P'P = I``) unless told otherwise.
 
@@ -76,6 +78,7 @@ class DenseProjection(Projection):
         return v @ self._matrix
 
 
+@typed
 class GaussianProjection(Projection):
     """Independent Gaussian entries of variance ``1/D``, of which none is stored.
 

@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.dimension.projections.base import Projection
 from deltacontrol.theory.dimension.projections.gaussian import DenseProjection
 
 
+@typed
 class KroneckerProjection(Projection):
     """``P = sqrt(D_1 D_2 / D) A (x) B``: ``P z`` is ``A Z B'`` with ``z`` as a matrix ``Z``.
 

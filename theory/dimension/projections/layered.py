@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.dimension.projections.base import Projection
 from deltacontrol.theory.errors import InputError
 
 
+@typed
 class BlockDiagonalProjection(Projection):
     """``P = diag(P_1, .., P_m)``: each layer has coordinates of its own.
 
@@ -53,6 +55,7 @@ class BlockDiagonalProjection(Projection):
         )
 
 
+@typed
 class LayerScaledProjection(Projection):
     """``diag(c lambda_i I) P``: one projection of all layers, each layer with a scale.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.dimension.projections.base import Projection
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.operator import SymmetricOperator
 from deltacontrol.theory.linear.sketching import leading_spectrum
 
 
+@typed
 class LearnedProjection(Projection):
     """A stored frame ``P`` with orthonormal columns, in the order of their weight.
 

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.dimension.projections.base import Projection
 from deltacontrol.theory.errors import InputError
 
 _ROWS = 2**16
 
 
+@typed
 class SparseSignProjection(Projection):
     """``s`` entries ``+-sqrt(d_r / D)`` in each row, one in each of ``s`` ranges of columns.
 

@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.dimension.hadamard import hadamard_transform
 from deltacontrol.theory.dimension.projections.base import Projection
 
 
+@typed
 class HadamardProjection(Projection):
     """``P = B H R / sqrt(D)``: ``d`` columns ``R`` of ``H`` at random, and random signs ``B``.
 

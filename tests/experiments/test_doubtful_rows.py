@@ -1,0 +1,84 @@
+"""Rows that make scores less than they seem are counted and said; options that are ignored are not.
+
+Each case was once accepted in silence.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from deltacontrol.experiments import tasks
+from deltacontrol.experiments.cli import main as cli
+from deltacontrol.experiments.training.finetune import FineTuning
+from deltacontrol.theory.errors import InputError
+
+WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def rows() -> pd.DataFrame:
+    texts = [f"{a} {b}" for a in WORDS for b in WORDS[:6]]
+    return pd.DataFrame({"text": texts, "label": ["a", "b"] * 30})
+
+
+def reading(frame: pd.DataFrame, folder: Path) -> str:
+    frame.to_csv(folder / "rows.csv", index=False)
+    return tasks.load(str(folder / "rows.csv")).reading
+
+
+def test_clean_rows_raise_no_doubt(tmp_path: Path) -> None:
+    told = reading(rows(), tmp_path)
+    assert "several labels" not in told and "in training too" not in told
+
+
+def test_equal_texts_with_several_labels_are_counted(tmp_path: Path) -> None:
+    frame = rows()
+    # Case and white space make no other text; the third repeats its label and contradicts nothing.
+    more = pd.DataFrame({"text": ["ONE  one", "one two", "one three"], "label": ["b", "a", "a"]})
+    told = reading(pd.concat([frame, more]), tmp_path)
+    assert "2 equal texts have several labels (4 rows)" in told
+
+
+def test_test_rows_that_training_has_are_counted(tmp_path: Path) -> None:
+    frame = rows().assign(split=["train"] * 40 + ["test"] * 20)
+    frame.loc[[57, 58], "text"] = frame.loc[[1, 2], "text"].to_numpy()
+    frame.loc[[57, 58], "label"] = frame.loc[[1, 2], "label"].to_numpy()
+    assert "2 of 20 test rows are in training too" in reading(frame, tmp_path)
+
+
+def test_a_column_cannot_be_text_and_label(tmp_path: Path) -> None:
+    rows().to_csv(tmp_path / "rows.csv", index=False)
+    with pytest.raises(InputError, match="both 'label'.*name two columns"):
+        tasks.load(str(tmp_path / "rows.csv"), text_column="label")
+    language = tasks.load(str(tmp_path / "rows.csv"), label_column="text", kind="causal-lm")
+    assert language.kind == "causal-lm"
+
+
+def test_columns_do_not_go_with_a_packaged_task() -> None:
+    for load in (tasks.load, tasks.digest):
+        with pytest.raises(InputError, match="packaged task.*leave them out"):
+            load("movie", text_column="review")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["inspect", "--delta", "lora", "--delta", "bitfit"], "--delta is given twice"),
+        (["runs", "--where", "task=a", "--where=seed=1"], "--where is given twice"),
+        (["inspect", "--kind", "regression", "--num-labels", "3"], "--kind classification"),
+        (["inspect", "--depth", "0"], "depth is 0"),
+        (["tasks", "--text-column", "review"], "--show FILE"),
+        (["runs", "--runs", __file__], "is a file"),
+        (["runs", "--show", "abc", "--csv", "x.csv"], "--csv goes with the list"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli._main(argv) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_batch_size_is_needed() -> None:
+    with pytest.raises(InputError, match="batch_size is None"):
+        FineTuning(batch_size=None)  # type: ignore[arg-type]
