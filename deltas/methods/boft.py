@@ -1,4 +1,4 @@
-"""BOFT: the input of a linear map is turned by a butterfly of block rotations, its output scaled."""
+"""BOFT: the input of a linear map is turned by a butterfly of rotations, its output scaled."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
 from deltacontrol.deltas.editing.paths import WeightPath, lay
 from deltacontrol.deltas.editing.sites import Site
+from deltacontrol.deltas.methods.parts.on_weight import at_least_single
 from deltacontrol.theory.errors import InputError
 
 
@@ -94,5 +95,7 @@ class SpectralPath(WeightPath):
     def weight(self) -> Tensor:
         """The scaled real part of the inverse transform."""
         rows, columns = self.shape
-        spectrum = self.c.new_zeros(rows * columns).scatter(0, self.places, self.c)
-        return self.scaling * torch.fft.ifft2(spectrum.view(rows, columns)).real
+        entries = at_least_single(self.c)
+        spectrum = entries.new_zeros(rows * columns).scatter(0, self.places, entries)
+        change = self.scaling * torch.fft.ifft2(spectrum.view(rows, columns)).real
+        return change.to(self.c.dtype)

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
 from deltacontrol.deltas.editing.sites import Site
-from deltacontrol.deltas.methods.parts.on_weight import TurnedPath, lay_on_weight
+from deltacontrol.deltas.methods.parts.on_weight import TurnedPath, at_least_single, lay_on_weight
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Reflections(TurnedPath):
     def turn(self, x: Tensor) -> Tensor:
         """X (H_r ⋯ H_1 - I), from the last reflection to the first."""
         if self.gram_schmidt:
-            basis = torch.linalg.qr(self.U).Q
+            basis = torch.linalg.qr(at_least_single(self.U)).Q.to(self.U.dtype)
             return -2 * (x @ basis) @ basis.T
         units = [*normalize(self.U, dim=0).unbind(1)]
         changed = torch.zeros_like(x)

@@ -97,5 +97,11 @@ def block_sizes(name: str, width: int, size: int, count: int) -> tuple[int, int]
 
 def cayley(skew: Tensor) -> Tensor:
     """R - I = -2 Q (I + Q)⁻¹ for skew Q (..., b, b): R = (I - Q)(I + Q)⁻¹ is a rotation."""
-    eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-    return torch.linalg.solve(eye + skew, -2 * skew, left=False)
+    wide = at_least_single(skew)
+    eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
+    return torch.linalg.solve(eye + wide, -2 * wide, left=False).to(skew.dtype)
+
+
+def at_least_single(values: Tensor) -> Tensor:
+    """Values in float32 where their format is a narrower one, which solvers and transforms lack."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
