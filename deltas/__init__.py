@@ -44,6 +44,7 @@ from deltacontrol.deltas.methods.layer_norm import LayerNormTuning
 from deltacontrol.deltas.methods.loha import LoHa
 from deltacontrol.deltas.methods.lokr import LoKr
 from deltacontrol.deltas.methods.lora import LoRA
+from deltacontrol.deltas.methods.loreft import LoReFT
 from deltacontrol.deltas.methods.lottery_ticket import LotteryTicket
 from deltacontrol.deltas.methods.low_rank_adapter import LowRankAdapter
 from deltacontrol.deltas.methods.mam import MixAndMatch
@@ -99,6 +100,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoReFT",
     "LotteryTicket",
     "LowRankAdapter",
     "MiSS",
