@@ -86,7 +86,8 @@ def _constants(plan: Plan, form: Format, saved: Sequence[str], host: Host) -> No
     for name in host.parameter_names(saved):
         owner = next(p for p in saved if name.startswith(p + "."))
         leaf = name[len(owner) + 1 :]
-        plan.copies[f"{form.root}{owner}.modules_to_save.{leaf}"] = form.root + name
+        for middle in ("modules_to_save", "modules_to_save.default"):
+            plan.copies[f"{form.root}{owner}.{middle}.{leaf}"] = form.root + name
         plan.unused.add(f"{form.root}{owner}.original_module.{leaf}")
 
 

@@ -20,6 +20,8 @@ QV |= {"gpt_neox": ["query_key_value"]}
 UP = {"bert": "intermediate.dense", "gpt2": "c_fc", "llama": "up_proj", "t5": "wi"}
 UP |= {"qwen3": "gate_proj", "opt": "fc1", "roberta": "intermediate.dense", "distilbert": "lin1"}
 DOWN = {"bert": "output.dense", "gpt2": "mlp.c_proj", "llama": "down_proj", "t5": "wo"}
+TABLE = {"bert": "word_embeddings", "gpt2": "wte", "llama": "embed_tokens", "t5": "embed_tokens"}
+TABLE |= {"gemma3": "embed_tokens"}
 FOUR = ("bert", "gpt2", "llama", "t5")
 # Where peft acts at Linear modules alone.
 LINEAR = ("bert", "llama", "t5")
@@ -53,7 +55,11 @@ def _options() -> Iterator[tuple[str, type, tuple[str, ...], list[dict[str, Any]
     yield "hra", peft.HRAConfig, LINEAR, [{"r": 4}, {"r": 3}, {"r": 3, "apply_GS": True}], True
     road = [{"variant": f"road_{n}", "group_size": g} for n, g in ((1, 8), (2, 16), (4, 4))]
     yield "road", peft.RoadConfig, LINEAR, road, False
-    fourier = [{"n_frequency": 40, "scaling": 7.5}, {"n_frequency": 200, "random_loc_seed": 5}]
+    # peft transforms in float32 whatever the base is, and its rounding grows with the scaling.
+    fourier = [
+        {"n_frequency": 40, "scaling": 7.5},
+        {"n_frequency": 200, "random_loc_seed": 5, "scaling": 9},
+    ]
     yield "fourierft", peft.FourierFTConfig, FOUR, fourier, True
     yield "c3a", peft.C3AConfig, LINEAR, [{"block_size": 8}, {"block_size": 16}], True
     yield "hira", peft.HiraConfig, FOUR, [{"r": 4}, {"r": 2, "rank_pattern": {"x": 3}}], False
@@ -115,6 +121,17 @@ def cases() -> Iterator[Case]:
         for f in families:
             at = {field: {UP[f]: value} for field, value in patterns.items()}
             yield f"{name}-pattern", f, config, {"target_modules": [*QV[f], UP[f]], **first, **at}
+    wide = {"bert": ["query"], "gpt2": ["c_attn"]}
+    for f, names in wide.items():  # ranks above the width
+        yield "lora-wide", f, peft.LoraConfig, {"target_modules": names, "r": 48}
+    for kind in (peft.HiraConfig, peft.DeloraConfig, peft.LoHaConfig):
+        yield "wide", "bert", kind, {"target_modules": ["query"], "r": 48}
+    heads = {"target_modules": ["query"], "r": 4, "bias": "all"}
+    yield "lora-head-bias", "roberta", peft.LoraConfig, heads
+    yield "lora-dora-wide", "bert", peft.LoraConfig, {**heads, "r": 48, "use_dora": True}
+    for f, name in TABLE.items():
+        table = {"target_modules": [*QV[f], name], "r": 4, "use_dora": True}
+        yield "lora-dora-table", f, peft.LoraConfig, table
     down = {"r": 5, "projection_prng_key": 1}  # a module that is wider at its input
     for f in FOUR:
         yield "randlora-down", f, peft.RandLoraConfig, {"target_modules": [DOWN[f]], **down}
