@@ -46,7 +46,7 @@ from tests.deltas.zoo import (
 Build = Callable[..., PreTrainedModel]
 # Encoder-decoders, and every method on them, are in test_augmented_states.py.
 LAYERED = [(family, method) for family, method in DEEP if family in ONE_STACK]
-SHARED = ("compacter", "fisher-mask", "random-mask", "said", "subspace")
+SHARED = ("compacter", "fisher-mask", "random-mask", "said", "subspace", "vblora")
 # Hidden states are shown behind the last norm.
 PRE_NORM = (
     "gpt2", "gpt_neox", "opt", "llama", "qwen3", "gemma3", "t5", "modernbert", "whisper",
