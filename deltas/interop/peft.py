@@ -65,7 +65,7 @@ def import_peft(path: str | Path, model: PreTrainedModel) -> DeltaModel:
     config = checked(form.fields, adapter.config)
     host = Host(model)
     plan = form.plan(config, host)
-    extras.extend(plan, form, config, host)
+    extras.extend(plan, form, config, host, adapter.tensors)
     values = _fitted(plan, adapter.tensors, model)
     controlled = attach(model, *plan.deltas)
     try:
