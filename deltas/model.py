@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from deltacontrol.deltas import guards, saved_folder
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
-from deltacontrol.deltas.editing.merging import check_ties, merged_values
+from deltacontrol.deltas.editing.merging import check_merges, merged_values
 from deltacontrol.deltas.editing.requests import Losses
-from deltacontrol.deltas.quantised import refuse_quantised
 from deltacontrol.deltas.summary import Attachment, as_html, as_text, summary
 from deltacontrol.theory.errors import InputError, unknown
 
@@ -293,10 +292,7 @@ class DeltaModel(nn.Module):
                     f"{attachment.namespace} cannot be merged: {attachment.delta.unmergeable}. "
                     "Keep it attached, or detach() it."
                 )
-        check_ties(self.host.merges, self.host.tied)
-        for merge in self.host.merges:
-            taken = {merge.name: self.host.original(merge.name)}
-            refuse_quantised(taken, f"{merge.namespace} cannot be merged into")
+        check_merges(self.host.merges, self.host.tied, self.host.original)
         training = self.controls.training
         self.controls.eval()  # without what training draws at random
         try:

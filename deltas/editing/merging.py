@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from deltacontrol.deltas.quantised import refuse_quantised
 from deltacontrol.theory.errors import InputError
 
 
@@ -29,17 +30,23 @@ class Merge:
     last: bool = False
 
 
-def check_ties(merges: Iterable[Merge], ties: Callable[[str], list[str]]) -> None:
-    """Refuse a control that acts at one name of a tied parameter only.
+def check_merges(
+    merges: Iterable[Merge], ties: Callable[[str], list[str]], original: Callable[[str], Tensor]
+) -> None:
+    """Refuse a control that acts at one name of a tied parameter only, or at a quantised one.
 
     Args:
         merges: of all deltas.
         ties: the other names of a base parameter.
+        original: the base's own parameter of a name.
 
     Raises:
-        InputError: there is one; merging would change the parameter where the control does not act.
+        InputError: there is one; merging would change the parameter where the control does not act,
+            or round it to the codes of a quantised weight.
     """
     for merge in merges:
+        taken = {merge.name: original(merge.name)}
+        refuse_quantised(taken, f"{merge.namespace} cannot be merged into")
         if not merge.whole and (tied := ties(merge.name)):
             raise InputError(
                 f"{merge.namespace} cannot be merged: it acts at {merge.name}, which is tied "

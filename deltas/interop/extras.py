@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
@@ -21,8 +21,22 @@ from deltacontrol.theory.errors import InputError
 EXTRAS: tuple[type[Delta], ...] = (BitFit, HeadTuning, SelectedModules, LayerNormTuning)
 
 
-def extend(plan: Plan, form: Format, config: Mapping[str, Any], host: Host) -> None:
-    """Add modules_to_save and bias of a configuration to the plan of its format."""
+def extend(
+    plan: Plan,
+    form: Format,
+    config: Mapping[str, Any],
+    host: Host,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Add modules_to_save and bias of a configuration to the plan of its format.
+
+    Args:
+        plan: of the format.
+        form: the format.
+        config: the configuration.
+        host: the model.
+        tensors: of the file, where there is one: a table of embeddings that had tokens added.
+    """
     saved = saved_modules(config, host)
     inside = tuple(path + "." for path in saved)
     if saved:
@@ -40,6 +54,7 @@ def extend(plan: Plan, form: Format, config: Mapping[str, Any], host: Host) -> N
             under = f"{path}.base_layer" if path in plan.paths else path
             keys[name] = f"{form.root}{under}.{leaf}"
         plan.slots += parameter_slots(keys, host)
+    _grown_tables(plan, form, host, tensors or {})
     _constants(plan, form, saved, host)
 
 
@@ -68,6 +83,49 @@ def _biases(word: str, paths: Sequence[str], saved: tuple[str, ...], host: Host)
     return biases
 
 
+def _tables(host: Host) -> dict[str, Tensor]:
+    """The weights of the table of embeddings and of the output embeddings, by the module's path."""
+    found = {}
+    for module in (host.model.get_input_embeddings(), host.model.get_output_embeddings()):
+        path = next((p for p, m in host.sites.modules.items() if m is module), None)
+        if path is not None and isinstance(module, nn.Embedding | nn.Linear):
+            found[path] = host.original(f"{path}.weight").detach().cpu()
+    return found
+
+
+def _grown_tables(plan: Plan, form: Format, host: Host, tensors: Mapping[str, Tensor]) -> None:
+    """Train the tables whose last rows, those of added tokens, are other ones in the file.
+
+    peft saves a table whole where the vocabulary has grown, because the new rows are no part of the
+    base model, and puts it in the place of the model's. A table that differs in its first half is
+    not of this base and stays refused.
+
+    Raises:
+        InputError: the model has fewer or more tokens than the file.
+    """
+    taken = {slot.key for slot in plan.slots}
+    keys: dict[str, str] = {}
+    for path, table in _tables(host).items():
+        for key in (f"{form.root}{path}.weight", f"{form.root}{path}.base_layer.weight"):
+            if key in taken or key not in tensors:
+                continue
+            rows, wanted = tensors[key], len(tensors[key])
+            if rows.shape[1:] == table.shape[1:] and wanted != len(table):
+                raise InputError(
+                    f"{key} has {wanted} tokens, and {type(host.model).__name__} has {len(table)}; "
+                    f"call model.resize_token_embeddings({wanted}) before the import."
+                )
+            if rows.shape != table.shape:
+                continue
+            other = (rows.to(table.dtype) != table).any(dim=1).nonzero()
+            if len(other) and int(other[0]) >= len(table) // 2:
+                keys[f"{path}.weight"] = key
+    if keys:
+        paths = [name.rpartition(".")[0] for name in keys]
+        plan.deltas.insert(0, SelectedModules(sites=as_sites(paths, host)))
+        plan.slots += parameter_slots(keys, host)
+
+
 def _constants(plan: Plan, form: Format, saved: Sequence[str], host: Host) -> None:
     """What peft saves beside the adapter.
 
@@ -86,7 +144,8 @@ def _constants(plan: Plan, form: Format, saved: Sequence[str], host: Host) -> No
     for name in host.parameter_names(saved):
         owner = next(p for p in saved if name.startswith(p + "."))
         leaf = name[len(owner) + 1 :]
-        plan.copies[f"{form.root}{owner}.modules_to_save.{leaf}"] = form.root + name
+        for middle in ("modules_to_save", "modules_to_save.default"):
+            plan.copies[f"{form.root}{owner}.{middle}.{leaf}"] = form.root + name
         plan.unused.add(f"{form.root}{owner}.original_module.{leaf}")
 
 
@@ -119,6 +178,9 @@ def describe(attached: Sequence[Attached], host: Host) -> Chosen:
         for name in item.controls:
             head = next((path for path in heads if name.startswith(path + ".")), None)
             saved[head or name.rpartition(".")[0]] = None
+            # peft copies a module that it saves, so what is tied to it is saved as well.
+            others = (other.rpartition(".")[0] for other in host.tied(name))
+            saved |= {path: None for path in others if path in host.sites.modules}
     inside = tuple(path + "." for path in saved)
     return Chosen(controls, list(saved), [n for n in biases if not n.startswith(inside)])
 

@@ -44,6 +44,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "an integer or a list of integers": lambda v: (
         _is_integer(v) or (isinstance(v, list) and all(map(_is_integer, v)))
     ),
+    "a list of integers": lambda v: isinstance(v, list) and all(map(_is_integer, v)),
     "an object of numbers": _are_numbers,
     "an object of positive integers": lambda v: (
         isinstance(v, dict) and all(_is_integer(item) and item > 0 for item in v.values())

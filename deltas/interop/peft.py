@@ -28,6 +28,7 @@ from deltacontrol.deltas.interop.adapter import Adapter, read, write
 from deltacontrol.deltas.interop.fields import checked
 from deltacontrol.deltas.interop.format import Attached, Format, Plan
 from deltacontrol.deltas.interop.targets import task_type
+from deltacontrol.deltas.methods.bitfit import BitFit
 from deltacontrol.deltas.methods.layer_norm import LayerNormTuning
 from deltacontrol.deltas.methods.selected_modules import SelectedModules
 from deltacontrol.deltas.model import DeltaModel
@@ -66,7 +67,7 @@ def import_peft(path: str | Path, model: PreTrainedModel) -> DeltaModel:
     config = checked(form.fields, adapter.config)
     host = Host(model)
     plan = form.plan(config, host)
-    extras.extend(plan, form, config, host)
+    extras.extend(plan, form, config, host, adapter.tensors)
     values = _fitted(plan, adapter.tensors, model)
     controlled = attach(model, *plan.deltas)
     try:
@@ -119,7 +120,18 @@ def to_adapter(controlled: DeltaModel, *, base_model: str | None = None) -> Adap
     described = form.describe(mains, host)
     task = task_type(host.model)
     targeted = "target_modules" in form.fields
-    if targeted and task == "SEQ_CLS" and not set(host.sites.head_paths()) <= set(chosen.saved):
+    saves = "modules_to_save" in form.fields
+    if chosen.saved and not saves:
+        raise InputError(
+            f"peft's {form.peft_type} trains no module beside its own, and {chosen.saved} are "
+            "trained here; drop that delta, or export it with a lora."
+        )
+    if (
+        targeted
+        and saves
+        and task == "SEQ_CLS"
+        and not set(host.sites.head_paths()) <= set(chosen.saved)
+    ):
         task = None  # with this task peft trains the head, and the head is not trained here
     config = {name: field.default for name, field in form.fields.items()}
     config |= described.config
@@ -128,10 +140,11 @@ def to_adapter(controlled: DeltaModel, *, base_model: str | None = None) -> Adap
         "task_type": task,
         "base_model_name_or_path": base_model or host.model.name_or_path or None,
         "inference_mode": True,
-        "modules_to_save": chosen.saved or None,
         # As peft does without a task: the class that the adapter goes with.
         "auto_mapping": None if task else _class_of(host.model),
     }
+    if saves:
+        config["modules_to_save"] = chosen.saved or None
     word = extras.bias_word(form, chosen, described.paths)
     if "bias" in form.fields:
         config["bias"] = word
@@ -159,7 +172,8 @@ def _mains(attached: list[Attached]) -> list[Attached]:
     methods = [item for item in attached if not isinstance(item.delta, extras.EXTRAS)]
     norms = [item for item in attached if isinstance(item.delta, LayerNormTuning)]
     modules = [item for item in attached if isinstance(item.delta, SelectedModules)]
-    return methods or norms or modules or attached
+    biases = [item for item in attached if isinstance(item.delta, BitFit)]
+    return methods or norms or modules or biases or attached
 
 
 def _format(config: Mapping[str, Any]) -> Format:

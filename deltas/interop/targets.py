@@ -62,6 +62,8 @@ def saved_modules(config: Mapping[str, Any], host: Host) -> list[str]:
     Raises:
         InputError: a name matches nothing, or one module lies in another.
     """
+    if "modules_to_save" not in config:
+        return []  # a type of adapter that trains nothing else
     names = list(dict.fromkeys(config["modules_to_save"] or ()))
     if config["task_type"] == "SEQ_CLS":
         names += [name for name in CLASSIFIERS if name not in names]
@@ -150,8 +152,12 @@ def _all_linear(model: PreTrainedModel, task_type: str | None) -> list[str]:
     ]
 
 
-def by_pattern(patterns: Mapping[str, Any], paths: Sequence[str], default: Any) -> dict[str, Any]:
+def by_pattern(
+    patterns: Mapping[str, Any], paths: Sequence[str], default: Any, *, dotted: bool = False
+) -> dict[str, Any]:
     """A path's value: that of the first pattern that matches its end, else the default.
+
+    With ``dotted`` a dot of the path must stand before the end, as some types of peft want.
 
     Raises:
         InputError: a pattern matches no path.
@@ -159,7 +165,7 @@ def by_pattern(patterns: Mapping[str, Any], paths: Sequence[str], default: Any) 
     values, used = dict.fromkeys(paths, default), set()
     for path in paths:
         for pattern, value in patterns.items():
-            if is_match(rf"(.*\.)?({pattern})", path):
+            if is_match(rf".*\.{pattern}" if dotted else rf"(.*\.)?({pattern})", path):
                 values[path] = value
                 used.add(pattern)
                 break
@@ -168,9 +174,22 @@ def by_pattern(patterns: Mapping[str, Any], paths: Sequence[str], default: Any) 
     return values
 
 
-def to_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Patterns that give each path its value; those at the default are left out."""
-    return {rf"^{re.escape(path)}": v for path, v in values.items() if v != default}
+def to_patterns(values: Mapping[str, Any], default: Any, *, dotted: bool = False) -> dict[str, Any]:
+    """Patterns that give each path its value; those at the default are left out.
+
+    Raises:
+        InputError: ``dotted``, and the patterns cannot tell the paths apart.
+    """
+    if not dotted:
+        return {rf"^{re.escape(path)}": v for path, v in values.items() if v != default}
+    ends = {path: path.partition(".")[2] for path, v in values.items() if v != default}
+    patterns = {re.escape(end): values[path] for path, end in ends.items()}
+    if "" in patterns or by_pattern(patterns, [*values], default, dotted=True) != dict(values):
+        raise InputError(
+            f"peft's patterns cannot tell {', '.join(ends)} from the other modules; use one value "
+            "for all of them."
+        )
+    return patterns
 
 
 def grouped(values: Mapping[str, Any]) -> dict[Any, list[str]]:

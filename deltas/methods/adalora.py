@@ -125,7 +125,7 @@ class AdaLoRA(Delta):
         return sum(self.rank * (site.in_features + site.out_features + 1) for site in sites)
 
     def _checked_sites(self, host: Host) -> list[Site]:
-        return low_rank_sites(host, self.name, self.rank, self.sites, self.layers)
+        return low_rank_sites(host, self.sites, self.layers)
 
 
 class SingularPath(WeightPath):

@@ -73,7 +73,7 @@ class LoHa(Delta):
         return sum(2 * self.rank * (site.in_features + site.out_features) for site in sites)
 
     def _checked_sites(self, host: Host) -> list[Site]:
-        return low_rank_sites(host, self.name, self.rank, self.sites, self.layers)
+        return low_rank_sites(host, self.sites, self.layers)
 
 
 class HadamardPath(WeightPath):

@@ -14,7 +14,10 @@ from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
 from deltacontrol.deltas.editing.paths import WeightPath, check_dropout, lay, low_rank_sites, widths
 from deltacontrol.deltas.editing.sites import Site
+from deltacontrol.deltas.methods.parts.tables import check_table
 from deltacontrol.theory.errors import InputError
+
+_NARROW = ("svd", "olora")  # starts that a narrow map has not enough vectors for
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,12 @@ class LoRA(Delta):
     A ∈ R^{r×in} starts random and B ∈ R^{out×r} at zero, so training starts at the base model. With
     ``init="svd"`` both start at the principal part of the weight, W ≈ s·B₀ A₀ (Meng et al.,
     Eq. 2–4), and the path is s·(B A - B₀ A₀): the same function as their W - s·B₀ A₀ + s·B A, with
-    the base weight left as it is and the start exact.
+    the base weight left as it is and the start exact. ``init="olora"`` starts in the same way at
+    B₀ A₀ = Q_r R_r, the first r columns and rows of W = Q R (Büyükakyüz, Eq. 3).
+
+    With ``init="orthogonal"`` A = Q₁' N₁ and B = N₂ Q₂' for the two halves Q₁, Q₂ of the columns of
+    a random rotation (r, r) and Gaussian N₁, N₂, divided by ten each: neither is zero, but Q₂' Q₁
+    is, so B A starts at zero. As rounding would leave a trace, B₀ A₀ is subtracted here as well.
 
     An embedding E is the linear map of one-hot tokens: E(i) + s·B A e_i. There A starts at zero and
     B Gaussian, so that the tokens of a batch move at once, and no input is dropped.
@@ -39,7 +47,8 @@ class LoRA(Delta):
             the size of the learned change from shrinking as the rank grows.
         step_ratio: λ, the learning rate of B over that of A (LoRA+, Hayou et al.).
         init: A is uniform in ±1/√in ("kaiming"), Gaussian with deviation 1/r ("gaussian"), or both
-            are principal singular vectors of W ("svd").
+            are principal singular vectors of W ("svd"), the first of its QR factors ("olora"), or
+            random and orthogonal to each other ("orthogonal", with an even rank).
     """
 
     rank: int = 8
@@ -49,7 +58,7 @@ class LoRA(Delta):
     dropout: float = 0.0
     scaling: Literal["standard", "rslora"] = "standard"
     step_ratio: float = 1.0
-    init: Literal["kaiming", "gaussian", "svd"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "svd", "olora", "orthogonal"] = "kaiming"
 
     name = "lora"
     look = ("LoRA", "#0072B2", "o", 2)
@@ -58,7 +67,8 @@ class LoRA(Delta):
     law = "x (W + s A B)"
     reference = (
         "Hu et al., ICLR 2022, Eq. 3; Kalajdzievski, arXiv 2312.03732, Theorem 3.2 (rsLoRA); "
-        "Hayou, Ghosh, Yu, ICML 2024 (LoRA+); Meng, Wang, Zhang, NeurIPS 2024, Eq. 2-4 (PiSSA)"
+        "Hayou, Ghosh, Yu, ICML 2024 (LoRA+); Meng, Wang, Zhang, NeurIPS 2024, Eq. 2-4 (PiSSA); "
+        "Büyükakyüz, arXiv 2406.01775, Eq. 3 (OLoRA)"
     )
     bibtex = r"""
         @inproceedings{hu2022lora,
@@ -88,6 +98,13 @@ class LoRA(Delta):
           booktitle = {Advances in Neural Information Processing Systems},
           year = {2024},
         }
+        @misc{buyukakyuz2024olora,
+          author = {B{\"u}y{\"u}kaky{\"u}z, Kerim},
+          title = {{OLoRA}: Orthonormal Low-Rank Adaptation of Large Language Models},
+          eprint = {2406.01775},
+          archiveprefix = {arXiv},
+          year = {2024},
+        }
     """
     num_parameters_formula = "sum over sites of r (d_in + d_out)"
 
@@ -98,6 +115,8 @@ class LoRA(Delta):
         check_dropout(self.name, self.dropout)
         if not self.step_ratio > 0:
             raise InputError(f"lora: step_ratio is {self.step_ratio}; expected a positive number.")
+        if self.init == "orthogonal" and self.rank % 2:
+            raise InputError(f"lora: rank is {self.rank}; init=orthogonal needs an even one.")
         if self.init == "svd" and not self.alpha > 0:
             raise InputError(f"lora: alpha is {self.alpha}; init=svd needs a positive one.")
 
@@ -108,7 +127,7 @@ class LoRA(Delta):
 
     def build(self, host: Host) -> None:
         """Add a path at every site."""
-        fixed = self.init == "svd"
+        fixed = self.init in (*_NARROW, "orthogonal")
         for site in self._checked_sites(host):
             if isinstance(site.module, nn.Embedding):
                 path: nn.Module = self._lay_embedding(host, site, site.module)
@@ -124,26 +143,29 @@ class LoRA(Delta):
         return sum(self.rank * sum(widths(site)) for site in self._checked_sites(host))
 
     def _checked_sites(self, host: Host) -> list[Site]:
-        found = low_rank_sites(host, self.name, self.rank, self.sites, self.layers, embeddings=True)
+        found = low_rank_sites(host, self.sites, self.layers, embeddings=True)
         for site in found:
             if isinstance(site.module, nn.Embedding):
                 self._check_embedding(host, site)
+            elif self.init in _NARROW:
+                self._check_rank(site)
         return found
 
-    def _check_embedding(self, host: Host, site: Site) -> None:
-        if self.init == "svd":
+    def _check_rank(self, site: Site) -> None:
+        bound = min(widths(site))
+        if self.rank > bound:
             raise InputError(
-                f"lora: {site.path} is an embedding, which init=svd does not start; choose "
+                f"lora: rank {self.rank} is above the width {bound} of {site.path}, which has no "
+                f"more vectors for init={self.init}; choose a rank from 1 to {bound}."
+            )
+
+    def _check_embedding(self, host: Host, site: Site) -> None:
+        if self.init in (*_NARROW, "orthogonal"):
+            raise InputError(
+                f"lora: {site.path} is an embedding, which init={self.init} does not start; choose "
                 "init=kaiming, or linear maps alone."
             )
-        others = [name.rpartition(".")[0] for name in host.tied(f"{site.path}.weight")]
-        others = [p for p in others if isinstance(host.sites.modules[p], nn.Embedding)]
-        if others and site.path == host.sites.embedding_path:
-            raise InputError(
-                f"lora: {host.sites.model_type} looks tokens up at {' and '.join(others)}, which "
-                f"{site.path} only lends its table, so a path there has no effect; choose them as "
-                "sites."
-            )
+        check_table(self.name, host, site)
 
     def _lay_embedding(self, host: Host, site: Site, module: nn.Embedding) -> EmbeddingPath:
         down = torch.zeros(self.rank, module.num_embeddings)
@@ -158,6 +180,10 @@ class LoRA(Delta):
         """A (r, in) and B (out, r)."""
         if self.init == "svd":
             return _principal(site, host.weight(site), self.rank, self.scale)
+        if self.init == "olora":
+            return _first_factors(site, host.weight(site), self.rank)
+        if self.init == "orthogonal":
+            return _apart(host, site, self.rank)
         if self.init == "gaussian":
             down = host.normal(self.rank, site.in_features, std=1 / self.rank)
         else:
@@ -171,6 +197,21 @@ def _principal(site: Site, weight: Tensor, rank: int, scale: float) -> tuple[Ten
     left, values, right = torch.linalg.svd(rows, full_matrices=False)
     roots = (values[:rank] / scale).sqrt()
     return roots[:, None] * right[:rank], left[:, :rank] * roots
+
+
+def _first_factors(site: Site, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A = the first r rows of R, B = the first r columns of Q, W = Q R."""
+    left, right = torch.linalg.qr(site.rows(weight.detach()).double())
+    return right[:rank].clone(), left[:, :rank].clone()
+
+
+def _apart(host: Host, site: Site, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B, not zero, with B A = 0: they use different columns of one rotation."""
+    rotation = torch.linalg.qr(host.normal(rank, rank, std=1.0).double()).Q
+    half = rank // 2
+    down = host.normal(half, site.in_features, std=0.1)
+    up = host.normal(site.out_features, half, std=0.1)
+    return rotation[:, ::2] @ down.double(), up.double() @ rotation[:, 1::2].T
 
 
 class LowRankPath(WeightPath):

@@ -39,13 +39,14 @@ from tests.deltas.zoo import (
     batch_of,
     gradients,
     move,
+    one_of_a_kind,
     out,
     relative,
     snapshot,
 )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", one_of_a_kind(METHODS))
 @pytest.mark.parametrize(
     "family",
     ["gpt2", "t5-seq2seq", *(pytest.param(f, marks=pytest.mark.slow) for f in ("bert", "bart"))],

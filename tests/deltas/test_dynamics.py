@@ -49,7 +49,7 @@ Build = Callable[..., PreTrainedModel]
 TWO_STACKS = ("bart", "t5-seq2seq", "pegasus", "mt5")
 # The stages of ALBERT would be one block's: see test_unsupported_states.py.
 LAYERED = [(f, name) for f, name in DEEP if f not in (*TWO_STACKS, "albert")]
-SHARED = ("compacter", "fisher-mask", "random-mask", "said", "subspace")
+SHARED = ("compacter", "fisher-mask", "random-mask", "said", "subspace", "vblora")
 # Hidden states are shown behind the last norm.
 PRE_NORM = (
     "gpt2", "gpt_neox", "opt", "llama", "qwen3", "gemma3", "t5", "modernbert", "whisper",

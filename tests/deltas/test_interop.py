@@ -16,6 +16,7 @@ import deltacontrol.deltas.interop
 from deltacontrol.deltas import BitFit, DoRA, HeadTuning, LayerNormTuning, LoRA, SelectedModules
 from deltacontrol.deltas.interop import export_peft, import_peft
 from deltacontrol.deltas.interop.peft import available
+from tests.deltas import peft_cases
 from tests.deltas.peft_models import logits, peft, same, save
 from tests.deltas.zoo import batch_of, out
 
@@ -119,7 +120,8 @@ def unlisted(known: set[str]) -> Iterator[tuple[str, str, type, dict[str, Any]]]
 
 CASES: list[Any] = [(*case, None)[:5] for case in cases()]
 TYPES = {config: kind.value for kind, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-CASES += [(*case, None) for case in unlisted({TYPES[config] for _, _, config, *_ in CASES})]
+KNOWN = {TYPES[config] for _, _, config, *_ in (*CASES, *peft_cases.CASES)}
+CASES += [(*case, None) for case in unlisted(KNOWN)]
 
 
 @pytest.fixture(autouse=True)

@@ -150,7 +150,7 @@ def test_writes_what_a_reader_expects(build: Build, tmp_path):
         ("bert", CLS, (HoulsbyAdapter(),), ("no format for houlsby", "lora")),
         ("bert", CLS, (FullFineTuning(),), ("no format for full",)),
         ("bert", CLS, (Subspace(dimension=3),), ("no format for subspace",)),
-        ("bert", CLS, (BitFit(), HeadTuning()), ("no format for bitfit, head",)),
+        ("bert", CLS, (BitFit(), HeadTuning()), ("BEFT acts at Linear modules", "LayerNorm")),
         ("bert", CLS, (LoRA(), IA3()), ("one method", "ia3 and lora")),
         ("bert", CLS, (LoRA(), DoRA(sites=("mlp.up",))), ("use_dora is for all",)),
         ("bert", CLS, (LoRA(dropout=0.1), LoRA(sites=("mlp.up",))), ("dropout 0.1 and 0.0",)),

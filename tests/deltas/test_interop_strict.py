@@ -179,7 +179,7 @@ def test_a_resized_embedding_is_seen(refused):
         key = "base_model.model.bert.embeddings.word_embeddings.weight"
         values[key] = torch.zeros(101, 32)
 
-    refused("lora", "word_embeddings.weight is not what this model has", tensors=spoil)
+    refused("lora", "has 101 tokens", "call model.resize_token_embeddings(101)", tensors=spoil)
 
 
 def test_infinite_values_are_refused(refused):

@@ -27,6 +27,7 @@ from tests.deltas.zoo import (
     batch_of,
     cells,
     move,
+    one_of_a_kind,
     out,
     snapshot,
 )
@@ -70,7 +71,7 @@ def cast(build, family: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTr
 
 
 @DTYPES
-@pytest.mark.parametrize("method", MERGEABLE)
+@pytest.mark.parametrize("method", one_of_a_kind(MERGEABLE))
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_merging_rounds_once(build, family, method, dtype):
     """Logits within 16 units of roundoff of the largest; weights within one of the exact sum."""

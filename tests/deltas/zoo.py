@@ -169,6 +169,19 @@ SMOKE = ("lora",)  # what `make test` takes of the families of `more_architectur
 # An encoder, two decoders of which one fuses its projections, and both halves together: `make test`
 # takes every method on these and the representative ones everywhere, `make slow` the other cells.
 QUICK_FAMILIES = ("bert", "gpt2", "llama", "t5-seq2seq")
+# Changes of weight that act where and as LoRA does. Of these `make test` takes the cells on GPT-2,
+# with its slices of fused, transposed matrices; `oft` and `road` stand for them in dearer tests.
+AS_LORA = (
+    *("boft", "c3a", "delora", "fourierft", "gralora", "hira", "hra", "miss", "randlora"),
+    "vblora",
+)
+
+
+def one_of_a_kind(methods: Iterable[str]) -> list[Any]:
+    """Methods as parameters of a test; those that act as LoRA does are left to `make slow`."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow if name in AS_LORA else ()) for name in methods
+    ]
 
 
 def cells(
@@ -189,7 +202,9 @@ def cells(
     """
     made = []
     for family, method in pairs:
-        if family in quick or method in (smoke if FAMILIES[family].is_more else everywhere):
+        cheap = family == "gpt2" and quick is QUICK_FAMILIES
+        taken = family in quick and (cheap or method not in AS_LORA)
+        if taken or method in (smoke if FAMILIES[family].is_more else everywhere):
             made.append(pytest.param(family, method, id=f"{family}-{method}"))
         elif os.environ.get("SUPPORT_MATRIX") != "quick":
             made.append(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltacontrol.deltas.editing.host import Host
@@ -154,7 +154,8 @@ def _pieces(item: Attached, site: Site) -> list[Piece]:
 
     pieces = [piece(item.controls[f"{key}.A"], item.controls[f"{key}.B"])]
     start = getattr(path, "A_0", None), getattr(path, "B_0", None)
-    if start[0] is not None and start[1] is not None:
+    starts_at_zero = getattr(delta, "init", "") == "orthogonal"  # B₀ A₀ = 0
+    if start[0] is not None and start[1] is not None and not starts_at_zero:
         pieces.append(piece(start[0].cpu(), -start[1].cpu()))
     return pieces
 
@@ -170,10 +171,13 @@ def _magnitudes(attached: Sequence[Attached], host: Host) -> dict[str, Tensor]:
     for item in attached:
         for site in host.find(item.delta.sites, item.delta.layers):
             own = item.controls[f"{site.key}.m"]
-            inside = site.spread(torch.ones_like(own)).bool()
+            inside = (
+                torch.ones_like(own) if site.part is None else site.spread(torch.ones_like(own))
+            )
+            inside = inside.bool()
             if site.path not in found:
                 weight = host.original(f"{site.path}.weight").detach().cpu()
-                rows = weight.T if isinstance(site.module, Conv1D) else weight
+                rows = weight.T if isinstance(site.module, Conv1D | nn.Embedding) else weight
                 found[site.path] = torch.linalg.vector_norm(rows, dim=1)
                 taken[site.path] = torch.zeros_like(inside)
             if bool((inside & taken[site.path]).any()):
