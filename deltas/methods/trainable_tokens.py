@@ -29,7 +29,15 @@ class TrainableTokens(Delta):
     acts_on = "rows of the embedding"
     category = "specification"
     law = "E_i + u_i for chosen tokens i"
-    reference = "the specification of rows of Lester, Al-Rfou, Constant, EMNLP 2021; no own paper"
+    reference = "rows of the table that prompts extend (Lester, Al-Rfou, Constant, EMNLP 2021)"
+    bibtex = r"""
+        @inproceedings{lester2021power,
+          author = {Lester, Brian and Al-Rfou, Rami and Constant, Noah},
+          title = {The Power of Scale for Parameter-Efficient Prompt Tuning},
+          booktitle = {Conference on Empirical Methods in Natural Language Processing},
+          year = {2021},
+        }
+    """
     num_parameters_formula = "k d_embedding for k tokens"
 
     def __post_init__(self) -> None:

@@ -186,7 +186,7 @@ def test_bad_sites_and_laws_are_refused(build: Build) -> None:
         attach_feedback(model, law, site="blokc")
     with pytest.raises(InputError, match="3 steps, but 'block' has 2 sites"):
         attach_feedback(model, law, site="block")
-    with pytest.raises(InputError, match="expected a model of transformers"):
+    with pytest.raises(InputError, match="expected a PreTrainedModel"):
         attach_feedback(torch.nn.Linear(2, 2), law)  # type: ignore[arg-type]
     controlled = attach(model, LoRA(rank=2))
     controlled.detach()

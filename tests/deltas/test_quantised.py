@@ -19,7 +19,7 @@ from deltacontrol.deltas import attach, registry
 from deltacontrol.deltas.model import DeltaModel
 from deltacontrol.deltas.quantised import any_quantised, is_quantised, values_of
 from deltacontrol.theory.errors import InputError
-from tests.deltas.zoo import move
+from tests.deltas.zoo import METHODS, move
 
 pytest.importorskip("bitsandbytes")
 
@@ -129,7 +129,7 @@ def test_every_method_acts_beside_them_or_says_why_not(
     base = model(input_ids=TOKENS).logits
     for name in registry.available():
         try:
-            tuned = attach(model, registry.parse(name), seed=0)
+            tuned = attach(model, METHODS[name][0], seed=0)
         except InputError as refusal:
             if "no bias" not in str(refusal):
                 assert name in NEED_WEIGHTS and "quantised weights are frozen" in str(refusal), name

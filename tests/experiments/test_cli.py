@@ -101,7 +101,7 @@ def test_a_divergence_is_recorded_and_exits_with_1(
         (["--delta", "lora:rnk=3"], ["rnk", "nearest: rank"]),
         (["--delta", "lora:sites=attention.qury"], ["attention.qury", "attention.query"]),
         (["--delta", "lora:rank=0"], ["rank is 0", "at least 1"]),
-        (["--delta", "lora:rank=17"], ["rank 17", "width 16"]),
+        (["--delta", "vera:rank=0"], ["rank is 0", "vera"]),
         (["--label-column", "star"], ["'star'", "review, stars"]),
         (["--text-column", "txt"], ["'txt'", "review, stars"]),
         (["--learning-rate", "-1"], ["learning_rate", "> 0"]),

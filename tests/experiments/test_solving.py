@@ -206,7 +206,7 @@ def test_what_cannot_serve_is_refused(places: Path, monkeypatch: pytest.MonkeyPa
     fails("at most 4096 entries.*NewtonCG", optimiser="ddp", train_limit=100)
 
     class Little:
-        available = 1000
+        available, total = 1000, 2**40
 
     monkeypatch.setattr(execution.psutil, "virtual_memory", Little)
     fails("8 training rows are too many: NewtonCG would need about", optimiser="newton-cg")

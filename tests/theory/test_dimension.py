@@ -129,7 +129,7 @@ def test_the_interval_narrows_with_the_root_of_the_number_of_seeds() -> None:
     [
         ([], [], 0.5, "no runs"),
         ([10, 20], [0.1], 0.5, "one of each"),
-        ([10, 20], [0.1, math.nan], 0.5, "expected finite"),
+        ([10, 20], [0.1, math.nan], 0.5, "item 1 is nan"),
         ([0, 20], [0.1, 0.2], 0.5, "expected finite"),
         ([10, 20], [0.1, 0.2], math.nan, "target is nan"),
     ],
@@ -140,5 +140,5 @@ def test_bad_input_is_refused(d: list, y: list, target: float, words: str) -> No
 
 
 def test_a_baseline_without_a_number_is_refused() -> None:
-    with pytest.raises(InputError, match="finite numbers, one a run"):
+    with pytest.raises(InputError, match="item 1 is nan"):
         Baseline((0.5, math.nan))

@@ -59,9 +59,11 @@ def test_shooting_reports_a_failed_line_search_with_its_cause() -> None:
     assert 0 < solution.residual.norm <= 1e-6
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
-def test_bad_settings_are_refused(value: float) -> None:
-    with pytest.raises(InputError, match="step_size"):
+@pytest.mark.parametrize(
+    ("value", "name"), [(0.0, "step_size"), (-1.0, "step_size"), (float("nan"), "minimiser is nan")]
+)
+def test_bad_settings_are_refused(value: float, name: str) -> None:
+    with pytest.raises(InputError, match=name):
         MSA(value)
     with pytest.raises(InputError, match="memory"):
         Shooting(0)

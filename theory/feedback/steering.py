@@ -222,10 +222,13 @@ def steer_output(
         damping: as in `OutputSteering.of`.
 
     Raises:
-        InputError: the state holds whole numbers or is of another dtype than the controls.
+        InputError: the state holds whole numbers that a control would be added to, or is of
+            another dtype than the controls.
     """
     moved = [c.dtype for c in dynamics.controls]
-    if not x0.is_floating_point() or any(dtype != x0.dtype for dtype in moved):
+    whole = not x0.is_floating_point()
+    # Tokens are a state as well where nothing is added to them.
+    if dynamics.control_sizes[0] if whole else any(dtype != x0.dtype for dtype in moved):
         raise InputError(
             f"x0 is {x0.dtype}; expected a float state, of the dtype of the controls"
             + "".join(sorted({f" ({dtype})" for dtype in moved}))
