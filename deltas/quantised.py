@@ -11,6 +11,7 @@ libraries before a model has such a weight.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def is_quantised(weight: Tensor) -> bool:
     return not weight.is_floating_point() or _unpacks_itself(weight)
 
 
-def num_values(weight: Tensor) -> int:
+def num_values(weight: Any) -> int:
     """How many numbers a weight stands for, however many of them share a byte."""
     state = getattr(weight, "quant_state", None)
     return weight.numel() if state is None else state.shape.numel()
@@ -72,7 +73,7 @@ def values_of(module: nn.Module, dtype: torch.dtype) -> Tensor:
     )
 
 
-def refuse_quantised(names: dict[str, Tensor], purpose: str) -> None:
+def refuse_quantised(names: Mapping[str, Tensor], purpose: str) -> None:
     """Refuse a purpose that needs weights as they are.
 
     Args:

@@ -40,7 +40,7 @@ def test_is_a_percent_script_with_the_agreed_sections(path: Path) -> None:
 
 # Of many seconds; `make slow` runs them too.
 SLOW = ("01_", "02_", "03_", "04_", "05_", "07_", "11_", "16_")
-SLOW += ("20_", "21_", "22_", "24_", "25_")
+SLOW += ("12_", "19_", "20_", "21_", "22_", "24_", "25_")
 
 
 @pytest.mark.parametrize(

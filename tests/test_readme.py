@@ -42,7 +42,9 @@ def run(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("number", range(len(CODES)))
+@pytest.mark.parametrize(
+    "number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, len(CODES)))]
+)
 def test_python_examples_run_by_themselves(minilm_l6: str, number: int) -> None:
     assert f'"{minilm_l6}"' in CODES[number]
     shown = run(CODES[number])

@@ -60,7 +60,7 @@ def typed(made: T) -> T:
     """
     if isinstance(made, type):
         made.__init__ = _checking(made.__init__, made.__name__)  # type: ignore[misc]
-        return made
+        return typing.cast("T", made)
     return typing.cast("T", _checking(made, made.__name__))
 
 
@@ -168,7 +168,7 @@ def _items(value: Any, hints: tuple[Any, ...]) -> Any:
             reason = wrong.args or (f"not {_expected(hint)}",)
             raise _WrongError(f"item {place} is {_shown(item)}, {reason[0]}") from None
     same = not isinstance(value, list | tuple) or all(map(operator.is_, found, value))
-    return value if same else type(value)(found)
+    return value if same else typing.cast("Any", type(value))(found)
 
 
 def _is_a(value: Any, kind: type) -> bool:
@@ -193,9 +193,10 @@ def _int(value: Any) -> int:
     if type(value) is not int:
         if not isinstance(value, Real) or isinstance(value, bool):
             raise _WrongError
-        if not math.isfinite(value) or value != int(value):
+        number = typing.cast("Any", value)
+        if not math.isfinite(number) or number != int(number):
             raise _WrongError
-        value = int(value)
+        value = int(number)
     if not -(2**63) <= value < 2**63:
         raise _WrongError("one of at most 63 binary digits")
     return value

@@ -17,8 +17,8 @@ from tests.deltas.zoo import batch_of, move
 Build = Callable[..., PreTrainedModel]
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("attention", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
 def test_it_lowers_the_loss_of_lora(build: Build, family: str, attention: str) -> None:
     model = build(family, attention=attention)
     batch = batch_of(model) | {"labels": torch.tensor([0, 1, 0])}

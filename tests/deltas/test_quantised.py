@@ -51,7 +51,7 @@ NEED_WEIGHTS = {
     "diff-pruning", "fisher-mask", "full", "last-layers", "lottery-ticket", "random-mask", "said",
     "selected-modules", "subspace",
 }  # fmt: skip
-QUICK = (("bert", "nf4"), ("llama", "int8"))
+QUICK = (("llama", "nf4"),)
 TOKENS = torch.arange(1, 22).reshape(3, 7)
 LABELS = torch.tensor([0, 1, 2])
 

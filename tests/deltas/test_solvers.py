@@ -43,7 +43,7 @@ def end_to_end_residual(controlled: DeltaModel, problem: ControlProblem, u: Cont
     [
         pytest.param("bert", NewtonCG(), True, id="bert-newton-cg", marks=pytest.mark.slow),
         pytest.param("bert", DDP(), True, id="bert-ddp", marks=pytest.mark.slow),
-        pytest.param("gpt2", GaussNewton(), False, id="gpt2-gauss-newton"),
+        pytest.param("gpt2", GaussNewton(), False, id="gpt2-gauss-newton", marks=pytest.mark.slow),
         pytest.param("gpt2", NewtonCG(), True, id="gpt2-newton-cg", marks=pytest.mark.slow),
         pytest.param("gpt2", DDP(), True, id="gpt2-ddp", marks=pytest.mark.slow),
         pytest.param("bert", GaussNewton(), False, id="bert-gauss-newton", marks=pytest.mark.slow),

@@ -72,6 +72,7 @@ def test_bounds_follow_from_their_parts(outcome: Outcome) -> None:
     assert min(best["bound"], gauss["bound"]) > result["chance"]
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_numbers(
     small: GeneralisationBound, outcome: Outcome, tmp_path
 ) -> None:

@@ -28,6 +28,7 @@ def tiny(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of peft
 def test_every_part_gives_its_numbers(tiny, tmp_path, monkeypatch, capsys) -> None:
     pytest.importorskip("peft")

@@ -107,6 +107,7 @@ def test_no_dimension_is_outside_of_those_that_there_are(
         run(MnistDimension(smallest=6000), RunStore(tmp_path), progress=False)
 
 
+@pytest.mark.slow
 def test_rules_share_their_trainings(made_up: list[MnistTraining], tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     run(MnistDimension(), store, progress=False)

@@ -64,6 +64,7 @@ def curvature(initial: InitialModel, batch) -> ModelCurvature:
     return ModelCurvature(outputs, loss, initial.controlled.trainable())
 
 
+@pytest.mark.slow
 def test_the_kernel_is_that_of_the_whole_batch(full: InitialModel) -> None:
     (batch,) = full.batches(ROWS)
     dense = curvature(full, batch)
@@ -174,6 +175,7 @@ def test_accuracies_are_those_of_solved_subspaces(full: InitialModel) -> None:
     assert float(predicted.std()) == pytest.approx(float(np.std(found)), rel=0.25)
 
 
+@pytest.mark.slow
 def test_the_ends_of_the_scale(full: InitialModel, places: dict[str, str]) -> None:
     start = full.loss(torch.arange(ROWS))
     assert dimension_of(full, 2 * start, "loss").dimension == 0

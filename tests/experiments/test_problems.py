@@ -15,7 +15,8 @@ from deltacontrol.experiments.studies.pontryagin.trace import PontryaginTrace
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.solvers import MSA, solve
 
-DELTAS = ("lora", "houlsby", "prefix", "prompt", "bitfit")
+DELTAS = ["lora", "prefix"]
+DELTAS += [pytest.param(n, marks=pytest.mark.slow) for n in ("houlsby", "prompt", "bitfit")]
 
 
 def problem_of(model: str, name: str, weight_decay: float = 0.0) -> Any:
@@ -34,6 +35,7 @@ def test_costates_give_the_gradient_of_the_real_model(minilm_l6: str, name: str)
     assert (torch.cat(stale) - exact).norm() / exact.norm() > 1e-6
 
 
+@pytest.mark.slow
 def test_msa_with_a_gradient_step_is_gradient_descent_on_the_real_model(minilm_l6: str) -> None:
     problem = problem_of(minilm_l6, "lora")
     start = perturbed(problem.dynamics.controls(), 0.1)
@@ -54,7 +56,7 @@ def test_msa_with_a_gradient_step_is_gradient_descent_on_the_real_model(minilm_l
         descent = tuple(u - 0.05 * g for u, g in zip(descent, gradient, strict=True))
 
 
-@pytest.mark.parametrize("optimiser", ["lbfgs", "adamw"])
+@pytest.mark.parametrize("optimiser", ["lbfgs", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_a_trace_records_every_stage(minilm_l6: str, tmp_path, optimiser: str) -> None:
     from deltacontrol.experiments.runs.experiment import Workspace
 

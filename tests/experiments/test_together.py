@@ -137,7 +137,12 @@ def test_other_losses(kind: str) -> None:
             marks=pytest.mark.slow,
         ),
         ((LoRA(rank=2, dropout=0.5), HeadTuning()), {}, "draw random numbers"),
-        ((LoRA(rank=2),), {"grad_accumulation": 2}, "grad_accumulation is set"),
+        pytest.param(
+            (LoRA(rank=2),),
+            {"grad_accumulation": 2},
+            "grad_accumulation is set",
+            marks=pytest.mark.slow,
+        ),
         pytest.param((LoRA(rank=2),), {"dropout": True}, "dropout is set", marks=pytest.mark.slow),
     ],
     ids=lambda value: "",

@@ -88,10 +88,15 @@ class Interrupted(ParityBatches):
     "delta",
     [
         LoRA(rank=2, dropout=0.2, step_ratio=4.0),
-        FullFineTuning(),
         AdaLoRA(rank=3, target_rank=1, interval=2),
-        LotteryTicket(density=0.1, rounds=2, search=0.5),
-        DiffPruning(density=0.1, gate_step_ratio=2.0),
+        *(
+            pytest.param(delta, marks=pytest.mark.slow)
+            for delta in (
+                FullFineTuning(),
+                LotteryTicket(density=0.1, rounds=2, search=0.5),
+                DiffPruning(density=0.1, gate_step_ratio=2.0),
+            )
+        ),
     ],
     ids=lambda delta: delta.name,
 )

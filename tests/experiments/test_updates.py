@@ -87,6 +87,7 @@ def test_cutting_at_the_full_rank_leaves_the_loss_of_full_fine_tuning(outcome: O
     assert ends["full"] < rows[1]["truncated_loss"] < ends["full_without_update"] < ends["before"]
 
 
+@pytest.mark.slow
 def test_stable_ranks_follow_from_the_recorded_spectrum(outcome: Outcome) -> None:
     last = [row for row in outcome.result["modules"] if row["step"] == 4]
     assert len(outcome.result["modules"]) == 2 * len(last) == 12
@@ -99,6 +100,7 @@ def test_stable_ranks_follow_from_the_recorded_spectrum(outcome: Outcome) -> Non
         assert row["stable_rank"] == pytest.approx((values**2).sum() / values.max() ** 2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_snapshot_is_seen_at_each_of_its_steps(outcome: Outcome) -> None:
     rows = outcome.result["overlaps"]
     assert [(r["step"], r["rank"]) for r in rows] == [(2, 1), (4, 1), (2, 384), (4, 384)]
@@ -107,6 +109,7 @@ def test_a_snapshot_is_seen_at_each_of_its_steps(outcome: Outcome) -> None:
     assert all(0 <= r["left"] <= 1 + 1e-12 for r in rows)
 
 
+@pytest.mark.slow
 def test_what_is_seen_is_the_weight_that_acts(small: UpdateSpectra) -> None:
     bench = _Bench(small)
     with tqdm(disable=True) as bar:

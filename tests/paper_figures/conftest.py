@@ -9,7 +9,7 @@ from tests.paper_figures.synthetic import GRIDS, Grid, committed, write
 
 # Drawing and writing a figure takes seconds; `make slow` does it with each. The gallery is held
 # against tables and code of all of them in the quick suite too.
-QUICK = ("performance", "threshold")
+QUICK = ("threshold",)
 
 
 @pytest.fixture(

@@ -55,6 +55,7 @@ def figures(name: str, folder: Path, **options: object) -> Figures:
     return Figures(only=(name,), out=folder / "out", runs=folder / "runs", **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_quick_computes_what_is_missing_once(
     name: str, grid: Grid, sweep: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,7 +95,7 @@ def test_captions_take_their_numbers_from_the_table(name: str, records: list[Rec
         assert MODULES[name].caption(table) in caption
 
 
-@pytest.mark.parametrize("name", ["performance"], scope="module")
+@pytest.mark.parametrize("name", ["performance"], indirect=True, scope="module")
 def test_a_diverged_run_has_no_accuracy_and_is_counted(name: str, records: list[Record]) -> None:
     result = records[0].result | {"accuracy": None}
     diverged = [replace(records[0], result=result, status="diverged"), *records[1:]]

@@ -49,6 +49,7 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
         base.check_replicates(records * 2, ["lora", "lora"])
 
 
+@pytest.mark.slow
 def test_committed_records_are_drawn_without_torch() -> None:
     """In a process of its own."""
     code = (

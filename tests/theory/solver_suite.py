@@ -107,16 +107,17 @@ KEEPING = [e for e in SOLVERS if e.kind.takes_box and e.variant != "lbfgs"]
 
 # Sweeps of extended MSA minimise at every step: seconds where the others take milliseconds.
 FIRST_ORDER = ("MSA", "TorchOptimiser-sgd")
+SLOW_KINDS = (ExtendedMSA, ILQR)
 SLOW_CASES = ("varying-batch", "varying-per-example")
 
 
 def slow_marked(entries: list[Entry]) -> list[object]:
-    """The entries as parameters; extended MSA and Adam are left to `make slow`."""
+    """The entries as parameters; the slowest are left to `make slow`."""
     return [
         pytest.param(
             e,
             id=e.name,
-            marks=pytest.mark.slow if e.kind is ExtendedMSA or e.variant == "adam" else (),
+            marks=pytest.mark.slow if e.kind in SLOW_KINDS or e.variant in ("adam", "sgd") else (),
         )
         for e in entries
     ]

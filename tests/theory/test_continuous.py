@@ -176,8 +176,8 @@ def nonlinear(per_example: bool = False) -> tuple[ResidualNetwork, Cost, Tensor,
 
 CHOICES = [
     ("constant", "constant", False),
-    ("linear", "constant", True),
-    ("linear", "linear", False),
+    pytest.param("linear", "constant", True, marks=pytest.mark.slow),
+    pytest.param("linear", "linear", False, marks=pytest.mark.slow),
 ]
 choices = pytest.mark.parametrize(("weights", "controls", "per_example"), CHOICES)
 

@@ -274,6 +274,7 @@ def test_the_schedule_descends_from_any_first_rho(case) -> None:
         assert descends(history) and history[-1] < history[0]
 
 
+@pytest.mark.slow
 def test_without_weight_decay_the_augmented_hamiltonian_of_lora_still_has_a_minimum() -> None:
     problem = low_rank()
     plain = ControlProblem(problem.dynamics, SquaredErrorCost(problem.cost.target), problem.x0)

@@ -141,6 +141,7 @@ def test_claim_25_the_largest_stable_step(tiny: Tiny) -> None:
     assert found["loss_after"] < predicted["loss"]
 
 
+@pytest.mark.slow
 def test_claim_25_lambda_max_is_that_of_the_dense_matrix(tiny: Tiny) -> None:
     from deltacontrol.theory.linear.curvature import GaussNewtonCurvature
 
