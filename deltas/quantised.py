@@ -59,10 +59,11 @@ def values_of(module: nn.Module, dtype: torch.dtype) -> Tensor:
         if _unpacks_itself(weight):
             return weight.dequantize().to(dtype)
         name = type(weight).__name__
-        if name == "Params4bit" and getattr(weight, "quant_state", None) is not None:
+        state = getattr(weight, "quant_state", None)
+        if name == "Params4bit" and state is not None:
             from bitsandbytes.functional import dequantize_4bit
 
-            return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+            return dequantize_4bit(weight.data, state).to(dtype)
         if name == "Int8Params":
             codes, scales = _codes_of_int8(module, weight)
             # The largest magnitude of a row has the code 127.
