@@ -40,11 +40,6 @@ def num_values(weight: Any) -> int:
     return weight.numel() if state is None else state.shape.numel()
 
 
-def any_quantised(model: nn.Module) -> bool:
-    """Whether a model has such a weight."""
-    return any(is_quantised(parameter) for parameter in model.parameters())
-
-
 def values_of(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """A module's weight as numbers: itself, or its values in ``dtype`` where it is quantised.
 
