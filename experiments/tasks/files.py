@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from deltacontrol.experiments.sources import digest_of_file
 from deltacontrol.experiments.tasks.base import CONVERSION, KINDS, Kind, Task, parts_of
-from deltacontrol.experiments.tasks.reading import SUFFIXES, read_rows, suffix_of
+from deltacontrol.experiments.tasks.reading import SUFFIXES, read_rows, refuse_swallowed, suffix_of
 from deltacontrol.experiments.tasks.splits import (
     SPLIT_SEED,
     SPLITS,
@@ -111,6 +111,8 @@ def load_file(
             )
         columns["label"] = _column(frame, label_column, "label", path)
     _refuse_blank(frame, columns, path)
+    if "label" in columns:
+        refuse_swallowed(frame, columns["text"], columns["label"], path)
     rows = frame[list(columns.values())].set_axis(list(columns), axis=1)
     if pairs:
         rows = rows.assign(text_pair=rows[PAIR_COLUMN].fillna(""))
@@ -132,7 +134,6 @@ def load_file(
     else:
         rows = split(rows)
         told.append("split: seeded, stratified")
-    told += doubts(rows)
     parts = parts_of(rows)
     for part_name, part in zip(SPLITS, parts, strict=True):
         if part.empty and given:
@@ -148,6 +149,7 @@ def load_file(
             )
     _refuse_withheld(rows, path, labels)
     told[-1] += " " + "/".join(f"{len(part):,d}" for part in parts)
+    told += doubts(rows)
     return Task(_stem(path), kind, labels, *parts, digest, f"the file {path.name}", "; ".join(told))
 
 

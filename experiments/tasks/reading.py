@@ -95,6 +95,31 @@ def read_rows(path: Path, used: Collection[str] | None = None) -> pd.DataFrame:
     return pd.DataFrame(cells, columns=pd.Index(names), dtype=object)
 
 
+def refuse_swallowed(frame: pd.DataFrame, text: str, label: str, path: Path) -> None:
+    """Refuse a text of a .csv file that holds rows, because a quote before it was not closed.
+
+    A quote that is opened and not closed takes in all rows up to the next quote, and what results
+    is a proper file. A line inside of a text is taken for a row where it has as many fields as
+    there are columns and, in the place of the label, a label of the file.
+
+    Raises:
+        InputError: there is such a text.
+    """
+    if suffix_of(path) != ".csv" or len(frame.columns) < 2:
+        return
+    labels, place = set(frame[label]), list(frame.columns).index(label)
+    for value in frame[text][frame[text].str.contains("\n", regex=False, na=False)]:
+        for line in value.splitlines()[:-1]:
+            fields = next(csv.reader([line]), [])
+            if len(fields) == len(frame.columns) and fields[place] in labels:
+                raise _unreadable(
+                    path,
+                    f"a text holds a whole row, {line[:40]!r}: a quote before it is not closed, so "
+                    "that rows are taken for one text. Write a quote inside of a text twice; if "
+                    "the text is meant so, write the file as .jsonl",
+                )
+
+
 def _opened(path: Path) -> IO[str]:
     import bz2
     import gzip

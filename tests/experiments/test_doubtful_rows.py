@@ -82,3 +82,37 @@ def test_an_option_that_would_be_ignored_is_refused(
 def test_a_batch_size_is_needed() -> None:
     with pytest.raises(InputError, match="batch_size is None"):
         FineTuning(batch_size=None)  # type: ignore[arg-type]
+
+
+def test_the_shares_of_the_split_stand_beside_it(tmp_path: Path) -> None:
+    frame = pd.concat([rows(), pd.DataFrame({"text": ["one one"], "label": ["b"]})])
+    assert ", stratified 50/5/6; 1 equal texts" in reading(frame, tmp_path)
+
+
+@pytest.mark.parametrize("swallowed", [1, 2, 7])
+@pytest.mark.parametrize("order", ["text,label", "label,text"])
+def test_a_quote_that_is_not_closed_swallows_no_rows(
+    tmp_path: Path, order: str, swallowed: int
+) -> None:
+    lines = [f"{text},{label}" for text, label in rows().itertuples(index=False)]
+    lines[3] = '"' + lines[3]
+    lines[3 + swallowed] = lines[3 + swallowed].replace(",", '",')
+    if order == "label,text":
+        lines = [",".join(line.split(",")[::-1]) for line in [f"{x},{y}" for x, y in rows().values]]
+        lines[3] = lines[3].replace(",", ',"')
+        lines[3 + swallowed] += '"'
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join([order, *lines]) + "\n")
+    with pytest.raises(InputError, match="a quote before it is not closed") as caught:
+        tasks.load(str(path))
+    assert "write the file as .jsonl" in str(caught.value)
+
+
+def test_texts_of_several_lines_are_read(tmp_path: Path) -> None:
+    frame = rows()
+    frame.loc[4, "text"] = 'Dear all,\nI liked it, a lot\n"really", b\nbye'
+    told = reading(frame, tmp_path)
+    assert "60 rows" in told
+    assert frame.loc[4, "text"] in set(tasks.load(str(tmp_path / "rows.csv")).train["text"]) | set(
+        tasks.load(str(tmp_path / "rows.csv")).test["text"]
+    ) | set(tasks.load(str(tmp_path / "rows.csv")).validation["text"])
