@@ -109,7 +109,7 @@ def refuse_swallowed(frame: pd.DataFrame, text: str, label: str, path: Path) -> 
         return
     labels, place = set(frame[label]), list(frame.columns).index(label)
     for value in frame[text][frame[text].str.contains("\n", regex=False, na=False)]:
-        for line in value.splitlines()[:-1]:
+        for line in value.splitlines():
             fields = next(csv.reader([line]), [])
             if len(fields) == len(frame.columns) and fields[place] in labels:
                 raise _unreadable(
