@@ -199,7 +199,7 @@ MORE: dict[str, Family] = {
         head=CLASSES * d,
         biases=L * BLOCK_BIASES + d,
         norms=L * 4 * d + 2 * d,
-        tolerance=1e-2,  # its distances are bfloat16
+        tolerance=1e-5,
     ),
     "mixtral": replace(
         _llama,

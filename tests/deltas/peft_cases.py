@@ -55,7 +55,8 @@ def _options() -> Iterator[tuple[str, type, tuple[str, ...], list[dict[str, Any]
     yield "hra", peft.HRAConfig, LINEAR, [{"r": 4}, {"r": 3}, {"r": 3, "apply_GS": True}], True
     road = [{"variant": f"road_{n}", "group_size": g} for n, g in ((1, 8), (2, 16), (4, 4))]
     yield "road", peft.RoadConfig, LINEAR, road, False
-    # peft transforms in float32 whatever the base is, and its rounding grows with the scaling.
+    # peft transforms in float32, and its rounding grows with the scaling; its default of 150 is
+    # held by the weights themselves in test_interop_types.
     fourier = [
         {"n_frequency": 40, "scaling": 7.5},
         {"n_frequency": 200, "random_loc_seed": 5, "scaling": 9},

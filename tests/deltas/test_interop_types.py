@@ -4,6 +4,7 @@
 """
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +16,9 @@ from transformers import PreTrainedModel
 
 from deltacontrol.deltas.interop import export_peft, import_peft
 from deltacontrol.deltas.interop.peft import available
+from deltacontrol.deltas.methods.fourierft import SpectralPath
 from deltacontrol.theory.errors import InputError
-from tests.deltas.peft_cases import CASES, KINDS, TABLE
+from tests.deltas.peft_cases import CASES, KINDS, QV, TABLE
 from tests.deltas.peft_models import logits, peft, same, save
 from tests.deltas.zoo import batch_of, out
 
@@ -87,3 +89,30 @@ def test_twenty_types_and_more_go_in_and_out():
     listed = {TYPES[config] for _, _, config, _ in CASES}
     prompts = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "LN_TUNING"}
     assert listed | prompts == set(available())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+def test_fourierft_at_the_scaling_of_peft(build: Build, tmp_path: Path, family: str):
+    """ΔW at peft's default scaling of 150, to the rounding of its transform in float32.
+
+    ‖ΔW₃₂ - ΔW‖ ≤ ε₃₂ log₂(N) ‖ΔW‖ for a transform of N numbers (Higham, Accuracy and Stability of
+    Numerical Algorithms, Theorem 24.2). Logits say less: there the rounding is multiplied.
+    """
+    kind = KINDS.get(family, CLS)
+    task = "FEATURE_EXTRACTION" if family == "t5" else TASKS[kind]
+    config = peft.FourierFTConfig(n_frequency=200, target_modules=QV[family], task_type=task)
+    assert config.scaling == 150
+    single = build(family, kind, dtype=torch.float32)
+    save(single, config, tmp_path)
+    model = build(family, kind)
+    theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    layers = [m for m in theirs.modules() if hasattr(m, "fourierft_spectrum")]
+    controlled = import_peft(tmp_path, copy.deepcopy(model))
+    ours = [m for m in controlled.controls.modules() if isinstance(m, SpectralPath)]
+    assert len(ours) == len(layers) > 0
+    for path, layer in zip(ours, layers, strict=True):
+        change, theirs_ = path.change(), layer.get_delta_weight("default").detach().double()
+        theirs_ = theirs_ if theirs_.shape == change.shape else theirs_.T
+        rounding = torch.finfo(torch.float32).eps * math.log2(change.numel())
+        error = float((change - theirs_).norm() / change.norm())
+        assert 0 < error <= rounding
