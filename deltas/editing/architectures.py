@@ -189,7 +189,7 @@ def _add_fused(found: BlockSites, path: str, module: Any, model_type: str, confi
                 "not known"
             )
         return
-    total = module.weight.shape[1] if isinstance(module, Conv1D) else module.weight.shape[0]
+    total = _features(module)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys = (total // width - heads) // 2
@@ -198,6 +198,11 @@ def _add_fused(found: BlockSites, path: str, module: Any, model_type: str, confi
     ends = (0, queries, queries + keys, queries + 2 * keys)
     for k, name in enumerate(("query", "key", "value")):
         found.add(f"attention.{name}", Place(path, (ends[k], ends[k + 1]), groups))
+
+
+def _features(module: Any) -> int:
+    """Width of a map's output. Its weight does not tell: in 4 bits two numbers share a byte."""
+    return module.nf if isinstance(module, Conv1D) else module.out_features
 
 
 def _output(core: str, block: str, maps: Mapping[str, Any]) -> str | None:
@@ -230,7 +235,7 @@ def _add_mlp(found: BlockSites, block: str, maps: Mapping[str, Any],
             up[_around(path, "intermediate.dense")] = path
             found.add("mlp.up", Place(path))
         elif _ends(path, block, _UP_HALF):
-            half = module.weight.shape[0] // 2
+            half = _features(module) // 2
             up[path.rpartition(".")[0]] = path
             found.add("mlp.up", Place(path, (half, 2 * half)))
         elif _ends(path, block, _DOWN):

@@ -11,6 +11,7 @@ from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
     LlamaConfig,
+    Phi3Config,
     PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
@@ -35,6 +36,10 @@ CONFIGS: dict[str, Any] = {
         vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, num_labels=3, pad_token_id=0,
     ),
+    "phi3": Phi3Config(  # fused maps of query, key and value and of both halves of the MLP
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_labels=3, pad_token_id=0,
+    ),
 }  # fmt: skip
 HEADS = ["classifier", "score"]
 BITS = {
@@ -51,7 +56,7 @@ NEED_WEIGHTS = {
     "diff-pruning", "fisher-mask", "full", "last-layers", "lottery-ticket", "random-mask", "said",
     "selected-modules", "subspace",
 }  # fmt: skip
-QUICK = (("llama", "nf4"),)
+QUICK = (("llama", "int8"), ("phi3", "nf4"))
 TOKENS = torch.arange(1, 22).reshape(3, 7)
 LABELS = torch.tensor([0, 1, 2])
 
