@@ -98,6 +98,8 @@ def attach(model: PreTrainedModel, *deltas: Delta, seed: int = 0) -> DeltaModel:
             taken = sum(a.delta.name == delta.name for a in attachments)
             host.namespace = delta.name.replace(".", "_") + (f"_{taken + 1}" if taken else "")
             before = {name for name, _ in host.controls.named_parameters()}
+            if getattr(delta, "sites", None) == () and not getattr(delta, "input_sites", ()):
+                raise InputError(f"{delta.name} acts nowhere: sites is empty; name a module.")
             expected = delta.num_parameters(host)
             guards.require_memory(delta.name, expected, model)
             delta.build(host)

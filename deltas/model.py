@@ -325,10 +325,11 @@ class DeltaModel(nn.Module):
                 f"{', '.join(a.namespace for a in self.attachments)}."
             )
         for key, value in own.items():
-            if state[key].shape != value.shape:
+            shape = getattr(state[key], "shape", type(state[key]).__name__)
+            if shape != value.shape:
                 raise InputError(
-                    f"control {key} has shape {tuple(state[key].shape)}, expected "
-                    f"{tuple(value.shape)}: the delta was saved with other dimensions."
+                    f"control {key} has shape {shape if isinstance(shape, str) else tuple(shape)}, "
+                    f"expected {tuple(value.shape)}: the delta was saved with other dimensions."
                 )
         for key, value in self.controls.named_buffers():
             if key not in own or not _is_fixed(key):

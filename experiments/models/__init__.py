@@ -122,6 +122,8 @@ def load(
 def _local(name: str) -> Path | None:
     """The folder that `name` is, or None when it is a packaged name or looks like a hub id."""
     folder = Path(name).expanduser()
+    if len(name) > 1024:  # no file system has such a path, and asking for it is an error of its own
+        raise InputError(f"the model's name has {len(name)} letters, {name[:40]}...: no such model")
     if (folder / "config.json").is_file():
         return folder
     if name in available():

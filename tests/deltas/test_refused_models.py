@@ -1,9 +1,11 @@
 """Models and controls that cannot work are refused by name, before anything is changed."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from deltacontrol.deltas import FullFineTuning, LoRA, MixtureOfControl, attach
+from deltacontrol.deltas import FullFineTuning, LoRA, MixtureOfControl, attach, registry
 from deltacontrol.theory.errors import InputError
 
 
@@ -49,3 +51,19 @@ def test_a_seed_is_a_whole_number(seed: object) -> None:
 def test_a_number_is_one_of_float32() -> None:
     with pytest.raises(InputError, match=r"lora: alpha is 1e\+308; .*float32"):
         LoRA(rank=2, alpha=1e308)
+
+
+@pytest.mark.parametrize("name", ["vblora", "vera", "compacter", "lora"])
+def test_a_delta_without_sites_is_refused(name: str) -> None:
+    base = model()
+    before = {n: p.requires_grad for n, p in base.named_parameters()}
+    with pytest.raises(InputError):
+        attach(base, registry.available()[name](sites=()))  # type: ignore[arg-type, call-arg]
+    assert {n: p.requires_grad for n, p in base.named_parameters()} == before
+
+
+def test_a_control_that_is_no_tensor_is_named() -> None:
+    tuned = attach(model(), LoRA(rank=2))  # type: ignore[arg-type]
+    state: Any = dict.fromkeys(tuned.state(), "x")
+    with pytest.raises(InputError, match="has shape str, expected"):
+        tuned.load(state)

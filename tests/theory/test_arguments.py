@@ -136,3 +136,15 @@ def test_a_stiff_layer_ends_after_its_steps() -> None:
     mild = ContinuousDepth(LinearDynamics([one * 0.5], [one]), max_steps=500)
     (_, end) = mild.rollout(one[0], (0 * one[0],))
     assert abs(float(end) - math.exp(-0.5)) < 1e-9  # x' = -x/2
+
+
+def test_what_only_the_function_can_know_is_refused_by_it() -> None:
+    """Each ended with a traceback of a library, when odd values were drawn."""
+    from deltacontrol.theory.dimension.cone_threshold import cross_entropy_threshold
+    from deltacontrol.theory.feedback.affine_subspace import AffineSubspace
+
+    with pytest.raises(InputError, match="expected one float dtype for both"):
+        AffineSubspace(torch.zeros(3), torch.eye(3, 2, dtype=torch.int64))
+    logits, labels = torch.zeros(2, 3), torch.tensor([0, 1])
+    with pytest.raises(InputError, match="kernel is zero"):
+        cross_entropy_threshold(torch.zeros(6, 6), logits, labels, 0.5)

@@ -65,8 +65,8 @@ def cross_entropy_threshold(
         seed: of ``h``.
 
     Raises:
-        InputError: if the shapes do not fit, the start reaches the target, the target is not
-            positive, or the solver of the projections fails.
+        InputError: if the shapes do not fit, the kernel is zero, the start reaches the target, the
+            target is not positive, or the solver of the projections fails.
     """
     count, classes = logits.shape
     if kernel.shape != (count * classes,) * 2 or labels.shape != (count,):
@@ -88,6 +88,10 @@ def cross_entropy_threshold(
     kept = values > 1e-7 * values[-1]
     frame = (vectors[:, kept] * values[kept].sqrt()).numpy()
     rank = frame.shape[1]
+    if not rank:
+        raise InputError(
+            "kernel is zero: no direction moves the logits, so that no subspace lowers the loss"
+        )
     offsets = (differ @ logits.double().flatten()).numpy()
 
     w, t = cvxpy.Variable(rank), cvxpy.Variable(nonneg=True)

@@ -28,7 +28,7 @@ class AffineSubspace:
         basis: ``V``, ``(n, k)``, with orthonormal columns.
 
     Raises:
-        InputError: if the shapes do not fit, or the columns are not orthonormal.
+        InputError: if shapes or dtypes do not fit, or the columns are not orthonormal.
     """
 
     mean: Tensor
@@ -41,6 +41,11 @@ class AffineSubspace:
             raise InputError(
                 f"the mean has shape {tuple(self.mean.shape)} and the basis {shape}; expected (n,) "
                 "and (n, k) with k <= n"
+            )
+        if not self.basis.is_floating_point() or self.mean.dtype != self.basis.dtype:
+            raise InputError(
+                f"the mean is {self.mean.dtype} and the basis {self.basis.dtype}; expected one "
+                "float dtype for both"
             )
         gram = self.basis.mT @ self.basis
         eye = torch.eye(shape[1], dtype=gram.dtype, device=gram.device)

@@ -223,7 +223,7 @@ def steer_output(
 
     Raises:
         InputError: the state holds whole numbers that a control would be added to, or is of
-            another dtype than the controls.
+            another dtype than the controls; the output is no tensor of this shape.
     """
     moved = [c.dtype for c in dynamics.controls]
     whole = not x0.is_floating_point()
@@ -242,6 +242,13 @@ def steer_output(
                 x = x + controls[t].reshape(x.shape)
             shifted.append(x)
             states.append(base.step(t, x, dynamics.controls[t]))
+        tried = output(states[-1])
+        if not isinstance(tried, Tensor) or tried.ndim != 2 or len(tried) != len(states[-1]):
+            told = tuple(tried.shape) if isinstance(tried, Tensor) else type(tried).__name__
+            raise InputError(
+                f"output gives {told}; expected a tensor (batch, k) of the outputs of "
+                f"{len(states[-1])} examples"
+            )
         z, pull = torch.func.vjp(output, states[-1])[:2]
     linear = Linearisation(base, [*shifted, states[-1]], dynamics.controls, keep=z.shape[1] > 1)
     sweeps = []
