@@ -292,8 +292,11 @@ def _shown(value: float, claim: Claim) -> str:
 
 def _document(claim: Claim, folder: Path | None) -> dict[str, Any] | None:
     path = result_path(claim, folder)
-    if not path.exists():
-        return None
+    try:
+        if not path.exists():
+            return None
+    except OSError as error:  # of a name that no file can have
+        raise InputError(f"the folder of results cannot be read: {error.strerror}") from error
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         why = "" if document["digest"] == digest_of(document) else "its digest is of other contents"

@@ -6,6 +6,7 @@ to know.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
@@ -229,14 +230,20 @@ def check_number(
     object.__setattr__(owner, name, float(value))
 
 
+def _annotation(kind: type, name: str) -> str:
+    """A field's annotation as it is written."""
+    own = (inspect.get_annotations(base) for base in kind.__mro__)
+    return str(next((found[name] for found in own if name in found), None))
+
+
 def check_count(owner: object, name: str, least: int) -> None:
-    """Check a field that is a whole number, or None.
+    """Check a field that is a whole number, or None where its annotation says so.
 
     Raises:
         InputError: it is not, or too small.
     """
     value = getattr(owner, name)
-    if value is None:
+    if value is None and "None" in _annotation(type(owner), name):
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(f"{name} is {value!r}; expected a whole number >= {least}")

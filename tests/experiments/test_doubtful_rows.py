@@ -10,6 +10,7 @@ import pytest
 
 from deltacontrol.experiments import tasks
 from deltacontrol.experiments.cli import main as cli
+from deltacontrol.experiments.studies.d90.fine_tuning import FineTuningDimension
 from deltacontrol.experiments.training.finetune import FineTuning
 from deltacontrol.theory.errors import InputError
 
@@ -116,3 +117,11 @@ def test_texts_of_several_lines_are_read(tmp_path: Path) -> None:
     assert frame.loc[4, "text"] in set(tasks.load(str(tmp_path / "rows.csv")).train["text"]) | set(
         tasks.load(str(tmp_path / "rows.csv")).test["text"]
     ) | set(tasks.load(str(tmp_path / "rows.csv")).validation["text"])
+
+
+def test_a_count_is_none_only_where_its_annotation_says_so() -> None:
+    assert FineTuning(train_limit=None).train_limit is None
+    with pytest.raises(InputError, match="batch_size is None; expected a whole number"):
+        FineTuning(batch_size=None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="start is None; expected a whole number"):
+        FineTuningDimension(start=None)  # type: ignore[arg-type]

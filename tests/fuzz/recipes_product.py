@@ -90,7 +90,7 @@ def _saved(path: Path, deltas: Any, folder: Any) -> Any:
 def _state(path: Path, name: Any, value: Any) -> Any:
     tuned = dc.attach(model(path), dc.LoRA(rank=2))
     state = tuned.state()
-    state[next(iter(state)) if name == "first" else name] = value
+    state[next(iter(state)) if name == "first" else str(name)] = value
     return tuned.load(state)
 
 

@@ -148,3 +148,11 @@ def test_what_only_the_function_can_know_is_refused_by_it() -> None:
     logits, labels = torch.zeros(2, 3), torch.tensor([0, 1])
     with pytest.raises(InputError, match="kernel is zero"):
         cross_entropy_threshold(torch.zeros(6, 6), logits, labels, 0.5)
+
+
+def test_an_optimiser_is_a_class_of_torch() -> None:
+    from deltacontrol.theory.solvers import TorchOptimiser
+
+    for wrong in ({}, 3, torch.nn.Linear):
+        with pytest.raises(InputError, match="expected a class of torch.optim or its name"):
+            TorchOptimiser(wrong)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import numpy as np
 
 from deltacontrol.theory.convex.losses import Loss
 from deltacontrol.theory.convex.penalties import Penalty
-from deltacontrol.theory.errors import unknown
+from deltacontrol.theory.errors import InputError, unknown
 
 __all__ = ["Program", "Restricted", "run_solvers", "solver_order"]
 
@@ -113,6 +113,9 @@ def run_solvers(problem: Any, solvers: tuple[str, ...]) -> str | None:
     """Solve by the first solver that returns finite values; its name, or None.
 
     The accuracy that a solver claims does not matter here: the caller computes a certificate.
+
+    Raises:
+        InputError: the numbers overflow.
     """
     import cvxpy as cp
 
@@ -123,6 +126,11 @@ def run_solvers(problem: Any, solvers: tuple[str, ...]) -> str | None:
                 problem.solve(solver=name, **_TIGHT[name])
             except cp.SolverError:
                 continue
+            except ValueError as error:  # of numbers whose products leave the range of floats
+                raise InputError(
+                    f"the program's numbers are too large or too small for a solver ({error}); "
+                    "choose features, targets and a weight of a common scale"
+                ) from error
         values = [v.value for v in problem.variables()]
         if all(v is not None and np.isfinite(v).all() for v in values):
             return name.lower()

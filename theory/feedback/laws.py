@@ -139,7 +139,7 @@ class AffineFeedback(FeedbackLaw):
                 f"{tuple(nominal.shape)}"
             )
         deviation = x - nominal
-        deviation = deviation.reshape(*deviation.shape[: deviation.ndim - axes], -1)
+        deviation = deviation.reshape(*deviation.shape[: deviation.ndim - axes], K.shape[-1])
         return u + (K @ deviation.unsqueeze(-1)).squeeze(-1)
 
 

@@ -106,6 +106,10 @@ class TorchOptimiser(Solver):
             if optimiser not in OPTIMISERS:
                 raise unknown("optimiser of torch.optim", optimiser, OPTIMISERS)
             optimiser = OPTIMISERS[optimiser]
+        if not (isinstance(optimiser, type) and issubclass(optimiser, Optimizer)):
+            raise InputError(
+                f"optimiser is {optimiser!r}; expected a class of torch.optim or its name"
+            )
         for name, value in options.items():
             if isinstance(value, int | float) and not abs(value) < sys.float_info.max:
                 raise InputError(f"{name} is not a finite number; expected one, such as 0.01")
