@@ -218,7 +218,8 @@ class DeltaModel(nn.Module):
             InputError: there is no such delta, or none is left to train.
         """
         known = [attachment.namespace for attachment in self.attachments]
-        chosen = known if namespaces is None else list(namespaces)
+        named = isinstance(namespaces, Iterable) and not isinstance(namespaces, str)
+        chosen = known if namespaces is None else list(namespaces) if named else [namespaces]
         for namespace in chosen:
             if namespace not in known:
                 raise unknown("delta of this model", namespace, known)
@@ -325,12 +326,10 @@ class DeltaModel(nn.Module):
                 f"{', '.join(a.namespace for a in self.attachments)}."
             )
         for key, value in own.items():
-            shape = getattr(state[key], "shape", type(state[key]).__name__)
-            if shape != value.shape:
-                raise InputError(
-                    f"control {key} has shape {shape if isinstance(shape, str) else tuple(shape)}, "
-                    f"expected {tuple(value.shape)}: the delta was saved with other dimensions."
-                )
+            saved = state[key]
+            if not isinstance(saved, Tensor) or saved.shape != value.shape:
+                told = f"has shape {tuple(saved.shape)}" if isinstance(saved, Tensor) else "is none"
+                raise InputError(f"control {key} {told}, expected a tensor {tuple(value.shape)}.")
         for key, value in self.controls.named_buffers():
             if key not in own or not _is_fixed(key):
                 continue

@@ -87,6 +87,8 @@ class TransformerDynamics(Dynamics):
         if main not in inputs:
             raise InputError(f"the batch has no {main!r}; it has {', '.join(inputs)}.")
         self.x0: Tensor = inputs.pop(main)
+        if not isinstance(self.x0, Tensor):
+            raise InputError(f"the batch's {main} is {self.x0!r}; expected a tensor.")
         self._stages = Stages(delta_model, main, inputs)
         recorded = self._stages.record(self.x0)
         self._names = self._assign(delta_model)

@@ -65,5 +65,7 @@ def test_a_delta_without_sites_is_refused(name: str) -> None:
 def test_a_control_that_is_no_tensor_is_named() -> None:
     tuned = attach(model(), LoRA(rank=2))  # type: ignore[arg-type]
     state: Any = dict.fromkeys(tuned.state(), "x")
-    with pytest.raises(InputError, match="has shape str, expected"):
+    with pytest.raises(InputError, match="is none, expected a tensor"):
         tuned.load(state)
+    with pytest.raises(InputError, match="unknown delta of this model"):
+        tuned.train_only(3.0)  # type: ignore[arg-type]

@@ -96,7 +96,9 @@ class AffineFeedback(FeedbackLaw):
                 f"{horizon} gains, {len(self.controls)} controls, {len(self.states)} states"
             )
         for t, (K, u, x) in enumerate(zip(self.gains, self.controls, self.states, strict=False)):
-            fits_state = K.ndim >= 2 and K.shape[-1] in (x.numel(), x.shape[1:].numel())
+            fits_state = (
+                K.ndim >= 2 and u.ndim >= 1 and K.shape[-1] in (x.numel(), x.shape[1:].numel())
+            )
             if not fits_state or K.shape[-2] != u.shape[-1]:
                 raise InputError(
                     f"the gain of step {t} has shape {tuple(K.shape)}; its control has "

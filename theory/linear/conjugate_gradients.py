@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from deltacontrol.theory.arguments import typed
+from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.operator import SymmetricOperator
 
 __all__ = ["End", "ModelStep", "conjugate_gradients"]
@@ -86,7 +87,12 @@ def conjugate_gradients(
         rtol: stop where ``||g + Hs|| <= rtol ||g||``.
         max_products: stop after so many products.
         radius: of the ball.
+
+    Raises:
+        InputError: the gradient is of whole numbers.
     """
+    if not gradient.is_floating_point():
+        raise InputError(f"the gradient is {gradient.dtype}; expected a float dtype, as H has")
     s, hs, r = torch.zeros_like(gradient), torch.zeros_like(gradient), gradient.clone()
     scale = float(gradient.norm())
     d, rr = -r, float(r @ r)
