@@ -53,8 +53,7 @@ class Runs:
 
         if self.limit < 0:
             raise InputError(f"limit is {self.limit}; expected a number of rows, or 0 for all")
-        if self.runs.exists() and not self.runs.is_dir():
-            raise InputError(f"{self.runs} is a file; --runs takes a folder of records")
+        both = both_homes(self.runs)
         if self.show is not None:
             idle = {"--where": self.where, "--csv": self.csv, "--failed": self.failed}
             if given := [word for word, value in idle.items() if value]:
@@ -65,12 +64,12 @@ class Runs:
         if self.upgrade:
             self._upgrade()
         if self.show is not None:
-            print(json.dumps(_document(both_homes(self.runs).get(self.show)), indent=1))
+            print(json.dumps(_document(both.get(self.show)), indent=1))
             return
         if self.failed:
             self._failures()
             return
-        store = both_homes(self.runs) if self.committed else RunStore(self.runs)
+        store = both if self.committed else RunStore(self.runs)
         records = store.listed()
         if not records:
             print(f"no runs in {self.runs}; `deltacontrol finetune` makes one")

@@ -293,7 +293,13 @@ class RunStore:
 
 
 def both_homes(root: Path | str = "runs", *, keep_controls: bool = True) -> RunStore:
-    """The user's folder `root` together with the records that come with the package."""
+    """The user's folder `root` together with the records that come with the package.
+
+    Raises:
+        InputError: there is a file of that name.
+    """
+    if Path(root).is_file():
+        raise InputError(f"{root} is a file; --runs takes a folder of records")
     return RunStore(Path(root), keep_controls, COMMITTED)
 
 

@@ -125,3 +125,14 @@ def test_a_count_is_none_only_where_its_annotation_says_so() -> None:
         FineTuning(batch_size=None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="start is None; expected a whole number"):
         FineTuningDimension(start=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("words", [["runs"], ["claims", "list"]])
+def test_a_file_is_no_folder_of_runs(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "runs"
+    path.write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*words, "--runs", str(path)])
+    assert "is a file; --runs takes a folder" in capsys.readouterr().err
