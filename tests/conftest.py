@@ -24,6 +24,20 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["SUPPORT_MATRIX"] = "quick" if config.option.markexpr == "not slow" else "whole"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of a test marked ``one_in(n)`` leave all but each n-th to `make slow`."""
+    seen: dict[tuple[object, ...], int] = {}
+    for item in items:
+        mark = item.get_closest_marker("one_in")
+        if mark is None or item.get_closest_marker("slow") is not None:
+            continue
+        test = (item.parent, getattr(item, "originalname", item.name))
+        seen[test] = seen.get(test, -1) + 1
+        if seen[test] % mark.args[0]:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
     """Take modules and tests out of garbage collection: they stay, and there are very many."""

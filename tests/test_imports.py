@@ -53,12 +53,14 @@ LIGHT = [
 
 @cache
 def imported(file: Path) -> tuple[tuple[str, int], ...]:
-    """Each absolute import of a file, with its line: the module, and what is taken from it."""
+    """Each import of a file, with its line: the module and what is taken, "." where relative."""
     found = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found += [(name.name, node.lineno) for name in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            found.append((".", node.lineno))
+        elif isinstance(node, ast.ImportFrom) and node.module:
             found += [(f"{node.module}.{name.name}", node.lineno) for name in node.names]
     return tuple(found)
 
@@ -72,12 +74,12 @@ def own(file: Path) -> Iterator[tuple[str, int]]:
 
 
 def test_relative_imports_and_bare_names_are_not_used() -> None:
-    wrong = []
-    for file in FILES:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        relative = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
-        bare = [line for name, line in imported(file) if name.split(".")[0] in LAYERS]
-        wrong += [f"{file.relative_to(ROOT)}:{line}" for line in relative + bare]
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line}"
+        for file in FILES
+        for name, line in imported(file)
+        if name == "." or name.split(".")[0] in LAYERS
+    ]
     assert not wrong, wrong
 
 

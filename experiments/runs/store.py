@@ -224,7 +224,8 @@ class RunStore:
     def _committed(self) -> dict[str, Path]:
         if self.committed is None:
             return {}
-        return {path.name: path for path in sorted(_nested(self.committed), reverse=True)}
+        found = sorted(_nested(os.fspath(self.committed)), reverse=True)
+        return {os.path.basename(path): Path(path) for path in found}
 
     def write(
         self,
@@ -312,7 +313,7 @@ def configuration(run: Experiment | Record) -> str:
     return canonical_json([run.kind, config, *filter(None, [code])])
 
 
-def _entries(folder: Path) -> Iterator[str]:
+def _entries(folder: Path | str) -> Iterator[str]:
     """Names of the folders and links in `folder`; no link is followed."""
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -320,14 +321,15 @@ def _entries(folder: Path) -> Iterator[str]:
                 yield entry.name
 
 
-def _nested(folder: Path) -> Iterator[Path]:
+def _nested(folder: str) -> Iterator[str]:
     """Folders below `folder`, at any depth, that are named as records are."""
-    if folder.is_dir() and not folder.is_symlink():
+    if os.path.isdir(folder) and not os.path.islink(folder):
         for name in _entries(folder):
+            path = os.path.join(folder, name)
             if _IDENTITY.fullmatch(name):
-                yield folder / name
+                yield path
             elif name[0] != ".":
-                yield from _nested(folder / name)
+                yield from _nested(path)
 
 
 def unwritable(folder: Path, error: OSError) -> InputError:

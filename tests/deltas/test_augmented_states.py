@@ -51,6 +51,7 @@ from tests.deltas.zoo import (
     "family",
     ["gpt2", "t5-seq2seq", *(pytest.param(f, marks=pytest.mark.slow) for f in ("bert", "bart"))],
 )
+@pytest.mark.one_in(2)
 def test_costates_give_the_gradient_of_every_method(build: Build, family: str, method: str) -> None:
     model = model_of(build, family)
     if (family, method) in REFUSED:

@@ -96,6 +96,7 @@ def test_a_control_around_blocks_keeps_less_than_paths_at_all_linear_maps(build:
 
 @pytest.mark.parametrize("family", [f for f in TEXT if f != "t5"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.one_in(2)
 def test_a_pass_from_kept_states_is_the_whole_pass(build: Build, family, attention) -> None:
     model = build(family, attention=attention)
     before, batch = snapshot(model), batch_of(model)

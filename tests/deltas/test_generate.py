@@ -79,6 +79,7 @@ SLOW = pytest.mark.slow
     ],
 )
 @pytest.mark.parametrize("deltas", DELTAS.values(), ids=DELTAS)
+@pytest.mark.one_in(3)
 def test_with_a_cache_equals_greedy_decoding(build: Build, family, deltas, attention):
     model = build(family, "causal-lm", attention=attention, dtype=torch.float32)
     base = model.generate(**texts(False), **OPTIONS)
@@ -106,6 +107,7 @@ def test_with_a_cache_equals_greedy_decoding(build: Build, family, deltas, atten
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("deltas", DELTAS.values(), ids=DELTAS)
+@pytest.mark.one_in(3)
 def test_beams_do_not_depend_on_the_cache(build, family, deltas):
     model = build(family, "causal-lm", dtype=torch.float32)
     controlled = move(attach(model, *deltas), scale=0.5)

@@ -45,6 +45,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 
 
 @pytest.mark.parametrize(("family", "method"), cells(CELLS, ("bert", "gpt2")))
+@pytest.mark.one_in(2)
 def test_the_merged_model_computes_the_same(build: Build, family, method):
     base = build(family)
     model = copy.deepcopy(base)
@@ -73,6 +74,7 @@ def cast(build, family: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTr
 @DTYPES
 @pytest.mark.parametrize("method", one_of_a_kind(MERGEABLE))
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.one_in(3)
 def test_merging_rounds_once(build, family, method, dtype):
     """Logits within 16 units of roundoff of the largest; weights within one of the exact sum."""
     model, exact = cast(build, family, dtype)
@@ -101,6 +103,7 @@ def test_merging_rounds_once(build, family, method, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", [n for n in MERGEABLE if METHODS[n][0].identity_at_start])
+@pytest.mark.one_in(2)
 def test_merging_an_untrained_delta_changes_no_bit(build, method, dtype):
     model, _ = cast(build, "gpt2", dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -114,6 +114,7 @@ MIXED = [("mpt", "attention-control"), ("bloom", "attention-control"), ("falcon"
 
 
 @pytest.mark.parametrize(("family", "method"), [c for c in cells(METHODS, MIXED) if c.values[1]])
+@pytest.mark.one_in(2)
 def test_no_token_reads_a_later_one(build: Build, family: str, method: str) -> None:
     """Bit for bit, with a mask and without one, also where the control mixes tokens."""
     model = decoder(build, family, method)

@@ -69,6 +69,7 @@ def position(controlled: DeltaModel, of_z: str = "subspace.z") -> Tensor:
 
 
 @pytest.mark.parametrize(("family", "name"), PAIRS)
+@pytest.mark.one_in(2)
 def test_every_delta_in_a_subspace(build: Build, family: str, name: str) -> None:
     """The model computes as under the inner delta at ``u_0 + P z``; z alone is trained."""
     delta, _ = METHODS[name]

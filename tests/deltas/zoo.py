@@ -166,9 +166,9 @@ PAIRS = [(f, name) for f in FAMILIES for name in METHODS if (f, name) not in REF
 REPRESENTATIVE = ("bitfit", "lora", "prefix", "prompt", "subspace")
 DEEP = [(f, name) for f, name in PAIRS if f in ("bert", "gpt2", "llama") or name in REPRESENTATIVE]
 SMOKE = ("lora",)  # what `make test` takes of the families of `more_architectures`
-# An encoder, two decoders of which one fuses its projections, and both halves together: `make test`
+# An encoder, and a decoder that fuses its projections: `make test`
 # takes every method on these and the representative ones everywhere, `make slow` the other cells.
-QUICK_FAMILIES = ("bert", "gpt2", "llama", "t5-seq2seq")
+QUICK_FAMILIES = ("bert", "gpt2")
 # Changes of weight that act where and as LoRA does. Of these `make test` takes the cells on GPT-2,
 # with its slices of fused, transposed matrices; `oft` and `road` stand for them in dearer tests.
 AS_LORA = (

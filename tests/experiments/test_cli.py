@@ -128,6 +128,7 @@ def test_wrong_input_gets_one_helpful_message(
     assert not list((tmp_path / "runs").glob("[!.]*"))
 
 
+@pytest.mark.slow
 def test_dimension_estimates_once_and_draws(
     tiny: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,6 +165,7 @@ def _only(store: Path) -> dict:
 
 
 @pytest.mark.parametrize("delta", [["lora:rank=2", "bitfit"], ["prompt:length=3,strip=false"]])
+@pytest.mark.one_in(2)
 def test_an_adapter_goes_to_peft_and_back(
     tiny: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], delta: list[str]
 ) -> None:

@@ -75,6 +75,7 @@ class NumberedTexts:
 
 @pytest.mark.parametrize("slices", [1, 2])
 @pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.one_in(2)
 def test_cached_frozen_states_change_nothing(fixed, slices):
     found = {}
     data = NumberedTexts(fixed)

@@ -25,6 +25,7 @@ def problem_of(model: str, name: str, weight_decay: float = 0.0) -> Any:
 
 
 @pytest.mark.parametrize("name", DELTAS)
+@pytest.mark.one_in(2)
 def test_costates_give_the_gradient_of_the_real_model(minilm_l6: str, name: str) -> None:
     problem = problem_of(minilm_l6, name, weight_decay=1e-3)
     controls = perturbed(problem.dynamics.controls(), 0.1)

@@ -176,6 +176,7 @@ def full_batch(places: Path, **options) -> FineTuning:
 
 
 @pytest.mark.parametrize("optimiser", ["newton-cg", "lbfgs"])
+@pytest.mark.one_in(2)
 def test_a_solver_by_name_fine_tunes(places: Path, store: RunStore, optimiser: str) -> None:
     experiment = full_batch(places, optimiser=optimiser, steps=15)
     record = run(experiment, store, progress=False)

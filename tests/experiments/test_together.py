@@ -90,6 +90,7 @@ def copies(**overrides: Any) -> list[Settings]:
     ],
     ids=lambda deltas: "+".join(d.name for d in deltas),
 )
+@pytest.mark.one_in(2)
 def test_equals_separate_training(deltas, group) -> None:
     model, settings = bert(), copies()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -147,6 +148,7 @@ def test_other_losses(kind: str) -> None:
     ],
     ids=lambda value: "",
 )
+@pytest.mark.one_in(2)
 def test_what_cannot_be_shared_is_trained_one_after_another(deltas, overrides, reason) -> None:
     model, settings = bert(), copies(**overrides)
     data = [Texts(own.seed) for own in settings]

@@ -100,6 +100,7 @@ class Interrupted(ParityBatches):
     ],
     ids=lambda delta: delta.name,
 )
+@pytest.mark.one_in(2)
 def test_resumed_training_equals_uninterrupted_bit_for_bit(tmp_path, delta):
     def model():
         extra = () if delta.trains_head else (HeadTuning(),)
@@ -230,6 +231,7 @@ def test_too_many_slices():
 
 @pytest.mark.parametrize("make", [bert, opt])
 @pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.one_in(2)
 def test_gradient_checkpointing_changes_nothing(make, dropout):
     kind = "causal-lm" if make is opt else "classification"
 

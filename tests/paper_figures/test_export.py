@@ -46,6 +46,7 @@ def test_all_files_are_there_and_nothing_else(name: str, exported: Exported) -> 
     assert set(exported.files[0].parent.iterdir()) == set(exported.files)
 
 
+@pytest.mark.slow
 def test_a_redraw_gives_the_same_bytes(
     name: str, records: list[Record], exported: Exported, tmp_path: Path
 ) -> None:

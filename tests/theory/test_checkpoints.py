@@ -75,6 +75,7 @@ def iterates(
 @pytest.mark.parametrize(
     "broken_at", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 4))]
 )
+@pytest.mark.one_in(2)
 def test_an_interrupted_solve_goes_on_bit_for_bit(
     name: str, broken_at: int, tmp_path: Path
 ) -> None:

@@ -103,6 +103,7 @@ class Growth(Dynamics):
 
 @pytest.mark.parametrize("weights", ["constant", "linear"])
 @pytest.mark.parametrize("controls", ["constant", "linear"])
+@pytest.mark.one_in(4)
 def test_interpolation_between_layers(weights, controls) -> None:
     """The trapezoidal sum integrates a linear interpolation exactly, the left sum a constant."""
     u = tuple(normal(1, seed=t) for t in range(4))
@@ -226,6 +227,7 @@ PARTS: dict[str, Callable[[Evaluation], Tensor]] = {
 
 @choices
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2)])
+@pytest.mark.one_in(2)
 def test_discretisations_converge_at_their_order(
     method, order, weights, controls, per_example
 ) -> None:

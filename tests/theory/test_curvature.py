@@ -25,6 +25,7 @@ def _default_float64(float64: None) -> None:
 @cases
 @kinds
 @pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.one_in(3)
 def test_products_equal_the_dense_curvature(case: Case, kind: type[Curvature], keep: bool) -> None:
     problem = case.make()
     u = case.start(problem, 0.6)

@@ -134,6 +134,7 @@ LARGE = [(64, None), (64, 8), (128, None), (128, 8), (256, None), (256, 8)]
     ("width", "batch"),
     [(16, None), (16, 8), *(pytest.param(*w, marks=pytest.mark.slow) for w in LARGE)],
 )
+@pytest.mark.one_in(2)
 def test_newton_reaches_1e_8_on_twelve_layers_within_30_iterations(
     width: int, batch: int | None
 ) -> None:

@@ -185,6 +185,7 @@ def test_ddp_solves_deep_networks_in_thirty_iterations(width: int, size: int, se
 @pytest.mark.parametrize(
     "width", [16, *(pytest.param(w, marks=pytest.mark.slow) for w in (64, 128, 256))]
 )
+@pytest.mark.one_in(2)
 def test_both_reach_1e_8_on_twelve_layers_within_30_iterations(solver: Solver, width: int) -> None:
     """Where the target can nearly be reached; far from there iLQR is slow."""
     problem = reachable_residual_network(width)

@@ -29,6 +29,7 @@ F64 = torch.float64
 
 
 @BOTH
+@pytest.mark.one_in(2)
 def test_states_of_any_shape_and_of_integers(solver: Solver) -> None:
     for problem in (embedding_problem(), forgetful_problem()):
         start = tuple(0.1 * torch.ones(m, dtype=F64) for m in problem.dynamics.control_sizes)
@@ -74,6 +75,7 @@ def test_a_state_beyond_dense_matrices_is_refused() -> None:
 
 
 @BOTH
+@pytest.mark.one_in(2)
 def test_rounding_ends_a_solve_honestly(solver: Solver) -> None:
     problem = residual_network()
     solution = run(problem, solver, tol=0.0, max_steps=200)
@@ -83,6 +85,7 @@ def test_rounding_ends_a_solve_honestly(solver: Solver) -> None:
 
 
 @BOTH
+@pytest.mark.one_in(2)
 def test_an_interrupted_solve_goes_on_with_the_same_iterates(
     solver: Solver, tmp_path: Path
 ) -> None:

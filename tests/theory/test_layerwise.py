@@ -29,6 +29,7 @@ SHARED = (
 
 @pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
 @pytest.mark.parametrize("damping", [0.01, 1.0])
+@pytest.mark.one_in(3)
 def test_riccati_products_and_normal_equations_give_one_step(case: Case, damping: float) -> None:
     problem = case.make()
     u = case.start(problem, 0.6)

@@ -143,6 +143,7 @@ def check_unbounded(lq: LQ, *, solved: bool = True) -> None:
     [(F64, range(200), 1e-3, 1e-8), (F32, range(200, 300), 10**-1.5, 1e-3)],
     ids=["float64", "float32"],
 )
+@pytest.mark.one_in(2)
 def test_statuses_and_values_are_those_of_the_dense_problem(
     dtype: torch.dtype, seeds: range, least: float, tol: float
 ) -> None:

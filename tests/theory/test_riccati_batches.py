@@ -31,6 +31,7 @@ F64 = torch.float64
 
 
 @pytest.mark.parametrize(("lead", "m"), [((3,), 2), ((2, 3), 1), ((210,), 4)])
+@pytest.mark.one_in(3)
 def test_a_batch_equals_its_problems_one_by_one(lead: tuple[int, ...], m: int) -> None:
     terms, x0 = batch_terms(*lead, m=m), normal(*lead, 4, seed=38)
     batch = riccati(**terms)

@@ -168,6 +168,7 @@ def test_a_problem_prints_in_a_few_lines() -> None:
     assert "<td>LinearDynamics, horizon 4</td>" in varying(6)._repr_html_()
 
 
+@pytest.mark.slow
 def test_the_solvers_are_imported_without_pandas() -> None:
     code = "import sys, deltacontrol.theory.solvers; sys.exit('pandas' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

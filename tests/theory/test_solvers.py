@@ -91,6 +91,7 @@ def test_bounds_are_kept_and_active_where_the_answer_says_so(entry: Entry) -> No
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.strongly_convex], ids=lambda case: case.name
 )
+@pytest.mark.one_in(3)
 def test_solvers_agree_with_each_other(case: Case) -> None:
     solutions = [
         solved(entry, case) for entry in SOLVERS if entry.solves(case) and not is_slow(entry, case)
@@ -140,6 +141,7 @@ def _block(Q: object, N: object, R: object) -> object:
 
 
 @pytest.mark.parametrize("entry", slow_marked(GENERAL))
+@pytest.mark.one_in(2)
 def test_controls_of_their_own_are_those_of_each_example_alone(entry: Entry) -> None:
     network = residual_network()
     examples = 3

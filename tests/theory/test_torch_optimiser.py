@@ -122,6 +122,7 @@ class Interrupt(Exception):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("schedule", [None, "linear"])
+@pytest.mark.one_in(3)
 def test_an_interrupted_solve_goes_on_with_the_same_iterates(
     name: str, schedule: str | None, tmp_path: Path
 ) -> None:

@@ -44,6 +44,7 @@ def test_claim_19_a_control_in_the_null_space_is_paid_for(tiny: Tiny) -> None:
     assert setting.ratio(tuple(2 * u for u in du), y) == pytest.approx(4, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_claim_20_growth_in_depth_is_bounded(tiny: Tiny) -> None:
     claim = tiny(
         "20_depth_perturbation",
@@ -71,6 +72,7 @@ def test_claim_20_growth_in_depth_is_bounded(tiny: Tiny) -> None:
     assert all(m < n for m, n in zip(mean, found["worst case"]["mean_constant"], strict=True))
 
 
+@pytest.mark.slow
 def test_claim_21_the_rate_of_a_turnpike(tiny: Tiny) -> None:
     """A strong tracking cost, so that few layers will do, from a start that saturates few."""
     claim = tiny("21_turnpike", DEPTH=24, OUTER=6, TRACKING=16.0, SEEDS=range(3, 4))

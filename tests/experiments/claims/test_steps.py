@@ -17,6 +17,7 @@ from .conftest import Tiny
 FEW = {"EXAMPLES": 3, "TOKENS": 6}
 
 
+@pytest.mark.slow
 def test_claim_3_extended_msa_descends(tiny: Tiny) -> None:
     families = ("residual", "low-rank", "minilm")
     claim = tiny(
@@ -123,6 +124,7 @@ def test_claim_14_the_control_takes_the_width_out(
         assert max(evidence.details["loss after / before, worst seed"].values()) < 1
 
 
+@pytest.mark.slow
 def test_claim_25_the_largest_stable_step(tiny: Tiny) -> None:
     claim = tiny("25_stable_step", RUNS=(("lora:rank=2", 0),), HEAD_ROWS=32, STEPS=20, **FEW)
     outcome = judge(claim.CLAIM)
