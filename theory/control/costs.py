@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from deltacontrol.theory.arguments import typed
-from deltacontrol.theory.control.problem import Cost, require_one_dtype
+from deltacontrol.theory.control.dtypes import require_one_dtype
+from deltacontrol.theory.control.problem import Cost
 from deltacontrol.theory.errors import InputError
 
 __all__ = ["BinaryCrossEntropyCost", "CrossEntropyCost", "QuadraticCost", "SquaredErrorCost"]
@@ -61,6 +63,10 @@ class CrossEntropyCost(Cost):
     def running(self, t: int, x: Tensor, u: Tensor) -> Tensor:
         """``weight_decay/2 ||u||^2``."""
         return _decay(self.weight_decay, u)
+
+    def all_running(self, x: Tensor, u: Tensor) -> Tensor | None:
+        """``weight_decay/2 ||u_t||^2`` of each step."""
+        return 0.5 * self.weight_decay * _rows(u).square().sum(-1).mean(-1)
 
     def terminal(self, x: Tensor) -> Tensor:
         """Mean cross-entropy of the logits ``x``, shape ``(..., classes)``."""
@@ -107,6 +113,10 @@ class BinaryCrossEntropyCost(Cost):
         """``weight_decay/2 ||u||^2``."""
         return _decay(self.weight_decay, u)
 
+    def all_running(self, x: Tensor, u: Tensor) -> Tensor | None:
+        """``weight_decay/2 ||u_t||^2`` of each step."""
+        return 0.5 * self.weight_decay * _rows(u).square().sum(-1).mean(-1)
+
     def terminal(self, x: Tensor) -> Tensor:
         """Mean binary cross-entropy of the logits ``x``, shape ``(examples, labels)``."""
         if x.shape != self.labels.shape:
@@ -141,6 +151,10 @@ class SquaredErrorCost(Cost):
     def running(self, t: int, x: Tensor, u: Tensor) -> Tensor:
         """``weight_decay/2 ||u||^2``."""
         return _decay(self.weight_decay, u)
+
+    def all_running(self, x: Tensor, u: Tensor) -> Tensor | None:
+        """``weight_decay/2 ||u_t||^2`` of each step."""
+        return 0.5 * self.weight_decay * _rows(u).square().sum(-1).mean(-1)
 
     def terminal(self, x: Tensor) -> Tensor:
         """Half the squared distance to the target, averaged over the batch."""
@@ -229,6 +243,33 @@ class QuadraticCost(Cost):
             value = value + (u @ self.r[t]).mean()
         return value
 
+    def all_running(self, x: Tensor, u: Tensor) -> Tensor | None:
+        """`running` of each step, where the steps have one size."""
+        if self._stacked is None:
+            return None
+        Q, R, N, q, r = self._stacked
+        x, u = _rows(x), _rows(u)
+        value = 0.5 * _forms(x, Q, x) + 0.5 * _forms(u, R, u)
+        if N is not None:
+            value = value + _forms(x, N, u)
+        if q is not None:
+            value = value + (x @ q.unsqueeze(-1)).flatten(1).mean(1)
+        if r is not None:
+            value = value + (u @ r.unsqueeze(-1)).flatten(1).mean(1)
+        return value
+
+    @cached_property
+    def _stacked(self) -> tuple[Tensor, Tensor, *tuple[Tensor | None, ...]] | None:
+        terms = []
+        for given in (self.Q, self.R, self.N, self.q, self.r):
+            if given is None or isinstance(given, Tensor):
+                terms.append(given)
+            elif len({term.shape for term in given}) == 1:
+                terms.append(torch.stack(list(given)))
+            else:
+                return None
+        return tuple(terms)
+
     def terminal(self, x: Tensor) -> Tensor:
         """``1/2 x'Qf x + qf'x``, averaged over the batch."""
         value = 0.5 * _form(x, self.Qf, x)
@@ -238,6 +279,16 @@ class QuadraticCost(Cost):
 def _form(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
     """``mean_batch left' M right``; an argument without a batch axis is shared by the batch."""
     return ((left @ matrix) * right).sum(-1).mean()
+
+
+def _forms(left: Tensor, matrices: Tensor, right: Tensor) -> Tensor:
+    """`_form` of each step, ``(L, examples, n)`` with ``(L, n, m)`` and ``(L, examples, m)``."""
+    return ((left @ matrices) * right).sum(-1).mean(-1)
+
+
+def _rows(values: Tensor) -> Tensor:
+    """``(L, examples, n)``, also of values ``(L, n)`` that have no batch axis."""
+    return values.unsqueeze(-2) if values.ndim == 2 else values
 
 
 def _decay(weight_decay: float, u: Tensor) -> Tensor:

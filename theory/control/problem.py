@@ -68,6 +68,18 @@ class Dynamics(ABC):
             u: the control, ``(m_t,)`` or ``(batch, m_t)``.
         """
 
+    def all_steps(self, x: Tensor, u: Tensor) -> Tensor | None:
+        """Every step at once, ``f_t(x_t, u_t)`` for all ``t``, or None where this is not offered.
+
+        Derivatives of all steps then come from one call. It must agree with `step`, and step ``t``
+        must depend on ``x_t`` and ``u_t`` alone.
+
+        Args:
+            x: ``(horizon, *state)``, the states entering the steps, which have one shape.
+            u: ``(horizon, m)``, or ``(horizon, batch, m)``.
+        """
+        return None
+
     def initial_controls(self, x0: Tensor) -> Controls:
         """Where a solver starts if it is not told: zeros.
 
@@ -89,6 +101,13 @@ class Cost(ABC):
     def running(self, t: int, x: Tensor, u: Tensor) -> Tensor:
         """The running cost ``l_t(x, u)``, a scalar; zero unless a subclass says otherwise."""
         return u.new_zeros(())
+
+    def all_running(self, x: Tensor, u: Tensor) -> Tensor | None:
+        """``l_t(x_t, u_t)`` of all steps at once, ``(horizon,)``, or None where not offered.
+
+        Arguments are those of `Dynamics.all_steps`. Each value is a mean over the examples.
+        """
+        return u.new_zeros(len(u)) if type(self).running is Cost.running else None
 
     @abstractmethod
     def terminal(self, x: Tensor) -> Tensor:
@@ -326,26 +345,6 @@ class ControlProblem:
             return Residual.of(gradient)
         moved = self.box.project(tuple(a - g for a, g in zip(u, gradient, strict=True)))
         return Residual.of(tuple(a - b for a, b in zip(u, moved, strict=True)))
-
-
-def require_one_dtype(**terms: Sequence[Tensor] | Tensor | None) -> None:
-    """Refuse terms of several dtypes, or of whole numbers.
-
-    Raises:
-        InputError: naming the dtypes of each term.
-    """
-    found = {
-        name: {item.dtype for item in (given[None] if isinstance(given, Tensor) else given)}
-        for name, given in terms.items()
-        if given is not None
-    }
-    kinds = set().union(*found.values())
-    if len(kinds) > 1 or not all(kind.is_floating_point for kind in kinds):
-        shown = ", ".join(
-            f"{name} {' and '.join(sorted(str(k).removeprefix('torch.') for k in kinds))}"
-            for name, kinds in found.items()
-        )
-        raise InputError(f"the terms have dtypes {shown}; expected one float dtype for all")
 
 
 def _zeros(

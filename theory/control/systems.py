@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from deltacontrol.theory.arguments import typed
-from deltacontrol.theory.control.problem import Controls, Dynamics, require_one_dtype
+from deltacontrol.theory.control.dtypes import require_one_dtype
+from deltacontrol.theory.control.problem import Controls, Dynamics
 from deltacontrol.theory.errors import InputError
 
 __all__ = ["LinearDynamics", "LowRankDynamics", "ResidualNetwork", "Segment"]
@@ -86,6 +88,24 @@ class LinearDynamics(Dynamics):
         _check_width(t, x, self.A[t].shape[1])
         x_next = x @ self.A[t].mT + u @ self.B[t].mT
         return x_next if self.c is None else x_next + self.c[t]
+
+    def all_steps(self, x: Tensor, u: Tensor) -> Tensor | None:
+        """``A_t x_t + B_t u_t + c_t`` of all steps, where they have one size."""
+        if self._stacked is None:
+            return None
+        A, B, c = self._stacked
+        rows, controls = _rows(x), _rows(u)
+        x_next = rows @ A.mT + controls @ B.mT
+        return (x_next if c is None else x_next + c.unsqueeze(-2)).reshape(
+            *x.shape[:-1], A.shape[-2]
+        )
+
+    @cached_property
+    def _stacked(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        A, B = _stack(self.A), _stack(self.B)
+        if A is None or B is None:
+            return None
+        return A, B, None if self.c is None else _stack(self.c)
 
 
 @typed
@@ -161,6 +181,19 @@ class ResidualNetwork(Dynamics):
         """``x + W2_t tanh(W1_t x + B_t u)``."""
         return self.step_between(t, 0.0, x, u)
 
+    def all_steps(self, x: Tensor, u: Tensor) -> Tensor | None:
+        """``x_t + W2_t tanh(W1_t x_t + B_t u_t)`` of all layers, where they have one size."""
+        if self._stacked is None:
+            return None
+        W1, W2, B = self._stacked
+        inner = torch.tanh(_rows(x) @ W1.mT + _rows(u) @ B.mT)
+        return x + (inner @ W2.mT).reshape(x.shape)
+
+    @cached_property
+    def _stacked(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        W1, W2, B = (_stack(M) for M in (self.W1, self.W2, self.B))
+        return None if W1 is None or W2 is None or B is None else (W1, W2, B)
+
     def step_between(self, t: int, weight: float, x: Tensor, u: Tensor) -> Tensor:
         """The layer whose matrices are ``(1 - weight)`` times those of ``t`` + ``weight`` ``t+1``.
 
@@ -230,6 +263,20 @@ class LowRankDynamics(Dynamics):
         down, up = self.factors(t, u)
         return x @ self.weights[t] + (x.unsqueeze(-2) @ down @ up).squeeze(-2)
 
+    def all_steps(self, x: Tensor, u: Tensor) -> Tensor | None:
+        """``x_t (W_t + A_t B_t)`` of all steps, where the weights have one size."""
+        weights = self._stacked
+        if weights is None:
+            return None
+        rows, controls = _rows(x), _rows(u)
+        down, up = self.factors(0, controls)  # (L, batch or 1, ...)
+        through = (rows.unsqueeze(-2) @ down @ up).squeeze(-2)
+        return (rows @ weights + through).reshape(*x.shape[:-1], weights.shape[-1])
+
+    @cached_property
+    def _stacked(self) -> Tensor | None:
+        return _stack(self.weights)
+
 
 @typed
 @dataclass(frozen=True, eq=False)
@@ -281,6 +328,20 @@ class Segment(Dynamics):
     def initial_controls(self, x0: Tensor) -> Controls:
         """Those of its steps in the whole system."""
         return self.dynamics.initial_controls(x0)[self.start : self._end]
+
+
+def _stack(terms: Sequence[Tensor] | Tensor) -> Tensor | None:
+    """The terms of all steps in one tensor, or None where their shapes differ."""
+    if isinstance(terms, Tensor):
+        return terms
+    if len({term.shape for term in terms}) != 1:
+        return None
+    return torch.stack(list(terms))
+
+
+def _rows(values: Tensor) -> Tensor:
+    """``(L, examples, n)``, also of values ``(L, n)`` that have no batch axis."""
+    return values.unsqueeze(-2) if values.ndim == 2 else values
 
 
 def _check_width(t: int, x: Tensor, width: int) -> None:

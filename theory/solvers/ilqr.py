@@ -46,11 +46,11 @@ from torch import Tensor
 
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.linear.linearisation import differentiable_attention
+from deltacontrol.theory.solvers.derivatives import num_groups, running_costs
 from deltacontrol.theory.solvers.quadratic_model import (
     IndefiniteError,
     Policy,
     QuadraticModel,
-    num_groups,
     sweep,
 )
 from deltacontrol.theory.solvers.solving import Ending, Memory, Report, Solver, Status
@@ -258,23 +258,22 @@ class _Search:
 
     def rollout(self, policy: Policy, size: float) -> tuple[Controls, float, float]:
         """Controls under the law, ``J``, and the sum of the magnitudes of its terms."""
-        problem, x, controls = self.problem, self.problem.x0, []
-        value = magnitude = 0.0
+        problem, states, controls = self.problem, [self.problem.x0], []
         with torch.no_grad(), differentiable_attention():
             for t, u_t in enumerate(self.u):
                 change = size * policy.k[t]
                 if t:
-                    moved = (x - self.now.states[t]).reshape(len(change), -1, 1)
+                    moved = (states[t] - self.now.states[t]).reshape(len(change), -1, 1)
                     change = change + (policy.K[t] @ moved).squeeze(-1)
                 new = u_t + change.reshape(u_t.shape)
                 if problem.box is not None:
                     new = new.clamp(*problem.box.bounds(t, u_t))
-                running = float(problem.cost.running(t, x, new))
-                x = problem.dynamics.step(t, x, new)
                 controls.append(new)
-                value, magnitude = value + running, magnitude + abs(running)
-            terminal = float(problem.cost.terminal(x))
-        return tuple(controls), value + terminal, magnitude + abs(terminal)
+                states.append(problem.dynamics.step(t, states[t], new))
+            terms = [*running_costs(problem, states, controls), problem.cost.terminal(states[-1])]
+            terms = torch.stack(terms).tolist() if len({v.dtype for v in terms}) == 1 else terms
+        values = [float(term) for term in terms]
+        return tuple(controls), sum(values), sum(map(abs, values))
 
     def residual(self, u: Controls) -> float:
         gradient = self.now.gradient if u is self.u else self.problem.gradient(u)

@@ -30,7 +30,6 @@ ICRA 2014 (boxes); Pantoja, Int. J. Control 47(5), 1988.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -41,17 +40,13 @@ from deltacontrol.theory.control.problem import ControlProblem, Controls, Evalua
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.linearisation import differentiable_attention
 from deltacontrol.theory.solvers.box_qp import box_qp, positive_cholesky
+from deltacontrol.theory.solvers.derivatives import hessian, num_groups, one_by_one, together
+from deltacontrol.theory.solvers.quick_sweep import IndefiniteError, expected_of_one, sweep_of_one
 
 __all__ = ["IndefiniteError", "Policy", "QuadraticModel", "sweep"]
 
 MAX_STATE = 4096
 """Largest state of one group; its Hessian then takes 128 MiB in float64."""
-
-_CHUNK = 256
-
-
-class IndefiniteError(Exception):
-    """``Q_uu`` is not positive definite where it has to be, at the step that the message names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +59,7 @@ class QuadraticModel:
         W: ``(G, n_t + m_t, n_t + m_t)`` for each step, states first.
         terminal: the Hessian of the terminal cost, ``(G, n_L, n_L)``.
         gradient: ``g_t = grad_u H_t``, ``(G, m_t)`` for each step.
+        stacked: ``[A B]`` and ``W``, ``(L, G, ., .)``, where all steps have one size.
     """
 
     A: list[Tensor]
@@ -71,6 +67,7 @@ class QuadraticModel:
     W: list[Tensor]
     terminal: Tensor
     gradient: list[Tensor]
+    stacked: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(
@@ -78,7 +75,8 @@ class QuadraticModel:
     ) -> QuadraticModel:
         """Differentiate every step where ``u`` leads.
 
-        Jacobians take one vectorised reverse sweep a step, Hessians one of the gradient.
+        Jacobians take one vectorised reverse sweep a step, Hessians one of the gradient; where the
+        dynamics and the cost offer all steps at once (`Dynamics.all_steps`), one for all steps.
 
         Args:
             problem: the problem.
@@ -98,37 +96,32 @@ class QuadraticModel:
                     f"that share a control; dense Hessians are formed up to {MAX_STATE}. Take "
                     "fewer examples, or GaussNewton, which never forms a matrix"
                 )
-        A, B, W = [], [], []
         with differentiable_attention():
-            for t, control in enumerate(u):
-                x, u_t, p = now.states[t].detach(), control.detach(), now.costates[t + 1]
-
-                def step(x: Tensor, u: Tensor, t: int = t) -> Tensor:
-                    return problem.dynamics.step(t, x, u)
-
-                def stage(x: Tensor, u: Tensor, t: int = t, p: Tensor = p) -> Tensor:
-                    if second_order:
-                        return problem.hamiltonian(t, x, u, p)
-                    return problem.cost.running(t, x, u)
-
-                for matrices, found in zip((A, B), jacobians(step, x, u_t, groups), strict=True):
-                    matrices.append(found)
-                W.append(hessian(stage, x, u_t, groups))
+            whole = together(problem, u, now, second_order)
+            A, B, W = whole or one_by_one(problem, u, now, second_order)
             last = now.states[-1].detach()
             terminal = hessian(
                 lambda x, _: problem.cost.terminal(x), last, last.new_zeros(groups, 0), groups
             )
-        return cls(A, B, W, terminal, [g.reshape(groups, -1) for g in now.gradient])
+        gradient = [g.reshape(groups, -1) for g in now.gradient]
+        if whole is None:
+            return cls(list(A), list(B), list(W), terminal, gradient)
+        F = torch.cat([whole[0], whole[1]], -1)
+        n = whole[0].shape[-1]
+        return cls(list(F[..., :n]), list(F[..., n:]), list(W), terminal, gradient, (F, whole[2]))
 
     @cached_property
     def concave(self) -> list[Tensor]:
         """What, added twice, replaces each ``W_t`` (last ``Phi_xx``) by its absolute value."""
-        return [_negative_part(matrix) for matrix in (*self.W, self.terminal)]
+        W = self.W if self.stacked is None else _negative_part(self.stacked[1])
+        steps = W if isinstance(W, Tensor) else [_negative_part(matrix) for matrix in W]
+        return [*steps, _negative_part(self.terminal)]
 
     @property
     def is_finite(self) -> bool:
         """Whether every derivative is a finite number."""
-        parts = (*self.A, *self.B, *self.W, self.terminal, *self.gradient)
+        steps = self.stacked or (*self.A, *self.B, *self.W)
+        parts = (*steps, self.terminal, *self.gradient)
         return all(bool(torch.isfinite(part).all()) for part in parts)
 
     @property
@@ -185,6 +178,10 @@ def sweep(
     Raises:
         IndefiniteError: if ``Q_uu`` so changed is not positive definite (on the free controls).
     """
+    quick = bounds is None and cross and step_size is None
+    if quick and model.stacked is not None and model.terminal.device.type == "cpu":
+        if len(model.terminal) == 1 and model.gradient[0].numel():
+            return _sweep_of_one(model, *model.stacked, convexity, damping)
     V = model.terminal
     if convexity:
         V = V + 2 * convexity * model.concave[-1]
@@ -221,6 +218,20 @@ def sweep(
     return Policy(k, K, V, *_expected(model, k, K))
 
 
+def _sweep_of_one(
+    model: QuadraticModel, F: Tensor, W: Tensor, convexity: float, damping: float
+) -> Policy:
+    """The same for one group whose steps have one size, by NumPy."""
+    F, W, terminal, g = F[:, 0], W[:, 0], model.terminal[0], torch.cat(model.gradient)
+    bent, end = W, terminal
+    if convexity:
+        bent = W + 2 * convexity * torch.cat(model.concave[:-1])
+        end = terminal + 2 * convexity * model.concave[-1][0]
+    k, K, V = sweep_of_one(F, bent, end, g, damping)
+    slope, curvature = expected_of_one(F, W, terminal, g, k, K)
+    return Policy(*(list(part.unsqueeze(1)) for part in (k, K, V)), slope, curvature)
+
+
 def _expected(model: QuadraticModel, k: list[Tensor], K: list[Tensor]) -> tuple[float, float]:
     """The first and second derivative of ``J`` along the law, in the unchanged model."""
     dx = model.terminal.new_zeros(model.W[0].shape[0], model.A[0].shape[-1]) if k else None
@@ -235,11 +246,6 @@ def _expected(model: QuadraticModel, k: list[Tensor], K: list[Tensor]) -> tuple[
     if dx is not None:
         curvature += float((dx * _apply(model.terminal, dx)).sum())
     return slope, curvature
-
-
-def num_groups(u: Controls) -> int:
-    """The number of problems that do not interact: the batch for controls per example, else 1."""
-    return u[0].shape[0] if u and u[0].ndim == 2 else 1
 
 
 def _minimise(
@@ -257,75 +263,6 @@ def _minimise(
         return None
     free = found.free.unsqueeze(-1)
     return found.x, -torch.cholesky_solve(Qux * free, found.factor) * free
-
-
-def jacobians(
-    f: Callable[[Tensor, Tensor], Tensor], x: Tensor, u: Tensor, groups: int
-) -> tuple[Tensor, Tensor]:
-    """``A`` and ``B`` of each group, by reverse mode along the entries of the next state."""
-    x, call = _without_integers(f, x, groups)
-    y, pull = torch.func.vjp(call, x, u)[:2]
-    a, b = _rows(pull, y, groups, "dynamics")
-    return a, b
-
-
-def hessian(h: Callable[[Tensor, Tensor], Tensor], x: Tensor, u: Tensor, groups: int) -> Tensor:
-    """The Hessian of a scalar in ``(x, u)`` of each group, ``(G, n + m, n + m)``."""
-    x, call = _without_integers(h, x, groups)
-    n = x.numel() // groups
-    x_shape, u_shape = x.shape, u.shape
-
-    def gradient(z: Tensor) -> Tensor:
-        def value(z: Tensor) -> Tensor:
-            return call(z[:, :n].reshape(x_shape), z[:, n:].reshape(u_shape))
-
-        return torch.func.grad(value)(z)
-
-    z = torch.cat([x.reshape(groups, -1), u.reshape(groups, -1)], 1)
-    y, pull = torch.func.vjp(gradient, z)[:2]
-    (rows,) = _rows(pull, y, groups, "cost")
-    return _symmetric(rows)
-
-
-def _rows(
-    pull: Callable[[Tensor], tuple[Tensor, ...]], y: Tensor, groups: int, what: str
-) -> list[Tensor]:
-    """Pull back every unit vector, of all groups at once; ``(G, entries of y, entries)``.
-
-    With several groups one more vector, of random signs, tells whether they interact.
-    """
-    size = y.numel() // groups
-    if not size:
-        return [rows.new_zeros(groups, 0, rows.numel() // groups) for rows in pull(y)]
-    basis = torch.eye(size, dtype=y.dtype, device=y.device).unsqueeze(1).expand(-1, groups, -1)
-    signs = None
-    if groups > 1:
-        generator = torch.Generator().manual_seed(groups)
-        signs = torch.randint(2, (groups, 1), generator=generator).to(y) * 2 - 1
-        basis = torch.cat([basis, signs.expand(1, groups, size)])
-    pulled = torch.func.vmap(pull, chunk_size=_CHUNK)(basis.reshape(-1, *y.shape))
-    result = []
-    for rows in pulled:
-        rows = rows.reshape(len(basis), groups, -1).movedim(0, 1)
-        if signs is not None:
-            rows, probe = rows[:, :-1], rows[:, -1]
-            error = (probe - signs * rows.sum(1)).norm()
-            if error > 1e3 * torch.finfo(y.dtype).eps * (rows.abs().sum(1).norm() + 1e-30) * size:
-                raise InputError(
-                    f"the controls are given per example, but the {what} let examples interact; "
-                    "give controls (m_t,) that the batch shares"
-                )
-        result.append(rows)
-    return result
-
-
-def _without_integers(
-    f: Callable[[Tensor, Tensor], Tensor], x: Tensor, groups: int
-) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
-    """A state of integers is a constant: replace it by a state of no entries."""
-    if x.is_floating_point():
-        return x, f
-    return x.new_zeros((groups, 0), dtype=torch.get_default_dtype()), lambda _, u: f(x, u)
 
 
 def _negative_part(matrix: Tensor) -> Tensor:
