@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,7 +47,7 @@ from torch import Tensor
 
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.linear.linearisation import differentiable_attention
-from deltacontrol.theory.solvers.derivatives import num_groups, running_costs
+from deltacontrol.theory.solvers.derivatives import num_groups, offers, running_costs
 from deltacontrol.theory.solvers.quadratic_model import (
     IndefiniteError,
     Policy,
@@ -231,8 +232,8 @@ class _Search:
         if not (slope < 0 and math.isfinite(curvature)):
             return None
         old, eps = float(self.now.objective), torch.finfo(self.now.objective.dtype).eps
-        for size in _SIZES:
-            controls, value, magnitude = self.rollout(policy, size)
+        tried = self.rollouts(policy, _SIZES)
+        for size, (controls, value, magnitude) in zip(_SIZES, tried, strict=False):
             noise = 8 * eps * magnitude
             if -size * slope <= noise:
                 fine = value <= old + noise and self.residual(controls) < self.residual(self.u)
@@ -256,6 +257,36 @@ class _Search:
             controls, value = further, new
         return controls, value
 
+    def rollouts(
+        self, policy: Policy, sizes: Sequence[float]
+    ) -> Iterator[tuple[Controls, float, float]]:
+        """For each size the controls under the law, ``J``, and the sum of its terms' magnitudes.
+
+        Where the system takes rows, all sizes are rolled out side by side, each as examples of its
+        own; else one after another, as they are asked for.
+        """
+        x0, rows = self.problem.x0, self.now.states[0].shape[:-1]
+        small = offers(self.problem.dynamics, "step", "all_steps") and x0.ndim <= 2
+        if not small or self.problem.box is not None or num_groups(self.u) > 1:
+            for size in sizes:
+                yield self.rollout(policy, size)
+            return
+        number, step = len(sizes), self.problem.dynamics.step
+        factors = torch.tensor(sizes, dtype=policy.k[0].dtype, device=x0.device).unsqueeze(1)
+        states, controls = [x0.expand(number, *x0.shape).reshape(-1, x0.shape[-1])], []
+        with torch.no_grad():
+            for t, u_t in enumerate(self.u):
+                new = u_t + factors * policy.k[t]
+                if t:
+                    moved = states[t].view(number, -1) - self.now.states[t].reshape(1, -1)
+                    new = new + moved @ policy.K[t][0].mT
+                controls.append(new)
+                spread = new if not rows else new.repeat_interleave(rows[0], 0)
+                states.append(step(t, states[t], spread))
+            for i in range(number):
+                trial = [x.view(number, *rows, -1)[i] for x in states]
+                yield self.valued(trial, [u_t[i] for u_t in controls])
+
     def rollout(self, policy: Policy, size: float) -> tuple[Controls, float, float]:
         """Controls under the law, ``J``, and the sum of the magnitudes of its terms."""
         problem, states, controls = self.problem, [self.problem.x0], []
@@ -270,8 +301,15 @@ class _Search:
                     new = new.clamp(*problem.box.bounds(t, u_t))
                 controls.append(new)
                 states.append(problem.dynamics.step(t, states[t], new))
-            terms = [*running_costs(problem, states, controls), problem.cost.terminal(states[-1])]
-            terms = torch.stack(terms).tolist() if len({v.dtype for v in terms}) == 1 else terms
+            return self.valued(states, controls)
+
+    def valued(
+        self, states: Sequence[Tensor], controls: Sequence[Tensor]
+    ) -> tuple[Controls, float, float]:
+        running = running_costs(self.problem, states, controls)
+        terms = [*running, self.problem.cost.terminal(states[-1])]
+        if len({term.dtype for term in terms}) == 1:
+            terms = torch.stack(terms).tolist()
         values = [float(term) for term in terms]
         return tuple(controls), sum(values), sum(map(abs, values))
 

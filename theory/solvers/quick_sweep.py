@@ -11,7 +11,7 @@ import torch
 from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
-__all__ = ["IndefiniteError", "sweep_of_one"]
+__all__ = ["IndefiniteError", "expected_of_one", "sweep_of_one"]
 
 
 class IndefiniteError(Exception):
@@ -90,5 +90,5 @@ def expected_of_one(
         z[t, n:] = ahead[t] + gains[t] @ dx
         dx = steps[t] @ z[t]
     slope = float((gradient.numpy() * z[:, n:]).sum())
-    bent = np.einsum("ti,tij,tj->", z, W.numpy(), z, optimize=True)
+    bent = (z * (W.numpy() @ z[:, :, None])[:, :, 0]).sum()
     return slope, float(bent + dx @ terminal.numpy() @ dx)
