@@ -23,6 +23,8 @@ __all__ = ["hessian", "jacobians", "num_groups", "one_by_one", "running_costs", 
 Matrices: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 _CHUNK = 256
+MOST_COPIED = 2**24
+"""Entries of the copies in `together`: 128 MiB in float64."""
 
 
 def num_groups(u: Controls) -> int:
@@ -73,8 +75,10 @@ def together(
     """
     dynamics, cost, horizon = problem.dynamics, problem.cost, len(u)
     offered = offers(dynamics, "step", "all_steps") and offers(cost, "running", "all_running")
-    small = now.states[0].ndim <= 2
-    if not (offered and horizon > 1 and small and _alike(now.states) and _alike(u)):
+    if not (offered and horizon > 1 and _alike(now.states) and _alike(u)):
+        return None
+    x, size = now.states[0], now.states[0].shape[-1] + u[0].shape[-1]
+    if x.ndim not in (1, 2) or horizon * x.numel() * size > MOST_COPIED:
         return None
     X, U, P = (torch.stack(list(part)).detach() for part in (now.states, u, now.costates))
     X, X_next, P = X[:-1], X[1:], P[1:]
@@ -102,7 +106,7 @@ def together(
     xx, uu = _diagonal_blocks(W[..., :n, :n]), W[..., n:, n:].sum(1)
     ux = W[..., n:, :n].transpose(1, 2).flatten(2)
     whole = torch.cat([torch.cat([xx, ux.mT], -1), torch.cat([ux, uu], -1)], -2)
-    return tuple(M.unsqueeze(1) for M in (_diagonal_blocks(A), B.flatten(1, 2), whole))
+    return _diagonal_blocks(A).unsqueeze(1), B.flatten(1, 2).unsqueeze(1), whole.unsqueeze(1)
 
 
 def _copies(values: Tensor, number: int) -> Tensor:

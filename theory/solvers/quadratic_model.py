@@ -229,7 +229,8 @@ def _sweep_of_one(
         end = terminal + 2 * convexity * model.concave[-1][0]
     k, K, V = sweep_of_one(F, bent, end, g, damping)
     slope, curvature = expected_of_one(F, W, terminal, g, k, K)
-    return Policy(*(list(part.unsqueeze(1)) for part in (k, K, V)), slope, curvature)
+    steps = [list(part.unsqueeze(1)) for part in (k, K, V)]
+    return Policy(steps[0], steps[1], steps[2], slope, curvature)
 
 
 def _expected(model: QuadraticModel, k: list[Tensor], K: list[Tensor]) -> tuple[float, float]:
