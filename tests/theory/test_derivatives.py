@@ -12,7 +12,7 @@ from deltacontrol.theory.control.costs import CrossEntropyCost, QuadraticCost, S
 from deltacontrol.theory.control.problem import ControlProblem, Cost, Dynamics
 from deltacontrol.theory.control.systems import LinearDynamics, LowRankDynamics, ResidualNetwork
 from deltacontrol.theory.errors import InputError
-from deltacontrol.theory.solvers.derivatives import one_by_one, running_costs, together
+from deltacontrol.theory.solvers.derivatives import Along, evaluate, one_by_one, running_costs
 from deltacontrol.theory.solvers.quadratic_model import QuadraticModel, sweep
 
 L, N, M = 5, 4, 3
@@ -68,8 +68,13 @@ def assert_near(found: Tensor, wanted: Tensor) -> None:
 def test_all_at_once_are_one_by_one(system, cost, batch, per_example, second_order) -> None:
     problem, u = case(system, cost, batch, per_example)
     now = problem.evaluate(u)
-    found = together(problem, u, now, second_order)
-    assert found is not None
+    found_now, along = evaluate(problem, u)
+    assert along is not None
+    for name in ("states", "costates", "gradient"):
+        for a, b in zip(getattr(found_now, name), getattr(now, name), strict=True):
+            assert_near(a, b)
+    assert_near(found_now.objective, now.objective)
+    found = along.model(problem, now, second_order)
     for all_of_them, each in zip(found, one_by_one(problem, u, now, second_order), strict=True):
         assert_near(all_of_them, torch.stack(each))
     each = [problem.cost.running(t, now.states[t], u_t) for t, u_t in enumerate(u)]
@@ -112,10 +117,10 @@ def test_a_step_of_ones_own_is_not_overlooked() -> None:
         u = problem.zero_controls()
         now = problem.evaluate(u)
         if kind is Doubled:
-            assert together(problem, u, now, True) is None
+            assert Along.of(problem, u, now.states) is None
             continue
         with pytest.raises(InputError, match=r"Contradicting.all_steps .* those of step"):
-            together(problem, u, now, True)
+            Along.of(problem, u, now.states)
 
 
 def test_steps_of_several_sizes_go_one_by_one() -> None:
@@ -123,4 +128,4 @@ def test_steps_of_several_sizes_go_one_by_one() -> None:
     cost = SquaredErrorCost(normal(4, N), weight_decay=1.0)
     problem = ControlProblem(dynamics, cost, normal(5, N))
     u = problem.zero_controls()
-    assert together(problem, u, problem.evaluate(u), False) is None
+    assert Along.of(problem, u, problem.rollout(u)) is None

@@ -10,21 +10,23 @@ the reference, and what serves every other system.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Dynamics, Evaluation
+from deltacontrol.theory.control.work import count
 from deltacontrol.theory.errors import InputError
 
-__all__ = ["hessian", "jacobians", "num_groups", "one_by_one", "running_costs", "together"]
+__all__ = ["Along", "evaluate", "hessian", "jacobians", "num_groups", "one_by_one", "running_costs"]
 
 Matrices: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 _CHUNK = 256
 MOST_COPIED = 2**24
-"""Entries of the copies in `together`: 128 MiB in float64."""
+"""Entries of the copies of examples: 128 MiB in float64."""
 
 
 def num_groups(u: Controls) -> int:
@@ -62,51 +64,101 @@ def one_by_one(
     return A, B, W
 
 
-def together(
-    problem: ControlProblem, u: Controls, now: Evaluation, second_order: bool
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """As `one_by_one`, all steps in one call; None where the problem does not offer it.
+@dataclass(frozen=True, eq=False)
+class Along:
+    """Jacobians of all steps along a trajectory, taken together.
 
-    Returns:
-        ``(L, G, ., .)`` each.
-
-    Raises:
-        InputError: if `Dynamics.all_steps` gives other states than `Dynamics.step`.
+    Attributes:
+        X: the states entering the steps, ``(L, examples, n)``.
+        U: the controls, ``(L, examples, m)``.
+        A: ``(L, examples, n, n)``.
+        B: ``(L, examples, n, m)``.
+        shared: whether the examples share the controls.
     """
-    dynamics, cost, horizon = problem.dynamics, problem.cost, len(u)
-    offered = offers(dynamics, "step", "all_steps") and offers(cost, "running", "all_running")
-    if not (offered and horizon > 1 and _alike(now.states) and _alike(u)):
-        return None
-    x, size = now.states[0], now.states[0].shape[-1] + u[0].shape[-1]
-    if x.ndim not in (1, 2) or horizon * x.numel() * size > MOST_COPIED:
-        return None
-    X, U, P = (torch.stack(list(part)).detach() for part in (now.states, u, now.costates))
-    X, X_next, P = X[:-1], X[1:], P[1:]
+
+    X: Tensor
+    U: Tensor
+    A: Tensor
+    B: Tensor
+    shared: bool
+
+    @classmethod
+    def of(cls, problem: ControlProblem, u: Controls, states: Sequence[Tensor]) -> Along | None:
+        """The Jacobians, or None where the problem does not offer all steps at once.
+
+        Raises:
+            InputError: if `Dynamics.all_steps` gives other states than `Dynamics.step`.
+        """
+        dynamics, cost, horizon = problem.dynamics, problem.cost, len(u)
+        offered = offers(dynamics, "step", "all_steps") and offers(cost, "running", "all_running")
+        if not (offered and horizon > 1 and _alike(states) and _alike(u)):
+            return None
+        x, size = states[0], states[0].shape[-1] + u[0].shape[-1]
+        if x.ndim not in (1, 2) or horizon * x.numel() * size > MOST_COPIED:
+            return None
+        X, U = (torch.stack(list(part)).detach() for part in (states, u))
+        X, X_next = X[:-1], X[1:]
+        with torch.no_grad():
+            y, running = dynamics.all_steps(X, U), cost.all_running(X, U)
+        if y is None or running is None:
+            return None
+        error, norm = float((y - X_next).norm()), float(X_next.norm())
+        if error > 1e4 * torch.finfo(X.dtype).eps * norm:
+            raise InputError(
+                f"{type(dynamics).__name__}.all_steps gives states that differ from those of step "
+                f"by {error:.2g} of {norm:.2g}; expected the same"
+            )
+        shared = U.ndim == 2
+        X = X.unsqueeze(1) if X.ndim == 2 else X
+        U = U.unsqueeze(1).expand(-1, X.shape[1], -1) if shared else U
+        return cls(X, U, *_jacobians_of_all(dynamics, X, U), shared)
+
+    def evaluation(self, problem: ControlProblem, u: Controls, states: list[Tensor]) -> Evaluation:
+        """What ``problem.evaluate(u)`` gives, by ``p_t = grad_x l_t + A_t'p_{t+1}``."""
+        count(len(u))
+        with torch.enable_grad():
+            x, v, last = (z.detach().requires_grad_() for z in (self.X, self.U, states[-1]))
+            running = problem.cost.all_running(x, v)
+            assert running is not None
+            l_x, l_u = _pulled(running, (x, v), torch.ones_like(running))
+            terminal = problem.cost.terminal(last)
+            (p,) = _pulled(terminal, (last,), torch.ones_like(terminal))
+        costates, gradient = [p], []
+        p = p.reshape(self.X.shape[1:])
+        for t in reversed(range(len(u))):
+            g = l_u[t] + (p.unsqueeze(-2) @ self.B[t]).squeeze(-2)
+            gradient.append(g.sum(0) if self.shared else g)
+            p = l_x[t] + (p.unsqueeze(-2) @ self.A[t]).squeeze(-2)
+            costates.append(p.reshape(states[t].shape))
+        objective = (terminal + running.sum()).detach()
+        return Evaluation(states, costates[::-1], objective, tuple(gradient[::-1]))
+
+    def model(
+        self, problem: ControlProblem, now: Evaluation, second_order: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `one_by_one`, ``(L, G, ., .)`` each."""
+        P = torch.stack(now.costates[1:]).reshape(self.X.shape) if second_order else None
+        A, B, W = self.A, self.B, _hessians_of_all(problem, self.X, self.U, P)
+        n, examples = self.X.shape[-1], self.X.shape[1]
+        if not self.shared or examples == 1:
+            return A, B, W
+        xx, uu = _diagonal_blocks(W[..., :n, :n]), W[..., n:, n:].sum(1)
+        ux = W[..., n:, :n].transpose(1, 2).flatten(2)
+        whole = torch.cat([torch.cat([xx, ux.mT], -1), torch.cat([ux, uu], -1)], -2)
+        return _diagonal_blocks(A).unsqueeze(1), B.flatten(1, 2).unsqueeze(1), whole.unsqueeze(1)
+
+
+def evaluate(problem: ControlProblem, u: Controls) -> tuple[Evaluation, Along | None]:
+    """``problem.evaluate(u)``, and the Jacobians of all steps where these gave it."""
     with torch.no_grad():
-        y, running = dynamics.all_steps(X, U), cost.all_running(X, U)
-    if y is None or running is None:
-        return None
-    error, size = float((y - X_next).norm()), float(X_next.norm())
-    if error > 1e4 * torch.finfo(X.dtype).eps * size:
-        raise InputError(
-            f"{type(dynamics).__name__}.all_steps gives states that differ from those of step by "
-            f"{error:.2g} of {size:.2g}; expected the same"
-        )
-    shared = U.ndim == 2
-    if X.ndim == 2:
-        X, P = X.unsqueeze(1), P.unsqueeze(1)
-    U = U.unsqueeze(1).expand(-1, X.shape[1], -1) if shared else U
-    A, B = _jacobians_of_all(dynamics, X, U)
-    W = _hessians_of_all(problem, X, U, P if second_order else None)
-    if not shared:
-        return A, B, W
-    n, examples = X.shape[-1], X.shape[1]
-    if examples == 1:
-        return A, B, W
-    xx, uu = _diagonal_blocks(W[..., :n, :n]), W[..., n:, n:].sum(1)
-    ux = W[..., n:, :n].transpose(1, 2).flatten(2)
-    whole = torch.cat([torch.cat([xx, ux.mT], -1), torch.cat([ux, uu], -1)], -2)
-    return _diagonal_blocks(A).unsqueeze(1), B.flatten(1, 2).unsqueeze(1), whole.unsqueeze(1)
+        states = problem.rollout(u)
+        along = Along.of(problem, u, states)
+        if along is None:
+            objective = problem.total_cost(states, u)
+    if along is None:
+        costates, gradient = problem.adjoint(states, u)
+        return Evaluation(states, costates, objective, gradient), None
+    return along.evaluation(problem, u, states), along
 
 
 def _copies(values: Tensor, number: int) -> Tensor:

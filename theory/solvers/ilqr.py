@@ -47,7 +47,7 @@ from torch import Tensor
 
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.linear.linearisation import differentiable_attention
-from deltacontrol.theory.solvers.derivatives import num_groups, offers, running_costs
+from deltacontrol.theory.solvers.derivatives import evaluate, num_groups, offers, running_costs
 from deltacontrol.theory.solvers.quadratic_model import (
     IndefiniteError,
     Policy,
@@ -87,11 +87,11 @@ class _SecondOrder(Solver):
         self, problem: ControlProblem, u0: Controls, report: Report, memory: Memory
     ) -> Ending | None:
         """Improve until `report` says stop or no regularisation helps."""
-        u, now = u0, problem.evaluate(u0)
+        u, (now, along) = u0, evaluate(problem, u0)
         level = int(memory["level"]) if memory else 0
         stop = report(u, now, {"level": torch.tensor(level)})
         while math.isfinite(float(now.objective)):
-            model = QuadraticModel.of(problem, u, now, second_order=self.second_order)
+            model = QuadraticModel.of(problem, u, now, second_order=self.second_order, along=along)
             if not model.is_finite:
                 return Ending(
                     Status.LINE_SEARCH_FAILED,
@@ -107,7 +107,7 @@ class _SecondOrder(Solver):
                     "no step lowers J or the residual, however regularised",
                     search.gains(level),
                 )
-            u, now = best.controls, problem.evaluate(best.controls)
+            u, (now, along) = best.controls, evaluate(problem, best.controls)
             level = search.next(best.level, -1)
             stop = report(u, now, {"level": torch.tensor(level)})
         return None

@@ -40,7 +40,7 @@ from deltacontrol.theory.control.problem import ControlProblem, Controls, Evalua
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.linearisation import differentiable_attention
 from deltacontrol.theory.solvers.box_qp import box_qp, positive_cholesky
-from deltacontrol.theory.solvers.derivatives import hessian, num_groups, one_by_one, together
+from deltacontrol.theory.solvers.derivatives import Along, hessian, num_groups, one_by_one
 from deltacontrol.theory.solvers.quick_sweep import IndefiniteError, expected_of_one, sweep_of_one
 
 __all__ = ["IndefiniteError", "Policy", "QuadraticModel", "sweep"]
@@ -71,7 +71,13 @@ class QuadraticModel:
 
     @classmethod
     def of(
-        cls, problem: ControlProblem, u: Controls, now: Evaluation, *, second_order: bool
+        cls,
+        problem: ControlProblem,
+        u: Controls,
+        now: Evaluation,
+        *,
+        second_order: bool,
+        along: Along | None = None,
     ) -> QuadraticModel:
         """Differentiate every step where ``u`` leads.
 
@@ -83,6 +89,7 @@ class QuadraticModel:
             u: the controls.
             now: what ``problem.evaluate(u)`` gives.
             second_order: take the Hessian of ``H_t`` rather than that of ``l_t``.
+            along: the Jacobians of all steps, where they are known.
 
         Raises:
             InputError: if a state is too large, or if controls are given per example and the
@@ -97,7 +104,8 @@ class QuadraticModel:
                     "fewer examples, or GaussNewton, which never forms a matrix"
                 )
         with differentiable_attention():
-            whole = together(problem, u, now, second_order)
+            along = along or Along.of(problem, u, now.states)
+            whole = None if along is None else along.model(problem, now, second_order)
             A, B, W = whole or one_by_one(problem, u, now, second_order)
             last = now.states[-1].detach()
             terminal = hessian(
