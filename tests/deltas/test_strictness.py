@@ -166,7 +166,7 @@ def test_attaching_refuses(build: Build, delta, family, kind, parts):
         (lambda: BitFit(part="head"), ("part of the delta bitfit", "'head'", "attention, mlp")),
         (lambda: BitFit(("norm",), "mlp"), ("bitfit", "('norm',)", "'mlp'", "give one")),
         (lambda: LoRA(scaling="root"), ("scaling", "'root'", "rslora, standard")),
-        (lambda: LoRA(init="pissa"), ("init", "'pissa'", "gaussian, kaiming, olora")),
+        (lambda: LoRA(init="pissa"), ("init", "'pissa'", "gaussian, kaiming, lora-ga")),
         (lambda: LoRA(step_ratio=0.0), ("step_ratio is 0.0", "positive")),
         (lambda: LoRA(alpha=0.0, init="svd"), ("alpha is 0.0", "init=svd", "positive")),
         (lambda: DoRA(rank=0), ("dora", "rank is 0")),
