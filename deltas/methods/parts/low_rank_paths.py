@@ -35,11 +35,11 @@ class LowRankPath(WeightPath):
         waits: bool = False,
     ) -> None:
         super().__init__(site, dropout)
-        self.A = nn.Parameter(down)
-        self.B = nn.Parameter(up)
+        self.A = nn.Parameter(down.contiguous())  # parts of a decomposition often are not, and a
+        self.B = nn.Parameter(up.contiguous())  # file of safetensors takes no others
         self.scale = scale
-        self.register_buffer("A_0", down.clone() if fixed else None, persistent=waits)
-        self.register_buffer("B_0", up.clone() if fixed else None, persistent=waits)
+        self.register_buffer("A_0", self.A.detach().clone() if fixed else None, persistent=waits)
+        self.register_buffer("B_0", self.B.detach().clone() if fixed else None, persistent=waits)
         self.register_buffer("started", torch.tensor(False) if waits else None)
 
     @torch.no_grad()
