@@ -72,6 +72,7 @@ REFUSALS: list[tuple[Delta, str, str, tuple[str, ...]]] = [
     (LoRA(sites=("embedding",), init="svd"), "gpt2", CLS, ("embedding", "init=svd", "kaiming")),
     (LoRA(rank=33, init="svd"), "bert", CLS, ("rank 33", "width 32", "self.query", "1 to 32")),
     (LoRA(rank=17, init="olora"), "llama", CLS, ("rank 17", "width 16", "v_proj", "1 to 16")),
+    (LoRA(rank=9, init="lora-ga"), "llama", CLS, ("rank 9", "half the width 16", "1 to 8")),
     (LoRA(layers=(2,)), "bert", CLS, ("[2]", "blocks 0 to 1")),
     (LoRA(layers=(-1,)), "bert", CLS, ("[-1]", "blocks 0 to 1")),
     (LoRA(layers=()), "bert", CLS, ("layers", "empty", "blocks 0 to 1")),
