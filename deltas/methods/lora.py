@@ -20,7 +20,7 @@ from deltacontrol.deltas.methods.parts.tables import check_table
 from deltacontrol.theory.errors import InputError
 
 _CORDA = ("corda-ipm", "corda-kpm")
-_BY_GRADIENT = {"lora-ga": 16.0, "lora-one": 128.0}  # γ as in their authors' code
+_BY_GRADIENT = ("lora-ga", "lora-one")
 _FROM_DATA = ("eva", *_CORDA, *_BY_GRADIENT)
 # Vectors of a map that a start takes for each rank: of both sides, or of its input alone (EVA).
 _VECTORS = {"svd": 1, "olora": 1, "eva": 1, "lora-ga": 2, "lora-one": 1} | dict.fromkeys(_CORDA, 1)
@@ -43,8 +43,8 @@ class LoRA(Delta):
     is, so B A starts at zero. As rounding would leave a trace, B₀ A₀ is subtracted here as well.
 
     Five starts follow from data, which ``DeltaModel.prepare(losses)`` shows before training. With
-    x the rows that go into the site, G = U S V' the gradient of the mean loss there, and c, γ
-    numbers:
+    x the rows that go into the site, G = U S V' the gradient of the mean loss there, and γ a
+    number, 16 for LoRA-GA and 128 for LoRA-One as in their authors' code:
 
         "eva"        A = the first r principal directions of the rows x, B = 0 (Paischer et al.)
         "corda-ipm"  W C = U S V', C = Σ x x'; s·B₀ A₀ = U_r S_r V_r' C⁻¹ of the r largest
@@ -76,7 +76,6 @@ class LoRA(Delta):
             are principal singular vectors of W ("svd"), the first of its QR factors ("olora"),
             random and orthogonal to each other ("orthogonal", with an even rank), or follow from
             data as above.
-        gamma: γ of "lora-ga" and "lora-one", larger for smaller factors; None means 16 and 128.
     """
 
     rank: int = 8
@@ -98,7 +97,6 @@ class LoRA(Delta):
         "lora-ga",
         "lora-one",
     ] = "kaiming"
-    gamma: float | None = None
 
     name = "lora"
     look = ("LoRA", "#0072B2", "o", 2)
@@ -191,13 +189,6 @@ class LoRA(Delta):
             raise InputError(f"lora: rank is {self.rank}; init=orthogonal needs an even one.")
         if self.init in _SCALED and not self.alpha > 0:
             raise InputError(f"lora: alpha is {self.alpha}; init={self.init} needs a positive one.")
-        if self.gamma is not None and self.init not in _BY_GRADIENT:
-            raise InputError(
-                f"lora: gamma is {self.gamma}, but init={self.init} has none; leave it out, or "
-                "choose init=lora-ga or lora-one."
-            )
-        if self.gamma is not None and not self.gamma > 0:
-            raise InputError(f"lora: gamma is {self.gamma}; expected a positive number.")
         if self.init == "lora-one":  # it starts one step away from the base
             object.__setattr__(self, "identity_at_start", False)
 
@@ -269,15 +260,14 @@ class LoRA(Delta):
 
     def _waiting(self, host: Host) -> DataStart:
         """What puts the paths at their start when it has seen data."""
-        gamma = self.gamma or _BY_GRADIENT.get(self.init, 0.0)
 
         def factors(site: Site, seen: Any) -> Factors:
             if self.init == "eva":
                 return data_starts.eva(site, seen, self.rank)
             if self.init == "lora-ga":
-                return data_starts.lora_ga(site, seen, self.rank, gamma)
+                return data_starts.lora_ga(site, seen, self.rank)
             if self.init == "lora-one":
-                return data_starts.lora_one(site, seen, self.rank, gamma)
+                return data_starts.lora_one(site, seen, self.rank)
             weight, mode = host.weight(site), self.init.removeprefix("corda-")
             return data_starts.corda(site, seen, weight, self.rank, self.scale, mode)
 

@@ -2,7 +2,8 @@
 
 Notation: W (out, in) is the map at a site and x (n, in) are the rows that go into it, padding left
 out; L is the mean of the losses and G = ∂L/∂W (out, in) its gradient, G = U S V' with the singular
-values in descending order; r is the rank, s the factor on B A, γ a number that sets the size.
+values in descending order; r is the rank, s the factor on B A, γ a number that sets the size: 16
+for LoRA-GA and 128 for LoRA-One, as in their authors' code.
 
     EVA        A = V_r', B = 0; V_r (in, r) are the first r principal directions of the rows x
     CorDA      C = Σ x x', W C = U S V';  B = U √(S/s), A = √(S/s) V' C⁻¹ at r of the components:
@@ -122,7 +123,7 @@ def corda(
     return roots[:, None] * down, left[:, taken] * roots
 
 
-def lora_ga(site: Site, gradient: Tensor, rank: int, gamma: float) -> Factors:
+def lora_ga(site: Site, gradient: Tensor, rank: int, gamma: float = 16.0) -> Factors:
     """The first r right and the next r left singular vectors of G, times out^(1/4)/√γ.
 
     Raises:
@@ -133,7 +134,7 @@ def lora_ga(site: Site, gradient: Tensor, rank: int, gamma: float) -> Factors:
     return size * right[:rank], size * left[:, rank : 2 * rank]
 
 
-def lora_one(site: Site, gradient: Tensor, rank: int, gamma: float) -> Factors:
+def lora_one(site: Site, gradient: Tensor, rank: int, gamma: float = 128.0) -> Factors:
     """B A = -G_r/(γ S_1), G_r the best approximation of G of rank r, both factors alike in size.
 
     Raises:
@@ -201,29 +202,29 @@ class TextRows:
     """Takes the rows of a site's input that are text, by the masks that the present pass has.
 
     Where a pass has no mask that fits, every row counts.
+
+    Attributes:
+        listening: whether the arguments of passes are kept.
     """
 
     def __init__(self, host: Host) -> None:
         self._names = list(signature(type(host.model).forward).parameters)[1:]
-        self._masks: dict[str, Any] = {}
+        self._given: dict[str, Any] = {}
+        self.listening = False
         self._both = bool(getattr(host.model.config, "is_encoder_decoder", False))
         encoder = host.model.get_encoder() if self._both else None
         self._encoder = set() if encoder is None else {id(m) for m in encoder.modules()}
         host.on_call(host.model, self._note)
 
     def _note(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        self._masks = dict(zip(self._names, args, strict=False)) | kwargs
+        self._given = dict(zip(self._names, args, strict=False)) | kwargs if self.listening else {}
         return args, kwargs
-
-    def forget(self) -> None:
-        """Keep nothing of the last pass."""
-        self._masks = {}
 
     def __call__(self, site: Site, x: Tensor) -> Tensor:
         """The rows (n, in) of x (…, in)."""
         reads_encoder = id(site.module) in self._encoder or _OTHER_TEXT.search(site.path)
         own = "decoder_attention_mask" if self._both and not reads_encoder else "attention_mask"
-        mask = self._masks.get(own)
+        mask = self._given.get(own)
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return x.flatten(0, -2)
         more = x.shape[1] - mask.shape[1] if x.dim() == 3 else 0
@@ -307,6 +308,8 @@ class DataStart:
         for path in self._paths:
             path.forget_start()
         self._watches, count = {}, 0
+        if self._text is not None:
+            self._text.listening = True
         try:
             with torch.set_grad_enabled(self._by_gradient):
                 for count, loss in enumerate(losses(), start=1):
@@ -315,7 +318,7 @@ class DataStart:
         finally:
             self._watches = None
             if self._text is not None:
-                self._text.forget()
+                self._text.listening = False
         if not count:
             raise InputError(f"{self._name}: prepare got no loss; give at least one batch.")
         found = [self._made(number, seen) for number in range(len(self._sites))]
