@@ -262,7 +262,7 @@ class DataStart:
         self._asked = torch.zeros((), requires_grad=True)  # so that frozen outputs have gradients
         self._text = None if by_gradient else TextRows(host)
         self._known: tuple[Tensor, int] | None = None
-        host.edits.around_passes(self._check, lambda: None)
+        host.edits.around_passes(self._check, lambda: None)  # type: ignore[call-arg]
         host.on_data(self.prepare, examples=False)
 
     def add(self, host: Host, site: Site, path: Waiting) -> None:
