@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltacontrol.deltas import guards, saved_folder
+from deltacontrol.deltas import fitting, guards, saved_folder
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
 from deltacontrol.deltas.editing.merging import check_merges, merged_values
@@ -240,14 +240,25 @@ class DeltaModel(nn.Module):
         """Whether `prepare` has something to do."""
         return bool(self._asked(self.host.requests.preparations))
 
+    @property
+    def needs_examples(self) -> bool:
+        """Whether `prepare` wants each loss to be of one example alone, not of a batch."""
+        return any(one.examples for one in self._asked(self.host.requests.preparations))
+
     def prepare(self, losses: Losses) -> None:
         """Let controls that depend on the data (a Fisher mask, say) see it, before training.
 
         Args:
-            losses: gives the loss of the model, one example after another, anew at each call.
+            losses: gives the loss of the model on one batch after another, or on one example after
+                another where `needs_examples` says so; anew at each call.
+
+        Raises:
+            InputError: there is no loss, one is not finite, or the data do not tell what a delta
+                wants to know.
         """
-        for prepare in self._asked(self.host.requests.preparations):
-            prepare(losses)
+        with self.host.requests.looking() as requests:
+            for preparation in self._asked(requests.preparations):
+                preparation.act(losses)
 
     @property
     def is_penalised(self) -> bool:
@@ -318,31 +329,13 @@ class DeltaModel(nn.Module):
             InputError: keys, shapes or a seed of the delta differ; nothing is changed then.
         """
         own = self.controls.state_dict()
-        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        if missing or extra:
-            raise InputError(
-                f"these controls do not fit: {len(missing)} missing {missing[:3]}, {len(extra)} "
-                f"unknown {extra[:3]}. Attach the deltas that they were saved with: this model has "
-                f"{', '.join(a.namespace for a in self.attachments)}."
-            )
-        for key, value in own.items():
-            saved = state[key]
-            if not isinstance(saved, Tensor) or saved.shape != value.shape:
-                told = f"has shape {tuple(saved.shape)}" if isinstance(saved, Tensor) else "is none"
-                raise InputError(f"control {key} {told}, expected a tensor {tuple(value.shape)}.")
-        for key, value in self.controls.named_buffers():
-            if key not in own or not _is_fixed(key):
-                continue
-            if not torch.equal(state[key].cpu(), value.cpu()):
-                remedy = (
-                    "the same seed draws another projection now, so that the controls mean nothing "
-                    "here; train them again."
-                    if key.endswith("fixed_draws")
-                    else "attach with the seed that the controls were saved with."
-                )
-                raise InputError(
-                    f"{key} is {state[key].tolist()}, but this model has {value.tolist()}: {remedy}"
-                )
+        fixed = [name for name, _ in self.controls.named_buffers() if name in own]
+        fitting.require_fit(
+            state,
+            own,
+            [name for name in fixed if _is_fixed(name)],
+            [attachment.namespace for attachment in self.attachments],
+        )
         with torch.no_grad():
             for key, value in own.items():
                 value.copy_(state[key])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
-from deltacontrol.deltas.editing.requests import Losses
+from deltacontrol.deltas.editing.requests import Losses, Requests
 from deltacontrol.deltas.methods.parts.masks import (
     SparseChange,
     check_density,
@@ -69,7 +69,7 @@ class FisherMask(Delta):
         change = SparseChange(parameters, self.num_parameters(host))
         host.add("change", change, like=next(iter(parameters.values())))
         host.shared.append(f"{host.namespace}.change.values")
-        choice = FisherChoice(change)
+        choice = FisherChoice(change, host.requests)
         host.reparametrise(list(parameters), choice)
         host.on_data(choice.prepare)
 
@@ -82,8 +82,9 @@ class FisherMask(Delta):
 class FisherChoice:
     """Gives the parameters of a pass: θ₀ with gradients while measuring, then the sparse change."""
 
-    def __init__(self, change: SparseChange) -> None:
+    def __init__(self, change: SparseChange, requests: Requests) -> None:
         self.change = change
+        self.requests = requests
         self.leaves: dict[str, Tensor] | None = None
 
     def __call__(self) -> dict[str, Tensor]:
@@ -95,6 +96,8 @@ class FisherChoice:
         if self.leaves is not None:
             return self.leaves
         if not self.change.chosen:
+            if self.requests.preparing:  # another delta looks at the data first
+                return dict(self.change.base[0])
             raise InputError(
                 "fisher-mask has not seen data and does not know yet which parameters to train: "
                 "call prepare(losses) on the DeltaModel, or load() controls saved after it."

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
 
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
-from deltacontrol.deltas.editing.paths import WeightPath, check_dropout, lay, low_rank_sites, widths
+from deltacontrol.deltas.editing.paths import check_dropout, lay, low_rank_sites, widths
 from deltacontrol.deltas.editing.sites import Site
+from deltacontrol.deltas.methods.parts import data_starts
+from deltacontrol.deltas.methods.parts.data_starts import DataStart, Factors
+from deltacontrol.deltas.methods.parts.low_rank_paths import EmbeddingPath, LowRankPath
 from deltacontrol.deltas.methods.parts.tables import check_table
 from deltacontrol.theory.errors import InputError
 
-_NARROW = ("svd", "olora")  # starts that a narrow map has not enough vectors for
+_CORDA = ("corda-ipm", "corda-kpm")
+_BY_GRADIENT = ("lora-ga", "lora-one")
+_FROM_DATA = ("eva", *_CORDA, *_BY_GRADIENT)
+# Vectors of a map that a start takes for each rank: of both sides, or of its input alone (EVA).
+_VECTORS = {"svd": 1, "olora": 1, "eva": 1, "lora-ga": 2, "lora-one": 1} | dict.fromkeys(_CORDA, 1)
+_TAKEN_AWAY = ("svd", "olora", "orthogonal", *_CORDA, "lora-ga")  # B₀ A₀ is subtracted
+_SCALED = ("svd", *_CORDA)  # s·B₀ A₀ is a part of W, whatever s > 0 is
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,24 @@ class LoRA(Delta):
     a random rotation (r, r) and Gaussian N₁, N₂, divided by ten each: neither is zero, but Q₂' Q₁
     is, so B A starts at zero. As rounding would leave a trace, B₀ A₀ is subtracted here as well.
 
+    Five starts follow from data, which ``DeltaModel.prepare(losses)`` shows before training. With
+    x the rows that go into the site, G = U S V' the gradient of the mean loss there, and γ a
+    number, 16 for LoRA-GA and 128 for LoRA-One as in their authors' code:
+
+        "eva"        A = the first r principal directions of the rows x, B = 0 (Paischer et al.)
+        "corda-ipm"  W C = U S V', C = Σ x x'; s·B₀ A₀ = U_r S_r V_r' C⁻¹ of the r largest
+                     components, the instruction-previewed mode (Yang et al.)
+        "corda-kpm"  the same of the r smallest, the knowledge-preserved mode
+        "lora-ga"    A₀ = c V_{1…r}', B₀ = c U_{r+1…2r}, c = out^(1/4)/√γ: under gradient descent
+                     the first change of W is, to first order in the step η, -η s² c² G_{2r}, a
+                     step along the best approximation of G of rank 2r (Wang et al.)
+        "lora-one"   s·B₀ A₀ = -s/(γ S_1) G_r, a step along the best approximation of G of rank r,
+                     both factors of equal size (Zhang, Liu, Chen)
+
+    The starts of CorDA and LoRA-GA are subtracted as those of PiSSA are, and saved, because the
+    base weight does not tell them. That of LoRA-One is itself the first step, and stays. Every site
+    has the same rank: EVA's redistribution of ranks would make their number depend on the data.
+
     An embedding E is the linear map of one-hot tokens: E(i) + s·B A e_i. There A starts at zero and
     B Gaussian, so that the tokens of a batch move at once, and no input is dropped.
 
@@ -47,8 +73,9 @@ class LoRA(Delta):
             the size of the learned change from shrinking as the rank grows.
         step_ratio: λ, the learning rate of B over that of A (LoRA+, Hayou et al.).
         init: A is uniform in ±1/√in ("kaiming"), Gaussian with deviation 1/r ("gaussian"), or both
-            are principal singular vectors of W ("svd"), the first of its QR factors ("olora"), or
-            random and orthogonal to each other ("orthogonal", with an even rank).
+            are principal singular vectors of W ("svd"), the first of its QR factors ("olora"),
+            random and orthogonal to each other ("orthogonal", with an even rank), or follow from
+            data as above.
     """
 
     rank: int = 8
@@ -58,7 +85,18 @@ class LoRA(Delta):
     dropout: float = 0.0
     scaling: Literal["standard", "rslora"] = "standard"
     step_ratio: float = 1.0
-    init: Literal["kaiming", "gaussian", "svd", "olora", "orthogonal"] = "kaiming"
+    init: Literal[
+        "kaiming",
+        "gaussian",
+        "svd",
+        "olora",
+        "orthogonal",
+        "eva",
+        "corda-ipm",
+        "corda-kpm",
+        "lora-ga",
+        "lora-one",
+    ] = "kaiming"
 
     name = "lora"
     look = ("LoRA", "#0072B2", "o", 2)
@@ -68,7 +106,9 @@ class LoRA(Delta):
     reference = (
         "Hu et al., ICLR 2022, Eq. 3; Kalajdzievski, arXiv 2312.03732, Theorem 3.2 (rsLoRA); "
         "Hayou, Ghosh, Yu, ICML 2024 (LoRA+); Meng, Wang, Zhang, NeurIPS 2024, Eq. 2-4 (PiSSA); "
-        "Büyükakyüz, arXiv 2406.01775, Eq. 3 (OLoRA)"
+        "Büyükakyüz, arXiv 2406.01775, Eq. 3 (OLoRA); Paischer et al., arXiv 2410.07170 (EVA); "
+        "Yang et al., NeurIPS 2024 (CorDA); Wang, Yu, Li, NeurIPS 2024 (LoRA-GA); "
+        "Zhang, Liu, Chen, ICML 2025 (LoRA-One)"
     )
     bibtex = r"""
         @inproceedings{hu2022lora,
@@ -105,6 +145,36 @@ class LoRA(Delta):
           archiveprefix = {arXiv},
           year = {2024},
         }
+        @misc{paischer2024eva,
+          author = {Paischer, Fabian and Hauzenberger, Lukas and Schmied, Thomas
+            and Alkin, Benedikt and Deisenroth, Marc Peter and Hochreiter, Sepp},
+          title = {One Initialization to Rule them All: Fine-tuning via Explained Variance
+            Adaptation},
+          eprint = {2410.07170},
+          archiveprefix = {arXiv},
+          year = {2024},
+        }
+        @inproceedings{yang2024corda,
+          author = {Yang, Yibo and Li, Xiaojie and Zhou, Zhongzhu and Song, Shuaiwen Leon
+            and Wu, Jianlong and Nie, Liqiang and Ghanem, Bernard},
+          title = {{CorDA}: Context-Oriented Decomposition Adaptation of Large Language Models for
+            Task-Aware Parameter-Efficient Fine-tuning},
+          booktitle = {Advances in Neural Information Processing Systems},
+          year = {2024},
+        }
+        @inproceedings{wang2024loraga,
+          author = {Wang, Shaowen and Yu, Linxi and Li, Jian},
+          title = {{LoRA-GA}: Low-Rank Adaptation with Gradient Approximation},
+          booktitle = {Advances in Neural Information Processing Systems},
+          year = {2024},
+        }
+        @inproceedings{zhang2025loraone,
+          author = {Zhang, Yuanhe and Liu, Fanghui and Chen, Yudong},
+          title = {{LoRA-One}: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language
+            Models, Provably and Efficiently},
+          booktitle = {International Conference on Machine Learning},
+          year = {2025},
+        }
     """
     num_parameters_formula = "sum over sites of r (d_in + d_out)"
 
@@ -117,8 +187,10 @@ class LoRA(Delta):
             raise InputError(f"lora: step_ratio is {self.step_ratio}; expected a positive number.")
         if self.init == "orthogonal" and self.rank % 2:
             raise InputError(f"lora: rank is {self.rank}; init=orthogonal needs an even one.")
-        if self.init == "svd" and not self.alpha > 0:
-            raise InputError(f"lora: alpha is {self.alpha}; init=svd needs a positive one.")
+        if self.init in _SCALED and not self.alpha > 0:
+            raise InputError(f"lora: alpha is {self.alpha}; init={self.init} needs a positive one.")
+        if self.init == "lora-one":  # it starts one step away from the base
+            object.__setattr__(self, "identity_at_start", False)
 
     @property
     def scale(self) -> float:
@@ -127,14 +199,21 @@ class LoRA(Delta):
 
     def build(self, host: Host) -> None:
         """Add a path at every site."""
-        fixed = self.init in (*_NARROW, "orthogonal")
-        for site in self._checked_sites(host):
+        fixed, sites = self.init in _TAKEN_AWAY, self._checked_sites(host)
+        waiting = self._waiting(host) if self.init in _FROM_DATA else None
+        for site in sites:
             if isinstance(site.module, nn.Embedding):
                 path: nn.Module = self._lay_embedding(host, site, site.module)
             else:
                 down, up = self._start(host, site)
-                path = LowRankPath(down, up, self.scale, site, self.dropout, fixed=fixed)
+                path = LowRankPath(
+                    *(down, up, self.scale, site, self.dropout),
+                    fixed=fixed,
+                    waits=waiting is not None,
+                )
                 lay(host, site, path)
+                if waiting is not None:
+                    waiting.add(host, site, path)
             if self.step_ratio != 1:
                 host.scale_rate(path, "B", self.step_ratio)
 
@@ -147,20 +226,23 @@ class LoRA(Delta):
         for site in found:
             if isinstance(site.module, nn.Embedding):
                 self._check_embedding(host, site)
-            elif self.init in _NARROW:
+            elif self.init in _VECTORS:
                 self._check_rank(site)
         return found
 
     def _check_rank(self, site: Site) -> None:
-        bound = min(widths(site))
+        width = site.in_features if self.init == "eva" else min(widths(site))
+        bound = width // _VECTORS[self.init]
         if self.rank > bound:
+            above = "the width" if bound == width else "half the width"
+            tried = f"a rank from 1 to {bound}" if bound else "other sites"
             raise InputError(
-                f"lora: rank {self.rank} is above the width {bound} of {site.path}, which has no "
-                f"more vectors for init={self.init}; choose a rank from 1 to {bound}."
+                f"lora: rank {self.rank} is above {above} {width} of {site.path}, which has no "
+                f"more vectors for init={self.init}; choose {tried}."
             )
 
     def _check_embedding(self, host: Host, site: Site) -> None:
-        if self.init in (*_NARROW, "orthogonal"):
+        if self.init not in ("kaiming", "gaussian"):
             raise InputError(
                 f"lora: {site.path} is an embedding, which init={self.init} does not start; choose "
                 "init=kaiming, or linear maps alone."
@@ -176,8 +258,28 @@ class LoRA(Delta):
         host.on_merge(f"{site.path}.weight", path.merged)
         return path
 
+    def _waiting(self, host: Host) -> DataStart:
+        """What puts the paths at their start when it has seen data."""
+
+        def factors(site: Site, seen: Any) -> Factors:
+            if self.init == "eva":
+                return data_starts.eva(site, seen, self.rank)
+            if self.init == "lora-ga":
+                return data_starts.lora_ga(site, seen, self.rank)
+            if self.init == "lora-one":
+                return data_starts.lora_one(site, seen, self.rank)
+            weight, mode = host.weight(site), self.init.removeprefix("corda-")
+            return data_starts.corda(site, seen, weight, self.rank, self.scale, mode)
+
+        return DataStart(self.name, host, by_gradient=self.init in _BY_GRADIENT, factors=factors)
+
     def _start(self, host: Host, site: Site) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r)."""
+        if self.init in _FROM_DATA:
+            return (
+                torch.zeros(self.rank, site.in_features),
+                torch.zeros(site.out_features, self.rank),
+            )
         if self.init == "svd":
             return _principal(site, host.weight(site), self.rank, self.scale)
         if self.init == "olora":
@@ -212,70 +314,3 @@ def _apart(host: Host, site: Site, rank: int) -> tuple[Tensor, Tensor]:
     down = host.normal(half, site.in_features, std=0.1)
     up = host.normal(site.out_features, half, std=0.1)
     return rotation[:, ::2] @ down.double(), up.double() @ rotation[:, 1::2].T
-
-
-class LowRankPath(WeightPath):
-    """ΔW = s·B A, or s·(B A - B₀ A₀) where the start is ``fixed``; A (rank, in), B (out, rank).
-
-    A₀ and B₀ are not saved: they follow from the base weight, and only their product matters, which
-    the signs of singular vectors leave alone.
-    """
-
-    A_0: Tensor | None
-    B_0: Tensor | None
-
-    def __init__(
-        self,
-        down: Tensor,
-        up: Tensor,
-        scale: float,
-        site: Site,
-        dropout: float = 0.0,
-        *,
-        fixed: bool = False,
-    ) -> None:
-        super().__init__(site, dropout)
-        self.A = nn.Parameter(down)
-        self.B = nn.Parameter(up)
-        self.scale = scale
-        self.register_buffer("A_0", down.clone() if fixed else None, persistent=False)
-        self.register_buffer("B_0", up.clone() if fixed else None, persistent=False)
-
-    def weight(self) -> Tensor:
-        """s·B A, less its start where that is not zero."""
-        change = self.B @ self.A
-        if self.A_0 is not None and self.B_0 is not None:
-            change = change - self.B_0 @ self.A_0
-        return self.scale * change
-
-    def through(self, x: Tensor) -> Tensor:
-        """ΔW x, by way of r features."""
-        change = linear(linear(x, self.A) * self.scale, self.B)
-        if self.A_0 is not None and self.B_0 is not None:
-            change = change - linear(linear(x, self.A_0) * self.scale, self.B_0)
-        return change
-
-
-class EmbeddingPath(nn.Module):
-    """E(i) ↦ E(i) + s·B A e_i; A (rank, vocabulary), B (width, rank).
-
-    An embedding that scales its output (Gemma's) scales the path with it.
-    """
-
-    def __init__(self, down: Tensor, up: Tensor, scale: float, module: nn.Embedding) -> None:
-        super().__init__()
-        self.A = nn.Parameter(down)
-        self.B = nn.Parameter(up)
-        self.scale = scale
-        self.__dict__["module"] = module  # the base's own: no submodule
-
-    def forward(self, inputs: tuple, output: Tensor) -> Tensor:
-        """The embedded tokens with the path's contribution added."""
-        change = linear(embedding(inputs[0], self.A.T), self.B) * self.scale
-        gain = getattr(self.__dict__["module"], "embed_scale", None)
-        return output + (change if gain is None else change * gain)
-
-    def merged(self, weight: Tensor) -> Tensor:
-        """The table (vocabulary, width) with the change, in float64."""
-        change = self.B.detach().double() @ self.A.detach().double()
-        return weight + self.scale * change.T

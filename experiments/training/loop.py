@@ -187,12 +187,16 @@ class _Loop:
         checkpoints.save(folder, self.run, self.variables, self.optimizer, self.best_controls)
 
     def prepare(self) -> None:
-        """Show the examples of the first batches, each alone, to deltas that depend on the data."""
-        device = self.accelerator.device
+        """Show the first batches to deltas that depend on the data.
+
+        Each example comes alone where one of the deltas needs that, otherwise a batch at a time.
+        """
+        device, alone = self.accelerator.device, self.delta_model.needs_examples
 
         def losses() -> Iterator[Tensor]:
             for step in range(PREPARATION_BATCHES):
-                for one in examples(self.data.batch(step), self.settings.kind):
+                batch = self.data.batch(step)
+                for one in examples(batch, self.settings.kind) if alone else (dict(batch),):
                     if self.settings.kind == "causal-lm":
                         one["use_cache"] = False
                     inputs = {

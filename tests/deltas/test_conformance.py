@@ -22,6 +22,7 @@ from tests.deltas.zoo import (
     FAMILIES,
     METHODS,
     PAIRS,
+    STARTS,
     assert_same,
     attached,
     batch_of,
@@ -44,7 +45,7 @@ class Cell:
 
     def __init__(self, family: str, method: str) -> None:
         self.model, self.sizes = zoo.build(family), FAMILIES[family]
-        self.delta, self.method = METHODS[method][0], method
+        self.delta, self.method = (METHODS | STARTS)[method][0], method
         self.batch, self.base = batch_of(self.model), list(self.model.parameters())
         self.before = snapshot(self.model)
         with torch.no_grad():
@@ -98,7 +99,10 @@ class Cell:
 
 CELLS = [
     pytest.param(cell.values, marks=cell.marks, id=cell.id)
-    for cell in zoo.cells(PAIRS, smoke=zoo.SMOKE)
+    for cell in [
+        *zoo.cells(PAIRS, smoke=zoo.SMOKE),
+        *zoo.cells([(f, start) for f in zoo.QUICK_FAMILIES for start in STARTS], ("bert", "gpt2")),
+    ]
 ]
 
 

@@ -181,23 +181,44 @@ def test_lora_learns_and_is_given_back(folders: dict[str, Path], bits: str, tmp_
         torch.testing.assert_close(again(input_ids=TOKENS).logits, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["lora:rank=2", "lora:rank=2,init=svd", "dora:rank=2", "ia3"])
-def test_four_bits_are_their_values_for_a_control(folders: dict[str, Path], name: str) -> None:
-    """The same controls beside the dequantised weights in float32 give the same logits."""
-    model, plain = quantised(folders["llama"], "nf4"), quantised(folders["llama"], "nf4")
-    for path, module in maps(model).items():
+def dequantised(folder: Path) -> PreTrainedModel:
+    """The model of 4 bits with the values of its weights in float32."""
+    plain = quantised(folder, "nf4")
+    for path, module in maps(plain).items():
         weight = values_of(module, torch.float32)
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         linear.weight = torch.nn.Parameter(weight)
         parent, _, leaf = path.rpartition(".")
         setattr(plain.get_submodule(parent), leaf, linear)
     assert not any(map(is_quantised, plain.parameters()))
+    return plain
+
+
+@pytest.mark.parametrize("name", ["lora:rank=2", "lora:rank=2,init=svd", "dora:rank=2", "ia3"])
+def test_four_bits_are_their_values_for_a_control(folders: dict[str, Path], name: str) -> None:
+    """The same controls beside the dequantised weights in float32 give the same logits."""
+    model, plain = quantised(folders["llama"], "nf4"), dequantised(folders["llama"])
     tuned, other = attach(model, registry.parse(name)), attach(plain, registry.parse(name))
     move(tuned)
     other.load(tuned.state())
     torch.testing.assert_close(
         tuned(input_ids=TOKENS).logits, other(input_ids=TOKENS).logits, rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("init", ["eva", "corda-ipm", "corda-kpm", "lora-ga", "lora-one"])
+def test_starts_from_data_need_values_not_trainable_weights(folders: dict[str, Path], init) -> None:
+    """Beside 4-bit weights they are those beside the same values in float32."""
+    found = []
+    for model in (quantised(folders["llama"], "nf4"), dequantised(folders["llama"])):
+        tuned = attach(model, registry.parse(f"lora:rank=1,init={init}"))
+        tuned.prepare(lambda tuned=tuned: iter([tuned(input_ids=TOKENS).logits.square().mean()]))
+        found.append({k: v.float() for k, v in tuned.state().items()})
+    for name in (k.removesuffix(".A") for k in found[0] if k.endswith(".A")):
+        one, other = ((f[f"{name}.B"] @ f[f"{name}.A"]).abs() for f in found)
+        if init == "eva":
+            one, other = ((f[f"{name}.A"]).abs() for f in found)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.max()))
 
 
 def test_merging_is_refused_and_changes_nothing(folders: dict[str, Path]) -> None:

@@ -26,6 +26,7 @@ from deltacontrol.deltas.interop.targets import (
 )
 from deltacontrol.deltas.methods.dora import DoRA
 from deltacontrol.deltas.methods.lora import LoRA
+from deltacontrol.deltas.methods.parts.data_starts import unseen
 from deltacontrol.theory.errors import InputError
 
 # Initialisations after which the base weights are as they were. The others subtract their start
@@ -145,6 +146,8 @@ def _pieces(item: Attached, site: Site) -> list[Piece]:
     """The path at a site; one that starts at the principal part also takes its start away."""
     delta, key = item.delta, site.key
     path = item.tree.get_submodule(key)
+    if getattr(path, "started", None) is not None and not bool(path.started):
+        raise unseen(delta.name)
     scale = float(path.scale)  # type: ignore[arg-type]
     rooted = getattr(delta, "scaling", "standard") == "rslora"
 
