@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from collections.abc import Callable
 
 import pytest
@@ -10,76 +9,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltacontrol.deltas import DeltaModel, FisherMask, HeadTuning, LoRA, PromptTuning, attach
+from deltacontrol.deltas import FisherMask, HeadTuning, LoRA, PromptTuning, attach
 from deltacontrol.deltas.interop import export_peft
 from deltacontrol.theory.errors import InputError
-from tests.deltas.zoo import TOKENS, d, move, out, snapshot, texts
+from tests.deltas.data_starts import (
+    DATA,
+    SHAPES,
+    SITES,
+    batches_of,
+    best,
+    close,
+    factors,
+    gradients_of,
+    inputs_of,
+    loss_of,
+    shown,
+)
+from tests.deltas.zoo import d, move, out, snapshot, texts
 
 Build = Callable[..., PreTrainedModel]
-SITES = ("attention.query", "attention.value", "mlp.down")
-DATA = ("eva", "corda-ipm", "corda-kpm", "lora-ga", "lora-one")
-# Whole maps; slices of a fused and transposed one; slices of every head's own part.
-SHAPES = pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "llama"])
-
-
-def batches_of(model: PreTrainedModel) -> list[dict[str, Tensor]]:
-    """Two batches with padding: halves are exact also where a model has float32 inside."""
-    lengths = [(TOKENS - 2, TOKENS, TOKENS, 3, TOKENS, 2), (3, TOKENS, 5, 4)]
-    return [texts(model, some, seed=seed) for seed, some in enumerate(lengths, start=3)]
-
-
-def loss_of(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Some loss that depends on all that is put out."""
-    outputs = out(model, batch)
-    return (outputs.square() + outputs).mean()
-
-
-def shown(model: PreTrainedModel, delta: LoRA) -> DeltaModel:
-    """The controlled model after its look at the batches."""
-    controlled = attach(model, delta)
-    assert controlled.needs_data and not controlled.needs_examples
-    controlled.prepare(lambda: (loss_of(controlled, b) for b in batches_of(model)))
-    return controlled
-
-
-def factors(controlled: DeltaModel, site) -> dict[str, Tensor]:
-    """A, B and, where they are subtracted, A_0 and B_0 at a site."""
-    prefix = f"lora.{site.key}."
-    state = controlled.state()
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-
-def gradients_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """∂L/∂W of all weights of a plain copy, L the mean loss over the batches."""
-    plain = copy.deepcopy(model).requires_grad_(True)
-    batches = batches_of(model)
-    torch.stack([loss_of(plain, b) for b in batches]).mean().backward()
-    return {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
-
-
-def inputs_of(plain: PreTrainedModel, path: str) -> Tensor:
-    """All rows of text (n, in) that go into a module, one below the other."""
-    rows: list[Tensor] = []
-    module = plain.get_submodule(path)
-    for batch in batches_of(plain):
-        text = batch["attention_mask"].bool()
-        hook = module.register_forward_hook(lambda _, x, y, text=text: rows.append(x[0][text]))
-        with torch.no_grad():
-            plain(**batch)
-        hook.remove()
-    return torch.cat(rows)
-
-
-def best(matrix: Tensor, rank: int) -> Tensor:
-    """The best approximation of a rank."""
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left[:, :rank] * values[:rank] @ right[:rank]
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
-    """Equal up to a share of the largest entry."""
-    assert found.shape == expected.shape
-    assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 
 @SHAPES
@@ -402,122 +350,3 @@ def test_sizes_and_sites_that_no_data_can_start_are_refused_before_any(build: Bu
 def test_a_start_that_is_part_of_the_weight_needs_a_positive_scale():
     with pytest.raises(InputError, match="init=corda-kpm needs a positive one"):
         LoRA(init="corda-kpm", alpha=0.0)
-
-
-class TestAgainstPeft:
-    """peft's own starts on one batch, in float32; its random decompositions are exact here."""
-
-    RANK = 16
-
-    def start(self, base: PreTrainedModel, init: str, rank: int, show, **options):
-        peft = pytest.importorskip("peft")
-        config = peft.LoraConfig(
-            r=rank,
-            lora_alpha=5,
-            target_modules=["query", "value"],
-            init_lora_weights=init,
-            **options,
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            show(peft, base, config)
-            return peft.get_peft_model(base, config)
-
-    def ours(self, base: PreTrainedModel, rank: int, init: str, batch) -> dict[str, Tensor]:
-        controlled = attach(base, LoRA(rank=rank, alpha=5.0, init=init))
-        controlled.prepare(lambda: iter([loss_of(controlled, batch)]))
-        state = {k.removeprefix("lora."): v.double() for k, v in controlled.state().items()}
-        controlled.detach()
-        return state
-
-    def pairs(self, model, state: dict[str, Tensor]):
-        for name, module in model.base_model.model.named_modules():
-            if f"{name}.A" in state:
-                theirs = module.lora_A["default"].weight, module.lora_B["default"].weight
-                yield (
-                    name,
-                    [w.detach().double() for w in theirs],
-                    state[f"{name}.A"],
-                    state[f"{name}.B"],
-                )
-
-    def spans(self, a: Tensor, b: Tensor) -> float:
-        """The sine of the largest angle between the spans of the rows."""
-        left, right = (torch.linalg.svd(m, full_matrices=False)[2] for m in (a, b))
-        return float(torch.linalg.matrix_norm(left - left @ right.T @ right, 2))
-
-    def test_lora_ga(self, build: Build):
-        base = build("bert", dtype=torch.float32)
-        batch = texts(base, (TOKENS,) * 20)
-
-        def show(peft, model, config):
-            from peft.tuners.lora.loraga import preprocess_loraga
-
-            preprocess_loraga(model, config, lambda: loss_of(model, batch).backward())
-
-        peft = pytest.importorskip("peft")
-        plain = copy.deepcopy(base).eval()
-        plain.train = lambda mode=True: plain  # type: ignore[method-assign] # no dropout in it
-        model = self.start(plain, "lora_ga", 8, show, lora_ga_config=peft.LoraGAConfig())
-        state = self.ours(base, 8, "lora-ga", batch)
-        count = 0
-        for name, (down, up), mine_down, mine_up in self.pairs(model, state):
-            assert self.spans(down, mine_down) < 1e-3, name
-            assert self.spans(up.T, mine_up.T) < 1e-3, name
-            count += 1
-        assert count == 4
-
-    def test_corda(self, build: Build):
-        peft = pytest.importorskip("peft")
-        base = build("bert", dtype=torch.float32)
-        batch = texts(base, (40,))  # theirs takes one text at a time
-        for mode in ("ipm", "kpm"):
-
-            def show(peft, model, config):
-                from peft.tuners.lora.corda import preprocess_corda
-
-                preprocess_corda(model, config, lambda: model(**batch))
-
-            settings = peft.tuners.lora.config.CordaConfig(corda_method=mode)
-            plain = copy.deepcopy(base).eval()
-            model = self.start(plain, "corda", 4, show, corda_config=settings)
-            state = self.ours(base, 4, f"corda-{mode}", batch)
-            count = 0
-            for _, (down, up), mine_down, mine_up in self.pairs(model, state):
-                close(mine_up @ mine_down, up @ down, 1e-3)
-                count += 1
-            assert count == 4
-
-    def test_eva(self, build: Build):
-        peft = pytest.importorskip("peft")
-        base = build("bert", dtype=torch.float32)
-        batch = texts(base, (TOKENS - 2, *(TOKENS,) * 7))
-        settings = peft.EvaConfig(rho=1.0)
-        model = self.start(
-            copy.deepcopy(base).eval(), "eva", self.RANK, lambda *_: None, eva_config=settings
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            peft.initialize_lora_eva_weights(model, [batch], show_progress_bar=False)
-        state = self.ours(base, self.RANK, "eva", batch)
-        count = 0
-        for name, (down, up), mine_down, mine_up in self.pairs(model, state):
-            assert self.spans(down, mine_down) < 1e-3, name
-            assert not up.any() and not mine_up.any()
-            count += 1
-        assert count == 4
-
-
-@pytest.mark.parametrize("init", DATA)
-def test_peft_computes_the_same_after_export(build: Build, tmp_path, init):
-    from tests.deltas.peft_models import logits, same
-
-    model = build("gpt2", "causal-lm", dtype=torch.float32)
-    controlled = move(shown(model, LoRA(rank=2, init=init)), scale=0.1)
-    batch = batches_of(model)[0]
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ours = out(controlled, batch)
-        export_peft(controlled, tmp_path / "adapter")
-        controlled.detach()
-        same(logits(model, tmp_path / "adapter", batch), ours, 1e-5)
