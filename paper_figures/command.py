@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from deltacontrol.experiments.runs import provenance
+from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.paper_figures import base, collect
 from deltacontrol.theory.errors import InputError
@@ -43,7 +44,7 @@ class Figures:
     out: Path = Path("figures")
     workers: int | None = None
     runs: Path = Path("runs")
-    limit_minutes: float = 24.0 * 60.0
+    limit_minutes: float = LIMIT_MINUTES
     publish: bool = False
 
     def run(self) -> None:
@@ -54,6 +55,9 @@ class Figures:
         Raises:
             InputError: A figure is unknown, records are missing, or a folder cannot be written.
         """
+        require_minutes(self.limit_minutes)
+        if self.workers is not None and self.workers < 1:
+            raise InputError(f"--workers is {self.workers}; expected a whole number >= 1")
         if self.publish and self.preset != "paper":
             raise InputError("--publish is for --preset paper: quick runs are not published")
         if self.publish:

@@ -8,7 +8,8 @@
 What is checked of an annotation: numbers (a whole one where ``int`` is asked, no NaN where
 ``float`` is), texts, switches, tensors (dense ones with real values: none on meta), classes,
 the type of ``Literal``, callables, and the items of sequences. A number called ``seed`` is from 0
-to 2^63 - 1. Annotations of other kinds are let pass, and so is what a function alone can know, such
+to 2^63 - 1. Where right arguments hold numbers with which no computing is possible (a decomposition
+fails, a float overflows), that is said as well. Annotations of other kinds are let pass, and so is what a function alone can know, such
 as shapes. A whole number of another type (``8.0``, NumPy's) arrives as an int.
 """
 
@@ -81,7 +82,17 @@ def _checking(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         for argument, value in by_name.items():
             if argument in hints:
                 by_name[argument] = _required(name, argument, value, hints[argument])
-        return function(*values, **by_name)
+        try:
+            return function(*values, **by_name)
+        except (OverflowError, RuntimeError) as error:
+            if not isinstance(error, OverflowError) and type(error).__name__ != "_LinAlgError":
+                raise
+            why = str(error).partition("\n")[0]
+            raise InputError(
+                f"{name}: its arguments give numbers that are not finite, or matrices that cannot "
+                f"be decomposed ({why}); check them for NaN, and scale them so that no product "
+                "overflows."
+            ) from error
 
     return checked
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
@@ -9,6 +10,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+
+from deltacontrol.theory.errors import InputError
+
+LIMIT_MINUTES = 24.0 * 60.0  # that one run may take, unless somebody says otherwise
+
+
+def require_minutes(limit: float) -> None:
+    """Refuse a time limit that is none.
+
+    Raises:
+        InputError: unless it is above 0 and finite.
+    """
+    if not 0 < limit < math.inf:
+        raise InputError(
+            f"limit_minutes is {limit}; expected a number of minutes above 0, such as "
+            f"{LIMIT_MINUTES:g}"
+        )
 
 
 @dataclass

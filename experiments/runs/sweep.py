@@ -7,7 +7,6 @@ on one store, also from several machines: a lock per run keeps them from computi
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import sys
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 
 from deltacontrol.experiments.runs import failures
 from deltacontrol.experiments.runs.experiment import Digests, digests_of
+from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.processes import Processes
 from deltacontrol.experiments.runs.provenance import usable_cores
 from deltacontrol.experiments.runs.store import Experiment, Record, RunStore, Workspace, unwritable
@@ -40,7 +40,6 @@ PRELOADED = (
     "deltacontrol.experiments.tasks.encoding",
     "deltacontrol.experiments.training.finetune",
 )
-LIMIT_MINUTES = 24.0 * 60.0  # of one run of a sweep
 
 
 def run(
@@ -147,11 +146,7 @@ def run_all(
     """
     if workers is not None and workers < 1:
         raise InputError(f"workers is {workers}; expected a whole number >= 1")
-    if not 0 < limit_minutes < math.inf:
-        raise InputError(
-            f"limit_minutes is {limit_minutes}; expected a number of minutes above 0, such as "
-            f"{LIMIT_MINUTES:g}"
-        )
+    require_minutes(limit_minutes)
     names = [store.path(experiment).name for experiment in experiments]
     distinct = dict(zip(names, experiments, strict=True))
     pending = {name: e for name, e in distinct.items() if store.find(e) is None}

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from deltacontrol.theory.arguments import typed
-from deltacontrol.theory.control.problem import Cost, require_one_dtype
+from deltacontrol.theory.control.checks import require_one_dtype
+from deltacontrol.theory.control.problem import Cost
 from deltacontrol.theory.errors import InputError
 
 __all__ = ["BinaryCrossEntropyCost", "CrossEntropyCost", "QuadraticCost", "SquaredErrorCost"]
