@@ -8,9 +8,10 @@
 What is checked of an annotation: numbers (a whole one where ``int`` is asked, no NaN where
 ``float`` is), texts, switches, tensors (dense ones with real values: none on meta), classes,
 the type of ``Literal``, callables, and the items of sequences. A number called ``seed`` is from 0
-to 2^63 - 1. Where right arguments hold numbers with which no computing is possible (a decomposition
-fails, a float overflows), that is said as well. Annotations of other kinds are let pass, and so is what a function alone can know, such
-as shapes. A whole number of another type (``8.0``, NumPy's) arrives as an int.
+to 2^63 - 1. Annotations of other kinds are let pass, and so is what a function alone can know, such
+as shapes. A whole number of another type (``8.0``, NumPy's) arrives as an int. Where arguments of
+the right kind hold numbers with which nothing can be computed (a decomposition fails, a float
+overflows), that is an `InputError` as well.
 """
 
 from __future__ import annotations
