@@ -80,7 +80,7 @@ def computed(
         experiments: What is wanted.
         discard: Remove the records of `experiments` from `store` first.
         workers: Processes, one run each; None lets the sweep choose.
-        limit_minutes: How long one run may take before it is stopped, as one that hangs.
+        limit_minutes: How long one run may take before it is stopped and saved.
 
     Raises:
         InputError: Some runs left no record.

@@ -33,7 +33,7 @@ class Figures:
         out: Where the pictures, tables and captions go.
         workers: Runs at a time, one process with one thread each; chosen by the machine if absent.
         runs: Where finished runs are kept.
-        limit_minutes: How long one run may take before it is stopped, as one that hangs.
+        limit_minutes: How long one run may take before it is stopped and saved.
         publish: Put the records that were drawn among the committed ones, for preset paper to
             read, and the pictures into the gallery; from a clean checkout only.
     """
