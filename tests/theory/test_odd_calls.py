@@ -18,6 +18,7 @@ from deltacontrol.theory import (
 )
 from deltacontrol.theory.bounds import gaussian_kl
 from deltacontrol.theory.control import solved_problems as known
+from deltacontrol.theory.dimension.cone_threshold import cross_entropy_threshold
 from deltacontrol.theory.dimension.projections import RANDOM_PROJECTIONS
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.conjugate_gradients import conjugate_gradients
@@ -154,3 +155,10 @@ def test_a_law_of_several_dtypes_is_refused(wrong):
     terms[wrong][1] = terms[wrong][1].float()
     with pytest.raises(InputError, match="expected one float dtype for all"):
         AffineFeedback(**terms)
+
+
+@pytest.mark.parametrize("labels", [[0.0, 1.0], [False, True], [0, 2], [-1, 0]])
+def test_labels_that_are_no_class_numbers_are_refused(labels):
+    kernel, logits = torch.eye(4, dtype=F64), torch.zeros(2, 2, dtype=F64)
+    with pytest.raises(InputError, match="expected whole numbers from 0 to 1"):
+        cross_entropy_threshold(kernel, logits, torch.tensor(labels), 0.2, draws=2)

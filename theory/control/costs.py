@@ -8,6 +8,7 @@ A state ``(n,)`` is one example; in a state ``(batch, ...)`` the first axis numb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,8 @@ class CrossEntropyCost(Cost):
         ignore_index: positions with this label do not count, nor enter the mean.
 
     Raises:
-        InputError: if no label counts, or if logits and labels have different shapes.
+        InputError: if no label counts, the weight decay is negative or infinite, or logits and
+            labels have different shapes.
     """
 
     labels: Tensor
@@ -43,6 +45,7 @@ class CrossEntropyCost(Cost):
 
     def __post_init__(self) -> None:
         """Refuse labels that are no class numbers, or that all are ignored."""
+        _require_decay(self.weight_decay)
         if self.labels.dtype not in (
             torch.int64,
             torch.int32,
@@ -87,7 +90,8 @@ class BinaryCrossEntropyCost(Cost):
         weight_decay: the factor of the running cost.
 
     Raises:
-        InputError: if labels are no such numbers, or logits and labels have different shapes.
+        InputError: if labels are no such numbers, the weight decay is negative or infinite, or
+            logits and labels have different shapes.
     """
 
     labels: Tensor
@@ -95,6 +99,7 @@ class BinaryCrossEntropyCost(Cost):
 
     def __post_init__(self) -> None:
         """Refuse integers, and numbers that are no shares."""
+        _require_decay(self.weight_decay)
         real = self.labels.is_floating_point()
         if not real or not bool(((self.labels >= 0) & (self.labels <= 1)).all()):
             found = str(self.labels.dtype).removeprefix("torch.")
@@ -128,7 +133,8 @@ class SquaredErrorCost(Cost):
         weight_decay: the factor of the running cost.
 
     Raises:
-        InputError: if the state and the target have different shapes.
+        InputError: if the state and the target have different shapes, or the weight decay is
+            negative or infinite.
     """
 
     target: Tensor
@@ -136,6 +142,7 @@ class SquaredErrorCost(Cost):
 
     def __post_init__(self) -> None:
         """Refuse switches."""
+        _require_decay(self.weight_decay)
         if self.target.dtype == torch.bool:
             raise InputError("the target is torch.bool; expected numbers, such as float64")
 
@@ -239,6 +246,14 @@ class QuadraticCost(Cost):
 def _form(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
     """``mean_batch left' M right``; an argument without a batch axis is shared by the batch."""
     return ((left @ matrix) * right).sum(-1).mean()
+
+
+def _require_decay(weight_decay: float) -> None:
+    if not 0.0 <= weight_decay < math.inf:
+        raise InputError(
+            f"weight_decay is {weight_decay}; expected a finite number >= 0: below, J falls "
+            "without end as the controls grow"
+        )
 
 
 def _decay(weight_decay: float, u: Tensor) -> Tensor:
