@@ -45,7 +45,7 @@ class Seen:
 def experiments(job: str) -> list[Experiment]:
     """What a piece of work records; paths are those of the present folder."""
     common: dict[str, Any] = {"model": "tiny", "task": "task.csv", "max_length": 8}
-    trained = common | {"batch_size": 4, "learning_rate": 0.01, "eval_every": 10, "steps": 40}
+    trained = common | {"batch_size": 4, "learning_rate": 0.01, "eval_every": 50, "steps": 150}
     if job == "finetune":
         return [FineTuning(deltas=("lora:rank=2",), **trained)]
     if job == "solve":
@@ -74,7 +74,11 @@ def disturbed(
     seen = Seen()
     for _ in range(chance.choice((1, 1, 2))):
         process = _start(job, root)
-        time.sleep(chance.uniform(0.0, 1.1 * whole.seconds))
+        moment = chance.uniform(0.0, 1.1 * whole.seconds)
+        if chance.random() < 0.5:  # else most moments fall into the loading of the model
+            _await_checkpoint(root, process)
+            moment *= 0.3
+        time.sleep(moment)
         os.kill(process, how)
         code = _wait(process, WAIT_SECONDS)
         if code is None:
@@ -159,6 +163,15 @@ def _start(job: str, root: Path) -> int:
         code = 130
     finally:
         os._exit(code)
+
+
+def _await_checkpoint(root: Path, process: int) -> None:
+    """Until something is saved, or the process has ended, which is not waited for here."""
+    end = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < end and not any(p.is_file() for p in (root / ".partial").rglob("*")):
+        if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return
+        time.sleep(0.01)
 
 
 def _wait(process: int, seconds: float) -> int | None:
