@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,7 @@ def disturbed(
             seen.faults.append(f"it went on for {WAIT_SECONDS:g} s after the signal")
         seen.columns.append("finished" if code == 0 else "stopped")
         if code not in (0, -how, 130):
-            seen.faults.append(f"after the signal it ended with {code}")
+            seen.faults.append(f"after the signal it ended with {code}: {_said(root)}")
         if code == 0:
             break
     before = {p: p.stat().st_mtime_ns for p in root.glob("[!.]*/*")}
@@ -93,7 +94,7 @@ def disturbed(
         seen.columns.append("resumed")
     code = _wait(_start(job, root), WAIT_SECONDS)
     if code != 0:
-        seen.faults.append(f"resumed, it ended with {code}")
+        seen.faults.append(f"resumed, it ended with {code}: {_said(root)}")
         return seen
     after = {p: p.stat().st_mtime_ns for p in root.glob("[!.]*/*")}
     if any(after.get(path) != stamp for path, stamp in before.items()):
@@ -109,6 +110,11 @@ def disturbed(
     seen.columns.append("different" if wrong else "equal")
     seen.faults += wrong
     return seen
+
+
+def _said(root: Path) -> str:
+    """The last words of the last process."""
+    return Path(f"{root}.said").read_text(errors="replace")[-600:]
 
 
 def _records(root: Path) -> dict[str, Record]:
@@ -148,8 +154,9 @@ def _start(job: str, root: Path) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         null = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(null, stream)
+        said = os.open(f"{root}.said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream, target in enumerate((null, null, said)):
+            os.dup2(target, stream)
         torch.set_num_threads(1)
         solving.CHECKPOINT_SECONDS = 0.0
         store = RunStore(root)
@@ -161,6 +168,8 @@ def _start(job: str, root: Path) -> int:
         code = 0
     except KeyboardInterrupt:
         code = 130
+    except Exception as error:
+        print(repr(error), file=sys.stderr, flush=True)
     finally:
         os._exit(code)
 
