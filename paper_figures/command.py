@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from deltacontrol.experiments.runs import provenance
+from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.paper_figures import base, collect
 from deltacontrol.theory.errors import InputError
@@ -32,7 +33,7 @@ class Figures:
         out: Where the pictures, tables and captions go.
         workers: Runs at a time, one process with one thread each; chosen by the machine if absent.
         runs: Where finished runs are kept.
-        limit_minutes: How long one run may take before it is stopped, as one that hangs.
+        limit_minutes: How long one run may take before it is stopped and saved.
         publish: Put the records that were drawn among the committed ones, for preset paper to
             read, and the pictures into the gallery; from a clean checkout only.
     """
@@ -43,7 +44,7 @@ class Figures:
     out: Path = Path("figures")
     workers: int | None = None
     runs: Path = Path("runs")
-    limit_minutes: float = 24.0 * 60.0
+    limit_minutes: float = LIMIT_MINUTES
     publish: bool = False
 
     def run(self) -> None:
@@ -54,6 +55,9 @@ class Figures:
         Raises:
             InputError: A figure is unknown, records are missing, or a folder cannot be written.
         """
+        require_minutes(self.limit_minutes)
+        if self.workers is not None and self.workers < 1:
+            raise InputError(f"--workers is {self.workers}; expected a whole number >= 1")
         if self.publish and self.preset != "paper":
             raise InputError("--publish is for --preset paper: quick runs are not published")
         if self.publish:

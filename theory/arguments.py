@@ -9,7 +9,9 @@ What is checked of an annotation: numbers (a whole one where ``int`` is asked, n
 ``float`` is), texts, switches, tensors (dense ones with real values: none on meta), classes,
 the type of ``Literal``, callables, and the items of sequences. A number called ``seed`` is from 0
 to 2^63 - 1. Annotations of other kinds are let pass, and so is what a function alone can know, such
-as shapes. A whole number of another type (``8.0``, NumPy's) arrives as an int.
+as shapes. A whole number of another type (``8.0``, NumPy's) arrives as an int. Where arguments of
+the right kind hold numbers with which nothing can be computed (a decomposition fails, a float
+overflows), that is an `InputError` as well.
 """
 
 from __future__ import annotations
@@ -81,7 +83,17 @@ def _checking(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         for argument, value in by_name.items():
             if argument in hints:
                 by_name[argument] = _required(name, argument, value, hints[argument])
-        return function(*values, **by_name)
+        try:
+            return function(*values, **by_name)
+        except (OverflowError, RuntimeError) as error:
+            if not isinstance(error, OverflowError) and type(error).__name__ != "_LinAlgError":
+                raise
+            why = str(error).partition("\n")[0]
+            raise InputError(
+                f"{name}: its arguments give numbers that are not finite, or matrices that cannot "
+                f"be decomposed ({why}); check them for NaN, and scale them so that no product "
+                "overflows."
+            ) from error
 
     return checked
 

@@ -179,6 +179,11 @@ def gaussian_kl(mean: Tensor, posterior_deviation: float, prior_deviation: float
             f"deviations are {posterior_deviation} and {prior_deviation}; expected positive ones"
         )
     ratio = (posterior_deviation / prior_deviation) ** 2
+    if not (0 < ratio < math.inf and prior_deviation**2 > 0):
+        raise InputError(
+            f"deviations are {posterior_deviation} and {prior_deviation}; the squares of them and "
+            "of their ratio have to be floats above 0: scale all lengths alike"
+        )
     spread = mean.numel() / 2 * (ratio - 1 - math.log(ratio))
     return spread + float(mean.double().square().sum()) / (2 * prior_deviation**2)
 

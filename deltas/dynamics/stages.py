@@ -136,6 +136,19 @@ class Stages(nn.Module):
         try:
             with torch.enable_grad():
                 logits = self.run(tokens)
+        except (InputError, torch.OutOfMemoryError):
+            raise
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            shapes = ", ".join(
+                f"{name} {tuple(value.shape)}"
+                for name, value in ((self.main, tokens), *self.inputs.items())
+                if isinstance(value, Tensor)
+            )
+            raise InputError(
+                f"the model cannot run on this batch ({str(error).partition(chr(10))[0]}), which "
+                f"has {shapes}; expected what its own forward pass takes, such as tokens "
+                "(batch, length)."
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltacontrol.experiments import tasks
+from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.store import Record, RunStore
 from deltacontrol.experiments.studies.d90.fine_tuning import FineTuningDimension
 from deltacontrol.theory.errors import InputError
@@ -46,6 +47,9 @@ class Dimension(FineTuningDimension):
     """Training rows, and as many validation rows, from which it is predicted."""
     runs: Path = Path("runs")
     """Folder in which everything is recorded."""
+    limit_minutes: float = LIMIT_MINUTES
+    """How long the search may take, the time that it waits for another process not counted. At the
+    limit it is saved, and the same command with a larger one goes on."""
     plot: Path | None = None
     """Draw performance over d into this file; by default one beside the record."""
     csv: Path | None = None
@@ -60,13 +64,14 @@ class Dimension(FineTuningDimension):
         """Search, record, print, draw; exit code 1 where no dimension could be told."""
         from deltacontrol.experiments.runs.sweep import run
 
+        require_minutes(self.limit_minutes)
         names = [f.name for f in fields(FineTuningDimension)]
         experiment = FineTuningDimension(**{name: getattr(self, name) for name in names})
         store = RunStore(self.runs)
         known = store.find(experiment) is not None
         if not known and (told := tasks.reading_of(experiment)):
             print(told)
-        record = run(experiment, store)
+        record = run(experiment, store, limit_minutes=self.limit_minutes)
         if record is None:  # another process of the launch writes and prints
             return 0
         print_record(experiment, record)

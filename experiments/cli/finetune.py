@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from deltacontrol.experiments import tasks
+from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.store import Record, RunStore
 from deltacontrol.experiments.training.finetune import FineTuning
 from deltacontrol.experiments.training.rates import default_rate
@@ -54,6 +55,9 @@ class Finetune(FineTuning):
 
     runs: Path = Path("runs")
     """Folder in which the run is recorded."""
+    limit_minutes: float = LIMIT_MINUTES
+    """How long the run may take, the time that it waits for another process not counted. At the
+    limit it is saved, and the same command with a larger one goes on."""
 
     def __post_init__(self) -> None:
         """Check nothing yet: `run` makes the experiment, whose errors are messages of their own."""
@@ -62,6 +66,7 @@ class Finetune(FineTuning):
         """Train, record, print; exit code 1 after a divergence."""
         from deltacontrol.experiments.runs.sweep import run
 
+        require_minutes(self.limit_minutes)
         experiment = FineTuning(**{f.name: getattr(self, f.name) for f in fields(FineTuning)})
         if self.learning_rate is None and experiment.learning_rate is not None:
             print(default_rate(experiment.model, experiment.task, experiment.deltas))
@@ -69,7 +74,7 @@ class Finetune(FineTuning):
         known = store.find(experiment) is not None
         if not known and (told := tasks.reading_of(experiment)):
             print(told)
-        record = run(experiment, store)
+        record = run(experiment, store, limit_minutes=self.limit_minutes)
         if record is None:  # another process of the launch writes and prints
             return 0
         print_record(record, store.path(experiment), "found" if known else "recorded")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deltacontrol.experiments import tasks
 from deltacontrol.experiments.measures.solving import Solve
+from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.store import Record, RunStore
 
 
@@ -32,6 +33,9 @@ class SolveCommand(Solve):
 
     runs: Path = Path("runs")
     """Folder in which the run is recorded."""
+    limit_minutes: float = LIMIT_MINUTES
+    """How long the run may take, the time that it waits for another process not counted. At the
+    limit it is saved, and the same command with a larger one goes on."""
 
     def __post_init__(self) -> None:
         """Check nothing yet: `run` makes the experiment, whose errors are messages of their own."""
@@ -40,12 +44,13 @@ class SolveCommand(Solve):
         """Solve, record, print; exit code 1 where the solver did not converge."""
         from deltacontrol.experiments.runs.sweep import run
 
+        require_minutes(self.limit_minutes)
         experiment = Solve(**{f.name: getattr(self, f.name) for f in fields(Solve)})
         store = RunStore(self.runs)
         known = store.find(experiment) is not None
         if not known and (told := tasks.reading_of(experiment)):
             print(told)
-        record = run(experiment, store)
+        record = run(experiment, store, limit_minutes=self.limit_minutes)
         if record is None:  # another process of the launch writes and prints
             return 0
         print_record(record)

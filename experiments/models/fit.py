@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deltacontrol.theory.errors import InputError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from deltacontrol.deltas import Delta
 
 _GENERIC = re.compile(r"LABEL_\d+")
+_CLASSIFIES = ("ForSequenceClassification", "ForTextClassification")
 SHOWN = 6
 
 
@@ -120,3 +122,31 @@ def _plain(name: str) -> str:
 
 def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + ", …" * (len(names) > SHOWN)
+
+
+def say_other_head(
+    built: PreTrainedModel, name: str, reshaped: Mapping[str, Sequence[Sequence[int]]]
+) -> None:
+    """Warn of a checkpoint's head of another size or task; `other_head` tells it afterwards.
+
+    Args:
+        built: the model, whose ``head_is_drawn`` says whether its head is a new one.
+        name: of the model.
+        reshaped: the shapes in the checkpoint and in the model of the head's weights that differ.
+    """
+    trained = (built.config.architectures or [""])[0]
+    reason = ""
+    if reshaped:
+        key, (before, after) = next(iter(reshaped.items()))
+        reason = (
+            f"a head of another size ({key}: {tuple(before)} there, {tuple(after)} needed); a new "
+            "one is drawn from the seed"
+        )
+    elif not built.head_is_drawn and "For" in trained and not trained.endswith(_CLASSIFIES):
+        reason = (
+            f"the head of another task ({trained}), whose weights fit by their shapes; the new "
+            "task starts from them"
+        )
+    built.other_head = reason  # type: ignore[assignment] - a plain attribute
+    if reason:
+        warnings.warn(f"the checkpoint of {name} has {reason}", stacklevel=3)

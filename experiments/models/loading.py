@@ -6,12 +6,12 @@ import importlib.util
 import json
 import logging
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltacontrol.experiments.models import fit
 from deltacontrol.experiments.models.base import ResolvedModel
 from deltacontrol.theory.errors import InputError, unknown
 
@@ -304,13 +304,8 @@ def _from_checkpoint(
     drawn = sorted({*report["missing_keys"], *reshaped} - set(lacking))
     heads = [key for key in drawn if not key.startswith(prefix)]
     built.head_is_drawn = bool(heads)  # type: ignore[assignment] - a plain attribute
-    if kind != "backbone" and (other := [key for key in heads if key in reshaped]):
-        before, after = reshaped[other[0]]
-        warnings.warn(
-            f"the checkpoint of {model.name} has a head of another size ({other[0]}: "
-            f"{tuple(before)} there, {tuple(after)} needed); a new one is drawn from the seed",
-            stacklevel=2,
-        )
+    if kind in ("classification", "regression"):
+        fit.say_other_head(built, model.name, {k: reshaped[k] for k in heads if k in reshaped})
     return built
 
 

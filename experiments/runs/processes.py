@@ -22,6 +22,7 @@ from typing import Any
 from deltacontrol.theory.errors import InputError
 
 _SAVING_SECONDS = 10.0  # that a process has to save its work when its parent ends
+_GRACE_SECONDS = 120.0  # beyond its limit, for one that keeps the limit by itself and saves
 _ATTEMPTS = 3  # to start a process, whose server may have died meanwhile
 
 
@@ -48,7 +49,8 @@ class Processes:
         function: What to call; like its arguments it is named in a module that can be imported.
         begin: Called first in each process.
         workers: Processes at a time.
-        seconds: How long one call may take.
+        seconds: How long one call may take; it keeps this limit by itself, and is killed where it
+            does not.
         preload: Modules that are imported once, for all processes.
     """
 
@@ -118,7 +120,9 @@ class Processes:
                 continue
             finally:
                 send.close()
-            self._running[name] = _Running(process, receive, time.monotonic() + self._seconds)
+            self._running[name] = _Running(
+                process, receive, time.monotonic() + self._seconds + _GRACE_SECONDS
+            )
             return None
         return reason
 

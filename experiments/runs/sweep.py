@@ -7,7 +7,6 @@ on one store, also from several machines: a lock per run keeps them from computi
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import sys
@@ -24,9 +23,22 @@ from tqdm.auto import tqdm
 
 from deltacontrol.experiments.runs import failures
 from deltacontrol.experiments.runs.experiment import Digests, digests_of
+from deltacontrol.experiments.runs.interrupts import (
+    LIMIT_MINUTES,
+    LimitError,
+    limited,
+    require_minutes,
+)
 from deltacontrol.experiments.runs.processes import Processes
 from deltacontrol.experiments.runs.provenance import usable_cores
-from deltacontrol.experiments.runs.store import Experiment, Record, RunStore, Workspace, unwritable
+from deltacontrol.experiments.runs.store import (
+    Experiment,
+    Outcome,
+    Record,
+    RunStore,
+    Workspace,
+    unwritable,
+)
 from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError
 
@@ -40,7 +52,7 @@ PRELOADED = (
     "deltacontrol.experiments.tasks.encoding",
     "deltacontrol.experiments.training.finetune",
 )
-LIMIT_MINUTES = 24.0 * 60.0  # of one run of a sweep
+WAIT_SECONDS = 1.0  # until it is looked again whether another sweep is done with a run
 
 
 def run(
@@ -50,6 +62,7 @@ def run(
     progress: bool = True,
     block: bool = True,
     checkpoint_seconds: float = 30.0,
+    limit_minutes: float = LIMIT_MINUTES,
 ) -> Record | None:
     """Run one experiment in this process, unless it is recorded, and return its record.
 
@@ -61,11 +74,15 @@ def run(
         progress: Whether to draw a progress bar.
         block: Wait for another process that computes the same run; otherwise return None.
         checkpoint_seconds: Time between checkpoints.
+        limit_minutes: How long it may take, the time that it waits for another process not counted.
 
     Raises:
-        InputError: From the experiment, because the store cannot be used, or because the files of
-            the model, the data or users' code changed during the run.
+        InputError: From the experiment, because the store cannot be used, because the files of
+            the model, the data or users' code changed during the run, or because it reached its
+            limit: it is saved, the reason is kept with the failures of the store, and the same call
+            with a larger limit goes on.
     """
+    require_minutes(limit_minutes)
     found = store.find(experiment)
     if found is not None:
         return found
@@ -80,7 +97,7 @@ def run(
             return found
         began, worked, started = time.perf_counter(), time.process_time(), datetime.now(UTC)
         workspace = Workspace(unfinished, progress, checkpoint_seconds, store.root)
-        outcome = experiment.execute(workspace)
+        outcome = _executed(experiment, workspace, limit_minutes, store)
         if not first:
             return None
         _require_unchanged(experiment, digests, unfinished)
@@ -99,6 +116,24 @@ def run(
         shutil.rmtree(unfinished, ignore_errors=True)
         failures.forget(store.root, record.id)
         return record
+
+
+def _executed(
+    experiment: Experiment, workspace: Workspace, limit_minutes: float, store: RunStore
+) -> Outcome:
+    """What the experiment hands back; a limit that it reaches is its failure."""
+    limit = None
+    try:
+        with limited(limit_minutes) as limit:
+            return experiment.execute(workspace)
+    except LimitError as error:
+        if error.limit is not limit:
+            raise  # the limit of the run of which this one is a part
+        try:
+            failures.keep(store.root, store.path(experiment).name, experiment, error.reason)
+        except OSError as unkept:
+            raise unwritable(store.root, unkept) from unkept
+        raise InputError(f"{experiment.label}: {error.reason}") from error
 
 
 def _require_unchanged(experiment: Experiment, before: Digests, unfinished: Path) -> None:
@@ -134,7 +169,8 @@ def run_all(
             threads a run had.
         progress: Whether to draw a progress bar that names what runs.
         checkpoint_seconds: Time between checkpoints: what a killed run loses at most.
-        limit_minutes: How long one run may take before it is stopped, as one that hangs.
+        limit_minutes: How long one run may take before it is stopped and saved; the time that it
+            waits for another sweep which computes it is not counted.
 
     Returns:
         The records, in the order of `experiments`.
@@ -147,11 +183,7 @@ def run_all(
     """
     if workers is not None and workers < 1:
         raise InputError(f"workers is {workers}; expected a whole number >= 1")
-    if not 0 < limit_minutes < math.inf:
-        raise InputError(
-            f"limit_minutes is {limit_minutes}; expected a number of minutes above 0, such as "
-            f"{LIMIT_MINUTES:g}"
-        )
+    require_minutes(limit_minutes)
     names = [store.path(experiment).name for experiment in experiments]
     distinct = dict(zip(names, experiments, strict=True))
     pending = {name: e for name, e in distinct.items() if store.find(e) is None}
@@ -200,11 +232,22 @@ class _Sweep:
 
     def finish(self) -> dict[str, str]:
         """Do all runs; returns the failed ones with their messages."""
-        busy = self._do(list(self.pending), block=False)
-        self._do(busy, block=True)
+        busy = self._do(list(self.pending))
+        while busy:
+            self._describe([])
+            free = [name for name in busy if self._is_free(name)]
+            if not free:
+                time.sleep(WAIT_SECONDS)
+                continue
+            busy = [name for name in busy if name not in free] + self._do(free)
         return self.failures
 
-    def _do(self, names: list[str], block: bool) -> list[str]:
+    def _is_free(self, name: str) -> bool:
+        """Whether no other sweep computes a run now: it is recorded, or was given up."""
+        with _locked(self.store, name, block=False) as mine:
+            return mine
+
+    def _do(self, names: list[str]) -> list[str]:
         """Do `names`; returns those that another sweep is computing."""
         busy: list[str] = []
         processes = Processes(
@@ -214,7 +257,7 @@ class _Sweep:
             seconds=60.0 * self.limit_minutes,
             preload=PRELOADED,
         )
-        more = self.store, block, self.checkpoint_seconds
+        more = self.store, self.checkpoint_seconds, self.limit_minutes
         for ended in processes.ends({name: (self.pending[name], *more) for name in names}):
             for name, end in ended.items():
                 if end.failure is None and not end.value:
@@ -246,10 +289,17 @@ def _begin_worker(threads: int, sources: tuple[str, ...]) -> None:
     torch.set_num_threads(threads)
 
 
-def _work(experiment: Experiment, store: RunStore, block: bool, checkpoint_seconds: float) -> bool:
+def _work(
+    experiment: Experiment, store: RunStore, checkpoint_seconds: float, limit_minutes: float
+) -> bool:
     """Whether the run is recorded; else another process computes it."""
     record = run(
-        experiment, store, progress=False, block=block, checkpoint_seconds=checkpoint_seconds
+        experiment,
+        store,
+        progress=False,
+        block=False,
+        checkpoint_seconds=checkpoint_seconds,
+        limit_minutes=limit_minutes,
     )
     return record is not None
 

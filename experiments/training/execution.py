@@ -7,6 +7,7 @@ its `DeltaModel`, and leave it trained.
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from deltacontrol.deltas import DeltaModel
 from deltacontrol.experiments.heads import head_controls
 from deltacontrol.experiments.runs.experiment import Outcome, Workspace
+from deltacontrol.experiments.runs.interrupts import deferred
 from deltacontrol.experiments.setting import Setting
 from deltacontrol.experiments.training import loop as training
 from deltacontrol.experiments.training import sequential as stages
@@ -28,7 +30,7 @@ from deltacontrol.experiments.training.results import TrainingResult
 from deltacontrol.experiments.training.settings import METRICS, Options, Settings
 from deltacontrol.theory.control.problem import ControlProblem, Residual
 from deltacontrol.theory.errors import InputError
-from deltacontrol.theory.solvers import Solution, Solver, Status, solve
+from deltacontrol.theory.solvers import Iterate, Solution, Solver, Status, solve
 from deltacontrol.theory.solvers.footprint import Footprint, obstacle
 
 if TYPE_CHECKING:
@@ -180,15 +182,24 @@ def full_batch(
     objective, residual = float(before.objective), problem.residual_of(start, before.gradient)
     del before
     began = time.perf_counter()
-    solution = solve(
-        problem,
-        solver,
-        start,
-        max_steps=steps,
-        tol=tol,
-        progress=progress,
-        checkpoint=None if folder is None else folder / CHECKPOINT,
-    )
+    with deferred() if folder is not None else nullcontext() as interrupts:
+
+        def look(now: Iterate) -> None:
+            if interrupts is not None and interrupts.asked:  # `solve` saves before it ends
+                interrupts.stop(f"iteration {now.iteration} is saved")
+
+        solution = solve(
+            problem,
+            solver,
+            start,
+            max_steps=steps,
+            tol=tol,
+            callback=look,
+            progress=progress,
+            checkpoint=None if folder is None else folder / CHECKPOINT,
+        )
+        if interrupts is not None and interrupts.asked:
+            interrupts.stop("the solution is saved")
     seconds = time.perf_counter() - began
     problem.dynamics.load_controls(solution.controls)  # type: ignore[attr-defined]
     return Solved(problem, solution, objective, residual, seconds)

@@ -131,18 +131,18 @@ def train(
                 run.peak_memory = max(run.peak_memory, memory.peak())
                 loop.save(checkpoint_dir)
                 saved = time.perf_counter()
-            if stopping and due:
-                raise KeyboardInterrupt(f"step {run.step} of {settings.steps} is saved")
-    last = interrupts is not None and interrupts.asked  # while the last step was made
+            if interrupts is not None and stopping and due:
+                interrupts.stop(f"step {run.step} of {settings.steps} is saved")
+        last = interrupts is not None and interrupts.asked  # while the last step was made
     keep_checkpoint = keep_checkpoint or last
     if checkpoint_dir is not None and keep_checkpoint and status != "diverged":
         if loop.accelerator.is_main_process:
             run.seconds = earlier + time.perf_counter() - began
             run.peak_memory = max(run.peak_memory, memory.peak())
             loop.save(checkpoint_dir)
-    if last:
+    if interrupts is not None and last:
         kept = "the training diverged" if status == "diverged" else "it is saved"
-        raise KeyboardInterrupt(f"step {run.step} of {settings.steps}: {kept}")
+        interrupts.stop(f"step {run.step} of {settings.steps}: {kept}")
     loop.finish()
     measures = summary(run, memory, precision, device)
     return TrainingResult(

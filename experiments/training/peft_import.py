@@ -125,6 +125,13 @@ class ImportedAdapter(Experiment):
         if self.task and setting.kind == "classification" and result["num_head"]:
             # The adapter's head was trained on the classes that the base model names.
             fit.class_order(setting.base, setting.model, setting.data.labels, head_is_kept=True)
+        other = getattr(setting.base, "other_head", "")
+        if self.task and other and not result["num_head"]:
+            raise InputError(
+                f"the adapter holds no head, and its base has {other}: nothing was trained to tell "
+                f"the labels of {self.task} apart. Name a base whose head was, or import without "
+                "a task"
+            )
         if self.task:
             rows = setting.split(self.evaluate_on)
             batches = rows.eval_batches(self.batch_size)

@@ -7,6 +7,7 @@ to know.
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
@@ -223,7 +224,7 @@ def check_number(
     if (
         not number
         or not (value > above if above is not None else value >= (least or 0.0))
-        or value == float("inf")
+        or value > sys.float_info.max  # also a whole number that no float can be
     ):
         bound = f"> {above:g}" if above is not None else f">= {least:g}"
         raise InputError(f"{name} is {value!r}; expected a finite number {bound}")

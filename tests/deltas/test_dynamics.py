@@ -317,8 +317,10 @@ class TestRefusals:
         for t, x in enumerate(bad):
             with pytest.raises((IndexError, RuntimeError)):
                 dynamics.step(t, x, u[t])
-        with pytest.raises((IndexError, RuntimeError)):
+        with pytest.raises(InputError, match="the model cannot run on this batch .index out of"):
             TransformerDynamics(controlled, batch | {"input_ids": bad[0]})
+        with pytest.raises(InputError, match=r"input_ids \(\), attention_mask \(3, 7\)"):
+            TransformerDynamics(controlled, batch | {"input_ids": torch.tensor(1)})
         assert_same(during, snapshot(model))
         assert torch.equal(out(controlled, batch), logits)
         assert torch.equal(problem.objective(u), objective)

@@ -9,8 +9,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import BertForSequenceClassification, BertModel
+from transformers import BertForSequenceClassification, BertForTokenClassification, BertModel
 
+from deltacontrol.deltas import LoRA, attach
+from deltacontrol.deltas.interop import export_peft
 from deltacontrol.experiments.cli.export_peft import _base
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.experiments.runs.sweep import run
@@ -96,3 +98,23 @@ def test_an_adapters_head_keeps_the_classes_that_its_base_names(
     setting = wanted.setting()
     order = setting.class_order
     assert order is not None and [classes[i] for i in order] == list(setting.data.labels)
+
+
+@pytest.mark.parametrize("other", ["size", "task"])
+def test_an_adapter_without_a_head_is_not_judged_by_another_head(
+    tiny: dict[str, str], tmp_path: Path, other: str
+) -> None:
+    base = Path(shutil.copytree(tiny["model"], tmp_path / "base"))
+    trained = BertForSequenceClassification if other == "size" else BertForTokenClassification
+    trained.from_pretrained(base, num_labels=5 if other == "size" else 3).save_pretrained(base)
+    folder = tmp_path / "adapter"
+    whole = BertForSequenceClassification.from_pretrained(tiny["model"])
+    export_peft(attach(whole, LoRA(rank=2)), folder)
+    wanted = ImportedAdapter(folder, model=str(base), task=tiny["task"], max_length=12)
+    with (
+        pytest.warns(UserWarning, match=f"head of another {other}"),
+        pytest.raises(
+            InputError, match=f"holds no head, and its base has .*head of another {other}"
+        ),
+    ):
+        run(wanted, RunStore(tmp_path / "runs"), progress=False)

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     BertConfig,
+    BertForMultipleChoice,
     BertForSequenceClassification,
+    BertForTokenClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
     XLNetConfig,
@@ -158,6 +160,30 @@ def test_a_head_of_another_size_is_said(tiny, tmp_path: Path) -> None:
         setting = Setting(str(folder), tiny["task"], max_length=12)
         setting.split("train")
     assert setting.class_order is None
+
+
+@pytest.mark.parametrize(
+    ("trained", "classes", "kind"),
+    [
+        (BertForTokenClassification, 3, "classification"),
+        (BertForMultipleChoice, 1, "regression"),
+    ],
+)
+def test_a_head_of_another_task_is_said_though_it_fits(
+    tiny, tmp_path: Path, trained: type, classes: int, kind: str
+) -> None:
+    folder = copied(tiny, tmp_path)
+    trained.from_pretrained(folder, num_labels=classes).save_pretrained(folder)
+    with pytest.warns(UserWarning, match=rf"head of another task \({trained.__name__}\)"):
+        models.load(str(folder), kind=kind, num_labels=classes)
+
+
+def test_a_head_of_this_task_and_none_are_no_others(tiny, tmp_path: Path) -> None:
+    folder = copied(tiny, tmp_path)
+    for _ in range(2):  # without a head, and with one of three classes
+        model, _tokenizer = models.load(str(folder), kind="classification", num_labels=3)
+        assert model.other_head == ""
+        named(folder, ["a", "b", "c"])
 
 
 @pytest.mark.parametrize("rows", [14, 10])

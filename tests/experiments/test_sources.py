@@ -233,7 +233,8 @@ def test_a_killed_build_is_done_again(cache: Path, tmp_path: Path) -> None:
     child.wait()
     assert left_over(cache) == [".one.partial"]
     sources.build_once(target, lambda folder: (folder / "whole").touch())
-    assert [path.name for path in target.iterdir()] == ["whole"] and left_over(cache) == ["one"]
+    assert {path.name for path in target.iterdir()} == {"whole", sources.CONTENTS}
+    assert left_over(cache) == ["one"]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -248,3 +249,85 @@ def test_the_cache_is_in_the_home_folder_by_default(monkeypatch: pytest.MonkeyPa
     assert sources.cache_dir() == Path.home() / ".cache" / "deltacontrol"
     monkeypatch.setenv("DELTACONTROL_CACHE", "~/elsewhere")
     assert sources.cache_dir() == Path.home() / "elsewhere"
+
+
+def flip(file: Path) -> None:
+    """One bit of a file, its times kept."""
+    before = file.stat()
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: flip(folder / "deep" / "weights"),
+        lambda folder: (folder / "rows").write_text("ro"),
+        lambda folder: (folder / "rows").unlink(),
+        lambda folder: (folder / sources.CONTENTS).write_text("["),
+        lambda folder: (folder / sources.CONTENTS).write_text('{"rows": 1}'),
+    ],
+    ids=["bit", "cut", "missing", "list", "entry"],
+)
+def test_a_damaged_folder_is_built_anew_at_its_first_use(
+    cache: Path, damage: Callable[[Path], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    built = []
+
+    def build(folder: Path) -> None:
+        built.append(folder)
+        (folder / "deep").mkdir()
+        (folder / "deep" / "weights").write_bytes(bytes(range(256)))
+        (folder / "rows").write_text("rows")
+
+    target = cache / "models" / "one"
+    sources.build_once(target, build)
+    sources._verified.clear()  # another process
+    sources.build_once(target, build)
+    assert len(built) == 1 and not capsys.readouterr().err
+    damage(target)
+    sources._verified.clear()
+    sources.build_once(target, build)
+    assert len(built) == 2 and "is not as it was built" in capsys.readouterr().err
+    assert (target / "deep" / "weights").read_bytes() == bytes(range(256))
+    assert (target / "rows").read_text() == "rows" and left_over(cache) == ["one"]
+    sources.build_once(target, build)
+    assert len(built) == 2
+
+
+def test_a_folder_of_an_earlier_version_is_taken_and_watched_from_then_on(cache: Path) -> None:
+    target = cache / "tasks" / "one"
+    target.mkdir(parents=True)
+    (target / "rows").write_text("rows")
+
+    def build(folder: Path) -> None:
+        (folder / "rows").write_text("anew")
+
+    sources.build_once(target, build)
+    assert (target / "rows").read_text() == "rows"
+    flip(target / "rows")
+    sources._verified.clear()
+    sources.build_once(target, build)
+    assert (target / "rows").read_text() == "anew"
+
+
+def test_a_task_with_a_flipped_bit_is_read_as_it_was(
+    package: PackageFile, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pandas as pd
+
+    from deltacontrol.experiments.tasks.base import PackagedTask
+
+    rows = pd.DataFrame(
+        {"text": [f"row {i}" for i in range(60)], "label": ["a", "b"] * 30, "group": range(60)}
+    )
+    task = PackagedTask(
+        name="toy", package=package, rows=lambda members: rows.drop(columns="group"),
+        labels=("a", "b"), test_rows=10, description="rows", source="nowhere",
+    )  # fmt: skip
+    whole = task.load().train
+    flip(next((cache / "tasks").glob("toy-*/data.parquet")))
+    sources._verified.clear()
+    pd.testing.assert_frame_equal(task.load().train, whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from deltacontrol.experiments.runs import failures
+from deltacontrol.experiments.runs import sweep as sweeps
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.experiments.runs.sweep import run, run_all, threads_each
 from deltacontrol.theory.errors import InputError
@@ -208,6 +210,27 @@ def test_two_sweeps_on_one_store_compute_each_run_once(toy, store):
     assert sorted(line.split()[0] for line in toy.log()) == ["a", "b", "c"]
 
 
+def test_waiting_for_another_sweep_takes_no_process_and_no_time_of_the_limit(
+    toy, store, monkeypatch
+):
+    others = sweeps._locked(store, store.path(toy("b")).name, block=False)
+    assert others.__enter__()
+    alive_then = []
+
+    def is_free(sweep, name):
+        alive_then.append(len(multiprocessing.active_children()))
+        if len(alive_then) == 3:
+            others.__exit__(None, None, None)
+        return free(sweep, name)
+
+    free = sweeps._Sweep._is_free
+    monkeypatch.setattr(sweeps._Sweep, "_is_free", is_free)
+    monkeypatch.setattr(sweeps, "WAIT_SECONDS", 0.0)
+    records = run_all([toy("a"), toy("b")], store, workers=2, progress=False)
+    assert [record.result["name"] for record in records] == ["a", "b"]
+    assert alive_then == [0, 0, 0]
+
+
 @pytest.mark.slow  # a limit that a busy machine does not reach by itself is half a minute
 def test_a_run_that_exits_dies_or_hangs_fails_alone_and_is_listed(toy, store, capsys):
     from deltacontrol.experiments.cli import main as cli
@@ -241,6 +264,8 @@ def test_a_run_that_exits_dies_or_hangs_fails_alone_and_is_listed(toy, store, ca
 def test_the_limit_is_finite(toy, store, minutes):
     with pytest.raises(InputError, match="limit_minutes is"):
         run_all([toy("a")], store, limit_minutes=minutes)
+    with pytest.raises(InputError, match="limit_minutes is"):
+        run(toy("a"), store, limit_minutes=minutes)
 
 
 @pytest.mark.slow

@@ -99,6 +99,23 @@ def test_paper_says_which_records_are_missing(
     assert not sweep and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"limit_minutes": 0.0}, {"limit_minutes": float("nan")}, {"limit_minutes": float("inf")},
+     {"workers": 0}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("preset", ["quick", "paper"])
+def test_limits_are_read_where_nothing_is_left_to_compute(
+    name: str, grid: Grid, sweep: list[int], tmp_path: Path, preset: str, wrong: dict[str, float]
+) -> None:
+    records = write(RunStore(tmp_path / "runs"), grid)
+    collect.publish(base.load(name).STUDY, records)
+    with pytest.raises(InputError, match=f"{next(iter(wrong))} is .*; expected a"):
+        figures(name, tmp_path, preset=preset, **wrong).run()
+    assert not sweep and not (tmp_path / "out").exists()
+
+
 def test_publishing_drops_stale_records(name: str, grid: Grid, tmp_path: Path) -> None:
     records = write(RunStore(tmp_path / "runs"), grid[:3])
     root = tmp_path / "published"

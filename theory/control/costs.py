@@ -8,6 +8,7 @@ A state ``(n,)`` is one example; in a state ``(batch, ...)`` the first axis numb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deltacontrol.theory.arguments import typed
-from deltacontrol.theory.control.dtypes import require_one_dtype
+from deltacontrol.theory.control.checks import require_one_dtype
 from deltacontrol.theory.control.problem import Cost
 from deltacontrol.theory.errors import InputError
 
@@ -35,7 +36,8 @@ class CrossEntropyCost(Cost):
         ignore_index: positions with this label do not count, nor enter the mean.
 
     Raises:
-        InputError: if no label counts, or if logits and labels have different shapes.
+        InputError: if no label counts, the weight decay is negative or infinite, or logits and
+            labels have different shapes.
     """
 
     labels: Tensor
@@ -44,6 +46,7 @@ class CrossEntropyCost(Cost):
 
     def __post_init__(self) -> None:
         """Refuse labels that are no class numbers, or that all are ignored."""
+        _require_decay(self.weight_decay)
         if self.labels.dtype not in (
             torch.int64,
             torch.int32,
@@ -92,7 +95,8 @@ class BinaryCrossEntropyCost(Cost):
         weight_decay: the factor of the running cost.
 
     Raises:
-        InputError: if labels are no such numbers, or logits and labels have different shapes.
+        InputError: if labels are no such numbers, the weight decay is negative or infinite, or
+            logits and labels have different shapes.
     """
 
     labels: Tensor
@@ -100,6 +104,7 @@ class BinaryCrossEntropyCost(Cost):
 
     def __post_init__(self) -> None:
         """Refuse integers, and numbers that are no shares."""
+        _require_decay(self.weight_decay)
         real = self.labels.is_floating_point()
         if not real or not bool(((self.labels >= 0) & (self.labels <= 1)).all()):
             found = str(self.labels.dtype).removeprefix("torch.")
@@ -137,7 +142,8 @@ class SquaredErrorCost(Cost):
         weight_decay: the factor of the running cost.
 
     Raises:
-        InputError: if the state and the target have different shapes.
+        InputError: if the state and the target have different shapes, or the weight decay is
+            negative or infinite.
     """
 
     target: Tensor
@@ -145,6 +151,7 @@ class SquaredErrorCost(Cost):
 
     def __post_init__(self) -> None:
         """Refuse switches."""
+        _require_decay(self.weight_decay)
         if self.target.dtype == torch.bool:
             raise InputError("the target is torch.bool; expected numbers, such as float64")
 
@@ -289,6 +296,14 @@ def _forms(left: Tensor, matrices: Tensor, right: Tensor) -> Tensor:
 def _rows(values: Tensor) -> Tensor:
     """``(L, examples, n)``, also of values ``(L, n)`` that have no batch axis."""
     return values.unsqueeze(-2) if values.ndim == 2 else values
+
+
+def _require_decay(weight_decay: float) -> None:
+    if not 0.0 <= weight_decay < math.inf:
+        raise InputError(
+            f"weight_decay is {weight_decay}; expected a finite number >= 0: below, J falls "
+            "without end as the controls grow"
+        )
 
 
 def _decay(weight_decay: float, u: Tensor) -> Tensor:

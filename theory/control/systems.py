@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deltacontrol.theory.arguments import typed
-from deltacontrol.theory.control.dtypes import require_one_dtype
+from deltacontrol.theory.control.checks import require_one_dtype
 from deltacontrol.theory.control.problem import Controls, Dynamics
 from deltacontrol.theory.errors import InputError
 
@@ -348,4 +348,9 @@ def _check_width(t: int, x: Tensor, width: int) -> None:
     if x.shape[-1:] != (width,):
         raise InputError(
             f"state entering step {t} has shape {tuple(x.shape)}; expected (..., {width})"
+        )
+    if not x.is_floating_point():
+        raise InputError(
+            f"state entering step {t} has dtype {x.dtype}; expected floats: give it .double(), or "
+            "the dtype of the controls"
         )

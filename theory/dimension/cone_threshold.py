@@ -74,7 +74,13 @@ def cross_entropy_threshold(
             f"kernel has shape {tuple(kernel.shape)}, labels {tuple(labels.shape)}; expected "
             f"{(count * classes,) * 2} and {(count,)} for logits {tuple(logits.shape)}"
         )
-    kernel, logits = kernel.detach(), logits.detach()
+    numbers = not labels.is_floating_point() and labels.dtype != torch.bool
+    if not (numbers and bool(((labels >= 0) & (labels < classes)).all())):
+        raise InputError(
+            f"the labels are {labels.dtype} from {float(labels.min()):g} to "
+            f"{float(labels.max()):g}; expected whole numbers from 0 to {classes - 1}"
+        )
+    kernel, logits, labels = kernel.detach(), logits.detach(), labels.long()
     start = float(torch.nn.functional.cross_entropy(logits.double(), labels))
     if not 0 < target < start:
         raise InputError(f"target is {target}; expected between 0 and {start:.4g}, the start's")

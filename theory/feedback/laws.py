@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from deltacontrol.theory.arguments import typed
+from deltacontrol.theory.control.checks import require_control, require_one_dtype
 from deltacontrol.theory.control.problem import Controls, Dynamics
 from deltacontrol.theory.errors import InputError
 
@@ -99,6 +100,7 @@ class AffineFeedback(FeedbackLaw):
             fits_state = (
                 K.ndim >= 2 and u.ndim >= 1 and K.shape[-1] in (x.numel(), x.shape[1:].numel())
             )
+            require_one_dtype(gain=K, control=u, **({"state": x} if x.is_floating_point() else {}))
             if not fits_state or K.shape[-2] != u.shape[-1]:
                 raise InputError(
                     f"the gain of step {t} has shape {tuple(K.shape)}; its control has "
@@ -184,6 +186,7 @@ def closed_loop(
     states, controls = [x0], []
     for t in range(dynamics.horizon):
         u = law.control(t, states[-1])
+        require_control(dynamics.control_sizes, t, states[-1], u)
         if states[-1].is_floating_point() and u.dtype != states[-1].dtype:
             raise InputError(
                 f"step {t} has a state of {states[-1].dtype} and a control of {u.dtype}; give both "

@@ -89,8 +89,12 @@ def conjugate_gradients(
         radius: of the ball.
 
     Raises:
-        InputError: the gradient is of whole numbers.
+        InputError: the gradient is of whole numbers, or not one vector of the size of ``H``.
     """
+    if gradient.shape != H.shape[:1]:
+        raise InputError(
+            f"the gradient has shape {tuple(gradient.shape)}; expected {H.shape[:1]}, as {H!r} has"
+        )
     if not gradient.is_floating_point():
         raise InputError(f"the gradient is {gradient.dtype}; expected a float dtype, as H has")
     s, hs, r = torch.zeros_like(gradient), torch.zeros_like(gradient), gradient.clone()

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from deltacontrol.theory.arguments import typed
+from deltacontrol.theory.control.checks import require_control
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Dynamics
 from deltacontrol.theory.control.work import count
 from deltacontrol.theory.errors import InputError
@@ -52,7 +53,9 @@ class Linearisation(LinearOperator):
             the evaluation of the step in each later product, most of its time.
 
     Raises:
-        InputError: if the numbers of states and controls do not fit the horizon.
+        InputError: if the numbers of states and controls do not fit the horizon, if a control has
+            another size than the dynamics say, or, from the first product on, if a step takes its
+            state to another shape than that of the next state.
     """
 
     dynamics: Dynamics
@@ -75,6 +78,7 @@ class Linearisation(LinearOperator):
                     f"step {t} has a state of {x.dtype} and a control of {u.dtype}; expected one "
                     "float dtype for both"
                 )
+            require_control(self.dynamics.control_sizes, t, x, u)
         last, entries = self.states[-1], sum(u.numel() for u in self.controls)
         super().__init__((last.numel(), entries), last.dtype, last.device)
 
@@ -113,8 +117,8 @@ class Linearisation(LinearOperator):
         x, u = self.states[t].detach(), self.controls[t].detach()
         with differentiable_attention(), torch.no_grad():
             if x.is_floating_point():
-                return _jvp(lambda x, u: self.dynamics.step(t, x, u), (x, u), (dx, du))
-            return _jvp(lambda u: self.dynamics.step(t, x, u), (u,), (du,))
+                return _jvp(lambda x, u: self._step(t, x, u), (x, u), (dx, du))
+            return _jvp(lambda u: self._step(t, x, u), (u,), (du,))
 
     def adjoint(
         self, terminal: Tensor, sources: Sequence[Tensor | None] | None = None
@@ -156,12 +160,20 @@ class Linearisation(LinearOperator):
         """``A_{L-1} ... A_0``, from the first state to the last."""
         return StateTransition(self)
 
+    def _step(self, t: int, x: Tensor, u: Tensor) -> Tensor:
+        after, kept = self.dynamics.step(t, x, u), self.states[t + 1]
+        if after.shape != kept.shape:
+            raise InputError(
+                f"step {t} takes its state {tuple(x.shape)} to one of shape {tuple(after.shape)}, "
+                f"but the next state that was given has {tuple(kept.shape)}; expected the states "
+                "of a rollout of these dynamics, or take Linearisation.of(problem, controls)"
+            )
+        return after
+
     def _graph(self, t: int) -> StepGraph:
         graph = self._graphs.get(t)
         if graph is None:
-            graph = StepGraph(
-                lambda x, u: self.dynamics.step(t, x, u), self.states[t], self.controls[t]
-            )
+            graph = StepGraph(lambda x, u: self._step(t, x, u), self.states[t], self.controls[t])
             if self.keep:
                 self._graphs[t] = graph
         return graph

@@ -134,6 +134,7 @@ class LinearOperator(ABC):
         """
         if not isinstance(x, Tensor):
             return self._no_tensor(x)
+        self._require_entries(x)
         size = self.shape[1]
         if x.ndim == 1:
             if x.shape[0] != size or x.dtype != self.dtype:
@@ -151,6 +152,7 @@ class LinearOperator(ABC):
         """
         if not isinstance(y, Tensor):
             return self._no_tensor(y)
+        self._require_entries(y)
         size = self.shape[0]
         if y.ndim < 1 or y.shape[-1] != size or y.dtype != self.dtype:
             self._refuse(y, f"(..., {size}) on the left, one vector a row")
@@ -212,6 +214,14 @@ class LinearOperator(ABC):
             f"{self!r} got shape {tuple(x.shape)} of {x.dtype}; expected {expected}, of "
             f"{self.dtype}"
         )
+
+    def _require_entries(self, x: Tensor) -> None:
+        if x.layout is not torch.strided or x.device.type != self.device.type:
+            found = f"on {x.device.type}" if x.layout is torch.strided else f"of {x.layout}"
+            raise InputError(
+                f"{self!r} got a tensor {found}; expected a dense one on {self.device.type}: give "
+                "its .to_dense(), or move it with .to(...)"
+            )
 
     def _no_tensor(self, x: object) -> Tensor:
         if isinstance(x, LinearOperator):

@@ -230,6 +230,13 @@ class LQPolicy(FeedbackLaw):
         return torch.stack(list(self._v)).reshape(shape)
 
     @property
+    def is_finite(self) -> bool:
+        """Whether ``s_0`` and ``v_0`` are finite, in which every affine term has its part."""
+        if self._s is None or self._v is None:
+            return True
+        return bool(torch.isfinite(self._s[0]).all() & torch.isfinite(self._v[0]).all())
+
+    @property
     def singular(self) -> tuple[int, ...]:
         """The steps at which ``H_uu`` is singular and the control of least norm is taken."""
         return tuple(sorted(self._factor.null))

@@ -36,6 +36,7 @@ from deltacontrol.theory.lq.terms import (
     gain,
     gather,
     inverse_root,
+    require_finite,
     symmetric,
     unbind,
 )
@@ -71,7 +72,8 @@ def riccati(
 
     Raises:
         UnboundedError: if the cost has no minimum; the message names the step.
-        InputError: if terms do not fit each other, or are not finite.
+        InputError: if terms do not fit each other, or are not finite; the message names the term,
+            the step and the member of a batch.
 
     Example:
         ``J(u) = 1/2 u^2 + 1/2 (x + u)^2``, one step, has the law ``u = -x/2`` and ``V = x^2/4``:
@@ -81,7 +83,12 @@ def riccati(
         >>> round(policy.gains[0].item(), 12), round(policy.hessians[0].item(), 12)
         (-0.5, 0.5)
     """
-    factor = factorise(A, B, Q, R, Qf, N)
+    try:
+        factor = factorise(A, B, Q, R, Qf, N)
+    except InputError:
+        if all(isinstance(terms, Tensor | list | tuple) for terms in (A, B, Q, R, Qf)):
+            require_finite(2, A=A, B=B, Q=Q, R=R, N=N, Qf=[Qf])
+        raise
     if factor.conflicts:
         t = factor.conflicts[0]
         raise UnboundedError(
@@ -90,7 +97,10 @@ def riccati(
             "cost of the controls",
             t,
         )
-    return factor.policy(c, q, r, qf)
+    policy = factor.policy(c, q, r, qf)
+    if not policy.is_finite:
+        require_finite(1, c=c, q=q, r=r, qf=None if qf is None else [qf])
+    return policy
 
 
 @torch.no_grad()

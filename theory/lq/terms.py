@@ -29,6 +29,7 @@ __all__ = [
     "gain",
     "gather",
     "inverse_root",
+    "require_finite",
     "symmetric",
     "unbind",
 ]
@@ -326,6 +327,32 @@ def require_tensors(name: str, terms: object) -> None:
         if item.is_meta or item.layout is not torch.strided:
             kind = "on meta, without values" if item.is_meta else "sparse"
             raise InputError(f"{name} is {kind}; expected a dense tensor with values")
+
+
+def require_finite(axes: int, **given: Terms | None) -> None:
+    """Refuse terms with NaN or infinite entries.
+
+    Args:
+        axes: the last axes that are no batch axes.
+        given: terms of each step, by name; ``Qf`` and ``qf`` are of one.
+
+    Raises:
+        InputError: naming the term, the step and the member of the batch.
+    """
+    for name, terms in given.items():
+        if terms is None or (isinstance(terms, Tensor) and bool(torch.isfinite(terms).all())):
+            continue
+        for t, term in enumerate(terms):
+            wrong = ~torch.isfinite(term)
+            if bool(wrong.any()):
+                place = tuple(wrong.nonzero()[0].tolist())
+                batch, entry = place[: term.ndim - axes], place[term.ndim - axes :]
+                of = f" of problem {batch[0] if len(batch) == 1 else batch}" if batch else ""
+                step = "" if name in ("Qf", "qf") else f"[{t}]"
+                raise InputError(
+                    f"{name}{step}{of} has the entry {float(term[place])} at {entry}; expected "
+                    "finite numbers"
+                )
 
 
 def check_vectors(name: str, vectors: Terms, sizes: Sequence[int], like: Tensor) -> torch.Size:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -93,6 +94,8 @@ class GaussNewton(Solver):
     max_products: int = 250
     keep: bool = True
 
+    curvature: ClassVar[type[Curvature]] = GaussNewtonCurvature
+
     def __post_init__(self) -> None:
         """Check the settings."""
         _positive(damping=self.damping, forcing=self.forcing, max_products=self.max_products)
@@ -155,6 +158,8 @@ class NewtonCG(Solver):
     forcing: float = 0.1
     max_products: int = 250
     keep: bool = True
+
+    curvature: ClassVar[type[Curvature]] = HessianCurvature
 
     def __post_init__(self) -> None:
         """Check the settings."""

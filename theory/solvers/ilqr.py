@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
+from deltacontrol.theory.linear.curvature import Curvature, GaussNewtonCurvature, HessianCurvature
 from deltacontrol.theory.linear.linearisation import differentiable_attention
 from deltacontrol.theory.solvers.derivatives import evaluate, num_groups, offers, running_costs
 from deltacontrol.theory.solvers.quadratic_model import (
@@ -137,6 +138,8 @@ class ILQR(_SecondOrder):
         (1, -0.5)
     """
 
+    curvature: ClassVar[type[Curvature]] = GaussNewtonCurvature
+
     @property
     def second_order(self) -> bool:
         """No."""
@@ -150,6 +153,8 @@ class DDP(_SecondOrder):
     Second derivatives of the dynamics are contracted with the costate, so that the unregularised
     step is Newton's on ``J``. Limits are those of `ILQR`.
     """
+
+    curvature: ClassVar[type[Curvature]] = HessianCurvature
 
     @property
     def second_order(self) -> bool:

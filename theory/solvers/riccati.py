@@ -17,6 +17,7 @@ from deltacontrol.theory.control.costs import QuadraticCost
 from deltacontrol.theory.control.problem import ControlProblem, Controls
 from deltacontrol.theory.control.systems import LinearDynamics
 from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.curvature import Curvature, HessianCurvature
 from deltacontrol.theory.lq import LQFactor, LQPolicy, UnboundedError, factorise, riccati
 from deltacontrol.theory.solvers.solving import Ending, Memory, Report, Solver, Status
 
@@ -48,6 +49,7 @@ class Riccati(Solver):
     """
 
     linear_quadratic: ClassVar[bool] = True
+    curvature: ClassVar[type[Curvature]] = HessianCurvature
 
     def run(
         self, problem: ControlProblem, u0: Controls, report: Report, memory: Memory

@@ -24,9 +24,14 @@ HISTORY = ("objective", "residual", "step_size", "sweeps")
 
 
 class Status(StrEnum):
-    """How a solve ended."""
+    """How a solve ended.
+
+    ``STATIONARY`` is a point whose residual is at most ``tol`` and along which ``J`` has a
+    direction of negative curvature, as solvers that see curvature find: a saddle or a maximum.
+    """
 
     CONVERGED = "converged"
+    STATIONARY = "stationary"
     MAX_STEPS = "max_steps"
     DIVERGED = "diverged"
     LINE_SEARCH_FAILED = "line_search_failed"

@@ -28,7 +28,9 @@ from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.control.work import Meter, metered
 from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.curvature import Curvature
 from deltacontrol.theory.solvers.checkpoint import Checkpoint
+from deltacontrol.theory.solvers.minimum import falling_curvature
 from deltacontrol.theory.solvers.solution import HISTORY, Iterate, Memory, Solution, Status
 
 __all__ = ["Ending", "Iterate", "Memory", "Report", "Solution", "Solver", "Status", "solve"]
@@ -75,12 +77,15 @@ class Solver(ABC):
         default_steps: how many iterations `solve` allows where it is not told.
         linear_quadratic: whether it is for linear dynamics with a quadratic cost alone.
         descends: whether it accepts no iterate that raises ``J``, and ends where none lowers it.
+        curvature: the second derivatives that it sees, by which `solve` tells a minimum from
+            another stationary point; None where it sees none.
     """
 
     takes_box: ClassVar[bool] = False
     default_steps: ClassVar[int] = 200
     linear_quadratic: ClassVar[bool] = False
     descends: ClassVar[bool] = True
+    curvature: ClassVar[type[Curvature] | None] = None
 
     @classmethod
     def example(cls, problem: ControlProblem, u0: Controls) -> Solver:
@@ -194,7 +199,11 @@ def solve(
             recorder.keep()
     controls = recorder.best if recorder.best is not None else u
     final = problem.evaluate(controls)
-    status = recorder.status(ending)
+    status, falls = recorder.status(ending), None
+    if status is Status.CONVERGED and solver.curvature is not None and problem.box is None:
+        keep = getattr(solver, "keep", False)
+        falls = falling_curvature(solver.curvature(problem, controls, final, keep=keep))
+        status = status if falls is None else Status.STATIONARY
     import pandas as pd
 
     return Solution(
@@ -204,7 +213,7 @@ def solve(
         objective=float(final.objective),
         residual=problem.residual_of(controls, final.gradient),
         status=status,
-        message=recorder.message(status, ending) + recorder.not_kept,
+        message=recorder.message(status, ending, falls) + recorder.not_kept,
         history=pd.DataFrame(recorder.history).rename_axis(index="iteration"),
         gains=ending.gains,
     )
@@ -303,12 +312,18 @@ class _Recorder:
             return Status.MAX_STEPS
         return ending.failure
 
-    def message(self, status: Status, ending: Ending) -> str:
+    def message(self, status: Status, ending: Ending, falls: float | None) -> str:
         steps, residual = len(self.history["objective"]) - 1, self.history["residual"][-1]
         tol = f"tol {self.tol:.3g}"
         missed = f"residual {residual:.3g} > {tol} after"
         if status is Status.CONVERGED:
             return f"residual {residual:.3g} <= {tol} after {steps} iterations"
+        if status is Status.STATIONARY:
+            return (
+                f"residual {residual:.3g} <= {tol} after {steps} iterations, at a saddle or a "
+                f"maximum: J has the curvature {falls:.3g} along a direction; start elsewhere, "
+                "such as at small random controls, or add a running cost of the controls"
+            )
         if status is Status.UNBOUNDED:
             fell = f"J fell to {self.history['objective'][-1]:.3g}, so that it has no minimum"
             return (

@@ -161,10 +161,22 @@ class _Loop:
         self.problem = problem
         self.parameters = [Parameter(control.detach().clone()) for control in u]
         try:
+            _try(solver, u)
             self.optimiser = solver.optimiser(self.parameters, **solver.options)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{solver!r} cannot be made: {error}") from error
-        self.schedule = _scheduler(solver.schedule, self.optimiser)
+            self.schedule = _scheduler(solver.schedule, self.optimiser)
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise InputError(
+                f"{solver!r} cannot be made: "
+                f"{str(error).partition(chr(10))[0] or type(error).__name__}; see the options of "
+                f"torch.optim.{solver.optimiser.__name__}"
+            ) from error
 
     def step(self, u: Controls, now: Evaluation) -> tuple[Controls, Evaluation]:
         """One step of the optimiser and of its schedule; the next iterate.
@@ -222,6 +234,24 @@ class _Loop:
                     loaded[name] = value.to(loaded[name].device)
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
+
+
+def _try(solver: TorchOptimiser, u: Controls) -> None:
+    """One step on small tensors of the controls' kinds: torch reads most options only in a step."""
+    small = [Parameter(u_t.new_zeros([min(size, 2) for size in u_t.shape])) for u_t in u]
+    optimiser = solver.optimiser(small, **solver.options)
+    schedule = _scheduler(solver.schedule, optimiser)
+
+    def closure() -> Tensor:
+        for parameter in small:
+            parameter.grad = torch.ones_like(parameter)
+        return torch.ones((), dtype=small[0].dtype, device=small[0].device)
+
+    optimiser.step(closure)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    if isinstance(schedule, ReduceLROnPlateau):
+        schedule.step(1.0)
+    elif schedule is not None:
+        schedule.step()
 
 
 def _scheduler(schedule: Schedule | None, optimiser: Optimizer) -> LRScheduler | None:

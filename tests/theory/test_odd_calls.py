@@ -1,0 +1,164 @@
+"""Values of a wrong shape, dtype or kind are named where a user gives them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deltacontrol.theory import (
+    AffineFeedback,
+    ControlProblem,
+    LinearDynamics,
+    Linearisation,
+    QuadraticCost,
+    ResidualNetwork,
+    TorchOptimiser,
+    closed_loop,
+    solve,
+)
+from deltacontrol.theory.bounds import gaussian_kl
+from deltacontrol.theory.control import solved_problems as known
+from deltacontrol.theory.dimension.cone_threshold import cross_entropy_threshold
+from deltacontrol.theory.dimension.projections import RANDOM_PROJECTIONS
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.linear.conjugate_gradients import conjugate_gradients
+from deltacontrol.theory.linear.operator import SymmetricMatrix
+from deltacontrol.theory.rank.expressive_rank import adapted_product
+
+F64 = torch.float64
+N, M, L, BATCH = 3, 2, 2, 4
+
+
+def linear() -> LinearDynamics:
+    return LinearDynamics([torch.eye(N, dtype=F64)] * L, [torch.ones(N, M, dtype=F64)] * L)
+
+
+def law(rows: int = M) -> AffineFeedback:
+    controls = (torch.zeros(rows, dtype=F64),) * L
+    return AffineFeedback(
+        [torch.zeros(rows, N, dtype=F64)] * L, controls, [torch.zeros(N, dtype=F64)] * L
+    )
+
+
+def states(*batches: int) -> list[torch.Tensor]:
+    return [torch.ones(b, N, dtype=F64) for b in batches]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("batches", [(4, 4, 5), (4, 5, 5), (5, 4, 4)])
+def test_states_that_no_rollout_gives_are_refused(batches, keep):
+    u = (torch.zeros(M, dtype=F64),) * L
+    made = Linearisation(linear(), states(*batches), u, keep=keep)
+    with pytest.raises(InputError, match="expected the states of a rollout of these dynamics"):
+        made @ torch.ones(made.shape[1], dtype=F64)
+    with pytest.raises(InputError, match="expected the states of a rollout of these dynamics"):
+        made.T @ torch.ones(made.shape[0], dtype=F64)
+
+
+@pytest.mark.parametrize("shape", [(M + 1,), (BATCH + 1, M), (1, BATCH, M), ()])
+def test_controls_of_another_size_are_refused_when_they_are_given(shape):
+    u = (torch.zeros(shape, dtype=F64),) * L
+    with pytest.raises(InputError, match=r"the control of step 0 has shape .*; expected \(2,\)"):
+        Linearisation(linear(), states(4, 4, 4), u)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+@pytest.mark.parametrize("make", ["linear", "residual"])
+def test_a_state_of_whole_numbers_is_refused_where_matrices_act_on_it(make, dtype):
+    square = [torch.eye(N, dtype=F64)] * L
+    dynamics = linear() if make == "linear" else ResidualNetwork(square, square, linear().B)
+    with pytest.raises(InputError, match=f"has dtype {dtype}; expected floats"):
+        closed_loop(dynamics, law(), torch.ones(N).to(dtype))
+    cost = QuadraticCost.constant(
+        L, Q=torch.eye(N, dtype=F64), R=torch.eye(M, dtype=F64), Qf=torch.eye(N, dtype=F64)
+    )
+    problem = ControlProblem(dynamics, cost, torch.ones(N).to(dtype))
+    with pytest.raises(InputError, match=f"has dtype {dtype}; expected floats"):
+        problem.rollout(problem.zero_controls(dtype=F64))
+
+
+def test_a_law_for_controls_of_another_size_is_refused():
+    with pytest.raises(InputError, match=r"the control of step 0 has shape \(3,\)"):
+        closed_loop(linear(), law(rows=3), torch.ones(N, dtype=F64))
+
+
+@pytest.mark.parametrize("name", sorted(RANDOM_PROJECTIONS))
+def test_projections_refuse_sparse_vectors_and_those_without_values(name):
+    made = RANDOM_PROJECTIONS[name](32, 4, seed=0, dtype=F64)
+    z, v = torch.ones(4, dtype=F64), torch.ones(32, dtype=F64)
+    for odd in (lambda x: x.to_sparse(), lambda x: x.to("meta")):
+        with pytest.raises(InputError, match="expected a dense one on cpu"):
+            made @ odd(z)
+        with pytest.raises(InputError, match="expected a dense one on cpu"):
+            odd(v) @ made
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"betas": 0.9},
+        {"betas": (0.9,)},
+        {"betas": (0.9, 0.99, 0.999)},
+        {"betas": ("a", 0.99)},
+        {"eps": "x"},
+        {"schedule": lambda step: None},
+        {"schedule": lambda step: "x"},
+    ],
+    ids=str,
+)
+def test_options_that_fail_in_a_step_are_refused_before_the_first(options):
+    solver = TorchOptimiser("Adam", lr=0.1, **options)
+    with pytest.raises(
+        InputError, match=r"cannot be made: .+; see the options of torch.optim.Adam"
+    ):
+        solve(known.scalar(), solver, max_steps=3)
+
+
+def test_trying_the_options_changes_no_iterate():
+    problem, rate = known.scalar(), 0.1
+    u = problem.zero_controls(dtype=F64)
+    found = solve(problem, TorchOptimiser("SGD", lr=rate), max_steps=3, tol=0.0)
+    for _ in range(3):
+        u = tuple(u_t - rate * g for u_t, g in zip(u, problem.gradient(u), strict=True))
+    assert all(map(torch.equal, found.controls, u))
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (7,), (), (6, 1)])
+def test_a_gradient_that_is_no_vector_of_the_operator_is_refused(shape):
+    H = SymmetricMatrix(torch.eye(6, dtype=F64))
+    with pytest.raises(InputError, match=r"the gradient has shape .*; expected \(6,\)"):
+        conjugate_gradients(H, torch.ones(shape, dtype=F64), rtol=1e-6, max_products=9)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300])
+def test_matrices_that_cannot_be_decomposed_are_named(bad):
+    draw = torch.Generator().manual_seed(0)
+    target, *frozen = torch.randn(3, 3, 3, generator=draw, dtype=F64)
+    target = target * bad
+    with pytest.raises(InputError, match="not finite"):
+        adapted_product(target, frozen, rank=2)
+
+
+def test_deviations_whose_squares_vanish_are_refused():
+    for pair in ((5e-324, 1.0), (1.0, 5e-324), (1e-200, 1e-200)):
+        with pytest.raises(InputError, match="scale all lengths alike"):
+            gaussian_kl(torch.ones(2, dtype=F64), *pair)
+
+
+@pytest.mark.parametrize("wrong", ["gains", "controls", "states"])
+def test_a_law_of_several_dtypes_is_refused(wrong):
+    terms = {
+        "gains": [torch.zeros(M, N, dtype=F64)] * L,
+        "controls": [torch.zeros(M, dtype=F64)] * L,
+        "states": [torch.zeros(N, dtype=F64)] * L,
+    }
+    terms[wrong][1] = terms[wrong][1].float()
+    with pytest.raises(InputError, match="expected one float dtype for all"):
+        AffineFeedback(**terms)
+
+
+@pytest.mark.parametrize("labels", [[0.0, 1.0], [False, True], [0, 2], [-1, 0]])
+def test_labels_that_are_no_class_numbers_are_refused(labels):
+    kernel, logits = torch.eye(4, dtype=F64), torch.zeros(2, 2, dtype=F64)
+    with pytest.raises(InputError, match="expected whole numbers from 0 to 1"):
+        cross_entropy_threshold(kernel, logits, torch.tensor(labels), 0.2, draws=2)
