@@ -104,7 +104,7 @@ def test_projections_refuse_sparse_vectors_and_those_without_values(name):
         {"schedule": lambda step: None},
         {"schedule": lambda step: "x"},
     ],
-    ids=str,
+    ids=["betas", "one-beta", "three-betas", "text-beta", "eps", "no-rate", "text-rate"],
 )
 def test_options_that_fail_in_a_step_are_refused_before_the_first(options):
     solver = TorchOptimiser("Adam", lr=0.1, **options)
