@@ -174,6 +174,7 @@ def test_figures_and_theory_keep_to_their_libraries() -> None:
 
 
 @pytest.mark.parametrize("pattern", LIGHT)
+@pytest.mark.one_in(2)
 def test_light_modules_start_without_torch(pattern: str) -> None:
     """A subprocess, because this process has torch already."""
     files = sorted(ROOT.glob(pattern))

@@ -48,5 +48,6 @@ SLOW += ("12_", "19_", "20_", "21_", "22_", "24_", "25_")
     [pytest.param(p, marks=pytest.mark.slow if p.stem.startswith(SLOW) else ()) for p in NOTEBOOKS],
     ids=lambda path: path.stem,
 )
+@pytest.mark.one_in(3)
 def test_runs(path: Path) -> None:
     runpy.run_path(str(path), run_name="__main__")

@@ -128,6 +128,7 @@ def test_files_of_the_nearest_pyproject(tmp_path: Path) -> None:
         plugins.configured(tmp_path / "below")
 
 
+@pytest.mark.slow
 def test_on_the_command_line(my_delta: Path) -> None:
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "deltacontrol", *arguments]

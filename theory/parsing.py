@@ -11,6 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping
+from functools import cache
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -24,12 +25,17 @@ Fields: TypeAlias = Mapping[str, tuple[Any, Any]]
 
 def fields_of(kind: type) -> dict[str, tuple[Any, Any]]:
     """The fields of a dataclass with their types and defaults."""
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     found = {}
     for f in dataclasses.fields(kind):  # type: ignore[arg-type]
         make = f.default_factory
         found[f.name] = (hints[f.name], f.default if make is dataclasses.MISSING else make())
     return found
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def split(what: str, text: str, fields: Callable[[str], Fields]) -> tuple[str, dict[str, str]]:

@@ -309,11 +309,13 @@ class TestLoss:
 
 
 class TestSolvers:
+    @pytest.mark.slow
     def test_newton_with_shared_controls(self, build):
         controlled = move(attach(build("bert"), Compacter(4, 2), HeadTuning()), 0.1)
         batch = batch_of(controlled.model) | {"labels": torch.tensor([0, 1, 1])}
         self.check(controlled, control_problem(controlled, batch, weight_decay=0.02), 1e-3)
 
+    @pytest.mark.slow
     def test_newton_on_t5(self):
         """With norms in float64, which T5 computes in float32 always, and a smooth activation."""
         config = FAMILIES["t5-seq2seq"].config().to_dict() | {"feed_forward_proj": "gated-gelu"}

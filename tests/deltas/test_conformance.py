@@ -119,6 +119,7 @@ def cell(request: pytest.FixtureRequest) -> Iterator[Cell]:
         raise
 
 
+@pytest.mark.one_in(2)
 def test_it_has_as_many_parameters_as_its_formula(cell: Cell) -> None:
     controlled = cell.at_start()
     expected = zoo.num_parameters(cell.method, cell.sizes, controlled)
@@ -143,6 +144,7 @@ def test_its_controls_act(cell: Cell) -> None:
     assert not torch.equal(cell.moved_outputs, cell.outputs)
 
 
+@pytest.mark.one_in(2)
 def test_every_control_has_a_gradient_and_the_base_has_none(cell: Cell) -> None:
     controlled = cell.moved()
     out(controlled, cell.batch).square().sum().backward()
@@ -173,6 +175,7 @@ def test_its_state_is_a_copy_with_every_control(cell: Cell) -> None:
     assert all(torch.equal(state[name], value) for name, value in kept.items())
 
 
+@pytest.mark.one_in(2)
 def test_its_state_comes_back_from_a_file(cell: Cell) -> None:
     state, outputs = cell.state, cell.moved_outputs
     controlled = move(cell.moved())
@@ -209,6 +212,7 @@ def test_detaching_gives_the_base_model_and_ends_the_use_of_the_other(cell: Cell
             use()
 
 
+@pytest.mark.one_in(2)
 def test_an_attach_that_fails_late_leaves_no_trace(cell: Cell) -> None:
     model = cell.bare()
     with pytest.raises(InputError, match="reaches"):
@@ -216,6 +220,7 @@ def test_an_attach_that_fails_late_leaves_no_trace(cell: Cell) -> None:
     assert_same(cell.before, snapshot(model))
 
 
+@pytest.mark.one_in(2)
 def test_loading_is_enough_to_prepare_a_delta_attached_again(cell: Cell) -> None:
     state, outputs = cell.state, cell.moved_outputs
     again = attach(cell.bare(), cell.delta)

@@ -54,6 +54,7 @@ def delta(method: str) -> Delta:
 @pytest.mark.parametrize(("family", "method"), cells(PADDED, *QUICK))
 class TestPadding:
     @BOTH
+    @pytest.mark.one_in(2)
     def test_padding_does_not_change_a_row(self, build: Build, family, delta, attention):
         model = build(family, attention=attention)
         controlled = move(attached(model, delta))
@@ -70,6 +71,7 @@ class TestPadding:
 
 @pytest.mark.parametrize(("family", "method"), cells(CHECKPOINTED, *QUICK))
 class TestCheckpointing:
+    @pytest.mark.one_in(2)
     def test_gradient_checkpointing_gives_equal_gradients(self, build, family, method, delta):
         model = copy.deepcopy(build(family))  # transformers leaves a hook of its own behind
         batch = batch_of(model)
@@ -100,6 +102,7 @@ class TestCheckpointing:
 
 @pytest.mark.parametrize(("family", "method"), cells(DEEP, *QUICK))
 class TestDeepConformance:
+    @pytest.mark.one_in(2)
     def test_sdpa_starts_at_the_base_and_detaching_restores_it(self, build, family, delta):
         model = build(family, attention="sdpa")
         batch = batch_of(model)
@@ -113,6 +116,7 @@ class TestDeepConformance:
             controlled.detach()
             assert torch.equal(out(model, batch), before)
 
+    @pytest.mark.one_in(2)
     def test_the_seed_decides_the_start(self, build, family, method, delta):
         model = build(family)
         batch = batch_of(model)
@@ -133,6 +137,7 @@ class TestDeepConformance:
         assert any(not torch.equal(state[k], other[k]) for k in state) == random
         assert torch.equal(outputs, different) != random
 
+    @pytest.mark.one_in(2)
     def test_autocast_trains(self, build, family, delta):
         model = build(family, attention="sdpa", dtype=torch.float32)
         controlled = move(attached(model, delta))
@@ -149,6 +154,7 @@ class TestDeepConformance:
 
 @pytest.mark.parametrize(("family", "method"), cells(FUNCTIONAL, *QUICK))
 class TestFunctional:
+    @pytest.mark.one_in(2)
     def test_controls_become_an_argument(self, build, family, delta):
         """torch.func over the controls agrees with autograd."""
         model = build(family)

@@ -67,6 +67,7 @@ def test_a_search_is_recorded_once_with_all_that_it_ran(
     assert len(made_up) == len(rows)
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on(
     made_up: list[MnistTraining], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +93,7 @@ def test_an_interrupted_search_goes_on(
 
 
 @pytest.mark.parametrize(("share", "end"), [(2.0, 5000), (0.4, 15)])
+@pytest.mark.one_in(2)
 def test_no_dimension_is_outside_of_those_that_there_are(
     share: float,
     end: int,

@@ -23,6 +23,7 @@ def data(minilm_l6: str) -> MarginData:
     return MarginData.of(setting)
 
 
+@pytest.mark.slow
 def test_a_head_follows_its_kernel_exactly(data: MarginData) -> None:
     found = follow(data, [HeadTuning()], fall=0.3, steps=20)
     assert max(found.error, found.train_error, found.drift) < 1e-9

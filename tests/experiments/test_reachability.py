@@ -165,6 +165,7 @@ def test_small_gains_are_those_of_the_linear_quadratic_model(minilm_l6: str, tmp
         assert row.loss_drop == pytest.approx(expected["predicted_loss_drop"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_parts_add_up(minilm_l6: str, tmp_path) -> None:
     study = SiteGramians(
         model=minilm_l6, num_examples=3, max_length=6, head_rows=32, rank=2, sites=FEW

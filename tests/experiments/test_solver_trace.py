@@ -15,6 +15,7 @@ from deltacontrol.theory.errors import InputError
     "solver",
     [s if s == "gauss-newton" else pytest.param(s, marks=pytest.mark.slow) for s in SOLVERS],
 )
+@pytest.mark.slow
 def test_a_trace_spends_its_budget_and_descends(
     minilm_l6: str, tmp_path: Path, solver: str
 ) -> None:

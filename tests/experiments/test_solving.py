@@ -239,6 +239,7 @@ def test_solve_by_command(places: Path, store: RunStore, capsys: pytest.CaptureF
     assert "training rows" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_methods_agree_on_the_minimum(places: Path, store: RunStore) -> None:
     found = {}
     for solver in ("newton-cg", "shooting", "ddp"):

@@ -114,6 +114,7 @@ def test_equals_separate_training(deltas, group) -> None:
 
 
 @pytest.mark.parametrize("kind", ["causal-lm", "regression"])
+@pytest.mark.one_in(2)
 def test_other_losses(kind: str) -> None:
     model = llama() if kind == "causal-lm" else bert(num_labels=1)
     settings = copies(kind=kind)

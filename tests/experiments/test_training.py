@@ -154,6 +154,7 @@ def test_a_delta_sees_the_examples_of_the_first_batches_one_by_one(tmp_path):
 
 
 @pytest.mark.parametrize("init", ["lora-ga", "corda-kpm"])
+@pytest.mark.one_in(2)
 def test_a_start_from_data_sees_the_first_batches_whole(init, tmp_path):
     """It is saved with the controls, so that a training that goes on does not look again."""
 

@@ -106,6 +106,7 @@ def test_paper_says_which_records_are_missing(
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("preset", ["quick", "paper"])
+@pytest.mark.one_in(4)
 def test_limits_are_read_where_nothing_is_left_to_compute(
     name: str, grid: Grid, sweep: list[int], tmp_path: Path, preset: str, wrong: dict[str, float]
 ) -> None:

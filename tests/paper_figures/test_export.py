@@ -76,6 +76,7 @@ def test_png_is_as_wide_as_a_column_or_a_page(exported: Exported) -> None:
     assert width in (round(300 * base.COLUMN_WIDTH), round(300 * base.PAGE_WIDTH))
 
 
+@pytest.mark.slow
 def test_no_text_is_cut(picture: Figure) -> None:
     page, renderer = picture.bbox.padded(1.0), FigureCanvasAgg(picture).get_renderer()
     for text in picture.findobj(Text):

@@ -24,6 +24,7 @@ def differing(one: np.ndarray, other: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("name", base.names())
+@pytest.mark.one_in(2)
 def test_the_gallery_is_drawn_from_todays_tables_and_code(name: str) -> None:
     figure = base.load(name)
     records = collect.committed(figure.STUDY)

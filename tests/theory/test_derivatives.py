@@ -65,6 +65,7 @@ def assert_near(found: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("cost", ["quadratic", "error", "entropy"])
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("second_order", [False, True])
+@pytest.mark.one_in(3)
 def test_all_at_once_are_one_by_one(system, cost, batch, per_example, second_order) -> None:
     problem, u = case(system, cost, batch, per_example)
     now = problem.evaluate(u)

@@ -140,8 +140,8 @@ def check_unbounded(lq: LQ, *, solved: bool = True) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "seeds", "least", "tol"),
-    [(F64, range(200), 1e-3, 1e-8), (F32, range(200, 300), 10**-1.5, 1e-3)],
-    ids=["float64", "float32"],
+    [(F32, range(200, 300), 10**-1.5, 1e-3), (F64, range(200), 1e-3, 1e-8)],
+    ids=["float32", "float64"],
 )
 @pytest.mark.one_in(2)
 def test_statuses_and_values_are_those_of_the_dense_problem(
@@ -173,6 +173,7 @@ def test_statuses_and_values_are_those_of_the_dense_problem(
 
 
 @pytest.mark.parametrize("largest", [5, 25])
+@pytest.mark.one_in(2)
 def test_the_units_of_the_controls_hide_no_negative_curvature(largest: int) -> None:
     for seed in range(20):
         lq = in_other_units(random_problem(seed, F64, 1e-3), seed, largest)

@@ -86,7 +86,7 @@ def test_exact_argmin_is_the_newton_step_of_each_hamiltonian(make) -> None:
 
 
 @pytest.mark.parametrize("radius", [0.8, 1.2])
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 def test_exact_msa_converges_exactly_below_radius_one(radius: float) -> None:
     problem = with_radius(radius)
     reference, _ = kkt(problem, per_example=False)

@@ -146,6 +146,7 @@ class TestKronecker(ProjectionSuite):
             gram = P.dense().mT @ P.dense()
             torch.testing.assert_close(gram, torch.eye(d, dtype=F64), rtol=0, atol=1e-13)
 
+    @pytest.mark.slow
     def test_every_size_has_factors_that_fit(self) -> None:
         for D in range(1, 60):
             for d in range(1, D + 1):

@@ -166,6 +166,7 @@ def by_torch(terms: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> LQFac
         *(pytest.param(*c, marks=pytest.mark.slow) for c in [(4, 2, False), (3, 3, True)]),
     ],
 )
+@pytest.mark.slow
 def test_kernels_compute_what_torch_computes(
     n: int, m: int, cross: bool, kernels: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +184,7 @@ def test_kernels_compute_what_torch_computes(
 
 
 @pytest.mark.parametrize(("lead", "failing"), [(LEAD, 7), (3 * LEAD, 7), (3 * LEAD, 0)])
+@pytest.mark.slow
 def test_kernels_stop_where_one_problem_fails(
     lead: int, failing: int, kernels: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

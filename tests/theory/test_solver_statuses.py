@@ -86,7 +86,7 @@ def test_a_concave_problem_is_unbounded_for_the_right_reason(entry: Entry) -> No
 
 
 @pytest.mark.parametrize("entry", slow_marked(FALLING))
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_rounding_errors_end_a_solve_in_float32(entry: Entry) -> None:
     """No solver claims more than float32 resolves, or asks for more steps there.
 

@@ -37,6 +37,7 @@ def test_the_scalar_rate_has_a_closed_form(b: float, q: float, r: float) -> None
     assert steady.residual <= 1e-10
 
 
+@pytest.mark.slow
 def test_the_solved_controls_decay_at_the_predicted_rate() -> None:
     problem = tracking(1.1, 0.4, 1.0, 1.0)
     steady = SteadyState.of(problem)

@@ -145,6 +145,7 @@ def test_claim_16_predicts_the_median_dimension(
 # -- claim 17 ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_claim_17_holds_a_bound_against_chance_and_its_own_test_error(
     tiny: Tiny, computed: Records, places: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +269,7 @@ def test_claim_24_takes_its_numbers_from_the_spectra(
 # -- claim 26 ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_claim_26_counts_what_is_restored_at_little_cost(
     tiny: Tiny, computed: Records, places: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,7 @@ def test_claim_8_orders_of_the_predicted_loss_drop(tiny: Tiny) -> None:
     assert outcome.control.value == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.slow
 def test_claim_14_the_control_takes_the_width_out(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
