@@ -10,6 +10,7 @@ import pytest
 from deltacontrol.experiments.benchmarks.iterations import Benchmark
 
 
+@pytest.mark.slow
 def test_a_small_run_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "iterations.json"
     Benchmark(widths=(4,), iterations=1, turns=1, max_steps=14, out=out).run()
