@@ -53,6 +53,7 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("family", "kind", "fields"), list(_parameters()))
+@pytest.mark.one_in(2)
 def test_in_and_out_and_merged(build: Build, tmp_path: Path, family, kind, fields):
     theirs_, ours_ = tmp_path / "theirs", tmp_path / "ours"
     model = build(family, KINDS.get(family, CLS))

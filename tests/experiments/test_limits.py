@@ -112,6 +112,7 @@ def test_a_fine_tuning_at_its_limit_is_listed_and_goes_on(places, store, ending,
 
 
 @pytest.mark.parametrize("solver", ["newton-cg", "adam:lr=0.01"])
+@pytest.mark.one_in(2)
 def test_a_solve_at_its_limit_goes_on(places, store, monkeypatch, solver):
     experiment = Solve(
         model=str(places / "tiny-bert"), task=str(places / "task.csv"), deltas=("bitfit",),

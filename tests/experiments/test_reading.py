@@ -71,7 +71,7 @@ CELLS = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=6))
 def test_rows_read_are_rows_written(rows: list[tuple[str, str]]) -> None:
     import tempfile
@@ -86,7 +86,7 @@ def test_rows_read_are_rows_written(rows: list[tuple[str, str]]) -> None:
             assert [tuple(row) for row in found.itertuples(index=False)] == rows, path.name
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     st.one_of(
         st.lists(st.sampled_from(["01", "1", "1.10", "1.1", "NA", "None"]), min_size=3, max_size=3),

@@ -188,6 +188,7 @@ def start(tmp_path, store, *pairs) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.one_in(2)
 def test_workers_end_with_their_parent(toy, store, tmp_path, how):
     parent = start(tmp_path, store, "a:hang", "b:hang")
     wait_until(lambda: len(toy.log()) == 2)

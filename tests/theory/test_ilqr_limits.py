@@ -29,7 +29,7 @@ F64 = torch.float64
 
 
 @BOTH
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 def test_states_of_any_shape_and_of_integers(solver: Solver) -> None:
     for problem in (embedding_problem(), forgetful_problem()):
         start = tuple(0.1 * torch.ones(m, dtype=F64) for m in problem.dynamics.control_sizes)

@@ -200,6 +200,7 @@ def test_kernels_stop_where_one_problem_fails(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", QUADRATIC)
+@pytest.mark.slow
 def test_kernels_see_what_is_not_finite(name: str, value: float, kernels: list[int]) -> None:
     terms = {name: part.clone() for name, part in batch_terms(LEAD).items()}
     terms[name].reshape(-1)[0] = value
@@ -208,6 +209,7 @@ def test_kernels_see_what_is_not_finite(name: str, value: float, kernels: list[i
     assert kernels or name == "Qf"
 
 
+@pytest.mark.slow
 def test_pivots_that_drown_are_seen_in_a_batch(kernels: list[int]) -> None:
     """``R = 0`` and a ``B`` of rank one leave rounding errors for pivots."""
     terms = {name: batch_terms(LEAD, horizon=1)[name].clone() for name in QUADRATIC[:-1]}

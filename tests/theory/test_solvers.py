@@ -91,7 +91,7 @@ def test_bounds_are_kept_and_active_where_the_answer_says_so(entry: Entry) -> No
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.strongly_convex], ids=lambda case: case.name
 )
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 def test_solvers_agree_with_each_other(case: Case) -> None:
     solutions = [
         solved(entry, case) for entry in SOLVERS if entry.solves(case) and not is_slow(entry, case)

@@ -114,6 +114,7 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(Path(folder))
 
 
+@pytest.mark.slow
 def test_claim_13_a_fifth_of_the_step_leaves_the_kernel_by_a_fifth(
     tiny: Tiny, language_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

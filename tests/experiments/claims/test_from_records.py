@@ -192,6 +192,7 @@ def test_claim_17_holds_a_bound_against_chance_and_its_own_test_error(
 # -- claim 18 ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_claim_18_correlates_gramians_and_tunings(
     tiny: Tiny, computed: Records, places: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
