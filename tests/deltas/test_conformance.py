@@ -128,6 +128,7 @@ def test_it_has_as_many_parameters_as_its_formula(cell: Cell) -> None:
     assert controlled.num_total == cell.sizes.total
 
 
+@pytest.mark.one_in(2)
 def test_it_trains_its_controls_and_nothing_else(cell: Cell) -> None:
     controlled = cell.at_start()
     wanted = {id(p) for p in controlled.trainable().values()}
@@ -135,11 +136,13 @@ def test_it_trains_its_controls_and_nothing_else(cell: Cell) -> None:
     assert not any(p.requires_grad for p in cell.base)
 
 
+@pytest.mark.one_in(2)
 def test_it_starts_at_the_base_model_where_it_says_so(cell: Cell) -> None:
     outputs = cell.compute(cell.at_start())
     assert torch.equal(outputs, cell.outputs) == cell.delta.identity_at_start
 
 
+@pytest.mark.one_in(2)
 def test_its_controls_act(cell: Cell) -> None:
     assert not torch.equal(cell.moved_outputs, cell.outputs)
 
@@ -157,6 +160,7 @@ def test_every_control_has_a_gradient_and_the_base_has_none(cell: Cell) -> None:
         assert bool(parameter.grad.any()) or "bias" in name, name
 
 
+@pytest.mark.one_in(2)
 def test_a_second_attach_is_refused_and_leaves_no_trace(cell: Cell) -> None:
     controlled = cell.at_start()
     during = snapshot(cell.model)
@@ -198,6 +202,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(cell: Cell) ->
     assert all(torch.equal(before[name], value) for name, value in controlled.state().items())
 
 
+@pytest.mark.one_in(2)
 def test_detaching_restores_the_model_bit_for_bit(cell: Cell) -> None:
     assert not torch.equal(cell.compute(cell.moved()), cell.outputs)
     assert cell.bare() is cell.model

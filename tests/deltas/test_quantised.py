@@ -127,7 +127,7 @@ def test_eight_bits_are_off_by_half_a_code_at_most(folders: dict[str, Path], fam
         for bits in BITS
     ],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 def test_every_method_acts_beside_them_or_says_why_not(
     folders: dict[str, Path], family: str, bits: str
 ) -> None:

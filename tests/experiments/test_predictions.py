@@ -75,6 +75,7 @@ def test_the_kernel_is_that_of_the_whole_batch(full: InitialModel) -> None:
     torch.testing.assert_close(full.kernel.outputs[:ROWS], dense.value, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_small_capacity_gives_the_same_kernel(full: InitialModel) -> None:
     examples = full.batches(1)[:5]
     read = lambda out, _: out.logits[0] @ full.contrasts  # noqa: E731

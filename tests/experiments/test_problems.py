@@ -58,6 +58,7 @@ def test_msa_with_a_gradient_step_is_gradient_descent_on_the_real_model(minilm_l
 
 
 @pytest.mark.parametrize("optimiser", ["lbfgs", pytest.param("adamw", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_trace_records_every_stage(minilm_l6: str, tmp_path, optimiser: str) -> None:
     from deltacontrol.experiments.runs.experiment import Workspace
 

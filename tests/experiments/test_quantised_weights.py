@@ -40,6 +40,7 @@ def options(folder: Path, **changed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "weights", ["nf4", *(pytest.param(n, marks=pytest.mark.slow) for n in ("int8", "bfloat16"))]
 )
+@pytest.mark.slow
 def test_a_record_gives_the_model_back(folder: Path, tmp_path: Path, weights: Any) -> None:
     precision = "bf16" if weights == "bfloat16" else "auto"
     given = options(folder, weights=weights, precision=precision)

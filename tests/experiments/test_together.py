@@ -149,7 +149,7 @@ def test_other_losses(kind: str) -> None:
     ],
     ids=lambda value: "",
 )
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 def test_what_cannot_be_shared_is_trained_one_after_another(deltas, overrides, reason) -> None:
     model, settings = bert(), copies(**overrides)
     data = [Texts(own.seed) for own in settings]

@@ -70,6 +70,7 @@ def test_quick_computes_what_is_missing_once(
     assert sweep == [len(grid) - 1, len(grid)]
 
 
+@pytest.mark.slow
 def test_paper_redraws_published_records_without_computing(
     name: str, grid: Grid, sweep: list[int], tmp_path: Path
 ) -> None:
@@ -142,6 +143,7 @@ def test_quick_runs_are_not_published(tmp_path: Path) -> None:
         figures("performance", tmp_path, publish=True).run()
 
 
+@pytest.mark.slow
 def test_a_figure_without_records_does_not_keep_the_others_from_being_drawn(
     name: str, grid: Grid, tmp_path: Path
 ) -> None:

@@ -259,6 +259,7 @@ def test_discretisations_converge_at_their_order(
         assert abs(slope + order) <= 0.1, (name, slope, values)
 
 
+@pytest.mark.slow
 def test_the_integration_is_far_more_exact_than_the_discretisation() -> None:
     """Tighter tolerances change nothing that the orders above could see."""
     network, cost, x0, u = nonlinear()

@@ -173,7 +173,7 @@ def test_statuses_and_values_are_those_of_the_dense_problem(
 
 
 @pytest.mark.parametrize("largest", [5, 25])
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 def test_the_units_of_the_controls_hide_no_negative_curvature(largest: int) -> None:
     for seed in range(20):
         lq = in_other_units(random_problem(seed, F64, 1e-3), seed, largest)

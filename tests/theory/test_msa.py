@@ -329,6 +329,7 @@ def test_rho_does_not_depend_on_the_batch_size() -> None:
     torch.testing.assert_close(flat(second.controls), flat(first.controls), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_integer_states_and_steps_without_control_are_fine() -> None:
     problem = embedding_problem()
     start = problem.zero_controls(dtype=F64)

@@ -59,6 +59,7 @@ def test_claim_11_a_changed_layer_is_not_exact(tiny: Tiny, monkeypatch: pytest.M
     assert 0 < claim._exact_error(case, 2) < 1e-4
 
 
+@pytest.mark.slow
 def test_claim_12_rank_one_is_caught_and_the_predicted_rank_is_not(tiny: Tiny) -> None:
     claim = tiny(
         "12_no_spurious_minima",

@@ -112,6 +112,7 @@ def test_claim_15_is_the_greater_of_both_ratios(
 # -- claim 16 ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_claim_16_predicts_the_median_dimension(
     tiny: Tiny, computed: Records, places: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
