@@ -97,6 +97,7 @@ if TYPE_CHECKING:
         Solver,
         Status,
         TorchOptimiser,
+        differentiable_solve,
         solve,
     )
 
@@ -181,6 +182,7 @@ _HOME = {
         "Solver",
         "Status",
         "TorchOptimiser",
+        "differentiable_solve",
         "solve",
     ),
     "deltacontrol.theory.feedback.steering": (
@@ -257,6 +259,7 @@ __all__ = [
     "TorchOptimiser",
     "Verdict",
     "closed_loop",
+    "differentiable_solve",
     "judge",
     "riccati",
     "solve",

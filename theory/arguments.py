@@ -68,8 +68,8 @@ def typed(made: T) -> T:
 
 def _checking(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     signature = inspect.signature(function)
-    named = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    order = [p.name for p in signature.parameters.values() if p.kind not in named]
+    placed = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    order = [p.name for p in signature.parameters.values() if p.kind in placed]
     hints: dict[str, Any] = {}
 
     @wraps(function)

@@ -15,11 +15,14 @@ solver            for                                                    converg
 `ExtendedMSA`     any; augmented Hamiltonian, automatic penalty          every step descends
 `TorchOptimiser`  any; AdamW and all others of `torch.optim`             theirs
 ================  =====================================================  ==========================
+
+`differentiable_solve` gives the derivatives of an optimum in the parameters of its problem.
 """
 
 from deltacontrol.theory.solvers.emsa import ExtendedMSA
 from deltacontrol.theory.solvers.gauss_newton import GaussNewton, NewtonCG
 from deltacontrol.theory.solvers.ilqr import DDP, ILQR
+from deltacontrol.theory.solvers.implicit import differentiable_solve
 from deltacontrol.theory.solvers.minimisers import ExactArgmin, GradientStep, InnerLBFGS
 from deltacontrol.theory.solvers.msa import MSA
 from deltacontrol.theory.solvers.riccati import Riccati
@@ -48,5 +51,6 @@ __all__ = [
     "Solver",
     "Status",
     "TorchOptimiser",
+    "differentiable_solve",
     "solve",
 ]
