@@ -54,12 +54,26 @@ class Workspace:
         progress: Whether to draw a progress bar.
         checkpoint_seconds: Time between checkpoints: what a killed run loses at most.
         store: The folder of the records, where a run that consists of runs records these too.
+        pause_after: A step of a training behind which it is saved and paused (`PausedError`).
     """
 
     folder: Path
     progress: bool = True
     checkpoint_seconds: float = 30.0
     store: Path | None = None
+    pause_after: int | None = None
+
+
+class PausedError(Exception):
+    """A training stands still where its workspace says, saved, and is no failure.
+
+    Attributes:
+        metrics: of its model on validation rows.
+    """
+
+    def __init__(self, metrics: Mapping[str, float]) -> None:
+        super().__init__("the training is paused")
+        self.metrics = dict(metrics)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from deltacontrol.experiments.runs import failures
-from deltacontrol.experiments.runs.experiment import Digests, digests_of
+from deltacontrol.experiments.runs.experiment import Digests, PausedError, digests_of
 from deltacontrol.experiments.runs.interrupts import (
     LIMIT_MINUTES,
     LimitError,
@@ -116,6 +116,36 @@ def run(
         shutil.rmtree(unfinished, ignore_errors=True)
         failures.forget(store.root, record.id)
         return record
+
+
+def advance(experiment: Experiment, store: RunStore, step: int) -> dict[str, float] | None:
+    """Train up to a step before the last one, save, and tell the validation metrics there.
+
+    `run` goes on from there later, and records what an uninterrupted run records.
+
+    Returns:
+        None where the run is recorded, or ended before that step.
+
+    Raises:
+        InputError: as `run`.
+    """
+    if store.find(experiment) is not None:
+        return None
+    unfinished = store.partial(experiment)
+    with _locked(store, unfinished.name, block=True):
+        if store.find(experiment) is not None:
+            return None
+        try:
+            experiment.execute(Workspace(unfinished, False, store=store.root, pause_after=step))
+        except PausedError as paused:
+            return paused.metrics
+    return None
+
+
+def forsake(experiment: Experiment, store: RunStore) -> None:
+    """Throw the checkpoints of an unfinished run away."""
+    with _locked(store, store.partial(experiment).name, block=True):
+        shutil.rmtree(store.partial(experiment), ignore_errors=True)
 
 
 def _executed(

@@ -76,7 +76,8 @@ def fine_tune(
     if solver is not None:
         trained = _by_solver(setting, solver, options, workspace)
     else:
-        train = stages.train_in_turn if sequential else training.train
+        paused = {} if sequential else {"pause_after": workspace.pause_after}
+        train: Any = stages.train_in_turn if sequential else training.train
         trained = train(
             model,
             _TrainingBatches(encoded, options.seed, batch_size),
@@ -90,6 +91,7 @@ def fine_tune(
             evaluate=lambda module: metrics(module, "validation"),
             checkpoint_dir=workspace.folder,
             progress=workspace.progress,
+            **paused,
         )
     measures = trained.measures
     if in_half:

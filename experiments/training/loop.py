@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from deltacontrol.deltas.dynamics.frozen_states import FrozenStates
+from deltacontrol.experiments.runs.experiment import PausedError
 from deltacontrol.experiments.runs.interrupts import deferred
 from deltacontrol.experiments.training import checkpoints
 from deltacontrol.experiments.training import devices as resources
@@ -69,6 +70,7 @@ def train(
     checkpoint_dir: Path | None = None,
     progress: bool = True,
     keep_checkpoint: bool = False,
+    pause_after: int | None = None,
 ) -> TrainingResult:
     """Train the controls of `delta_model` in place.
 
@@ -81,6 +83,9 @@ def train(
         progress: Whether to draw a progress bar.
         keep_checkpoint: Whether the last state is kept there too, so that the same call gives the
             same result at once.
+        pause_after: A step before the last one behind which the training is saved and paused; it
+            needs `checkpoint_dir` and `evaluate`. The same call without it goes on from there, and
+            gives what an uninterrupted training gives.
 
     Returns:
         The result. A loss or gradient that is not finite ends the training with status "diverged",
@@ -88,6 +93,7 @@ def train(
 
     Raises:
         InputError: The checkpoint folder cannot be used; a batch smaller than its number of slices.
+        PausedError: behind `pause_after`, with the metrics of the model there.
     """
     device = resources.choose_device(settings.device)
     precision = resources.choose_precision(settings.precision, device)
@@ -111,6 +117,12 @@ def train(
         if loop.exhausted:
             status, message = "early_stopped", "stopped before this attempt"
         while run.step < settings.steps and status == "completed":
+            if pause_after is not None and run.step >= pause_after:
+                assert checkpoint_dir is not None and evaluate is not None
+                run.seconds = earlier + time.perf_counter() - began
+                run.peak_memory = max(run.peak_memory, memory.peak())
+                loop.save(checkpoint_dir)
+                raise PausedError(evaluate(delta_model))
             message = loop.update()
             bar.update()
             bar.set_postfix(loss=f"{run.rows[-1]['loss']:.3f}", refresh=False)

@@ -33,7 +33,7 @@ from deltacontrol.theory.control.problem import ControlProblem, Controls
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.conjugate_gradients import End, conjugate_gradients
 from deltacontrol.theory.linear.curvature import HessianCurvature
-from deltacontrol.theory.linear.operator import SymmetricOperator, flatten, unflatten
+from deltacontrol.theory.linear.operator import Congruence, Diagonal, flatten, unflatten
 from deltacontrol.theory.solvers.solution import Solution, Status
 from deltacontrol.theory.solvers.solving import Solver, solve
 
@@ -160,7 +160,7 @@ def _solved(given: _Given, parameters: list[Tensor], v: Tensor) -> Tensor:
             low, high = problem.box.bounds(t, control)
             held.append(((ahead == low) | (ahead == high)).to(control.dtype))
         free = 1 - flatten(held)
-    H = _Free(HessianCurvature(problem, u), free)
+    H = Congruence(Diagonal(free), HessianCurvature(problem, u))  # CG stays on the free entries
     found = conjugate_gradients(H, -(free * v), rtol=given.rtol, max_products=given.max_products)
     if found.end in (End.SINGULAR, End.NEGATIVE_CURVATURE, End.NOT_FINITE):
         raise InputError(
@@ -174,14 +174,3 @@ def _solved(given: _Given, parameters: list[Tensor], v: Tensor) -> Tensor:
             "allow more max_products, or raise rtol"
         )
     return found.step
-
-
-class _Free(SymmetricOperator):
-    """An operator between the entries that are free, the identity on the others."""
-
-    def __init__(self, whole: SymmetricOperator, free: Tensor) -> None:
-        super().__init__(whole.shape[0], whole.dtype, whole.device)
-        self.whole, self.free = whole, free
-
-    def _product(self, x: Tensor) -> Tensor:
-        return self.free * (self.whole @ (self.free * x)) + (1 - self.free) * x
