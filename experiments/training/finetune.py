@@ -93,6 +93,7 @@ class Subject(Experiment):
         )
 
 
+LARGEST_RATE = 1e30
 WEIGHTS = ("float32", "bfloat16", "nf4", "int8")
 
 
@@ -143,6 +144,11 @@ class FineTuning(Options, Subject):
         for name in ("batch_size", "grad_accumulation", "steps", "seed", "max_length"):
             if getattr(self, name) is None:
                 raise InputError(f"{name} is None; expected a whole number")
+        if (self.learning_rate or 0.0) > LARGEST_RATE:
+            raise InputError(
+                f"learning_rate is {self.learning_rate:g}, with which float32 cannot make a step; "
+                f"expected at most {LARGEST_RATE:g}, and mostly less than 1"
+            )
         if self.grad_accumulation > self.batch_size:
             raise InputError(
                 f"grad_accumulation is {self.grad_accumulation}, but a batch has only "

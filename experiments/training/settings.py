@@ -7,6 +7,7 @@ to know.
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ADAMW", "METRICS", "Options", "Settings", "check_count", "check_number", "on_batches"]
 
-MOST = 1e30  # with which float32 can still compute
 ADAMW = "adamw"
 METRICS = {
     "classification": ("accuracy", "macro_f1", "loss"),
@@ -224,10 +224,10 @@ def check_number(
     if (
         not number
         or not (value > above if above is not None else value >= (least or 0.0))
-        or value > MOST
+        or value > sys.float_info.max  # also a whole number that no float can be
     ):
         bound = f"> {above:g}" if above is not None else f">= {least:g}"
-        raise InputError(f"{name} is {value!r}; expected a finite number {bound}, up to {MOST:g}")
+        raise InputError(f"{name} is {value!r}; expected a finite number {bound}")
     object.__setattr__(owner, name, float(value))
 
 

@@ -134,3 +134,8 @@ def test_the_command(search, tmp_path, capsys) -> None:
 def test_what_cannot_be_searched_is_refused(search, fields, message) -> None:
     with pytest.raises(InputError, match=message):
         search(**fields)
+
+
+def test_a_rate_that_float32_cannot_step_with_is_refused(search) -> None:
+    with pytest.raises(InputError, match=r"learning_rate is 1e\+38.* at most 1e\+30"):
+        search().training(1e38, 0)
