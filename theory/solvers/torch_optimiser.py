@@ -6,6 +6,7 @@ gradients: exactly the iterates of the usual loop of a fine-tuning on fixed data
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -238,6 +239,13 @@ class _Loop:
 
 def _try(solver: TorchOptimiser, u: Controls) -> None:
     """One step on small tensors of the controls' kinds: torch reads most options only in a step."""
+    known = inspect.signature(solver.optimiser).parameters
+    for name, value in solver.options.items():
+        usual = known[name].default if name in known else None
+        # Some versions of torch take a tuple that is too long, and leave its end unread.
+        fits = isinstance(value, tuple | list) and len(value) == len(usual or ())
+        if isinstance(usual, tuple) and not fits:
+            raise ValueError(f"{name} is {value!r}; expected {len(usual)} numbers")
     small = [Parameter(u_t.new_zeros([min(size, 2) for size in u_t.shape])) for u_t in u]
     optimiser = solver.optimiser(small, **solver.options)
     schedule = _scheduler(solver.schedule, optimiser)
