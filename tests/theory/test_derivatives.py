@@ -12,7 +12,7 @@ from deltacontrol.theory.control.costs import CrossEntropyCost, QuadraticCost, S
 from deltacontrol.theory.control.problem import ControlProblem, Cost, Dynamics
 from deltacontrol.theory.control.systems import LinearDynamics, LowRankDynamics, ResidualNetwork
 from deltacontrol.theory.errors import InputError
-from deltacontrol.theory.solvers.derivatives import Along, evaluate, one_by_one, running_costs
+from deltacontrol.theory.quadratic.derivatives import Along, evaluate, one_by_one, running_costs
 from deltacontrol.theory.solvers.quadratic_model import QuadraticModel, sweep
 
 L, N, M = 5, 4, 3

@@ -12,8 +12,8 @@ from torch import Tensor
 from deltacontrol.theory.control.costs import QuadraticCost
 from deltacontrol.theory.control.problem import ControlProblem, Controls
 from deltacontrol.theory.control.systems import LinearDynamics
+from deltacontrol.theory.quadratic.box_qp import box_qp
 from deltacontrol.theory.solvers import Shooting, Solution, Solver, Status, solve
-from deltacontrol.theory.solvers.box_qp import box_qp
 from deltacontrol.theory.solvers.ilqr import DDP, ILQR
 from deltacontrol.theory.solvers.quadratic_model import (
     IndefiniteError,

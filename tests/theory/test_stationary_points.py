@@ -14,8 +14,8 @@ from deltacontrol.theory import (
     solve,
 )
 from deltacontrol.theory.control.problem import Cost
+from deltacontrol.theory.linear.minimum import falling_curvature
 from deltacontrol.theory.solvers import Status, registry
-from deltacontrol.theory.solvers.minimum import falling_curvature
 
 F64 = torch.float64
 SECOND = ("newton-cg", "gauss-newton", "ilqr", "ddp")

@@ -48,7 +48,7 @@ from torch import Tensor
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.linear.curvature import Curvature, GaussNewtonCurvature, HessianCurvature
 from deltacontrol.theory.linear.linearisation import differentiable_attention
-from deltacontrol.theory.solvers.derivatives import evaluate, num_groups, offers, running_costs
+from deltacontrol.theory.quadratic.derivatives import evaluate, num_groups, offers, running_costs
 from deltacontrol.theory.solvers.quadratic_model import (
     IndefiniteError,
     Policy,

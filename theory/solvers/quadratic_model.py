@@ -39,9 +39,9 @@ from torch import Tensor
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.linearisation import differentiable_attention
-from deltacontrol.theory.solvers.box_qp import box_qp, positive_cholesky
-from deltacontrol.theory.solvers.derivatives import Along, hessian, num_groups, one_by_one
-from deltacontrol.theory.solvers.quick_sweep import IndefiniteError, expected_of_one, sweep_of_one
+from deltacontrol.theory.quadratic.box_qp import box_qp, positive_cholesky
+from deltacontrol.theory.quadratic.derivatives import Along, hessian, num_groups, one_by_one
+from deltacontrol.theory.quadratic.quick_sweep import IndefiniteError, expected_of_one, sweep_of_one
 
 __all__ = ["IndefiniteError", "Policy", "QuadraticModel", "sweep"]
 

@@ -29,8 +29,8 @@ from deltacontrol.theory.control.problem import ControlProblem, Controls, Evalua
 from deltacontrol.theory.control.work import Meter, metered
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.curvature import Curvature
+from deltacontrol.theory.linear.minimum import falling_curvature
 from deltacontrol.theory.solvers.checkpoint import Checkpoint
-from deltacontrol.theory.solvers.minimum import falling_curvature
 from deltacontrol.theory.solvers.solution import HISTORY, Iterate, Memory, Solution, Status
 
 __all__ = ["Ending", "Iterate", "Memory", "Report", "Solution", "Solver", "Status", "solve"]
