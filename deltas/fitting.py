@@ -39,6 +39,9 @@ def require_fit(
         if not isinstance(saved, Tensor) or saved.shape != value.shape:
             told = f"has shape {tuple(saved.shape)}" if isinstance(saved, Tensor) else "is none"
             raise InputError(f"control {key} {told}, expected a tensor {tuple(value.shape)}.")
+        if saved.is_meta or saved.layout is not torch.strided or saved.is_complex():
+            kind = "on meta, without values" if saved.is_meta else f"{saved.layout}, {saved.dtype}"
+            raise InputError(f"control {key} is {kind}; expected a dense tensor of real values.")
     for key in fixed:
         if not torch.equal(state[key].cpu(), own[key].cpu()):
             remedy = (

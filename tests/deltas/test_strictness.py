@@ -314,3 +314,20 @@ def test_an_expression_that_backtracks_for_ever_is_refused(monkeypatch, pattern)
     monkeypatch.setattr(patterns, "SECONDS", 0.1)
     with pytest.raises(InputError, match="takes over.*a repetition within a repetition"):
         patterns.match_whole(pattern, "a" * 200)
+
+
+@pytest.mark.parametrize("odd", ["sparse", "meta", "complex"])
+def test_saved_controls_are_dense_and_real(build, odd):
+    model = attach(build("bert"), LoRA(rank=2))
+    state = model.state()
+    name = next(iter(state))
+    made = {
+        "sparse": lambda x: x.to_sparse(),
+        "meta": lambda x: x.to("meta"),
+        "complex": lambda x: x.to(torch.complex64),
+    }
+    before = model.state()
+    with pytest.raises(InputError, match="expected a dense tensor of real values"):
+        model.load(state | {name: made[odd](state[name])})
+    assert all(torch.equal(before[key], value) for key, value in model.state().items())
+    model.detach()

@@ -14,10 +14,12 @@ from deltacontrol.theory import (
     ResidualNetwork,
     TorchOptimiser,
     closed_loop,
+    riccati,
     solve,
 )
 from deltacontrol.theory.bounds import gaussian_kl
 from deltacontrol.theory.control import solved_problems as known
+from deltacontrol.theory.convex.losses import CrossEntropy
 from deltacontrol.theory.dimension.cone_threshold import cross_entropy_threshold
 from deltacontrol.theory.dimension.projections import RANDOM_PROJECTIONS
 from deltacontrol.theory.errors import InputError
@@ -162,3 +164,35 @@ def test_labels_that_are_no_class_numbers_are_refused(labels):
     kernel, logits = torch.eye(4, dtype=F64), torch.zeros(2, 2, dtype=F64)
     with pytest.raises(InputError, match="expected whole numbers from 0 to 1"):
         cross_entropy_threshold(kernel, logits, torch.tensor(labels), 0.2, draws=2)
+
+
+@pytest.mark.parametrize("where", ["A", "B", "Q", "R", "N"])
+def test_a_list_within_the_terms_is_named(where):
+    n, m = N, M
+    terms = {
+        "A": [torch.eye(n, dtype=F64)] * L,
+        "B": [torch.ones(n, m, dtype=F64)] * L,
+        "Q": [torch.eye(n, dtype=F64)] * L,
+        "R": [torch.eye(m, dtype=F64)] * L,
+        "N": [torch.zeros(n, m, dtype=F64)] * L,
+    }
+    terms[where] = [terms[where][0], list(terms[where])]
+    with pytest.raises(InputError, match=f"{where} is list; expected"):
+        riccati(**terms, Qf=torch.eye(n, dtype=F64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_a_law_around_states_that_are_no_numbers_meets_none(dtype):
+    around = AffineFeedback(
+        [torch.zeros(M, N, dtype=F64)] * L,
+        (torch.zeros(M, dtype=F64),) * L,
+        [torch.ones(N).to(dtype)] * L,
+    )
+    with pytest.raises(InputError, match="the states that it was found at"):
+        closed_loop(linear(), around, torch.ones(N, dtype=F64))
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([True, False, True]), torch.ones(3)])
+def test_class_numbers_are_whole(labels):
+    with pytest.raises(InputError, match="class numbers, one per example"):
+        CrossEntropy().targets(labels, (3, 2))

@@ -92,7 +92,8 @@ class CrossEntropy(Loss):
     def targets(self, labels: Tensor, shape: tuple[int, int]) -> np.ndarray:
         """One-hot rows."""
         num_examples, num_classes = shape
-        if labels.is_floating_point() or tuple(labels.shape) != (num_examples,):
+        numbered = not labels.is_floating_point() and labels.dtype != torch.bool
+        if not numbered or tuple(labels.shape) != (num_examples,):
             raise InputError(
                 f"the labels are {labels.dtype} of shape {tuple(labels.shape)}; cross-entropy "
                 f"expects {num_examples} class numbers, one per example (or take "

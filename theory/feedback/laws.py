@@ -142,6 +142,11 @@ class AffineFeedback(FeedbackLaw):
                 f"the state entering step {t} has shape {tuple(x.shape)}; the law was made for "
                 f"{tuple(nominal.shape)}"
             )
+        if not nominal.is_floating_point():
+            raise InputError(
+                f"the state entering step {t} has {x.dtype}, and that of the law {nominal.dtype}; "
+                "give the law the states that it was found at"
+            )
         deviation = x - nominal
         deviation = deviation.reshape(*deviation.shape[: deviation.ndim - axes], K.shape[-1])
         return u + (K @ deviation.unsqueeze(-1)).squeeze(-1)

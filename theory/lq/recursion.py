@@ -86,7 +86,8 @@ def riccati(
     try:
         factor = factorise(A, B, Q, R, Qf, N)
     except InputError:
-        if all(isinstance(terms, Tensor | list | tuple) for terms in (A, B, Q, R, Qf)):
+        given = (A, B, Q, R, [Qf], [] if N is None else N)
+        if all(isinstance(terms, Tensor) or _are_tensors(terms) for terms in given):
             require_finite(2, A=A, B=B, Q=Q, R=R, N=N, Qf=[Qf])
         raise
     if factor.conflicts:
@@ -316,6 +317,10 @@ class _Sweep:
             _inverse=self.inverse,
             _quick=quick,
         )
+
+
+def _are_tensors(terms: object) -> bool:
+    return isinstance(terms, list | tuple) and all(isinstance(term, Tensor) for term in terms)
 
 
 def _root(P: Tensor) -> Tensor | None:
