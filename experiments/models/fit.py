@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
     from deltacontrol.deltas import Delta
 
+_NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
+_COMPUTED = ("inv_freq", "position_ids", "masked_bias", "relative_position_index")
 _GENERIC = re.compile(r"LABEL_\d+")
 _CLASSIFIES = ("ForSequenceClassification", "ForTextClassification")
 SHOWN = 6
+SHORTEST = 8  # tokens of a text that are worth reading
 
 
 def require_positions(
@@ -50,9 +53,9 @@ def require_positions(
     left = usable - sum(number for _, number in taken)
     if max_length > left:
         and_deltas = "".join(f", of which {d} takes {n}" for d, n in taken)
+        tried = f"choose max_length <= {left}" if left >= SHORTEST else "choose shorter prompts"
         raise InputError(
-            f"max_length is {max_length}, but {name} has {usable} positions{and_deltas}; "
-            f"choose max_length <= {left}"
+            f"max_length is {max_length}, but {name} has {usable} positions{and_deltas}; {tried}"
         )
 
 
@@ -66,11 +69,16 @@ def require_tokens(model: PreTrainedModel, name: str, tokens: np.ndarray, pad: i
     rows = len(embedding.weight)
     largest = max(int(tokens.max(initial=0)), pad)
     if largest >= rows:
-        raise InputError(
-            f"the tokenizer of {name} gives the token {largest}, but its embedding has {rows} "
-            "rows; tokens were added without model.resize_token_embeddings(len(tokenizer)). "
-            "Resize and save the model, or bring back its own tokenizer."
-        )
+        raise beyond_embedding(name, largest, rows)
+
+
+def beyond_embedding(name: str, token: int, rows: int) -> InputError:
+    """The error of a token for which the embedding of a model has no row."""
+    return InputError(
+        f"the tokenizer of {name} gives the token {token}, but its embedding has {rows} rows; "
+        "tokens were added without model.resize_token_embeddings(len(tokenizer)). Resize and save "
+        "the model, or bring back its own tokenizer."
+    )
 
 
 def class_order(
@@ -125,7 +133,10 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def say_other_head(
-    built: PreTrainedModel, name: str, reshaped: Mapping[str, Sequence[Sequence[int]]]
+    built: PreTrainedModel,
+    name: str,
+    reshaped: Mapping[str, Sequence[Sequence[int]]],
+    goal: str | None = None,
 ) -> None:
     """Warn of a checkpoint's head of another size or task; `other_head` tells it afterwards.
 
@@ -133,6 +144,7 @@ def say_other_head(
         built: the model, whose ``head_is_drawn`` says whether its head is a new one.
         name: of the model.
         reshaped: the shapes in the checkpoint and in the model of the head's weights that differ.
+        goal: what the checkpoint says that its head was trained for (``problem_type``).
     """
     trained = (built.config.architectures or [""])[0]
     reason = ""
@@ -147,6 +159,57 @@ def say_other_head(
             f"the head of another task ({trained}), whose weights fit by their shapes; the new "
             "task starts from them"
         )
+    elif not built.head_is_drawn and goal not in (None, built.config.problem_type):
+        reason = f"a head for {goal.replace('_', ' ')}, and the new task starts from its weights"
     built.other_head = reason  # type: ignore[assignment] - a plain attribute
     if reason:
         warnings.warn(f"the checkpoint of {name} has {reason}", stacklevel=3)
+
+
+def refuse_left_over(built: PreTrainedModel, unexpected: Iterable[str], name: str) -> None:
+    """Refuse weights that a block of the model has in the checkpoint and not in its config.json.
+
+    They are called as those of a layer that there is, or belong into a block or a module of the
+    backbone that there is, such as the bias of a map that the configuration has without one. Heads
+    of other tasks may be left over, and tables that are computed (masks, frequencies).
+
+    Raises:
+        InputError: names them.
+    """
+    text: Any = built.config.get_text_config()
+    if getattr(text, "num_hidden_layers", 1) == 0:
+        raise InputError(f"the config.json of {name} has no layers (num_hidden_layers 0).")
+    prefix = f"{built.base_model_prefix}."
+    modules = {
+        path.removeprefix(prefix): module for path, module in built.base_model.named_modules()
+    }
+    known = {_NUMBERS.sub("#", key.removeprefix(prefix)) for key in built.state_dict()}
+    further, parts = [], []
+    for key in sorted(unexpected):
+        path = key.removeprefix(prefix)
+        place, _, leaf = path.rpartition(".")
+        numbered = _NUMBERS.search(path)
+        if numbered and _NUMBERS.sub("#", path) in known:
+            further.append(key)
+        elif leaf not in _COMPUTED and _has_place(modules, place, leaf, numbered):
+            parts.append(key)
+    if further:
+        raise InputError(
+            f"the checkpoint of {name} has {len(further)} weights that its config.json leaves out, "
+            f"such as {further[0]} and {further[-1]}; the model would be cut short. Correct the "
+            "number of layers in config.json; if a shorter model is meant, load it with "
+            "transformers and save it (save_pretrained)."
+        )
+    if parts and getattr(built.config, "quantization_config", None) is None:
+        raise InputError(
+            f"the checkpoint of {name} has {len(parts)} weights for which its config.json has no "
+            f"place, such as {parts[0]} and {parts[-1]}; the model would be another one than was "
+            "trained. Is an entry of config.json wrong (a bias, a norm, the type of the model)?"
+        )
+
+
+def _has_place(modules: Mapping[str, Any], place: str, leaf: str, numbered: Any) -> bool:
+    """Whether the left-over weight ``leaf`` of ``place`` belongs to something that there is."""
+    if place in modules:  # a mask that is kept as bias has no weight beside it
+        return bool(place) and (leaf != "bias" or "weight" in modules[place]._parameters)
+    return numbered is not None and place[: numbered.end()] in modules

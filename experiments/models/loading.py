@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +67,7 @@ def build(
             f"or float16 for what is beside them, and pretrained weights, got dtype {dtype} and "
             f"pretrained={pretrained}"
         )
+    goal = getattr(config, "problem_type", None)
     _set_task(config, kind, num_labels, model.name)
     _set_padding(config, tokenizer, model.name)
     auto = getattr(transformers, _CLASSES[kind])
@@ -84,7 +84,7 @@ def build(
         options |= _quantisation(bits, model.name, architecture, config, pretrained=pretrained)
     with _drawn_from(seed), _without_load_report():
         if pretrained:
-            built = _from_checkpoint(auto, model, kind, options)
+            built = _from_checkpoint(auto, model, kind, goal, options)
         else:
             with _reading(model, "the model of its config.json"):
                 built = auto.from_config(options.pop("config"), **options)
@@ -246,11 +246,25 @@ def _set_task(config: PretrainedConfig, kind: str, num_labels: int | None, name:
 
 
 def _set_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Let the model and its tokenizer pad with one token.
+
+    Of decoders it is the tokenizer's: they need it to find the last token of a text, and it can be
+    its end token. Encoders keep their own, for some count positions from it (RoBERTa).
+    """
+    from transformers import AutoModelForMaskedLM
+
+    own = getattr(config, "pad_token_id", None)
+    words = tokenizer.get_vocab().values()
+    if isinstance(own, int) and type(config) in AutoModelForMaskedLM._model_mapping:
+        if tokenizer.pad_token_id != own and own in words:
+            tokenizer.pad_token = str(tokenizer.convert_ids_to_tokens(own))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(f"the tokenizer of {name} has neither a padding nor an end token.")
         tokenizer.pad_token = tokenizer.eos_token
-    # Sequence classifiers on decoders find the last token by this number.
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(rows, int) and tokenizer.pad_token_id >= rows:
+        raise fit.beyond_embedding(name, tokenizer.pad_token_id, rows)
     config.pad_token_id = tokenizer.pad_token_id
 
 
@@ -267,8 +281,9 @@ def _architecture(
 
 
 def _from_checkpoint(
-    auto: Any, model: ResolvedModel, kind: str, options: dict[str, Any]
+    auto: Any, model: ResolvedModel, kind: str, goal: str | None, options: dict[str, Any]
 ) -> PreTrainedModel:
+    """The model with its weights; ``goal`` is what its head was trained for, if it is known."""
     with _reading(model, "its weights"):
         built, report = auto.from_pretrained(
             model.location,
@@ -300,34 +315,15 @@ def _from_checkpoint(
             f"another shape are {shown}{more}. Is config.json of another model, or the checkpoint "
             f"not meant for {kind}?"
         )
-    _refuse_left_over(built, report["unexpected_keys"], model.name)
+    fit.refuse_left_over(built, report["unexpected_keys"], model.name)
     drawn = sorted({*report["missing_keys"], *reshaped} - set(lacking))
     heads = [key for key in drawn if not key.startswith(prefix)]
     built.head_is_drawn = bool(heads)  # type: ignore[assignment] - a plain attribute
     if kind in ("classification", "regression"):
-        fit.say_other_head(built, model.name, {k: reshaped[k] for k in heads if k in reshaped})
-    return built
-
-
-def _refuse_left_over(built: PreTrainedModel, unexpected: Iterable[str], name: str) -> None:
-    """Refuse weights of further layers: they are called as those of a layer that there is."""
-    if getattr(built.config.get_text_config(), "num_hidden_layers", 1) == 0:
-        raise InputError(f"the config.json of {name} has no layers (num_hidden_layers 0).")
-    numbers = re.compile(r"(?<=\.)\d+(?=\.)")
-    prefix = f"{built.base_model_prefix}."
-    known = {numbers.sub("#", key.removeprefix(prefix)) for key in built.state_dict()}
-    left = sorted(
-        key
-        for key in unexpected
-        if numbers.search(key) and numbers.sub("#", key.removeprefix(prefix)) in known
-    )
-    if left:
-        raise InputError(
-            f"the checkpoint of {name} has {len(left)} weights that its config.json leaves out, "
-            f"such as {left[0]} and {left[-1]}; the model would be cut short. Correct the number "
-            "of layers in config.json; if a shorter model is meant, load it with transformers and "
-            "save it (save_pretrained)."
+        fit.say_other_head(
+            built, model.name, {k: reshaped[k] for k in heads if k in reshaped}, goal
         )
+    return built
 
 
 @contextmanager

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 # Whole numbers with at most this many distinct values are read as classes, unless `kind` says else.
 MOST_INTEGER_CLASSES = 50
+# Rows of a split that by chance are hardly of one class, if training has several.
+MANY = 10
 # The column of the second text of a row, where it has two.
 PAIR_COLUMN = "text_pair"
 # Part of a file's digest: raise it when the same file is read as another task.
@@ -111,8 +113,7 @@ def load_file(
             )
         columns["label"] = _column(frame, label_column, "label", path)
     _refuse_blank(frame, columns, path)
-    if "label" in columns:
-        refuse_swallowed(frame, columns["text"], columns["label"], path)
+    refuse_swallowed(frame, columns["text"], columns.get("label"), path)
     rows = frame[list(columns.values())].set_axis(list(columns), axis=1)
     if pairs:
         rows = rows.assign(text_pair=rows[PAIR_COLUMN].fillna(""))
@@ -359,6 +360,13 @@ def _refuse_withheld(rows: pd.DataFrame, path: Path, labels: tuple[str, ...]) ->
             raise InputError(
                 f"{path}: the {name} split has the class {names}, which no row of train has; "
                 "labels that are withheld are not labels. Leave these rows out, or add to train."
+            )
+        if labels and part.nunique() == 1 and of_train.nunique() > 1 and len(part) >= MANY:
+            warnings.warn(
+                f"{path}: all {len(part)} rows of the {name} split have the label "
+                f"{labels[part.iloc[0]]!r}, and those of train have {of_train.nunique()} labels; "
+                "are they withheld?",
+                stacklevel=3,
             )
         if not labels and part.nunique() == 1 and of_train.nunique() > 1 and len(part) > 1:
             raise InputError(

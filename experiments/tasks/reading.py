@@ -25,9 +25,10 @@ import csv
 import json
 import lzma
 import math
+import re
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -95,29 +96,54 @@ def read_rows(path: Path, used: Collection[str] | None = None) -> pd.DataFrame:
     return pd.DataFrame(cells, columns=pd.Index(names), dtype=object)
 
 
-def refuse_swallowed(frame: pd.DataFrame, text: str, label: str, path: Path) -> None:
-    """Refuse a text of a .csv file that holds rows, because a quote before it was not closed.
+def refuse_swallowed(frame: pd.DataFrame, text: str, label: str | None, path: Path) -> None:
+    """Refuse a cell of a .csv file that holds rows, because a quote before it was not closed.
 
     A quote that is opened and not closed takes in all rows up to the next quote, and what results
-    is a proper file. A line inside of a text is taken for a row where it has as many fields as
-    there are columns and, in the place of the label, a label of the file.
+    is a proper file. A line inside of a cell is taken for a row where it has as many fields as
+    there are columns and, in the place of the label, a label of the file; without labels, where
+    each column beside the texts that holds numbers alone, or few different words, would go on so.
 
     Raises:
-        InputError: there is such a text.
+        InputError: there is such a cell.
     """
     if suffix_of(path) != ".csv" or len(frame.columns) < 2:
         return
-    labels, place = set(frame[label]), list(frame.columns).index(label)
-    for value in frame[text][frame[text].str.contains("\n", regex=False, na=False)]:
-        for line in value.splitlines():
-            fields = next(csv.reader([line]), [])
-            if len(fields) == len(frame.columns) and fields[place] in labels:
-                raise _unreadable(
-                    path,
-                    f"a text holds a whole row, {line[:40]!r}: a quote before it is not closed, so "
-                    "that rows are taken for one text. Write a quote inside of a text twice; if "
-                    "the text is meant so, write the file as .jsonl",
-                )
+    broken = {c: frame[c][frame[c].str.contains("\n", regex=False, na=False)] for c in frame}
+    if all(cells.empty for cells in broken.values()):
+        return
+    if label is None:
+        others = {c: _alike(frame[c]) for c in frame if c != text and broken[c].empty}
+    else:
+        others = {label: set(frame[label]).__contains__}
+    places = list(frame.columns)
+    tests = [(places.index(column), test) for column, test in others.items() if test is not None]
+    for column, cells in broken.items():
+        for value in cells:
+            for line in value.splitlines():
+                fields = next(csv.reader([line]), [])
+                if (
+                    tests
+                    and len(fields) == len(places)
+                    and all(fits(fields[place]) for place, fits in tests)
+                ):
+                    raise _unreadable(
+                        path,
+                        f"a cell of {column!r} holds a whole row, {line[:40]!r}: a quote before it "
+                        "is not closed, so that rows are taken for one cell. Write a quote inside "
+                        "of a cell twice; if it is meant so, write the file as .jsonl",
+                    )
+
+
+def _alike(cells: pd.Series) -> Callable[[str], bool] | None:
+    """Whether a field goes on as a column does; None where every cell is another one."""
+    known = cells.dropna()
+    if known.empty:
+        return None
+    if known.str.fullmatch(r"\s*[+-]?[0-9]+(\.[0-9]+)?\s*").all():
+        return lambda field: re.fullmatch(r"\s*[+-]?[0-9]+(\.[0-9]+)?\s*", field) is not None
+    words = set(known)
+    return words.__contains__ if 2 * len(words) <= len(known) else None
 
 
 def _opened(path: Path) -> IO[str]:

@@ -109,6 +109,39 @@ def test_a_quote_that_is_not_closed_swallows_no_rows(
     assert "write the file as .jsonl" in str(caught.value)
 
 
+@pytest.mark.parametrize("place", ["first", "last", "text_pair", "without labels"])
+def test_no_column_swallows_rows(tmp_path: Path, place: str) -> None:
+    """Whichever column the quote is opened in, the rows behind it are not lost in silence."""
+
+    def cell(number: int, plain: str) -> str:
+        return f'"{plain}' if number == 3 else f'{plain}"' if number == 9 else plain
+
+    header, line = {
+        "first": ("title,text,label", "{own},{text},{label}"),
+        "last": ("text,label,comment", "{text},{label},{own}"),
+        "text_pair": ("label,text,text_pair", "{label},{text},{own}"),
+        "without labels": ("id,text", "{number},{own}"),
+    }[place]
+    lines = [
+        line.format(number=i, own=cell(i, f"title {i}"), text=text, label=label)
+        for i, (text, label) in enumerate(rows().itertuples(index=False))
+    ]
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join([header, *lines]) + "\n")
+    with pytest.raises(InputError, match="a quote before it is not closed"):
+        tasks.load(str(path), kind="causal-lm" if place == "without labels" else None)
+
+
+@pytest.mark.parametrize("withheld", ["a", "b"])
+def test_a_test_split_of_one_class_is_said(tmp_path: Path, withheld: str) -> None:
+    frame = rows().assign(split=["train"] * 40 + ["validation"] * 8 + ["test"] * 12)
+    frame.loc[frame["split"] == "test", "label"] = withheld
+    with pytest.warns(
+        UserWarning, match=f"all 12 rows of the test split have the label '{withheld}'"
+    ):
+        reading(frame, tmp_path)
+
+
 def test_texts_of_several_lines_are_read(tmp_path: Path) -> None:
     frame = rows()
     frame.loc[4, "text"] = 'Dear all,\nI liked it, a lot\n"really", b\nbye'
