@@ -7,11 +7,13 @@ the base would act with the controls of the original.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import psutil
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from deltacontrol.deltas.editing.edits import Edits
@@ -51,6 +53,53 @@ def guard(edits: Edits) -> None:
     edits.override("save_pretrained", _refuse(saved))
     edits.override("push_to_hub", _refuse(saved))
     edits.override("__deepcopy__", _refuse(COPIED))
+
+
+@contextmanager
+def first_pass(edits: Edits, again: Callable[[], Any]) -> Iterator[None]:
+    """Watch the first pass of a model with deltas, which shows whether they can act on it at all.
+
+    Args:
+        edits: what the deltas do.
+        again: runs the pass once more.
+
+    Raises:
+        InputError: the pass fails and that of the base alone does not, or no module on which a
+            delta acts is called in it.
+    """
+    called: set[nn.Module] = set()
+    watched = {module for modules in edits.acted_on.values() for module in modules}
+    handles = [
+        module.register_forward_pre_hook(lambda m, _: called.add(m), prepend=True)
+        for module in watched
+    ]
+    name = type(edits.model).__name__
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        try:
+            with torch.no_grad(), edits.suspended():
+                again()
+        except Exception:
+            raise error from None  # the fault is not the deltas'
+        why = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"{', '.join(edits.acted_on)} cannot act on this {name}: the base takes this batch, "
+            f"and with them torch says {why!r}. Choose other sites or layers, or another delta."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    for namespace, modules in edits.acted_on.items():
+        if called.isdisjoint(modules):
+            paths = [p for p, m in edits.model.named_modules() if m in modules]
+            raise InputError(
+                f"{namespace} changes nothing: the forward pass of {name} calls none of the "
+                f"modules on which it acts, such as {paths[0] if paths else name}. Choose other "
+                "sites, or another delta."
+            )
 
 
 def refuse_offloaded(model: PreTrainedModel) -> None:

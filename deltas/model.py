@@ -48,14 +48,20 @@ class DeltaModel(nn.Module):
         self.attachments = attachments
         self.num_base = num_base
         self._host: Host | None = host
+        self._has_acted = False
         self._active = frozenset(attachment.namespace for attachment in attachments)
         self.controls.train(host.model.training)
         self.training = host.model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, under control; `attach` gives it the base's signature."""
-        self.host  # noqa: B018 - fails when detached
-        return self.model(*args, **kwargs)
+        host = self.host  # fails when detached
+        if self._has_acted or host.edits.is_suspended or torch.compiler.is_compiling():
+            return self.model(*args, **kwargs)
+        with guards.first_pass(host.edits, lambda: self.model(*args, **kwargs)):
+            output = self.model(*args, **kwargs)
+        self._has_acted = True
+        return output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate``, under control.

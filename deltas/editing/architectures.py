@@ -271,7 +271,16 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 def _members(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    return [f"{path}.{name}" for name, _ in modules[path].named_children()]
+    """The blocks of a list, those of the lists in it included; a list itself is never called."""
+    children = [f"{path}.{name}" for name, _ in modules[path].named_children()]
+    nested = [isinstance(modules[child], nn.ModuleList) for child in children]
+    if any(nested):
+        return [
+            p
+            for c, n in zip(children, nested, strict=True)
+            for p in (_members(c, modules) if n else [c])
+        ]
+    return children
 
 
 def _depths(config: Any) -> Iterator[int]:

@@ -37,6 +37,7 @@ class Edits:
         shared: control parameters that act on all layers at once.
         replaced: base parameter -> control that stands for it.
         merges: how base parameters take up controls.
+        acted_on: of each namespace, the modules whose inputs or outputs its laws change.
         prefixes: what attention modules see beside their own keys and values.
         is_reparametrised: whether base parameters are functions of controls.
         copies: while several copies of the deltas share a pass.
@@ -52,6 +53,7 @@ class Edits:
         self.shared: list[str] = []
         self.replaced: dict[str, str] = {}
         self.merges: list[Merge] = []
+        self.acted_on: dict[str, list[nn.Module]] = {}
         self.prefixes: list[attention.Prefix] = []
         self.is_reparametrised = False
         self.copies: Copies | None = None
@@ -156,6 +158,7 @@ class Edits:
             changed = copies.output(law, args, state) if copies else law(args, state)
             return with_first_tensor(output, changed)
 
+        self.acted_on.setdefault(self.namespace, []).append(module)
         handle = module.register_forward_hook(hook, prepend=first, with_kwargs=True)
         self._undo.append(handle.remove)
 
@@ -167,6 +170,7 @@ class Edits:
                 return args, kwargs
             return self.copies.call(law, args, kwargs) if self.copies else law(args, kwargs)
 
+        self.acted_on.setdefault(self.namespace, []).append(module)
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def reparametrise(self, names: list[str], values: Callable[[], dict[str, Tensor]]) -> None:

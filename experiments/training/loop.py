@@ -251,6 +251,8 @@ class _Loop:
             penalty=self.delta_model.penalty if self.delta_model.is_penalised else None,
             frozen=self.frozen,
         )
+        if step == self.first:
+            self._require_gradients()
         bound = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
         clipped = self.accelerator.clip_grad_norm_(self.controls.values(), bound)
         norm = float(clipped)  # type: ignore[arg-type]
@@ -277,6 +279,18 @@ class _Loop:
             }
         )
         return "" if finite else divergence(step + 1, loss, norm, rate)
+
+    def _require_gradients(self) -> None:
+        """Refuse a delta of which no control takes part in the loss."""
+        for attachment in self.delta_model.attachments:
+            start = f"{attachment.namespace}."
+            own = [p for name, p in self.controls.items() if name.startswith(start)]
+            if own and all(p.grad is None for p in own):
+                raise InputError(
+                    f"no gradient reaches the controls of {attachment.namespace}: nothing that it "
+                    f"acts on takes part in the loss of {type(self.delta_model.model).__name__} on "
+                    "these data; choose other sites or layers, or another delta"
+                )
 
     def _frozen_states(self, batch: dict[str, Any]) -> None:
         """See on a first example what depends on the controls."""

@@ -6,6 +6,7 @@ Random problems have indefinite ``Q``, ``R``, ``Qf`` and cross terms; a multiple
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from deltacontrol.theory.control.costs import QuadraticCost
 from deltacontrol.theory.control.problem import ControlProblem
 from deltacontrol.theory.control.systems import LinearDynamics
+from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.lq import UnboundedError, riccati
 from deltacontrol.theory.solvers import Status, solve
 from deltacontrol.theory.solvers.riccati import Riccati
@@ -204,3 +206,33 @@ def test_controls_without_curvature_are_bounded_where_the_cost_has_no_slope_alon
         with pytest.raises(UnboundedError, match="slope"):
             riccati(**wider.terms())
         assert solve(wider.problem(), Riccati()).status is Status.UNBOUNDED
+
+
+@pytest.mark.parametrize(("n", "least"), [(3, 1e-8), (3, 3e-9), (4, 1e-8)])
+def test_rounding_of_float32_is_not_called_unbounded(n: int, least: float) -> None:
+    """R > 0, Q = 0 and Qf = I have a minimum; in float32 its pivots drown where R is turned."""
+    draw = torch.Generator().manual_seed(0)
+    turn, _ = torch.linalg.qr(torch.randn(n, n, generator=draw, dtype=torch.float64))
+    reach = turn @ torch.diag(torch.logspace(0, -4, n, dtype=torch.float64))
+    cost = turn @ torch.diag(torch.logspace(0, math.log10(least), n, dtype=torch.float64)) @ turn.T
+    steps = 5
+    terms = [[turn] * steps, [reach] * steps, [torch.zeros_like(turn)] * steps, [cost] * steps]
+    last = torch.eye(n, dtype=torch.float64)
+    riccati(*terms, last)
+    single = [[term.float() for term in each] for each in terms]
+    assert torch.linalg.eigvalsh(single[3][0].double())[0] > 0  # as given it is bounded
+    try:
+        riccati(*single, last.float())
+    except UnboundedError as error:
+        pytest.fail(str(error))
+    except InputError as error:
+        assert "in float64 it has a minimum" in str(error)
+    solution = solve(
+        ControlProblem(
+            LinearDynamics(single[0], single[1]),
+            QuadraticCost(single[2], single[3], last.float()),
+            torch.ones(n),
+        ),
+        Riccati(),
+    )
+    assert solution.status is not Status.UNBOUNDED

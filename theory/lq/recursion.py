@@ -85,6 +85,9 @@ def riccati(
     """
     try:
         factor = factorise(A, B, Q, R, Qf, N)
+    except UnboundedError:
+        require_precision(A, B, Q, R, Qf, N)
+        raise
     except InputError:
         given = (A, B, Q, R, [Qf], [] if N is None else N)
         if all(isinstance(terms, Tensor) or _are_tensors(terms) for terms in given):
@@ -92,6 +95,7 @@ def riccati(
         raise
     if factor.conflicts:
         t = factor.conflicts[0]
+        require_precision(A, B, Q, R, Qf, N)
         raise UnboundedError(
             f"unbounded at step {t}: R + B'PB is singular, and N' + B'PA is not zero on its null "
             "space, along which the cost falls without end from almost every state; add a running "
@@ -316,6 +320,30 @@ class _Sweep:
             _hessians=self.hessians,
             _inverse=self.inverse,
             _quick=quick,
+        )
+
+
+def require_precision(
+    A: Terms, B: Terms, Q: Terms, R: Terms, Qf: Tensor, N: Terms | None = None
+) -> None:
+    """Refuse terms in float32 that are unbounded by their rounding alone: float64 has a minimum.
+
+    Raises:
+        InputError: they are.
+    """
+    if Qf.dtype != torch.float32:
+        return
+    given = (A, B, Q, R, [] if N is None else N)
+    doubles = [x.double() if isinstance(x, Tensor) else [y.double() for y in x] for x in given]
+    try:
+        factor = factorise(*doubles[:4], Qf.double(), None if N is None else doubles[4])
+    except InputError:
+        return
+    if not factor.conflicts:
+        raise InputError(
+            "in float32 this problem cannot be told from an unbounded one, because R + B'PB drowns "
+            "in rounding errors; in float64 it has a minimum: give the terms in float64, or "
+            "rescale them"
         )
 
 

@@ -19,6 +19,7 @@ from deltacontrol.theory.control.systems import LinearDynamics
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.curvature import Curvature, HessianCurvature
 from deltacontrol.theory.lq import LQFactor, LQPolicy, UnboundedError, factorise, riccati
+from deltacontrol.theory.lq.recursion import require_precision
 from deltacontrol.theory.solvers.solving import Ending, Memory, Report, Solver, Status
 
 __all__ = ["LQPolicy", "Riccati", "riccati"]
@@ -68,6 +69,10 @@ class Riccati(Solver):
             try:
                 du = exact.correction(now.gradient)
             except UnboundedError as error:
+                try:
+                    exact.require_precision()
+                except InputError as rounding:
+                    return Ending(Status.LINE_SEARCH_FAILED, str(rounding))
                 return Ending(Status.UNBOUNDED, str(error))
             u, before = tuple(a + b for a, b in zip(u, du, strict=True)), norm
 
@@ -120,6 +125,12 @@ class _Exact:
             )
             factor.policy(r=self._scaled(self.problem.gradient(moved)))
         return factor
+
+    def require_precision(self) -> None:
+        """Refuse a problem that only the rounding of float32 makes unbounded."""
+        dynamics, cost = self.problem.dynamics, self.problem.cost
+        assert isinstance(dynamics, LinearDynamics) and isinstance(cost, QuadraticCost)
+        require_precision(dynamics.A, dynamics.B, cost.Q, cost.R, cost.Qf, cost.N)
 
     def correction(self, gradient: Controls) -> Controls:
         """The exact change of the controls."""
