@@ -102,7 +102,8 @@ def attach(model: PreTrainedModel, *deltas: Delta, seed: int = 0) -> DeltaModel:
                 raise InputError(f"{delta.name} acts nowhere: sites is empty; name a module.")
             expected = delta.num_parameters(host)
             guards.require_memory(delta.name, expected, model)
-            delta.build(host)
+            with guards.allocating(delta.name):
+                delta.build(host)
             added = {n: p for n, p in host.controls.named_parameters() if n not in before}
             count = sum(p.numel() for p in added.values())
             if count != expected:

@@ -128,6 +128,8 @@ class Delta(ABC):
                     f"{self.name}: {field} is {value:g}; expected a number that float32 has, at "
                     f"most {LARGEST:g}."
                 )
+            if field.endswith("std") and isinstance(value, float) and value < 0:
+                raise InputError(f"{self.name}: {field} is {value:g}; expected 0 or more.")
             if value is not given:
                 object.__setattr__(self, field, value)
 

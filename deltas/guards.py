@@ -7,6 +7,7 @@ the base would act with the controls of the original.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -137,6 +138,26 @@ def require_memory(name: str, parameters: int, model: PreTrainedModel) -> None:
             f"{name} would have {parameters:,d} parameters, {parameters * size / 2**30:,.0f} GiB, "
             f"and the memory has {total / 2**30:,.0f} GiB; choose smaller sizes."
         )
+
+
+@contextmanager
+def allocating(name: str) -> Iterator[None]:
+    """Say of a delta whose constants and controls no memory holds that they are too large.
+
+    Raises:
+        InputError: they are.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not out_of_memory and not re.search("allocate memory|not enough memory", str(error)):
+            raise
+        why = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"{name}: its controls or constants are larger than the memory ({why}); choose "
+            "smaller sizes."
+        ) from error
 
 
 def _refuse(message: str) -> Callable[..., NoReturn]:

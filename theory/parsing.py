@@ -113,6 +113,8 @@ def _convert(what: str, name: str, key: str, value: Any, kind: Any) -> Any:
         if str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
         raise error
+    if kind is str and not isinstance(value, str):
+        raise error
     if isinstance(value, bool) or (kind is int and isinstance(value, float) and value % 1):
         raise error
     try:

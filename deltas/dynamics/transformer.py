@@ -299,6 +299,13 @@ def control_problem(
         raise InputError(f"the batch has no 'labels'; it has {', '.join(map(str, batch))}.")
     if not isinstance(labels, torch.Tensor):
         raise InputError(f"the labels are {type(labels).__name__}; expected a tensor.")
+    tokens, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if isinstance(tokens, torch.Tensor) and isinstance(mask, torch.Tensor):
+        if mask.dim() == 2 and mask.shape != tokens.shape:
+            raise InputError(
+                f"the attention_mask has shape {tuple(mask.shape)} and the input_ids "
+                f"{tuple(tokens.shape)}; expected one entry for each token."
+            )
     dynamics = TransformerDynamics(delta_model, _with_decoder_tokens(delta_model.model, batch))
     cost: Cost
     if has_many_labels(delta_model.model, labels):

@@ -86,9 +86,9 @@ def _entries(bibtex: str) -> dict[str, str]:
     return {match[1]: match[0] for match in _ENTRY.finditer(cleandoc(bibtex))}
 
 
-def _methods(given: Any) -> list[type[Delta]]:
-    """The classes of the deltas, and of the deltas that a delta holds."""
-    if given is None:
+def _methods(given: Any, *, within: bool = False) -> list[type[Delta]]:
+    """The classes of the deltas, and of the deltas that a delta holds; ``within`` a list."""
+    if given is None and not within:
         return []
     from deltacontrol.deltas import Delta, parse
     from deltacontrol.deltas.registry import available  # imports torch
@@ -106,7 +106,7 @@ def _methods(given: Any) -> list[type[Delta]]:
                 f"cannot cite {given!r}; expected a record, a delta such as LoRA() or its text, or "
                 "a list of them"
             )
-        return [method for one in given for method in _methods(one)]
+        return [method for one in given for method in _methods(one, within=True)]
     name = str(given.get("name"))
     if name not in available():
         raise unknown("delta", name, available())

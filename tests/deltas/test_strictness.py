@@ -50,7 +50,9 @@ from deltacontrol.deltas import (
     from_dict,
     parse,
     patterns,
+    registry,
 )
+from deltacontrol.deltas.dynamics.transformer import control_problem
 from deltacontrol.deltas.registry import completed
 from deltacontrol.theory.errors import InputError
 from tests.deltas.zoo import FAMILIES, METHODS, P, V, assert_same, batch_of, d, out, snapshot
@@ -330,4 +332,35 @@ def test_saved_controls_are_dense_and_real(build, odd):
     with pytest.raises(InputError, match="expected a dense tensor of real values"):
         model.load(state | {name: made[odd](state[name])})
     assert all(torch.equal(before[key], value) for key, value in model.state().items())
+    model.detach()
+
+
+@pytest.mark.parametrize(
+    "name", [f"{n}={10**13}" for n in ("vera:rank", "randlora:rank", "intrinsic-prompt:length")]
+)
+def test_what_no_memory_holds_is_refused(build, name):
+    """Their constants and their prompts are no parameters, which are counted before."""
+    with pytest.raises(InputError, match=r"larger than the memory|GiB"):
+        attach(build("bert"), registry.parse(name))
+
+
+@pytest.mark.parametrize("wrong", [b"x", None, 3])
+def test_a_site_is_a_text(wrong):
+    with pytest.raises(InputError, match="sites="):
+        registry.delta_of({"name": "lora", "sites": [wrong]})
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_a_deviation_is_not_negative(name):
+    with pytest.raises(InputError, match="init_std is -1; expected 0 or more"):
+        registry.parse(f"{name}:init_std=-1")
+
+
+@pytest.mark.parametrize("rows", [(3, 4), (2, 3), (2, 5)])
+def test_a_mask_fits_its_tokens(build, rows):
+    model = attach(build("bert"), LoRA(rank=2))
+    ids, labels = torch.ones(2, 4, dtype=torch.long), torch.tensor([0, 1])
+    batch = {"input_ids": ids, "attention_mask": torch.ones(rows, dtype=torch.long)}
+    with pytest.raises(InputError, match="expected one entry for each token"):
+        control_problem(model, {**batch, "labels": labels})
     model.detach()

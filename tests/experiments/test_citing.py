@@ -110,3 +110,9 @@ def test_citation_file_cites_the_software() -> None:
     assert f"doi: {entry['doi']}" in reference and entry["title"] in reference
     people = re.findall(r"given-names: ([^,]+), family-names: ([^}]+)\}", reference)
     assert entry["author"].split(" and ") == [f"{family}, {given}" for given, family in people]
+
+
+@pytest.mark.parametrize("wrong", [[None], ["lora", None], [[None]]])
+def test_nothing_within_a_list_is_not_cited(wrong) -> None:
+    with pytest.raises(InputError, match="cannot cite None"):
+        cite(wrong)

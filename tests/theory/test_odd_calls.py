@@ -26,6 +26,7 @@ from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.conjugate_gradients import conjugate_gradients
 from deltacontrol.theory.linear.operator import SymmetricMatrix
 from deltacontrol.theory.rank.expressive_rank import adapted_product
+from deltacontrol.theory.rank.low_rank import numerical_rank
 
 F64 = torch.float64
 N, M, L, BATCH = 3, 2, 2, 4
@@ -196,3 +197,9 @@ def test_a_law_around_states_that_are_no_numbers_meets_none(dtype):
 def test_class_numbers_are_whole(labels):
     with pytest.raises(InputError, match="class numbers, one per example"):
         CrossEntropy().targets(labels, (3, 2))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, -1), (-1, -1)])
+def test_a_matrix_has_sizes(shape):
+    with pytest.raises(InputError, match="expected the two sizes of a matrix"):
+        numerical_rank(torch.ones(2, dtype=F64), shape, 1e-15)

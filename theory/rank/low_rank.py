@@ -98,7 +98,12 @@ def numerical_rank(values: Tensor, shape: tuple[int, int], eps: float) -> int:
         values: the singular values.
         shape: ``(m, n)``.
         eps: relative accuracy of the entries, such as ``torch.finfo(dtype).eps``.
+
+    Raises:
+        InputError: a size below one, or no singular values.
     """
+    if min(shape) < 1:
+        raise InputError(f"shape is {tuple(shape)}; expected the two sizes of a matrix, 1 or more")
     values = _values(values)
     return int((values > max(shape) * eps * values.max()).sum()) if values.max() > 0 else 0
 
