@@ -128,6 +128,8 @@ class Delta(ABC):
                     f"{self.name}: {field} is {value:g}; expected a number that float32 has, at "
                     f"most {LARGEST:g}."
                 )
+            if field == "seed" and isinstance(value, int) and not 0 <= value < 2**63:
+                raise InputError(f"{self.name}: seed is {value}; expected 0 to 2^63 - 1.")
             if field.endswith("std") and isinstance(value, float) and value < 0:
                 raise InputError(f"{self.name}: {field} is {value:g}; expected 0 or more.")
             if value is not given:

@@ -226,7 +226,11 @@ def read(folder: str | Path) -> Saved:
     """
     folder = Path(folder)
     for name in (DESCRIPTION, CONTROLS):
-        if not (folder / name).is_file():
+        try:
+            there = (folder / name).is_file()
+        except OSError as error:  # such as a name that is too long
+            raise InputError(f"{folder} cannot be read: {error.strerror}") from error
+        if not there:
             raise InputError(
                 f"{folder} has no {name}; expected a folder that save() wrote, with {DESCRIPTION} "
                 f"and {CONTROLS}."

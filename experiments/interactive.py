@@ -54,7 +54,7 @@ def finetune(
     InputError: from the configuration, from loading the model or the task, from attaching, or
             at the limit.
     """
-    from deltacontrol.experiments.runs.sweep import run
+    from deltacontrol.experiments.runs.running import run
     from deltacontrol.experiments.training.finetune import FineTuning
     from deltacontrol.experiments.training.rates import default_rate
 
@@ -96,7 +96,7 @@ def estimate_dimension(
     Raises:
         InputError: from the configuration, from a training, or at the limit.
     """
-    from deltacontrol.experiments.runs.sweep import run
+    from deltacontrol.experiments.runs.running import run
     from deltacontrol.experiments.studies.d90.fine_tuning import FineTuningDimension
 
     experiment = FineTuningDimension(model=model, task=task, **options)

@@ -135,8 +135,7 @@ class Setting:
 
         Raises:
             InputError: there is no task, as in `deltacontrol.experiments.tasks.load`, it is not of
-            the kind
-                that is expected, or it has not two classes for the head "ridge" or "words".
+                the kind that is expected, or it has not two classes for "ridge" or "words".
         """
         if self.task is None:
             raise InputError("the setting has no task; give one, such as task='movie'")
@@ -177,8 +176,7 @@ class Setting:
         """The chosen rows of a split, tokenised.
 
         Raises:
-            InputError: as in `frame` and
-            `deltacontrol.experiments.tasks.encoding.encode_rows`.
+            InputError: as in `frame` and `deltacontrol.experiments.tasks.encoding.encode_rows`.
         """
         if name not in self._splits:
             self._splits[name] = self.encode(self.frame(name))
@@ -236,6 +234,12 @@ class Setting:
             InputError: as in `split`, or no rows.
         """
         return self.split(split).batch(rows)
+
+    def take_rows(self, other: Setting) -> None:
+        """Take the rows and tokens of a setting that differs in ``seed`` alone, not made again."""
+        _ = other.encoded
+        self.__dict__["data"] = other.data
+        self._splits.update(other._splits)
 
     # -- model -----------------------------------------------------------------------------------
 
@@ -317,6 +321,11 @@ class Setting:
         from deltacontrol.deltas.registry import delta_of
 
         return [delta_of(delta) for delta in self.deltas]
+
+    def forget_model(self) -> None:
+        """Let the model go; rows and tokens stay."""
+        for name in ("_loaded", "_read_out", "controlled"):
+            self.__dict__.pop(name, None)
 
     def control_problem(
         self,

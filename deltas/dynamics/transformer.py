@@ -299,6 +299,9 @@ def control_problem(
         raise InputError(f"the batch has no 'labels'; it has {', '.join(map(str, batch))}.")
     if not isinstance(labels, torch.Tensor):
         raise InputError(f"the labels are {type(labels).__name__}; expected a tensor.")
+    for name, value in batch.items():
+        if type(value).__module__ == "numpy":
+            raise InputError(f"{name} of the batch is {type(value).__name__}; expected a tensor.")
     tokens, mask = batch.get("input_ids"), batch.get("attention_mask")
     if isinstance(tokens, torch.Tensor) and isinstance(mask, torch.Tensor):
         if mask.dim() == 2 and mask.shape != tokens.shape:

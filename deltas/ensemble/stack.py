@@ -98,6 +98,11 @@ class DeltaStack(nn.Module):
         return dict(self.controls.named_parameters())
 
     @property
+    def fixed_names(self) -> set[str]:
+        """Of what `state` holds, the constants that no training changes."""
+        return self.single.controls.state_dict().keys() - self.single.variables().keys()
+
+    @property
     def rate_factors(self) -> dict[str, float]:
         """As `DeltaModel.rate_factors`."""
         return self.single.rate_factors
@@ -209,13 +214,13 @@ def attach_many(model: PreTrainedModel, *deltas: Delta, seeds: Sequence[int]) ->
                 f"{' and '.join(delta.name for delta in deltas)} cannot be stacked: {reason}. "
                 "Attach and train the copies one after another."
             )
-        states.append({name: value.detach().clone() for name, value in _values(single).items()})
+        states.append({name: value.detach().clone() for name, value in tensors_of(single).items()})
         if len(states) < len(seeds):
             single.detach()
     return DeltaStack(single, seeds, states)
 
 
-def _values(single: DeltaModel) -> dict[str, Tensor]:
+def tensors_of(single: DeltaModel) -> dict[str, Tensor]:
     """All tensors of the controls, those that are not saved as well."""
     return {**single.trainable(), **dict(single.controls.named_buffers())}
 

@@ -51,8 +51,8 @@ from deltacontrol.experiments.benchmarks.contest import (
 from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.setting import Setting
 from deltacontrol.experiments.training.devices import choose_device, choose_precision
-from deltacontrol.experiments.training.ensemble import Loop
 from deltacontrol.experiments.training.settings import Settings
+from deltacontrol.experiments.training.together.loop import Loop
 from deltacontrol.theory.errors import InputError
 
 Part = Literal["peft", "memory", "caching", "together"]

@@ -62,7 +62,7 @@ class Dimension(FineTuningDimension):
 
     def run(self) -> int:
         """Search, record, print, draw; exit code 1 where no dimension could be told."""
-        from deltacontrol.experiments.runs.sweep import run
+        from deltacontrol.experiments.runs.running import run
 
         require_minutes(self.limit_minutes)
         names = [f.name for f in fields(FineTuningDimension)]

@@ -64,7 +64,7 @@ class Finetune(FineTuning):
 
     def run(self) -> int:
         """Train, record, print; exit code 1 after a divergence."""
-        from deltacontrol.experiments.runs.sweep import run
+        from deltacontrol.experiments.runs.running import run
 
         require_minutes(self.limit_minutes)
         experiment = FineTuning(**{f.name: getattr(self, f.name) for f in fields(FineTuning)})

@@ -46,7 +46,7 @@ class ImportPeft(ImportedAdapter):
 
     def run(self) -> None:
         """Import, evaluate, record, print."""
-        from deltacontrol.experiments.runs.sweep import run
+        from deltacontrol.experiments.runs.running import run
 
         names = [f.name for f in fields(ImportedAdapter)]
         experiment = ImportedAdapter(**{name: getattr(self, name) for name in names})

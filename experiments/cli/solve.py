@@ -42,7 +42,7 @@ class SolveCommand(Solve):
 
     def run(self) -> int:
         """Solve, record, print; exit code 1 where the solver did not converge."""
-        from deltacontrol.experiments.runs.sweep import run
+        from deltacontrol.experiments.runs.running import run
 
         require_minutes(self.limit_minutes)
         experiment = Solve(**{f.name: getattr(self, f.name) for f in fields(Solve)})

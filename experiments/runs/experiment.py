@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -76,6 +76,10 @@ class PausedError(Exception):
         self.metrics = dict(metrics)
 
 
+class SeparatelyError(Exception):
+    """Experiments cannot share a pass; the text is the reason."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run hands back.
@@ -137,6 +141,21 @@ class Experiment(ABC):
     @abstractmethod
     def execute(self, workspace: Workspace) -> Outcome:
         """Run, using `workspace.folder` for anything a later attempt may continue from."""
+
+    def company(self) -> Mapping[str, Any] | None:
+        """What experiments have to share so that one pass may serve them; None is alone."""
+        return None
+
+    @classmethod
+    def execute_together(
+        cls, experiments: Sequence[Self], workspaces: Sequence[Workspace]
+    ) -> list[Outcome | PausedError]:
+        """Run several of one `company` in one pass, each in its workspace.
+
+        Raises:
+            SeparatelyError: that is not possible after all; run them one after another.
+        """
+        raise SeparatelyError(f"{cls.kind} runs share nothing")
 
     def digests(self) -> Digests:
         """Digests of the fields ``model`` and ``task``, where there are such, without fetching."""

@@ -1,46 +1,41 @@
-"""Running experiments: one, or many at a time.
+"""Running many experiments at a time.
 
-Each run has its own process, so that its memory and its random numbers are its own. A run that is
-recorded is not repeated; one that was killed goes on from its checkpoint. Several sweeps may work
-on one store, also from several machines: a lock per run keeps them from computing one run twice.
+A run has its own process, so that its memory and its random numbers are its own; runs that differ
+in seed and learning rate alone may share one (`running`). A run that is recorded is not repeated;
+one that was killed goes on from its checkpoint. Several sweeps may work on one store, also from
+several machines: a lock per run keeps them from computing one run twice.
 """
 
 from __future__ import annotations
 
+import math
 import os
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from deltacontrol.experiments.runs import failures
-from deltacontrol.experiments.runs.experiment import Digests, PausedError, digests_of
 from deltacontrol.experiments.runs.interrupts import (
     LIMIT_MINUTES,
-    LimitError,
-    limited,
     require_minutes,
 )
 from deltacontrol.experiments.runs.processes import Processes
 from deltacontrol.experiments.runs.provenance import usable_cores
+from deltacontrol.experiments.runs.running import MOST, companies, locked, run, run_together
 from deltacontrol.experiments.runs.store import (
     Experiment,
-    Outcome,
     Record,
     RunStore,
-    Workspace,
     unwritable,
 )
 from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError
+
+__all__ = ["default_workers", "run", "run_all", "threads_each"]
 
 PRELOADED = (
     "torch",
@@ -55,131 +50,6 @@ PRELOADED = (
 WAIT_SECONDS = 1.0  # until it is looked again whether another sweep is done with a run
 
 
-def run(
-    experiment: Experiment,
-    store: RunStore,
-    *,
-    progress: bool = True,
-    block: bool = True,
-    checkpoint_seconds: float = 30.0,
-    limit_minutes: float = LIMIT_MINUTES,
-) -> Record | None:
-    """Run one experiment in this process, unless it is recorded, and return its record.
-
-    Under `accelerate launch` every process calls this, and the first one writes.
-
-    Args:
-        experiment: What to run.
-        store: Where its record is kept.
-        progress: Whether to draw a progress bar.
-        block: Wait for another process that computes the same run; otherwise return None.
-        checkpoint_seconds: Time between checkpoints.
-        limit_minutes: How long it may take, the time that it waits for another process not counted.
-
-    Raises:
-        InputError: From the experiment, because the store cannot be used, because the files of
-            the model, the data or users' code changed during the run, or because it reached its
-            limit: it is saved, the reason is kept with the failures of the store, and the same call
-            with a larger limit goes on.
-    """
-    require_minutes(limit_minutes)
-    found = store.find(experiment)
-    if found is not None:
-        return found
-    digests = digests_of(experiment)
-    unfinished = store.partial(experiment)
-    first = int(os.environ.get("RANK", "0")) == 0
-    with _locked(store, unfinished.name, block) if first else _unlocked() as mine:
-        if not mine:
-            return None
-        found = store.find(experiment) if first else None
-        if found is not None:
-            return found
-        began, worked, started = time.perf_counter(), time.process_time(), datetime.now(UTC)
-        workspace = Workspace(unfinished, progress, checkpoint_seconds, store.root)
-        outcome = _executed(experiment, workspace, limit_minutes, store)
-        if not first:
-            return None
-        _require_unchanged(experiment, digests, unfinished)
-        record = store.write(
-            experiment,
-            outcome.result,
-            outcome.curve,
-            outcome.controls,
-            outcome.earlier_seconds + time.perf_counter() - began,
-            time.process_time() - worked,
-            status=outcome.status,
-            message=outcome.message,
-            started=started,
-            digests=digests,
-        )
-        shutil.rmtree(unfinished, ignore_errors=True)
-        failures.forget(store.root, record.id)
-        return record
-
-
-def advance(experiment: Experiment, store: RunStore, step: int) -> dict[str, float] | None:
-    """Train up to a step before the last one, save, and tell the validation metrics there.
-
-    `run` goes on from there later, and records what an uninterrupted run records.
-
-    Returns:
-        None where the run is recorded, or ended before that step.
-
-    Raises:
-        InputError: as `run`.
-    """
-    if store.find(experiment) is not None:
-        return None
-    unfinished = store.partial(experiment)
-    with _locked(store, unfinished.name, block=True):
-        if store.find(experiment) is not None:
-            return None
-        try:
-            experiment.execute(Workspace(unfinished, False, store=store.root, pause_after=step))
-        except PausedError as paused:
-            return paused.metrics
-    return None
-
-
-def forsake(experiment: Experiment, store: RunStore) -> None:
-    """Throw the checkpoints of an unfinished run away."""
-    with _locked(store, store.partial(experiment).name, block=True):
-        shutil.rmtree(store.partial(experiment), ignore_errors=True)
-
-
-def _executed(
-    experiment: Experiment, workspace: Workspace, limit_minutes: float, store: RunStore
-) -> Outcome:
-    """What the experiment hands back; a limit that it reaches is its failure."""
-    limit = None
-    try:
-        with limited(limit_minutes) as limit:
-            return experiment.execute(workspace)
-    except LimitError as error:
-        if error.limit is not limit:
-            raise  # the limit of the run of which this one is a part
-        try:
-            failures.keep(store.root, store.path(experiment).name, experiment, error.reason)
-        except OSError as unkept:
-            raise unwritable(store.root, unkept) from unkept
-        raise InputError(f"{experiment.label}: {error.reason}") from error
-
-
-def _require_unchanged(experiment: Experiment, before: Digests, unfinished: Path) -> None:
-    """Refuse to record a run under what it may not have read; its checkpoints are worth nothing."""
-    after = digests_of(experiment)
-    names = {"model": "its model", "data": "its data", "code": "the code of your classes"}
-    changed = [text for n, text in names.items() if getattr(before, n) != getattr(after, n)]
-    if changed:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise InputError(
-            f"the files of {' and '.join(changed)} changed while {experiment.label} ran, so that "
-            "nothing tells which of their contents it read; it is not recorded: run it again and "
-            "leave the files as they are meanwhile"
-        )
-
-
 def run_all(
     experiments: Sequence[Experiment],
     store: RunStore,
@@ -189,7 +59,10 @@ def run_all(
     checkpoint_seconds: float = 30.0,
     limit_minutes: float = LIMIT_MINUTES,
 ) -> list[Record]:
-    """Run all experiments that are not recorded yet, one process each.
+    """Run all experiments that are not recorded yet, in processes of their own.
+
+    Runs that differ in seed and learning rate alone share a process, and a pass where a measurement
+    says that it is quicker; their numbers are then those of separate trainings up to rounding.
 
     Args:
         experiments: What to run; equal ones are run once.
@@ -274,28 +147,51 @@ class _Sweep:
 
     def _is_free(self, name: str) -> bool:
         """Whether no other sweep computes a run now: it is recorded, or was given up."""
-        with _locked(self.store, name, block=False) as mine:
+        with locked(self.store, name, block=False) as mine:
             return mine
 
     def _do(self, names: list[str]) -> list[str]:
-        """Do `names`; returns those that another sweep is computing."""
+        """Do `names`; returns those that another sweep is computing.
+
+        Runs that differ in little share a process and a pass. Where that fails, each is tried by
+        itself, so that only those that cannot be done are given up.
+        """
+        wanted = [self.pending[name] for name in names]
+        own = {id(self.pending[name]): name for name in names}
+        most = min(MOST, math.ceil(len(wanted) / self.workers))
+        groups = [[own[id(e)] for e in group] for group in companies(wanted, most)]
+        busy, again = self._processes(groups)
+        more, _ = self._processes([[name] for name in again])
+        return busy + more
+
+    def _processes(self, groups: list[list[str]]) -> tuple[list[str], list[str]]:
+        """A process for each group; the runs of another sweep, and those to be tried alone."""
         busy: list[str] = []
+        again: list[str] = []
+        largest = max(map(len, groups), default=1)
         processes = Processes(
             _work,
             partial(_begin_worker, self.threads, plugins.sources()),
             workers=self.workers,
-            seconds=60.0 * self.limit_minutes,
+            seconds=60.0 * self.limit_minutes * largest,
             preload=PRELOADED,
         )
         more = self.store, self.checkpoint_seconds, self.limit_minutes
-        for ended in processes.ends({name: (self.pending[name], *more) for name in names}):
-            for name, end in ended.items():
-                if end.failure is None and not end.value:
-                    busy.append(name)
-                else:
-                    self._done(name, end.failure)
+        members = {group[0]: group for group in groups}
+        tasks = {n: ([self.pending[m] for m in group], *more) for n, group in members.items()}
+        for ended in processes.ends(tasks):
+            for first, end in ended.items():
+                group = members[first]
+                if end.failure is not None and len(group) > 1:
+                    again += group
+                    continue
+                for name, recorded in zip(group, end.value or [False] * len(group), strict=True):
+                    if end.failure is None and not recorded:
+                        busy.append(name)
+                    else:
+                        self._done(name, end.failure)
             self._describe(processes.running)
-        return busy
+        return busy, again
 
     def _describe(self, running: list[str]) -> None:
         shown = [self.pending[name].label for name in running[: self.workers]]
@@ -320,38 +216,15 @@ def _begin_worker(threads: int, sources: tuple[str, ...]) -> None:
 
 
 def _work(
-    experiment: Experiment, store: RunStore, checkpoint_seconds: float, limit_minutes: float
-) -> bool:
-    """Whether the run is recorded; else another process computes it."""
-    record = run(
-        experiment,
+    experiments: list[Experiment], store: RunStore, checkpoint_seconds: float, limit_minutes: float
+) -> list[bool]:
+    """Whether each run is recorded; else another process computes it."""
+    records = run_together(
+        experiments,
         store,
         progress=False,
         block=False,
         checkpoint_seconds=checkpoint_seconds,
         limit_minutes=limit_minutes,
     )
-    return record is not None
-
-
-@contextmanager
-def _locked(store: RunStore, name: str, block: bool) -> Iterator[bool]:
-    folder = store.root / ".locks"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{name}.lock", timeout=-1 if block else 0)
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    except OSError as error:
-        raise unwritable(store.root, error) from error
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
-@contextmanager
-def _unlocked() -> Iterator[bool]:
-    yield True
+    return [record is not None for record in records]

@@ -60,15 +60,44 @@ def save(
             tensors[f"{key}/{name}"] = value
     for name, value in (best_controls or {}).items():
         tensors[f"best/{name}"] = value
+    write(folder, progress, tensors)
+
+
+def write(folder: Path, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
+    """Write bookkeeping and tensors; raises `InputError` where they cannot be written."""
     temporary = folder / (FILE + ".new")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(temporary, tensors, metadata={"progress": json.dumps(asdict(progress))})
+        write_tensors(temporary, dict(tensors), metadata={"progress": json.dumps(asdict(progress))})
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, folder / FILE)
     except OSError as error:
         raise unwritable(folder, error) from error
+
+
+def read(folder: Path) -> tuple[Progress, dict[str, Tensor]]:
+    """Bookkeeping and tensors of a checkpoint; fresh and none where there is none.
+
+    Raises:
+        InputError: The checkpoint is damaged.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return Progress(), {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            progress = Progress(**json.loads(file.metadata()["progress"]))
+            return progress, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: Exception) -> InputError:
+    return InputError(
+        f"the checkpoint {folder / FILE} cannot be used: {error}; delete the folder {folder} to "
+        "begin this run anew"
+    )
 
 
 def load(
@@ -84,13 +113,10 @@ def load(
     Raises:
         InputError: The checkpoint is damaged or belongs to other controls.
     """
-    path = folder / FILE
-    if not path.exists():
-        return Progress(), None
+    progress, tensors = read(folder)
+    if not tensors:
+        return progress, None
     try:
-        with safe_open(path, framework="pt") as file:
-            progress = Progress(**json.loads(file.metadata()["progress"]))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         moments: dict[str, dict[str, Tensor]] = {}
         for place, value in tensors.items():
             key, _, name = place.partition("/")
@@ -106,9 +132,6 @@ def load(
                     for key, value in state.items()
                 }
     except Exception as error:
-        raise InputError(
-            f"the checkpoint {path} cannot be used: {error}; "
-            f"delete the folder {folder} to begin this run anew"
-        ) from error
+        raise _unusable(folder, error) from error
     best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
     return progress, best or None

@@ -7,8 +7,10 @@ its `DeltaModel`, and leave it trained.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,11 +69,6 @@ def fine_tune(
     in_half = setting.dtype == "bfloat16"
     if in_half:  # steps smaller than a rounding of bfloat16 are not lost
         model.controls.float()
-
-    def metrics(module: Any, split: str) -> dict[str, float]:
-        return evaluate(module, encoded.eval_batches(split, batch_size), task.kind)
-
-    monitor, larger_is_better = MONITORED[task.kind]
     solver = options.solver()
     if solver is not None:
         trained = _by_solver(setting, solver, options, workspace)
@@ -80,32 +77,57 @@ def fine_tune(
         train: Any = stages.train_in_turn if sequential else training.train
         trained = train(
             model,
-            _TrainingBatches(encoded, options.seed, batch_size),
-            Settings.of(
-                options,
-                kind=task.kind,
-                monitor=monitor,
-                larger_is_better=larger_is_better,
-                checkpoint_seconds=workspace.checkpoint_seconds,
-            ),
-            evaluate=lambda module: metrics(module, "validation"),
+            TrainingBatches(encoded, options.seed, batch_size),
+            training_settings(options, task.kind, workspace.checkpoint_seconds),
+            evaluate=partial(metrics_on, setting, "validation", batch_size),
             checkpoint_dir=workspace.folder,
             progress=workspace.progress,
             **paused,
         )
-    measures = trained.measures
     if in_half:
         model.controls.bfloat16()
-    if trained.status == "diverged":
-        final = dict.fromkeys(METRICS[task.kind])
-    else:
-        with autocast(measures["precision"], measures["device"]):
-            final = metrics(model, evaluate_on)
+    with autocast(trained.measures["precision"], trained.measures["device"]):
+        return outcome_of(
+            setting,
+            trained,
+            evaluate_on,
+            model,
+            lambda split: metrics_on(setting, split, batch_size, model),
+        )
+
+
+def training_settings(options: Options, kind: str, checkpoint_seconds: float) -> Settings:
+    """The settings of the loop for a task of that kind."""
+    monitor, larger_is_better = MONITORED[kind]
+    return Settings.of(
+        options,
+        kind=kind,
+        monitor=monitor,
+        larger_is_better=larger_is_better,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+
+
+def metrics_on(setting: Setting, split: str, batch_size: int, module: Any) -> dict[str, float]:
+    """Metrics of a model on a split of a setting's rows."""
+    return evaluate(module, setting.encoded.eval_batches(split, batch_size), setting.data.kind)
+
+
+def outcome_of(
+    setting: Setting,
+    trained: TrainingResult,
+    evaluate_on: str,
+    model: DeltaModel,
+    metrics: Callable[[str], dict[str, float]],
+) -> Outcome:
+    """What a training hands back, its metrics on ``evaluate_on`` among it; none if it diverged."""
+    task, measures, diverged = setting.data, trained.measures, trained.status == "diverged"
+    final = dict.fromkeys(METRICS[task.kind]) if diverged else metrics(evaluate_on)
     best = {}
     if trained.best is not None:
-        best[f"best_validation_{monitor}"] = trained.best["value"]
+        best[f"best_validation_{MONITORED[task.kind][0]}"] = trained.best["value"]
         best["best_validation_step"] = int(trained.best["step"])
-    evaluated = encoded.split(evaluate_on)
+    evaluated = setting.split(evaluate_on)
     return Outcome(
         status=trained.status,
         result={
@@ -284,15 +306,19 @@ def _by_solver(
 
 
 @dataclass(frozen=True)
-class _TrainingBatches:
+class TrainingBatches:
+    """The batches of a run: a function of its seed and the step."""
+
     encoded: Encoded
     seed: int
     batch_size: int
 
     def batch(self, step: int) -> dict[str, Any]:
+        """The batch of a step."""
         return self.encoded.training_batch(step, seed=self.seed, batch_size=self.batch_size)
 
     def examples(self, step: int) -> Tensor:
+        """The numbers of its rows."""
         rows = self.encoded.training_rows(step, seed=self.seed, batch_size=self.batch_size)
         return torch.from_numpy(rows)
 

@@ -5,13 +5,19 @@ What it does stands in `deltacontrol.experiments.training.execution`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from deltacontrol.experiments.runs.experiment import Experiment, Outcome, Workspace
+from deltacontrol.experiments.runs.experiment import (
+    Experiment,
+    Outcome,
+    PausedError,
+    SeparatelyError,
+    Workspace,
+)
 from deltacontrol.experiments.setting import Setting
 from deltacontrol.experiments.training.rates import default_rate
 from deltacontrol.experiments.training.settings import (
@@ -216,6 +222,25 @@ class FineTuning(Options, Subject):
                 f"the GPU's memory is too small for {self.label}; try a larger grad_accumulation, "
                 "gradient_checkpointing, a smaller max_length or a smaller batch_size"
             ) from error
+
+    def company(self) -> Mapping[str, Any] | None:
+        """All but seed and learning rate, where copies can be trained in one pass."""
+        from deltacontrol.experiments.training.together.runs import company
+
+        return company(self)
+
+    @classmethod
+    def execute_together(
+        cls, experiments: Sequence[FineTuning], workspaces: Sequence[Workspace]
+    ) -> list[Outcome | PausedError]:
+        """Train and evaluate copies that differ in seed and learning rate."""
+        from deltacontrol.deltas.ensemble.stack import UnstackableError
+        from deltacontrol.experiments.training.together.runs import fine_tune_together
+
+        try:
+            return fine_tune_together(experiments, workspaces)
+        except UnstackableError as error:
+            raise SeparatelyError(str(error)) from error
 
     def setting(self, **rows: Any) -> Setting:
         """The model with its deltas before training, and the rows; made anew at every call."""

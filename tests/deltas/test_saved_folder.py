@@ -356,3 +356,8 @@ class TestTheFolder:
         with pytest.raises(InputError, match="were detached"):
             tuned.save(tmp_path / "saved")
         assert not (tmp_path / "saved").exists()
+
+
+def test_a_folder_whose_name_is_too_long_is_named():
+    with pytest.raises(InputError, match="cannot be read: File name too long"):
+        load(build("bert"), "a" * 300)

@@ -364,3 +364,19 @@ def test_a_mask_fits_its_tokens(build, rows):
     with pytest.raises(InputError, match="expected one entry for each token"):
         control_problem(model, {**batch, "labels": labels})
     model.detach()
+
+
+@pytest.mark.parametrize("name", ["randlora", "fourierft"])
+@pytest.mark.parametrize("seed", [-1, -(2**70), 2**63])
+def test_a_seed_of_a_delta_is_one(name, seed):
+    with pytest.raises(InputError, match="seed is"):
+        registry.delta_of({"name": name, "seed": seed})
+
+
+def test_an_array_in_a_batch_is_named(build):
+    model = attach(build("bert"), LoRA(rank=2))
+    ids = torch.ones(2, 4, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": ids.numpy(), "labels": torch.tensor([0, 1])}
+    with pytest.raises(InputError, match="attention_mask of the batch is ndarray"):
+        control_problem(model, batch)
+    model.detach()

@@ -59,14 +59,14 @@ def ending(monkeypatch):
     """Makes the batch of one step, in any run, take the time that was left."""
 
     def at(number):
-        batch = execution._TrainingBatches.batch
+        batch = execution.TrainingBatches.batch
 
         def slow(self, step):
             if step == number:
                 end_time()
             return batch(self, step)
 
-        monkeypatch.setattr(execution._TrainingBatches, "batch", slow)
+        monkeypatch.setattr(execution.TrainingBatches, "batch", slow)
 
     return at
 

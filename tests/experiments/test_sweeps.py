@@ -214,7 +214,7 @@ def test_two_sweeps_on_one_store_compute_each_run_once(toy, store):
 def test_waiting_for_another_sweep_takes_no_process_and_no_time_of_the_limit(
     toy, store, monkeypatch
 ):
-    others = sweeps._locked(store, store.path(toy("b")).name, block=False)
+    others = sweeps.locked(store, store.path(toy("b")).name, block=False)
     assert others.__enter__()
     alive_then = []
 

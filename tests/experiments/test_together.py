@@ -26,9 +26,10 @@ from deltacontrol.deltas import (
     StateBasedTuning,
     Subspace,
 )
-from deltacontrol.experiments.training import ensemble as together
-from deltacontrol.experiments.training.ensemble import join, train_many
 from deltacontrol.experiments.training.settings import Settings
+from deltacontrol.experiments.training.together import copies as together
+from deltacontrol.experiments.training.together import train_many
+from deltacontrol.experiments.training.together.loop import join
 from deltacontrol.theory.errors import InputError
 
 VOCABULARY, WIDTH, STEPS = 50, 16, 6

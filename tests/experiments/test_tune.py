@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from deltacontrol.experiments.cli import main as cli
+from deltacontrol.experiments.runs.running import advance, run_together
 from deltacontrol.experiments.runs.store import RunStore
-from deltacontrol.experiments.runs.sweep import advance, run
+from deltacontrol.experiments.runs.sweep import run
 from deltacontrol.experiments.studies.learning_rates.search import RateSearch
 from deltacontrol.theory.errors import InputError
 from tests import tiny_model
@@ -29,10 +30,10 @@ def search(tmp_path):
 def test_the_rest_of_a_paused_training_is_the_uninterrupted_one(search, tmp_path) -> None:
     one, store = search().training(1e-2, 0), RunStore(tmp_path / "a")
     whole = run(one, RunStore(tmp_path / "b"), progress=False)
-    metrics = advance(one, store, 8)
+    (metrics,) = advance([one], store, 8)
     assert metrics is not None and {"accuracy", "loss"} <= metrics.keys()
     assert store.find(one) is None and store.partial(one).is_dir()
-    assert advance(one, store, 8) == metrics  # nothing is trained again
+    assert advance([one], store, 8) == [metrics]  # nothing is trained again
     record = run(one, store, progress=False)
     assert record is not None and whole is not None and record.id == whole.id
     assert record.result["accuracy"] == whole.result["accuracy"]
@@ -40,7 +41,7 @@ def test_the_rest_of_a_paused_training_is_the_uninterrupted_one(search, tmp_path
         assert record.curve()[column].tolist() == whole.curve()[column].tolist()
     for name, value in whole.controls().items():
         assert (record.controls()[name] == value).all()
-    assert not store.partial(one).exists() and advance(one, store, 8) is None
+    assert not store.partial(one).exists() and advance([one], store, 8) == [None]
 
 
 @pytest.mark.slow
@@ -63,27 +64,26 @@ def test_hopeless_rates_are_given_up_and_the_choice_is_that_of_all(search, tmp_p
 
 @pytest.mark.slow
 def test_an_interrupted_search_goes_on_with_what_it_saw(search, tmp_path, monkeypatch) -> None:
-    from deltacontrol.experiments.runs import sweep
+    from deltacontrol.experiments.runs import running
 
     calm = run(search(), RunStore(tmp_path / "calm"), progress=False)
     store, looked = RunStore(tmp_path / "runs"), []
 
-    def watched(experiment, where, step):
-        looked.append(experiment.learning_rate)
-        return advance(experiment, where, step)
+    def watched(experiments, where, step):
+        looked.extend(experiment.learning_rate for experiment in experiments)
+        return advance(experiments, where, step)
 
-    def stopping(experiment, *args, **kwargs):
-        if isinstance(experiment, type(search().training(1e-2, 0))) and len(store.records()) == 3:
-            raise KeyboardInterrupt
-        return run(experiment, *args, **kwargs)
+    def stopping(experiments, *args, **kwargs):
+        run_together(experiments[:3], *args, **kwargs)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "advance", watched)
-        patch.setattr(sweep, "run", stopping)
+        patch.setattr(running, "advance", watched)
+        patch.setattr(running, "run_together", stopping)
         with pytest.raises(KeyboardInterrupt):
             run(search(), store, progress=False)
     assert len(looked) == 8 and len(store.records()) == 3
-    monkeypatch.setattr(sweep, "advance", watched)
+    monkeypatch.setattr(running, "advance", watched)
     record = run(search(), store, progress=False)
     assert len(looked) == 8  # no look is taken again, though three trainings are recorded now
     assert record is not None and calm is not None and record.result == calm.result

@@ -27,6 +27,7 @@ from deltacontrol.theory.linear.conjugate_gradients import conjugate_gradients
 from deltacontrol.theory.linear.operator import SymmetricMatrix
 from deltacontrol.theory.rank.expressive_rank import adapted_product
 from deltacontrol.theory.rank.low_rank import numerical_rank
+from deltacontrol.theory.solvers import registry
 
 F64 = torch.float64
 N, M, L, BATCH = 3, 2, 2, 4
@@ -203,3 +204,22 @@ def test_class_numbers_are_whole(labels):
 def test_a_matrix_has_sizes(shape):
     with pytest.raises(InputError, match="expected the two sizes of a matrix"):
         numerical_rank(torch.ones(2, dtype=F64), shape, 1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_states_and_controls_have_one_dtype(dtype):
+    problem = ControlProblem(
+        linear(),
+        QuadraticCost(
+            [torch.eye(N, dtype=F64)] * L, [torch.eye(M, dtype=F64)] * L, torch.eye(N, dtype=F64)
+        ),
+        torch.ones(N, dtype=dtype),
+    )
+    with pytest.raises(InputError, match="give both one dtype"):
+        problem.gradient((torch.zeros(M, dtype=F64),) * L)
+
+
+@pytest.mark.parametrize("text", ["rprop:etas=-0.0,lr=0.01", "adam:betas=0.9"])
+def test_options_of_too_few_numbers_are_named(text):
+    with pytest.raises(InputError, match="the solver .* cannot be made|betas"):
+        registry.parse(text)

@@ -253,6 +253,11 @@ class ControlProblem:
             if not u_t.is_floating_point() or u_t.is_meta:
                 found = "lies on meta, without values" if u_t.is_meta else f"has dtype {u_t.dtype}"
                 raise InputError(f"control at step {t} {found}; expected floats")
+            if self.x0.is_floating_point() and u_t.dtype != self.x0.dtype:
+                raise InputError(
+                    f"control at step {t} has dtype {u_t.dtype} and the initial state "
+                    f"{self.x0.dtype}; give both one dtype"
+                )
 
     def rollout(self, u: Controls) -> list[Tensor]:
         """The states ``x_0, ..., x_L`` (a list of length ``horizon + 1``)."""

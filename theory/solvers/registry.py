@@ -129,7 +129,7 @@ def make(name: str, values: Mapping[str, Any]) -> Solver:
         solver = TorchOptimiser(kind, **(own | found))
         try:
             kind([torch.nn.Parameter(torch.zeros(2, 2))], **solver.options)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, LookupError, RuntimeError) as error:
             raise InputError(f"the solver {name} cannot be made: {error}") from error
         return solver
     for key, (hint, _) in parsing.fields_of(kind).items():

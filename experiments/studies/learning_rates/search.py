@@ -121,8 +121,8 @@ class RateSearch(Subject):
         import pandas as pd
         from tqdm.auto import tqdm
 
+        from deltacontrol.experiments.runs.running import MOST, advance, forsake, run_together
         from deltacontrol.experiments.runs.store import RunStore
-        from deltacontrol.experiments.runs.sweep import advance, forsake, run
 
         store = RunStore(workspace.store or workspace.folder / "runs", keep_controls=False)
         seeds = range(self.seed, self.seed + self.seeds)
@@ -133,24 +133,32 @@ class RateSearch(Subject):
         with tqdm(desc=self.label, unit="training", disable=not workspace.progress) as bar:
             bar.total = len(rows) + self.keep * self.seeds if early else len(rows)
             if early:
-                for rate, seed in rows:
-                    if (rate, seed) not in looks:
-                        looks[rate, seed] = advance(self.training(rate, seed), store, first)
-                    found = looks[rate, seed]
+                waiting = [key for key in rows if key not in looks]
+                bar.update(len(rows) - len(waiting))
+                for start in range(0, len(waiting), MOST):
+                    some = waiting[start : start + MOST]
+                    metrics = advance([self.training(*key) for key in some], store, first)
+                    for key, found in zip(some, metrics, strict=True):
+                        looks[key] = found
+                    bar.update(len(some))
+                for key, found in looks.items():
                     if found:
-                        rows[rate, seed][f"{_monitored(found)}_at_look"] = found[_monitored(found)]
-                    bar.update()
+                        rows[key][f"{_monitored(found)}_at_look"] = found[_monitored(found)]
                 kept = self._kept(looks, store)
             ends: dict[float, list[dict[str, float] | None]] = {}
-            for rate in kept:
-                for seed in seeds:
-                    record = _recorded(run(self.training(rate, seed), store, progress=False))
-                    found = _metrics(record)
-                    ends.setdefault(rate, []).append(found)
-                    rows[rate, seed]["run"] = record.id
+            finals = [(rate, seed) for rate in kept for seed in seeds]
+            for start in range(0, len(finals), MOST):
+                some = finals[start : start + MOST]
+                trainings = [self.training(*key) for key in some]
+                for key, record in zip(
+                    some, run_together(trainings, store, progress=False), strict=True
+                ):
+                    found = _metrics(_recorded(record))
+                    ends.setdefault(key[0], []).append(found)
+                    rows[key]["run"] = _recorded(record).id
                     if found:
-                        rows[rate, seed][_monitored(found)] = found[_monitored(found)]
-                    bar.update()
+                        rows[key][_monitored(found)] = found[_monitored(found)]
+                bar.update(len(some))
         for rate in set(self.rates) - set(kept):
             for seed in seeds:
                 forsake(self.training(rate, seed), store)

@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from deltacontrol.deltas import Delta, DeltaStack, attach, attach_many
+from deltacontrol.deltas import DeltaStack
 from deltacontrol.deltas.ensemble.stack import UnstackableError
+from deltacontrol.experiments.runs.interrupts import deferred
 from deltacontrol.experiments.training import checkpoints
 from deltacontrol.experiments.training import devices as resources
 from deltacontrol.experiments.training import loop as training
@@ -36,16 +39,10 @@ from deltacontrol.experiments.training.schedules import learning_rate
 from deltacontrol.experiments.training.settings import Settings
 from deltacontrol.theory.errors import InputError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-OWN = ("learning_rate", "seed")  # what may differ from copy to copy
-ALONE = (
-    *("optimiser", "grad_accumulation", "gradient_checkpointing", "cache_frozen", "dropout"),
-    "eval_every",
-)
 BETAS, EPS = (0.9, 0.999), 1e-8
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW calls them
 ROWS = 2048  # tokens of a pass from which on larger matrix products hardly gain
+MOST_ROWS = 4 * ROWS  # of which larger groups are not tried: they need memory
 
 
 @dataclass(frozen=True)
@@ -64,88 +61,18 @@ class ManyResult:
     reason: str = ""
 
 
-def train_many(
-    model: PreTrainedModel,
-    deltas: Sequence[Delta],
-    data: Sequence[Batches],
-    settings: Sequence[Settings],
-    *,
-    group: int | None = None,
-    progress: bool = True,
-) -> ManyResult:
-    """Train one copy of the deltas for each of ``settings``, and give the model back without them.
+class Loop:
+    """A training of all copies of a stack, and its single steps.
 
     Args:
-        model: the base model.
-        deltas: what each copy consists of.
-        data: the batches of each copy, all with the same number of examples.
-        settings: of each copy; they may differ in seed, which is also that of the initial values,
-            and in learning rate.
-        group: how many copies share a pass; None measures what is fastest.
-        progress: whether to draw a progress bar.
-
-    Raises:
-        InputError: numbers that do not fit, settings that differ in more, or from attaching.
+        stack: the copies on their model.
+        data: the batches of each copy.
+        settings: of each copy.
+        device: "cpu" or "cuda".
+        folders: where each copy keeps its checkpoint, in the form of a training alone; those that
+            are there are continued from, all at the same step.
+        evaluate: metrics of the model on validation rows, for ``eval_every``.
     """
-    if len(data) != len(settings) or not settings:
-        raise InputError(
-            f"train_many got data for {len(data)} copies and settings for {len(settings)}; give "
-            "one of each for every copy."
-        )
-    for field in fields(Settings):
-        if field.name not in OWN and len({getattr(s, field.name) for s in settings}) > 1:
-            raise InputError(
-                f"copies that are trained together have one {field.name}; they may differ in "
-                f"{' and '.join(OWN)}."
-            )
-    if group is not None and not 1 <= group <= len(settings):
-        raise InputError(f"group is {group}; expected 1 to {len(settings)}, the number of copies.")
-    reason = _obstacle(settings[0])
-    if not reason:
-        device = resources.choose_device(settings[0].device)
-        try:
-            stack = attach_many(model.to(device), *deltas, seeds=[s.seed for s in settings])  # type: ignore[arg-type]
-        except UnstackableError as error:
-            reason = str(error)
-        else:
-            try:
-                found = Loop(stack, data, settings, device).train(group, progress)
-            finally:
-                stack.detach()
-            if found is not None:
-                return found
-            reason = "the controls or the model draw random numbers in training"
-    return ManyResult(_one_after_another(model, deltas, data, settings, progress), 1, reason)
-
-
-def _obstacle(settings: Settings) -> str:
-    """The setting that asks for a training of its own."""
-    plain = Settings(steps=1, learning_rate=1.0)
-    for name in ALONE:
-        if getattr(settings, name) != getattr(plain, name):
-            return f"{name} is set"
-    return ""
-
-
-def _one_after_another(
-    model: PreTrainedModel,
-    deltas: Sequence[Delta],
-    data: Sequence[Batches],
-    settings: Sequence[Settings],
-    progress: bool,
-) -> tuple[TrainingResult, ...]:
-    results = []
-    for batches, own in zip(data, settings, strict=True):
-        controlled = attach(model, *deltas, seed=own.seed)
-        try:
-            results.append(training.train(controlled, batches, own, progress=progress))
-        finally:
-            controlled.detach()
-    return tuple(results)
-
-
-class Loop:
-    """A training of all copies of a stack, and its single steps."""
 
     def __init__(
         self,
@@ -153,9 +80,12 @@ class Loop:
         data: Sequence[Batches],
         settings: Sequence[Settings],
         device: str,
+        *,
+        folders: Sequence[Path] = (),
+        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     ) -> None:
         self.stack, self.data, self.settings = stack, data, settings
-        self.device = device
+        self.device, self.folders, self.evaluate = device, folders, evaluate
         self.precision = resources.choose_precision(settings[0].precision, device)
         self.controls = stack.trainable()
         for parameter in self.controls.values():
@@ -165,29 +95,114 @@ class Loop:
         }
         self.runs = [checkpoints.Progress() for _ in settings]
         self.messages = ["" for _ in settings]
+        self.first = self._resume()
+        self.earlier = [run.seconds for run in self.runs]
 
-    def train(self, group: int | None, progress: bool) -> ManyResult | None:
-        """The result; None where randomness would make it another one than each copy's own."""
+    def train(
+        self, group: int | None, progress: bool, until: int | None = None
+    ) -> ManyResult | None:
+        """The result; None where randomness would make it another one than each copy's own.
+
+        Args:
+            group: how many copies share a pass; None measures what is fastest.
+            progress: whether to draw a progress bar.
+            until: a step before the last one behind which all are saved, and the result ends.
+        """
         count, steps = self.stack.num_copies, self.settings[0].steps
         memory = resources.PeakMemory(self.device)
-        with training_mode(self.stack.single, False, False):
+        began = saved = time.perf_counter()
+        guarded = deferred() if self.folders else nullcontext()
+        with training_mode(self.stack.single, False, False), guarded as interrupts:
             if self._draws():
                 return None
             size = self.fastest_group() if group is None else group
-            bar = tqdm(total=steps, desc=f"training {count} copies", disable=not progress)
+            stop = steps if until is None else min(until, steps)
+            bar = tqdm(
+                total=steps,
+                initial=self.first,
+                desc=f"training {count} copies",
+                disable=not progress,
+            )
             with bar:
-                for step in range(steps):
+                for step in range(self.first, stop):
                     self.update(step, size)
                     bar.update()
                     if all(self.messages):
                         break
+                    self._validate(step + 1)
+                    asked = interrupts is not None and interrupts.asked
+                    due = time.perf_counter() - saved >= self.settings[0].checkpoint_seconds
+                    if self.folders and (asked or due or step + 1 == until):
+                        self._save(time.perf_counter() - began, memory)
+                        saved = time.perf_counter()
+                    if interrupts is not None and asked:
+                        interrupts.stop(f"step {step + 1} of {steps} is saved")
         results = []
         for k, (run, message) in enumerate(zip(self.runs, self.messages, strict=True)):
             status = "diverged" if message else "completed"
             measures = summary(run, memory, self.precision, self.device)
             rows, controls = curve(run), self.stack.state(k)
-            results.append(TrainingResult(status, message, rows, controls, None, measures))
+            results.append(
+                TrainingResult(status, message, rows, controls, run.best, measures, self.earlier[k])
+            )
         return ManyResult(tuple(results), size)
+
+    def _resume(self) -> int:
+        """Put the checkpoints in place; the step that all of them have reached.
+
+        Raises:
+            UnstackableError: they stand at different steps.
+            InputError: one cannot be used.
+        """
+        for k, folder in enumerate(self.folders):
+            self.runs[k], tensors = checkpoints.read(folder)
+            if not tensors:
+                continue
+            with torch.no_grad():
+                for name, parameter in self.controls.items():
+                    parameter[k].copy_(tensors[f"control/{name}"])
+                    for key, moment in zip(MOMENTS, self.moments[name], strict=True):
+                        if f"{key}/{name}" in tensors:  # absent before the first gradient
+                            moment[k].copy_(tensors[f"{key}/{name}"])
+        steps = {run.step for run in self.runs}
+        if len(steps) > 1:
+            raise UnstackableError(f"the checkpoints stand at the steps {sorted(steps)}")
+        return steps.pop()
+
+    def _save(self, elapsed: float, memory: resources.PeakMemory) -> None:
+        """Write the checkpoint of every copy, as that of a training alone."""
+        fixed = self.stack.fixed_names
+        for k, (folder, run) in enumerate(zip(self.folders, self.runs, strict=True)):
+            if self.messages[k]:
+                continue
+            run.seconds = self.earlier[k] + elapsed / len(self.runs)
+            run.peak_memory = max(run.peak_memory, memory.peak())
+            tensors = {
+                f"control/{name}": value
+                for name, value in self.stack.state(k).items()
+                if name not in fixed
+            }
+            for name, moments in self.moments.items():
+                tensors[f"step/{name}"] = torch.tensor(float(run.step))
+                for key, moment in zip(MOMENTS, moments, strict=True):
+                    tensors[f"{key}/{name}"] = moment[k].clone()
+            checkpoints.write(folder, run, tensors)
+
+    def _validate(self, step: int) -> None:
+        """Evaluate every copy into its last row, at the steps where that is asked for."""
+        every, shared = self.settings[0].eval_every, self.settings[0]
+        if self.evaluate is None or not every or step % every:
+            return
+        sign = 1.0 if shared.larger_is_better else -1.0
+        for k, run in enumerate(self.runs):
+            if self.messages[k]:
+                continue
+            with resources.autocast(self.precision, self.device):
+                metrics = self.evaluate(self.stack.copy(k))
+            run.rows[-1].update({f"validation_{name}": value for name, value in metrics.items()})
+            value, best = metrics[shared.monitor], run.best
+            if math.isfinite(value) and (best is None or sign * value > sign * best["value"]):
+                run.best = {"step": float(step), "value": value}
 
     def _draws(self) -> bool:
         """Whether a pass in training mode draws from a generator of torch."""
@@ -204,9 +219,10 @@ class Loop:
     def fastest_group(self) -> int:
         """The size of a group with the shortest passes over the first batches."""
         count = self.stack.num_copies
-        batches = [self._batches(step) for step in range(min(3, self.settings[0].steps))]
+        batches = [self._batches(self.first + step) for step in range(3)]
         tokens = max(b["labels"].shape[0] * _width(b) for b in batches[0])
-        candidates = sorted({1, max(1, min(count, ROWS // tokens)), math.ceil(count / 2), count})
+        candidates = {1, max(1, min(count, ROWS // tokens)), math.ceil(count / 2), count}
+        candidates = sorted(size for size in candidates if size == 1 or size * tokens <= MOST_ROWS)
         seconds = {size: 0.0 for size in candidates}
         for turn, current in enumerate([batches[0], *batches]):
             for size in candidates if turn % 2 else reversed(candidates):
@@ -291,7 +307,7 @@ class Loop:
                     "grad_norm": norm,
                     "tokens": num_tokens(batches[k]),
                     "seconds": seconds,
-                    "timed": step >= training.UNTIMED_STEPS,
+                    "timed": step - self.first >= training.UNTIMED_STEPS,
                 }
             )
 
