@@ -25,7 +25,14 @@ from deltacontrol.experiments.runs.interrupts import (
 )
 from deltacontrol.experiments.runs.processes import Processes
 from deltacontrol.experiments.runs.provenance import usable_cores
-from deltacontrol.experiments.runs.running import MOST, companies, locked, run, run_together
+from deltacontrol.experiments.runs.running import (
+    MOST,
+    advance,
+    companies,
+    locked,
+    run,
+    run_together,
+)
 from deltacontrol.experiments.runs.store import (
     Experiment,
     Record,
@@ -35,7 +42,7 @@ from deltacontrol.experiments.runs.store import (
 from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError
 
-__all__ = ["default_workers", "run", "run_all", "threads_each"]
+__all__ = ["advance_all", "default_workers", "run", "run_all", "threads_each"]
 
 PRELOADED = (
     "torch",
@@ -104,6 +111,67 @@ def run_all(
             )
     records = [store.find(experiment) for experiment in experiments]
     return [record for record in records if record is not None]
+
+
+def advance_all(
+    experiments: Sequence[Experiment],
+    store: RunStore,
+    step: int,
+    workers: int | None = None,
+    *,
+    progress: bool = True,
+    limit_minutes: float = LIMIT_MINUTES,
+) -> list[dict[str, float] | None]:
+    """Train experiments up to a step before the last one, in processes of their own.
+
+    Args:
+        experiments: what to train, and to save there; different ones.
+        store: where they are kept on their way.
+        step: the step.
+        workers: as in `run_all`.
+        progress: whether to draw a progress bar.
+        limit_minutes: how long one may take.
+
+    Returns:
+        Of each the metrics on validation rows there; None where it is recorded already, or ended
+        before that step.
+
+    Raises:
+        InputError: Some failed; the message says which and why. The others are saved.
+    """
+    workers = min(workers or default_workers(), max(1, len(experiments)))
+    groups = companies(experiments, min(MOST, math.ceil(len(experiments) / workers)))
+    processes = Processes(
+        _advance,
+        partial(_begin_worker, threads_each(workers), plugins.sources()),
+        workers=workers,
+        seconds=60.0 * limit_minutes * max(map(len, groups), default=1),
+        preload=PRELOADED,
+    )
+    found: dict[int, dict[str, float] | None] = {}
+    failed: list[str] = []
+    tasks = {str(number): (group, store, step) for number, group in enumerate(groups)}
+    described = f"to step {step}"
+    with tqdm(total=len(experiments), desc=described, disable=not progress, unit="run") as bar:
+        for ended in processes.ends(tasks):
+            for number, end in ended.items():
+                group = groups[int(number)]
+                bar.update(len(group))
+                if end.failure is not None:
+                    failed += [f"  {one.label}: {end.failure}" for one in group]
+                    continue
+                found |= {id(one): metrics for one, metrics in zip(group, end.value, strict=True)}
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(experiments)} trainings failed:\n" + "\n".join(failed)
+        )
+    return [found[id(experiment)] for experiment in experiments]
+
+
+def _advance(
+    experiments: list[Experiment], store: RunStore, step: int
+) -> list[dict[str, float] | None]:
+    return advance(experiments, store, step)
 
 
 def default_workers() -> int:

@@ -6,14 +6,14 @@ import ctypes
 import gc
 import math
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deltacontrol.theory.errors import InputError, unknown
@@ -53,6 +53,45 @@ def cpu_computes_bf16() -> bool:
 def autocast(precision: str, device: str) -> AbstractContextManager:
     """The context in which a model computes at `precision` (fp32 or bf16)."""
     return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def cast_once(model: nn.Module, precision: str) -> Iterator[None]:
+    """Keep the frozen weights of linear maps in bfloat16 beside their own values, inside.
+
+    Autocast converts a frozen weight anew in every call, because it remembers those alone that get
+    a gradient; converted once, the products are the same, bit for bit, and the weights of the model
+    stay what they are. A backward pass keeps the converted weights anyway.
+
+    Args:
+        model: maps that are trained, replaced or of another class are left alone.
+        precision: nothing is done for fp32.
+    """
+    changed = []
+    for module in model.modules() if precision == "bf16" else ():
+        weight = module._parameters.get("weight")
+        if type(module) is not nn.Linear or weight is None or "forward" in module.__dict__:
+            continue
+        if weight.requires_grad or weight.dtype != torch.float32:
+            continue
+        module.__dict__["forward"] = _converted(module, weight)
+        changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.__dict__["forward"]
+
+
+def _converted(module: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    narrow, plain = weight.detach().bfloat16(), type(module).forward
+
+    def forward(x: Tensor) -> Tensor:
+        if module._parameters["weight"] is weight and torch.is_autocast_enabled(x.device.type):
+            return nn.functional.linear(x, narrow, module._parameters["bias"])
+        return plain(module, x)
+
+    return forward
 
 
 def attention(inputs: Mapping[str, Any], precision: str, device: str) -> AbstractContextManager:

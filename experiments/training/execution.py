@@ -26,7 +26,7 @@ from deltacontrol.experiments.runs.interrupts import deferred
 from deltacontrol.experiments.setting import Setting
 from deltacontrol.experiments.training import loop as training
 from deltacontrol.experiments.training import sequential as stages
-from deltacontrol.experiments.training.devices import PeakMemory, autocast
+from deltacontrol.experiments.training.devices import PeakMemory, autocast, cast_once
 from deltacontrol.experiments.training.evaluation import MONITORED, evaluate
 from deltacontrol.experiments.training.results import TrainingResult
 from deltacontrol.experiments.training.settings import METRICS, Options, Settings
@@ -86,7 +86,8 @@ def fine_tune(
         )
     if in_half:
         model.controls.bfloat16()
-    with autocast(trained.measures["precision"], trained.measures["device"]):
+    precision = trained.measures["precision"]
+    with autocast(precision, trained.measures["device"]), cast_once(model.model, precision):
         return outcome_of(
             setting,
             trained,

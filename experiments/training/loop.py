@@ -113,7 +113,9 @@ def train(
         disable=not (progress and loop.accelerator.is_main_process),
     )
     mode = training_mode(delta_model, settings.dropout, settings.gradient_checkpointing)
-    with bar, mode, deferred() if checkpoint_dir is not None else nullcontext() as interrupts:
+    once = resources.cast_once(delta_model.model, precision)
+    guarded = deferred() if checkpoint_dir is not None else nullcontext()
+    with bar, mode, once, guarded as interrupts:
         if loop.exhausted:
             status, message = "early_stopped", "stopped before this attempt"
         while run.step < settings.steps and status == "completed":

@@ -3,8 +3,9 @@
 Every rate is trained with every seed up to a first look, after a share ``s`` of the steps; the
 ``keep`` rates of the best mean validation metric there are trained on to the end, and so are those
 that have a recorded training already; the others are given up (one round of successive halving).
-All trainings follow the schedule of the whole, and a training that goes on is bit for bit the
-uninterrupted one, so that the search costs
+All trainings follow the schedule of the whole, and one that goes on is the uninterrupted one, up to
+the rounding of passes that several of them share. They run in as many processes as there are
+cores. The search costs
 
     (s R + (1 - s) keep) / R    of training all R rates to the end,
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -119,10 +121,10 @@ class RateSearch(Subject):
             InputError: From a training, or because every one diverged.
         """
         import pandas as pd
-        from tqdm.auto import tqdm
 
-        from deltacontrol.experiments.runs.running import MOST, advance, forsake, run_together
+        from deltacontrol.experiments.runs.running import forsake
         from deltacontrol.experiments.runs.store import RunStore
+        from deltacontrol.experiments.runs.sweep import advance_all, run_all
 
         store = RunStore(workspace.store or workspace.folder / "runs", keep_controls=False)
         seeds = range(self.seed, self.seed + self.seeds)
@@ -130,35 +132,25 @@ class RateSearch(Subject):
         early = first < self.steps and self.keep < len(self.rates)
         rows = {(r, s): {"rate": r, "seed": s} for r in self.rates for s in seeds}
         kept, looks = list(self.rates), _Looks(workspace.folder)
-        with tqdm(desc=self.label, unit="training", disable=not workspace.progress) as bar:
-            bar.total = len(rows) + self.keep * self.seeds if early else len(rows)
-            if early:
-                waiting = [key for key in rows if key not in looks]
-                bar.update(len(rows) - len(waiting))
-                for start in range(0, len(waiting), MOST):
-                    some = waiting[start : start + MOST]
-                    metrics = advance([self.training(*key) for key in some], store, first)
-                    for key, found in zip(some, metrics, strict=True):
-                        looks[key] = found
-                    bar.update(len(some))
-                for key, found in looks.items():
-                    if found:
-                        rows[key][f"{_monitored(found)}_at_look"] = found[_monitored(found)]
-                kept = self._kept(looks, store)
-            ends: dict[float, list[dict[str, float] | None]] = {}
-            finals = [(rate, seed) for rate in kept for seed in seeds]
-            for start in range(0, len(finals), MOST):
-                some = finals[start : start + MOST]
-                trainings = [self.training(*key) for key in some]
-                for key, record in zip(
-                    some, run_together(trainings, store, progress=False), strict=True
-                ):
-                    found = _metrics(_recorded(record))
-                    ends.setdefault(key[0], []).append(found)
-                    rows[key]["run"] = _recorded(record).id
-                    if found:
-                        rows[key][_monitored(found)] = found[_monitored(found)]
-                bar.update(len(some))
+        waiting = [key for key in rows if early and key not in looks]
+        if waiting:
+            trainings = [self.training(*key) for key in waiting]
+            metrics = advance_all(trainings, store, first, progress=workspace.progress)
+            looks.keep(dict(zip(waiting, metrics, strict=True)))
+        if early:
+            for key, found in looks.items():
+                if found:
+                    rows[key][f"{_monitored(found)}_at_look"] = found[_monitored(found)]
+            kept = self._kept(looks, store)
+        keys = [(rate, seed) for rate in kept for seed in seeds]
+        records = run_all([self.training(*key) for key in keys], store, progress=workspace.progress)
+        ends: dict[float, list[dict[str, float] | None]] = {}
+        for key, record in zip(keys, records, strict=True):
+            found = _metrics(record)
+            ends.setdefault(key[0], []).append(found)
+            rows[key]["run"] = record.id
+            if found:
+                rows[key][_monitored(found)] = found[_monitored(found)]
         for rate in set(self.rates) - set(kept):
             for seed in seeds:
                 forsake(self.training(rate, seed), store)
@@ -210,8 +202,9 @@ class _Looks(dict[tuple[float, int], "dict[str, float] | None"]):
         known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else []
         super().__init__({(rate, seed): found for rate, seed, found in known})
 
-    def __setitem__(self, key: tuple[float, int], found: dict[str, float] | None) -> None:
-        super().__setitem__(key, found)
+    def keep(self, found: Mapping[tuple[float, int], dict[str, float] | None]) -> None:
+        """Add what was seen, and write all of it down."""
+        self.update(found)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         beside = self.file.with_suffix(".partial")
         rows = [[rate, seed, found] for (rate, seed), found in self.items()]
@@ -224,12 +217,6 @@ def _own_rates(deltas: tuple[dict[str, Any], ...]) -> tuple[float, ...]:
 
     methods = registry.available()
     return min((methods[d["name"]] for d in deltas), key=lambda m: m.rate()).rates_to_search()
-
-
-def _recorded(record: Record | None) -> Record:
-    if record is None:
-        raise InputError("a search of rates trains in one process; start it without accelerate")
-    return record
 
 
 def _metrics(record: Record) -> dict[str, float] | None:

@@ -6,8 +6,8 @@ gradient norm, clipping, rate and AdamW moments; only the passes are shared,
     Σ_k loss(u_k; batch_k),        with ∇ of the sum = (∇ loss(u_1), …, ∇ loss(u_K)).
 
 A pass takes the copies in groups. A frozen map over more rows runs nearer to the machine's speed
-until that is reached; beyond, a larger group costs memory and cache. So the size of a group is
-measured on the first batches, and one copy at a time is among the candidates.
+until that is reached; beyond, a larger group costs memory and cache. So the first updates are made
+by groups of several sizes, one copy at a time among them, and the others by the quickest.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from deltacontrol.experiments.training.modes import training_mode
 from deltacontrol.experiments.training.results import TrainingResult, curve, divergence, summary
 from deltacontrol.experiments.training.schedules import learning_rate
 from deltacontrol.experiments.training.settings import Settings
+from deltacontrol.experiments.training.together.groups import Groups
 from deltacontrol.theory.errors import InputError
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -95,6 +96,7 @@ class Loop:
         }
         self.runs = [checkpoints.Progress() for _ in settings]
         self.messages = ["" for _ in settings]
+        self.groups = Groups(self._candidates(self.stack.num_copies))
         self.first = self._resume()
         self.earlier = [run.seconds for run in self.runs]
 
@@ -112,10 +114,10 @@ class Loop:
         memory = resources.PeakMemory(self.device)
         began = saved = time.perf_counter()
         guarded = deferred() if self.folders else nullcontext()
-        with training_mode(self.stack.single, False, False), guarded as interrupts:
+        once = resources.cast_once(self.stack.model, self.precision)
+        with training_mode(self.stack.single, False, False), once, guarded as interrupts:
             if self._draws():
                 return None
-            size = self.fastest_group() if group is None else group
             stop = steps if until is None else min(until, steps)
             bar = tqdm(
                 total=steps,
@@ -125,7 +127,7 @@ class Loop:
             )
             with bar:
                 for step in range(self.first, stop):
-                    self.update(step, size)
+                    self.update(step, self.groups.next() if group is None else group)
                     bar.update()
                     if all(self.messages):
                         break
@@ -145,7 +147,7 @@ class Loop:
             results.append(
                 TrainingResult(status, message, rows, controls, run.best, measures, self.earlier[k])
             )
-        return ManyResult(tuple(results), size)
+        return ManyResult(tuple(results), self.groups.best if group is None else group)
 
     def _resume(self) -> int:
         """Put the checkpoints in place; the step that all of them have reached.
@@ -213,25 +215,14 @@ class Loop:
 
         with torch.random.fork_rng(devices), torch.no_grad():
             before = states()
-            self._losses(self._batches(0)[:1], 0, 1)
+            self._losses(self._batches(self.first)[:1], 0, 1)
             return not all(map(torch.equal, before, states()))
 
-    def fastest_group(self) -> int:
-        """The size of a group with the shortest passes over the first batches."""
-        count = self.stack.num_copies
-        batches = [self._batches(self.first + step) for step in range(3)]
-        tokens = max(b["labels"].shape[0] * _width(b) for b in batches[0])
-        candidates = {1, max(1, min(count, ROWS // tokens)), math.ceil(count / 2), count}
-        candidates = sorted(size for size in candidates if size == 1 or size * tokens <= MOST_ROWS)
-        seconds = {size: 0.0 for size in candidates}
-        for turn, current in enumerate([batches[0], *batches]):
-            for size in candidates if turn % 2 else reversed(candidates):
-                start = time.perf_counter()
-                self._gradients(current, size)
-                if self.device == "cuda":
-                    torch.cuda.synchronize()
-                seconds[size] += (time.perf_counter() - start) * bool(turn)  # the first warms up
-        return min(candidates, key=lambda size: seconds[size])
+    def _candidates(self, count: int) -> list[int]:
+        """Sizes of a group that may be the quickest, by the tokens of a first batch."""
+        tokens = max(b["labels"].shape[0] * _width(b) for b in self._batches(0))
+        sizes = {1, max(1, min(count, ROWS // tokens)), math.ceil(count / 2), count}
+        return sorted(size for size in sizes if size == 1 or size * tokens <= MOST_ROWS)
 
     def _batches(self, step: int) -> list[dict[str, Any]]:
         return [dict(data.batch(step)) for data in self.data]
@@ -292,7 +283,9 @@ class Loop:
         if self.device == "cuda":
             torch.cuda.synchronize()
         running = [k for k, message in enumerate(self.messages) if not message]
-        seconds = (time.perf_counter() - began) / len(running)
+        seconds = time.perf_counter() - began
+        self.groups.note(size, seconds / sum(num_tokens(batch) for batch in batches))
+        seconds /= len(running)
         for k in running:
             loss, norm = float(losses[k]), float(norms[k])
             if not finite[k]:

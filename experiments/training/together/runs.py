@@ -88,7 +88,8 @@ def fine_tune_together(
     for k, (run, setting, trained) in enumerate(zip(runs, settings, found.results, strict=True)):
         model = stack.copy(k)
         evaluated = partial(metrics_on, settings[0], batch_size=run.batch_size, module=model)
-        with resources.autocast(loop.precision, device):
+        once = resources.cast_once(stack.model, loop.precision)
+        with resources.autocast(loop.precision, device), once:
             if pause is not None and trained.status != "diverged":
                 ends.append(PausedError(evaluated("validation")))
                 continue
