@@ -39,7 +39,9 @@ class Tune(RateSearch):
     def run(self) -> int:
         """Search, record, print."""
         from deltacontrol.experiments.runs.running import run
+        from deltacontrol.experiments.runs.sweep import prepare
 
+        prepare()
         require_minutes(self.limit_minutes)
         experiment = RateSearch(**{f.name: getattr(self, f.name) for f in fields(RateSearch)})
         store = RunStore(self.runs)

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -40,6 +41,13 @@ class _Running:
     pipe: Connection
     ends: float
     late: bool = False
+
+
+def prestart(preload: Sequence[str]) -> None:
+    """Begin to import the modules of later processes now, beside what this process does."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    forkserver.ensure_running()
 
 
 class Processes:

@@ -23,7 +23,7 @@ from deltacontrol.experiments.runs.interrupts import (
     LIMIT_MINUTES,
     require_minutes,
 )
-from deltacontrol.experiments.runs.processes import Processes
+from deltacontrol.experiments.runs.processes import Processes, prestart
 from deltacontrol.experiments.runs.provenance import usable_cores
 from deltacontrol.experiments.runs.running import (
     MOST,
@@ -42,7 +42,7 @@ from deltacontrol.experiments.runs.store import (
 from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError
 
-__all__ = ["advance_all", "default_workers", "run", "run_all", "threads_each"]
+__all__ = ["advance_all", "default_workers", "prepare", "run", "run_all", "threads_each"]
 
 PRELOADED = (
     "torch",
@@ -55,6 +55,11 @@ PRELOADED = (
     "deltacontrol.experiments.training.finetune",
 )
 WAIT_SECONDS = 1.0  # until it is looked again whether another sweep is done with a run
+
+
+def prepare() -> None:
+    """Say early that processes will be wanted: their imports then run beside the caller's own."""
+    prestart(PRELOADED)
 
 
 def run_all(
