@@ -39,7 +39,6 @@ IGNORED = -100
 # Rows are shuffled, cut into stretches of this many batches, and sorted by length inside each:
 # little padding, yet each batch is drawn from the whole split.
 BATCHES_SORTED_TOGETHER = 50
-EVALUATED_TOGETHER = 4096  # tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,21 +69,11 @@ class EncodedSplit:
             yield self.batch(np.arange(start, min(start + size, len(self))))
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yield every row exactly once, longest first.
-
-        A batch has ``batch_size`` rows, or more where texts are short: as many as have
-        `EVALUATED_TOGETHER` tokens with their padding, of which larger products gain little. Of a
-        language model, whose logits are large, there are never more.
-        """
+        """Yield every row exactly once, longest first."""
         # The first batch needs the most memory: too large a batch fails at once.
-        order, lengths = np.argsort(-self.lengths, kind="stable"), self.lengths
-        start = 0
-        while start < len(order):
-            size = batch_size
-            if self.labels is not None:
-                size = max(size, EVALUATED_TOGETHER // max(1, int(lengths[order[start]])))
-            yield self.batch(order[start : start + size])
-            start += size
+        order = np.argsort(-self.lengths, kind="stable")
+        for start in range(0, len(order), batch_size):
+            yield self.batch(order[start : start + batch_size])
 
     def renumbered(self, order: np.ndarray) -> EncodedSplit:
         """The rows with class order[c] in the place of class c, order (classes,)."""

@@ -42,8 +42,7 @@ from deltacontrol.theory.errors import InputError
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW calls them
-ROWS = 2048  # tokens of a pass from which on larger matrix products hardly gain
-MOST_ROWS = 4 * ROWS  # of which larger groups are not tried: they need memory
+ROWS = 2048  # tokens of a pass from which on larger products gain nothing, and need memory
 
 
 @dataclass(frozen=True)
@@ -221,8 +220,7 @@ class Loop:
     def _candidates(self, count: int) -> list[int]:
         """Sizes of a group that may be the quickest, by the tokens of a first batch."""
         tokens = max(b["labels"].shape[0] * _width(b) for b in self._batches(0))
-        sizes = {1, max(1, min(count, ROWS // tokens)), math.ceil(count / 2), count}
-        return sorted(size for size in sizes if size == 1 or size * tokens <= MOST_ROWS)
+        return sorted({1, max(1, min(count, ROWS // tokens))})
 
     def _batches(self, step: int) -> list[dict[str, Any]]:
         return [dict(data.batch(step)) for data in self.data]
