@@ -14,6 +14,7 @@ from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.experiments.runs.sweep import run, run_all
 from deltacontrol.experiments.training import checkpoints
 from deltacontrol.experiments.training.finetune import FineTuning
+from deltacontrol.experiments.training.together import runs as of_runs
 from tests import tiny_model
 
 COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens")
@@ -130,6 +131,12 @@ def test_what_cannot_be_stacked_is_run_alone(tunings, tmp_path, delta) -> None:
     runs = tunings((0, 1e-2), (1, 1e-2), deltas=(delta,))
     for mine in run_together(runs, RunStore(tmp_path / "a"), progress=False):
         assert mine.status == "completed" and "copies_trained_together" not in mine.result
+
+
+def test_copies_that_are_too_large_together_are_run_alone(tunings, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(of_runs, "MEMORY", 1e-9)
+    found = run_together(tunings((0, 1e-2), (1, 1e-2)), RunStore(tmp_path / "a"), progress=False)
+    assert all("copies_trained_together" not in record.result for record in found)
 
 
 def test_a_copy_that_diverges_leaves_the_others_alone(tunings, tmp_path) -> None:

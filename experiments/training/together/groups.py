@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-TRIALS = 2  # of each size of a group
+TRIALS = 1  # of each size of a group; sizes that are hardly apart may be confused
 
 
 class Groups:
     """Which size of a group is the quickest, told from the first updates themselves.
 
-    Every candidate is tried in turn, `TRIALS` times after a first time that counts for nothing; all
+    Every candidate is tried in turn, `TRIALS` times behind a first one that counts for nothing; all
     of these are updates of the training, so that nothing is computed in vain.
 
     Args:

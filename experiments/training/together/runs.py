@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from deltacontrol.experiments.setting import Setting
 
 OWN = ("seed", "learning_rate")
+MEMORY = 0.2  # share of what is free that the controls of a pass may take
 
 
 def company(run: Any) -> dict[str, Any] | None:
@@ -123,6 +125,10 @@ def _stacked(settings: Sequence[Setting], runs: Sequence[Any]) -> DeltaStack:
             others = [n for n in drawn if not torch.equal(drawn[n], base[n])]
             if not set(others) <= set(controlled.host.replaced):
                 reason = f"the seed draws weights that are not trained, such as {others[0]}"
+        # Of each copy: its values, their gradient and two moments, in float32.
+        needed = 16 * controlled.num_trainable * len(runs)
+        if needed > MEMORY * psutil.virtual_memory().available:
+            reason = f"the controls of {len(runs)} copies need {needed / 2**30:.1f} GiB"
         if reason:
             raise UnstackableError(reason)
         starts[run.seed] = {n: v.detach().clone() for n, v in tensors_of(controlled).items()}
