@@ -162,21 +162,18 @@ def rival_job(job: Benchmark, kind: Kind) -> dict[str, float]:
     import torch
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-    from deltacontrol.experiments import models, tasks
+    from deltacontrol.experiments.setting import Setting
 
     torch.set_num_threads(job.threads)
-    task = tasks.load(job.task)
-    model, tokenizer = models.load(job.model, kind="classification", num_labels=len(task.labels))
+    setting = Setting(job.model, job.task, max_length=job.max_length)
 
-    def encoded(split: str) -> list[dict[str, Any]]:
-        frame = getattr(task, split)
-        rows = tokenizer(frame["text"].tolist(), truncation=True, max_length=job.max_length)
-        labels = frame["label"].tolist()
+    def encoded(name: str) -> list[dict[str, Any]]:
+        split = setting.split(name)
+        assert split.labels is not None
+        rows = np.split(split.tokens, split.offsets[1:-1])
         return [
-            {"input_ids": ids, "attention_mask": mask, "labels": label}
-            for ids, mask, label in zip(
-                rows["input_ids"], rows["attention_mask"], labels, strict=True
-            )
+            {"input_ids": row.tolist(), "attention_mask": [1] * len(row), "labels": int(label)}
+            for row, label in zip(rows, split.labels, strict=True)
         ]
 
     def accuracy(predicted: Any) -> dict[str, float]:
@@ -184,7 +181,7 @@ def rival_job(job: Benchmark, kind: Kind) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            model=_rival_model(model, kind),
+            model=_rival_model(setting.base, kind),
             args=TrainingArguments(
                 output_dir=folder,
                 max_steps=job.steps,
@@ -202,7 +199,7 @@ def rival_job(job: Benchmark, kind: Kind) -> dict[str, float]:
             ),
             train_dataset=encoded("train"),  # type: ignore[arg-type]
             eval_dataset=encoded("test"),  # type: ignore[arg-type]
-            data_collator=DataCollatorWithPadding(tokenizer),
+            data_collator=DataCollatorWithPadding(setting.tokenizer),
             compute_metrics=accuracy,
         )
         trainer.train()
