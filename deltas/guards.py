@@ -8,6 +8,7 @@ the base would act with the controls of the original.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -64,9 +65,12 @@ def first_pass(edits: Edits, again: Callable[[], Any]) -> Iterator[None]:
         edits: what the deltas do.
         again: runs the pass once more.
 
+    A module that is not called in one pass may be in another (an expert, a block that is dropped at
+    random), so that this is only said.
+
     Raises:
-        InputError: the pass fails and that of the base alone does not, or no module on which a
-            delta acts is called in it.
+        InputError: the pass fails in the code of torch, transformers or this package, and that of
+            the base alone does not.
     """
     called: set[nn.Module] = set()
     watched = {module for modules in edits.acted_on.values() for module in modules}
@@ -80,6 +84,8 @@ def first_pass(edits: Edits, again: Callable[[], Any]) -> Iterator[None]:
     except (InputError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        if not _is_ours(error) or torch.jit.is_tracing():
+            raise
         try:
             with torch.no_grad(), edits.suspended():
                 again()
@@ -88,7 +94,8 @@ def first_pass(edits: Edits, again: Callable[[], Any]) -> Iterator[None]:
         why = str(error).strip().partition("\n")[0]
         raise InputError(
             f"{', '.join(edits.acted_on)} cannot act on this {name}: the base takes this batch, "
-            f"and with them torch says {why!r}. Choose other sites or layers, or another delta."
+            f"and with them torch says {why!r}. Choose other sites or layers, or another delta; "
+            "where dtypes differ, give the controls that of the base."
         ) from error
     finally:
         for handle in handles:
@@ -96,11 +103,21 @@ def first_pass(edits: Edits, again: Callable[[], Any]) -> Iterator[None]:
     for namespace, modules in edits.acted_on.items():
         if called.isdisjoint(modules):
             paths = [p for p, m in edits.model.named_modules() if m in modules]
-            raise InputError(
-                f"{namespace} changes nothing: the forward pass of {name} calls none of the "
-                f"modules on which it acts, such as {paths[0] if paths else name}. Choose other "
-                "sites, or another delta."
+            warnings.warn(
+                f"{namespace} changed nothing in its first pass: the forward of {name} called none "
+                f"of the modules on which it acts, such as {paths[0] if paths else name}",
+                stacklevel=4,
             )
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error was raised in torch, transformers or here, not in a user's own code."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    own = module.partition(".")[0] in ("torch", "transformers", "deltacontrol")
+    return own and "allocate memory" not in str(error)
 
 
 def refuse_offloaded(model: PreTrainedModel) -> None:

@@ -167,7 +167,10 @@ class DeltaStack(nn.Module):
 
         It is the same object for all, with that copy's values written into it.
         """
-        self.single.load(self.state(index))
+        own = tensors_of(self.single)
+        with torch.no_grad():
+            for name, value in {**self.trainable(), **self._constants}.items():
+                own[name].copy_(value[index])
         return self.single
 
     def state(self, index: int) -> dict[str, Tensor]:

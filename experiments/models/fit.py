@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from deltacontrol.deltas import Delta
 
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
-_COMPUTED = ("inv_freq", "position_ids", "masked_bias", "relative_position_index")
+_COMPUTED = (
+    *("inv_freq", "position_ids", "masked_bias", "relative_position_index", "causal_mask"),
+    *("cos_cached", "sin_cached", "version", "scale_attn"),
+)
 _GENERIC = re.compile(r"LABEL_\d+")
 _CLASSIFIES = ("ForSequenceClassification", "ForTextClassification")
 SHOWN = 6
@@ -180,9 +183,7 @@ def refuse_left_over(built: PreTrainedModel, unexpected: Iterable[str], name: st
     if getattr(text, "num_hidden_layers", 1) == 0:
         raise InputError(f"the config.json of {name} has no layers (num_hidden_layers 0).")
     prefix = f"{built.base_model_prefix}."
-    modules = {
-        path.removeprefix(prefix): module for path, module in built.base_model.named_modules()
-    }
+    modules = {path.removeprefix(prefix): module for path, module in built.named_modules()}
     known = {_NUMBERS.sub("#", key.removeprefix(prefix)) for key in built.state_dict()}
     further, parts = [], []
     for key in sorted(unexpected):

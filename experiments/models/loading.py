@@ -262,9 +262,9 @@ def _set_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, n
         if tokenizer.eos_token is None:
             raise InputError(f"the tokenizer of {name} has neither a padding nor an end token.")
         tokenizer.pad_token = tokenizer.eos_token
-    rows = getattr(config.get_text_config(), "vocab_size", None)
-    if isinstance(rows, int) and tokenizer.pad_token_id >= rows:
-        raise fit.beyond_embedding(name, tokenizer.pad_token_id, rows)
+    rows, token = getattr(config.get_text_config(), "vocab_size", None), tokenizer.pad_token_id
+    if isinstance(rows, int) and isinstance(token, int) and token >= rows:
+        raise fit.beyond_embedding(name, token, rows)
     config.pad_token_id = tokenizer.pad_token_id
 
 

@@ -114,11 +114,15 @@ def _executed(
     except LimitError as error:
         if error.limit is not limit:
             raise  # the limit of the run of which this one is a part
-        try:
-            failures.keep(store.root, store.path(experiment).name, experiment, error.reason)
-        except OSError as unkept:
-            raise unwritable(store.root, unkept) from unkept
+        _keep_failure(experiment, store, error.reason)
         raise InputError(f"{experiment.label}: {error.reason}") from error
+
+
+def _keep_failure(experiment: Experiment, store: RunStore, reason: str) -> None:
+    try:
+        failures.keep(store.root, store.path(experiment).name, experiment, reason)
+    except OSError as error:
+        raise unwritable(store.root, error) from error
 
 
 def require_unchanged(experiment: Experiment, before: Digests, unfinished: Path) -> None:
@@ -209,11 +213,18 @@ def _record(
         spaces = [
             Workspace(store.partial(e), progress, checkpoint_seconds, store.root) for e in mine
         ]
+        limit = None
         try:
-            with limited(limit_minutes * len(mine)):
+            with limited(limit_minutes * len(mine)) as limit:
                 ends = type(mine[0]).execute_together(mine, spaces)
         except SeparatelyError:
             return
+        except LimitError as error:
+            if error.limit is not limit:
+                raise
+            for experiment in mine:
+                _keep_failure(experiment, store, error.reason)
+            raise InputError(f"{mine[0].label} and {len(mine) - 1} more: {error.reason}") from error
         share = (time.perf_counter() - began) / len(mine)
         worked = (time.process_time() - worked) / len(mine)
         for experiment, read, end in zip(mine, digests, ends, strict=True):

@@ -45,6 +45,7 @@ COMPRESSED = (".gz", ".bz2", ".xz")
 SUFFIXES = (*LINES, *TABLES)
 
 Cell = str | None
+_PLAIN_NUMBER = r"\s*[+-]?[0-9]+(\.[0-9]+)?\s*"
 
 
 def suffix_of(path: Path | str) -> str | None:
@@ -100,9 +101,10 @@ def refuse_swallowed(frame: pd.DataFrame, text: str, label: str | None, path: Pa
     """Refuse a cell of a .csv file that holds rows, because a quote before it was not closed.
 
     A quote that is opened and not closed takes in all rows up to the next quote, and what results
-    is a proper file. A line inside of a cell is taken for a row where it has as many fields as
-    there are columns and, in the place of the label, a label of the file; without labels, where
-    each column beside the texts that holds numbers alone, or few different words, would go on so.
+    is a proper file. Then the first line of the cell ends with the fields that follow it in its
+    row, the last one begins with those before it in another row, and each line between is a whole
+    row: as many fields as columns, with a label of the file in its place, or, without labels, going
+    on as the columns of numbers or of few different words do.
 
     Raises:
         InputError: there is such a cell.
@@ -112,38 +114,53 @@ def refuse_swallowed(frame: pd.DataFrame, text: str, label: str | None, path: Pa
     broken = {c: frame[c][frame[c].str.contains("\n", regex=False, na=False)] for c in frame}
     if all(cells.empty for cells in broken.values()):
         return
-    if label is None:
-        others = {c: _alike(frame[c]) for c in frame if c != text and broken[c].empty}
-    else:
-        others = {label: set(frame[label]).__contains__}
-    places = list(frame.columns)
-    tests = [(places.index(column), test) for column, test in others.items() if test is not None]
-    for column, cells in broken.items():
+    asked = [label] if label is not None else [c for c in frame if c != text and broken[c].empty]
+    known = {c: test for c in asked if (test := _alike(frame[c], always=label is not None))}
+    tests = [known.get(column) for column in frame]
+    for place, (column, cells) in enumerate(broken.items()):
         for value in cells:
-            for line in value.splitlines():
-                fields = next(csv.reader([line]), [])
-                if (
-                    tests
-                    and len(fields) == len(places)
-                    and all(fits(fields[place]) for place, fits in tests)
-                ):
-                    raise _unreadable(
-                        path,
-                        f"a cell of {column!r} holds a whole row, {line[:40]!r}: a quote before it "
-                        "is not closed, so that rows are taken for one cell. Write a quote inside "
-                        "of a cell twice; if it is meant so, write the file as .jsonl",
-                    )
+            if known and _holds_rows(value.splitlines(), place, tests):
+                raise _unreadable(
+                    path,
+                    f"a cell of {column!r} holds whole rows, from {value.splitlines()[0][:40]!r} "
+                    "on: a quote before it is not closed, so that rows are taken for one cell. "
+                    "Write a quote inside of a cell twice; if it is meant so, write the file as "
+                    ".jsonl",
+                )
 
 
-def _alike(cells: pd.Series) -> Callable[[str], bool] | None:
-    """Whether a field goes on as a column does; None where every cell is another one."""
+def _holds_rows(lines: list[str], place: int, tests: list[Callable[[str], bool] | None]) -> bool:
+    """Whether the lines of a cell are the rest of a row, whole rows, and the begin of a row."""
+    if len(lines) < 2:
+        return False
+    told = 0
+    for number, line in enumerate(lines):
+        first = place if not number else 0
+        end = place + 1 if number == len(lines) - 1 else len(tests)
+        fields = next(csv.reader([line]), [])
+        if len(fields) != end - first:
+            return False
+        for test, field in zip(tests[first:end], fields, strict=True):
+            if test is not None:
+                if not test(field):
+                    return False
+                told += 1
+    return told > 0
+
+
+def _alike(cells: pd.Series, *, always: bool) -> Callable[[str], bool] | None:
+    """Whether a field goes on as a column does; None where every cell is another word.
+
+    ``always``: then one of its words, as many as there are.
+    """
     known = cells.dropna()
     if known.empty:
         return None
-    if known.str.fullmatch(r"\s*[+-]?[0-9]+(\.[0-9]+)?\s*").all():
-        return lambda field: re.fullmatch(r"\s*[+-]?[0-9]+(\.[0-9]+)?\s*", field) is not None
     words = set(known)
-    return words.__contains__ if 2 * len(words) <= len(known) else None
+    few = 2 * len(words) <= len(known)
+    if not few and known.str.fullmatch(_PLAIN_NUMBER).all():
+        return lambda field: re.fullmatch(_PLAIN_NUMBER, field) is not None
+    return words.__contains__ if few or always else None
 
 
 def _opened(path: Path) -> IO[str]:

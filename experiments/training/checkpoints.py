@@ -90,10 +90,11 @@ def read(folder: Path) -> tuple[Progress, dict[str, Tensor]]:
             progress = Progress(**json.loads(file.metadata()["progress"]))
             return progress, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:
-        raise _unusable(folder, error) from error
+        raise unusable(folder, error) from error
 
 
-def _unusable(folder: Path, error: Exception) -> InputError:
+def unusable(folder: Path, error: Exception) -> InputError:
+    """The error of a checkpoint that cannot be put in place."""
     return InputError(
         f"the checkpoint {folder / FILE} cannot be used: {error}; delete the folder {folder} to "
         "begin this run anew"
@@ -132,6 +133,6 @@ def load(
                     for key, value in state.items()
                 }
     except Exception as error:
-        raise _unusable(folder, error) from error
+        raise unusable(folder, error) from error
     best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
     return progress, best or None

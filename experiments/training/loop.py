@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from deltacontrol.deltas import DeltaModel
 
 UNTIMED_STEPS = 5
+WATCHED_STEPS = 5  # after which every delta has to have had a gradient
 PREPARATION_BATCHES = 8
 
 
@@ -188,6 +189,7 @@ class _Loop:
         self.model, self.prepared = accelerator.prepare(delta_model, self.optimizer)
         self.run = checkpoints.Progress()
         self.first = 0
+        self.moved: set[str] = set()  # deltas of which a control has had a gradient
         self.frozen: FrozenStates | None = None
         if settings.cache_frozen:
             _check_cacheable(data, settings)
@@ -253,8 +255,7 @@ class _Loop:
             penalty=self.delta_model.penalty if self.delta_model.is_penalised else None,
             frozen=self.frozen,
         )
-        if step == self.first:
-            self._require_gradients()
+        self._require_gradients(step)
         bound = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
         clipped = self.accelerator.clip_grad_norm_(self.controls.values(), bound)
         norm = float(clipped)  # type: ignore[arg-type]
@@ -282,17 +283,26 @@ class _Loop:
         )
         return "" if finite else divergence(step + 1, loss, norm, rate)
 
-    def _require_gradients(self) -> None:
-        """Refuse a delta of which no control takes part in the loss."""
+    def _require_gradients(self, step: int) -> None:
+        """Refuse a delta of which no control takes part in the loss of the first batches.
+
+        One batch alone does not tell: it may call no token's expert, or drop a block.
+        """
+        if step >= self.first + WATCHED_STEPS:
+            return
         for attachment in self.delta_model.attachments:
             start = f"{attachment.namespace}."
             own = [p for name, p in self.controls.items() if name.startswith(start)]
-            if own and all(p.grad is None for p in own):
-                raise InputError(
-                    f"no gradient reaches the controls of {attachment.namespace}: nothing that it "
-                    f"acts on takes part in the loss of {type(self.delta_model.model).__name__} on "
-                    "these data; choose other sites or layers, or another delta"
-                )
+            if not own or any(p.grad is not None for p in own):
+                self.moved.add(attachment.namespace)
+        last = min(self.first + WATCHED_STEPS, self.settings.steps) - 1
+        still = [a.namespace for a in self.delta_model.attachments if a.namespace not in self.moved]
+        if step == last and still:
+            raise InputError(
+                f"no gradient reaches the controls of {still[0]}: nothing that it acts on takes "
+                f"part in the loss of {type(self.delta_model.model).__name__} on these data; "
+                "choose other sites or layers, or another delta"
+            )
 
     def _frozen_states(self, batch: dict[str, Any]) -> None:
         """See on a first example what depends on the controls."""

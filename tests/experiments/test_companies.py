@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from deltacontrol.experiments.runs.sweep import run, run_all
 from deltacontrol.experiments.training import checkpoints
 from deltacontrol.experiments.training.finetune import FineTuning
 from deltacontrol.experiments.training.together import runs as of_runs
+from deltacontrol.theory.errors import InputError
 from tests import tiny_model
 
 COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens")
@@ -50,7 +52,7 @@ def same(mine, own) -> None:
         assert mine.result[name] == own.result[name]
 
 
-@pytest.mark.parametrize("deltas", [("lora:rank=2",), ("bitfit",)])
+@pytest.mark.parametrize("deltas", [("lora:rank=2",), ("bitfit",), ("vera:rank=4",)])
 def test_records_are_those_of_separate_runs(tunings, tmp_path, deltas) -> None:
     runs = tunings((0, 1e-2), (1, 1e-2), (1, 3e-2), deltas=deltas, eval_every=4)
     store, alone = RunStore(tmp_path / "together"), RunStore(tmp_path / "alone")
@@ -164,3 +166,18 @@ def test_locks_of_others_are_respected(tunings, tmp_path) -> None:
     with running.locked(store, store.partial(runs[1]).name, block=False):
         found = run_together(runs, store, progress=False, block=False)
     assert found[1] is None and found[0] is not None and found[2] is not None
+
+
+def test_a_checkpoint_of_other_controls_is_named(tunings, tmp_path) -> None:
+    runs, store = tunings((0, 1e-2), (1, 1e-2)), RunStore(tmp_path / "a")
+    others = tunings((0, 1e-2), (1, 1e-2), deltas=("lora:rank=3",))
+    advance(others, store, 3)
+    for one, other in zip(runs, others, strict=True):
+        shutil.copytree(store.partial(other), store.partial(one))
+    with pytest.raises(InputError, match="cannot be used: .*delete the folder"):
+        run_together(runs, store, progress=False)
+
+
+def test_no_pause_behind_the_end(tunings, tmp_path) -> None:
+    runs, store = tunings((0, 1e-2), (1, 1e-2)), RunStore(tmp_path / "a")
+    assert advance(runs, store, 8) == advance(runs[:1], store, 99) * 2 == [None, None]

@@ -142,6 +142,30 @@ def test_a_test_split_of_one_class_is_said(tmp_path: Path, withheld: str) -> Non
         reading(frame, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("header", "cell"),
+    [
+        ("label,text", '"Will you come?\nno, I will not\nsee you"'),
+        ("text,label", '"I rate as follows:\nfood,5\nservice,4"'),
+        ("text,label", '"log\nerror code,17\nend"'),
+        ("text,label", '"she said\nyes,no"'),
+        ("id,text", '"Sherlock Holmes\n221, Baker Street\nLondon"'),
+        ("id,text", '"[\n1, 2\n]"'),
+    ],
+)
+def test_cells_of_several_lines_that_look_like_rows_are_read(tmp_path, header, cell) -> None:
+    labels, first = ("yes", "no"), header.split(",")[0]
+    lines = []
+    for i, (text, _) in enumerate(rows().itertuples(index=False)):
+        shown = cell if i == 4 else text
+        other = str(i) if "id" in header else labels[i % 2]
+        lines.append(f"{shown},{other}" if first == "text" else f"{other},{shown}")
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join([header, *lines]) + "\n")
+    task = tasks.load(str(path), kind="causal-lm" if "id" in header else None)
+    assert "60 rows" in task.reading
+
+
 def test_texts_of_several_lines_are_read(tmp_path: Path) -> None:
     frame = rows()
     frame.loc[4, "text"] = 'Dear all,\nI liked it, a lot\n"really", b\nbye'

@@ -16,6 +16,7 @@ from deltacontrol.experiments.measures.solving import Solve
 from deltacontrol.experiments.runs import interrupts
 from deltacontrol.experiments.runs.failures import failures
 from deltacontrol.experiments.runs.interrupts import LimitError, deferred, limited
+from deltacontrol.experiments.runs.running import run_together
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.experiments.runs.sweep import run
 from deltacontrol.experiments.training import execution
@@ -83,6 +84,25 @@ def test_at_the_limit_a_step_ends_and_is_saved(tmp_path, at):
     with limited(60.0):
         resumed = fit(ParityBatches())
     assert all(torch.equal(whole.controls[k], resumed.controls[k]) for k in whole.controls)
+
+
+def test_a_pass_of_several_at_its_limit_is_listed_and_goes_on(places, store, ending, monkeypatch):
+    runs = [tiny(places, steps=6), tiny(places, steps=6, seed=1)]
+    whole = [run(one, RunStore(store.root.parent / "other"), progress=False) for one in runs]
+    with monkeypatch.context():
+        ending(3)
+        with pytest.raises(
+            InputError, match="and 1 more: it was stopped at its limit of 120 minut"
+        ):
+            run_together(runs, store, progress=False, limit_minutes=60.0)
+    assert len(failures(store.root)) == 2
+    monkeypatch.undo()
+    for mine, own in zip(run_together(runs, store, progress=False), whole, strict=True):
+        assert mine.result["copies_trained_together"] == 2
+        assert mine.curve()["loss"].tolist() == pytest.approx(
+            own.curve()["loss"].tolist(), rel=1e-4
+        )
+    assert not failures(store.root)
 
 
 def test_a_fine_tuning_at_its_limit_is_listed_and_goes_on(places, store, ending, capsys):

@@ -12,6 +12,8 @@ import torch
 from transformers import (
     OPTConfig,
     OPTForCausalLM,
+    SqueezeBertConfig,
+    SqueezeBertForSequenceClassification,
 )
 
 from deltacontrol.deltas import (
@@ -23,6 +25,7 @@ from deltacontrol.deltas import (
     FullFineTuning,
     HeadTuning,
     LoRA,
+    LoReFT,
     LotteryTicket,
     attach,
 )
@@ -419,3 +422,20 @@ def test_a_weight_that_is_trained_or_changed_is_not_converted() -> None:
             assert torch.equal(model[0](x), doubled)
     with resources.cast_once(model, "fp32"):
         assert all("forward" not in m.__dict__ for m in model)
+
+
+def test_a_delta_without_a_gradient_is_refused_after_a_few_batches() -> None:
+    """SqueezeBERT's encoder calls layer.forward, which no hook sees."""
+    torch.manual_seed(0)
+    config = SqueezeBertConfig(
+        vocab_size=VOCABULARY, hidden_size=16, embedding_size=16, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=32, q_groups=2, k_groups=2, v_groups=2,
+        intermediate_groups=2, output_groups=2, max_position_embeddings=32,
+    )  # fmt: skip
+    base = SqueezeBertForSequenceClassification(config).eval()
+    model = attach(base, LoReFT(rank=2), HeadTuning())
+    with (
+        pytest.warns(UserWarning, match="loreft changed nothing"),
+        pytest.raises(InputError, match="no gradient reaches the controls of loreft"),
+    ):
+        fit(model)

@@ -326,25 +326,23 @@ class _Sweep:
 def require_precision(
     A: Terms, B: Terms, Q: Terms, R: Terms, Qf: Tensor, N: Terms | None = None
 ) -> None:
-    """Refuse terms in float32 that are unbounded by their rounding alone: float64 has a minimum.
-
-    Raises:
-        InputError: they are.
-    """
+    """Raise `InputError` where only the rounding of float32 makes a problem unbounded."""
     if Qf.dtype != torch.float32:
         return
-    given = (A, B, Q, R, [] if N is None else N)
-    doubles = [x.double() if isinstance(x, Tensor) else [y.double() for y in x] for x in given]
+    A, B, Q, R = (_doubled(terms) for terms in (A, B, Q, R))
     try:
-        factor = factorise(*doubles[:4], Qf.double(), None if N is None else doubles[4])
+        factor = factorise(A, B, Q, R, Qf.double(), None if N is None else _doubled(N))
     except InputError:
         return
     if not factor.conflicts:
         raise InputError(
-            "in float32 this problem cannot be told from an unbounded one, because R + B'PB drowns "
-            "in rounding errors; in float64 it has a minimum: give the terms in float64, or "
-            "rescale them"
+            "in float32 R + B'PB drowns in rounding errors, and the problem looks unbounded; in "
+            "float64 it has a minimum: give the terms in float64, or rescale them"
         )
+
+
+def _doubled(terms: Terms) -> Terms:
+    return terms.double() if isinstance(terms, Tensor) else [term.double() for term in terms]
 
 
 def _are_tensors(terms: object) -> bool:

@@ -73,12 +73,11 @@ def train_many(
             reason = str(error)
         else:
             try:
-                found = Loop(stack, data, settings, device).train(group, progress)
+                return Loop(stack, data, settings, device).train(group, progress)
+            except UnstackableError as error:
+                reason = str(error)
             finally:
                 stack.detach()
-            if found is not None:
-                return found
-            reason = "the controls or the model draw random numbers in training"
     return ManyResult(_one_after_another(model, deltas, data, settings, progress), 1, reason)
 
 

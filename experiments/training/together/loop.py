@@ -99,15 +99,16 @@ class Loop:
         self.first = self._resume()
         self.earlier = [run.seconds for run in self.runs]
 
-    def train(
-        self, group: int | None, progress: bool, until: int | None = None
-    ) -> ManyResult | None:
-        """The result; None where randomness would make it another one than each copy's own.
+    def train(self, group: int | None, progress: bool, until: int | None = None) -> ManyResult:
+        """The result.
 
         Args:
             group: how many copies share a pass; None measures what is fastest.
             progress: whether to draw a progress bar.
             until: a step before the last one behind which all are saved, and the result ends.
+
+        Raises:
+            UnstackableError: it would be another one than each copy's own; the text says why.
         """
         count, steps = self.stack.num_copies, self.settings[0].steps
         memory = resources.PeakMemory(self.device)
@@ -115,8 +116,8 @@ class Loop:
         guarded = deferred() if self.folders else nullcontext()
         once = resources.cast_once(self.stack.model, self.precision)
         with training_mode(self.stack.single, False, False), once, guarded as interrupts:
-            if self._draws():
-                return None
+            if reason := self._obstacle():
+                raise UnstackableError(reason)
             stop = steps if until is None else min(until, steps)
             bar = tqdm(
                 total=steps,
@@ -159,16 +160,23 @@ class Loop:
             self.runs[k], tensors = checkpoints.read(folder)
             if not tensors:
                 continue
-            with torch.no_grad():
-                for name, parameter in self.controls.items():
-                    parameter[k].copy_(tensors[f"control/{name}"])
-                    for key, moment in zip(MOMENTS, self.moments[name], strict=True):
-                        if f"{key}/{name}" in tensors:  # absent before the first gradient
-                            moment[k].copy_(tensors[f"{key}/{name}"])
+            try:
+                self._put(k, tensors)
+            except (LookupError, RuntimeError) as error:  # of other controls
+                raise checkpoints.unusable(folder, error) from error
         steps = {run.step for run in self.runs}
         if len(steps) > 1:
             raise UnstackableError(f"the checkpoints stand at the steps {sorted(steps)}")
         return steps.pop()
+
+    @torch.no_grad()
+    def _put(self, k: int, tensors: dict[str, Tensor]) -> None:
+        """Give copy ``k`` the values and moments of a checkpoint."""
+        for name, parameter in self.controls.items():
+            parameter[k].copy_(tensors[f"control/{name}"])
+            for key, moment in zip(MOMENTS, self.moments[name], strict=True):
+                if f"{key}/{name}" in tensors:  # absent before the first gradient
+                    moment[k].copy_(tensors[f"{key}/{name}"])
 
     def _save(self, elapsed: float, memory: resources.PeakMemory) -> None:
         """Write the checkpoint of every copy, as that of a training alone."""
@@ -205,17 +213,26 @@ class Loop:
             if math.isfinite(value) and (best is None or sign * value > sign * best["value"]):
                 run.best = {"step": float(step), "value": value}
 
-    def _draws(self) -> bool:
-        """Whether a pass in training mode draws from a generator of torch."""
+    def _obstacle(self) -> str:
+        """Why a first pass shows that copies would not get what each gets alone; or nothing.
+
+        A pass in training mode that draws from a generator of torch draws other numbers for each,
+        and a control that takes no part in the loss has no gradient, which AdamW tells from zero.
+        """
         devices = [torch.cuda.current_device()] if self.device == "cuda" else []
 
         def states() -> list[Tensor]:
             return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
 
-        with torch.random.fork_rng(devices), torch.no_grad():
+        leaves = {n: p.detach()[:1].requires_grad_() for n, p in self.controls.items()}
+        with torch.random.fork_rng(devices), torch.enable_grad():
             before = states()
-            self._losses(self._batches(self.first)[:1], 0, 1)
-            return not all(map(torch.equal, before, states()))
+            loss = self._run(leaves, self._batches(self.first)[:1], 0, 1).sum()
+            if not all(map(torch.equal, before, states())):
+                return "the controls or the model draw random numbers in training"
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        unused = [name for name, grad in zip(leaves, found, strict=True) if grad is None]
+        return f"no gradient reaches {unused[0]} on a first batch" if unused else ""
 
     def _candidates(self, count: int) -> list[int]:
         """Sizes of a group that may be the quickest, by the tokens of a first batch."""
@@ -224,11 +241,6 @@ class Loop:
 
     def _batches(self, step: int) -> list[dict[str, Any]]:
         return [dict(data.batch(step)) for data in self.data]
-
-    def _losses(self, batches: list[dict[str, Any]], start: int, stop: int) -> Tensor:
-        """The losses of the copies start … stop - 1, (copies,)."""
-        values = {name: p[start:stop] for name, p in self.controls.items()}
-        return self._run(values, batches, start, stop)
 
     def _run(
         self, values: dict[str, Tensor], batches: list[dict[str, Any]], start: int, stop: int

@@ -84,15 +84,13 @@ def fine_tune_together(
         evaluate=partial(metrics_on, settings[0], "validation", runs[0].batch_size),
     )
     found = loop.train(None, workspaces[0].progress, until=pause)
-    if found is None:
-        raise UnstackableError("the controls or the model draw random numbers in training")
     ends: list[Outcome | PausedError] = []
     for k, (run, setting, trained) in enumerate(zip(runs, settings, found.results, strict=True)):
         model = stack.copy(k)
         evaluated = partial(metrics_on, settings[0], batch_size=run.batch_size, module=model)
         once = resources.cast_once(stack.model, loop.precision)
         with resources.autocast(loop.precision, device), once:
-            if pause is not None and trained.status != "diverged":
+            if pause is not None and pause < run.steps and trained.status != "diverged":
                 ends.append(PausedError(evaluated("validation")))
                 continue
             outcome = outcome_of(
