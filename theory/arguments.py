@@ -11,7 +11,8 @@ the type of ``Literal``, callables, and the items of sequences. A number called 
 to 2^63 - 1. Annotations of other kinds are let pass, and so is what a function alone can know, such
 as shapes. A whole number of another type (``8.0``, NumPy's) arrives as an int. Where arguments of
 the right kind hold numbers with which nothing can be computed (a decomposition fails, a float
-overflows), that is an `InputError` as well.
+overflows), or do not fit each other in a way that only torch finds, that is an `InputError` as
+well, with their shapes; errors of a user's own functions stay what they are.
 """
 
 from __future__ import annotations
@@ -85,17 +86,53 @@ def _checking(function: Callable[..., Any], name: str) -> Callable[..., Any]:
                 by_name[argument] = _required(name, argument, value, hints[argument])
         try:
             return function(*values, **by_name)
-        except (OverflowError, RuntimeError) as error:
-            if not isinstance(error, OverflowError) and type(error).__name__ != "_LinAlgError":
-                raise
+        except InputError:
+            raise
+        except (OverflowError, RuntimeError, TypeError, ValueError, LookupError) as error:
             why = str(error).partition("\n")[0]
+            if isinstance(error, OverflowError) or type(error).__name__ == "_LinAlgError":
+                raise InputError(
+                    f"{name}: its arguments give numbers that are not finite, or matrices that "
+                    f"cannot be decomposed ({why}); check them for NaN, and scale them so that no "
+                    "product overflows."
+                ) from error
+            given = _tensors_of(dict(zip(order, given, strict=False)) | by_name)
+            if not given or not _is_of_libraries(error):
+                raise
             raise InputError(
-                f"{name}: its arguments give numbers that are not finite, or matrices that cannot "
-                f"be decomposed ({why}); check them for NaN, and scale them so that no product "
-                "overflows."
+                f"{name} cannot compute with what it was given ({why}): {given}; check that these "
+                "shapes and dtypes fit each other."
             ) from error
 
     return checked
+
+
+def _is_of_libraries(error: BaseException) -> bool:
+    """Whether an error comes from this package or a library of numbers, not from a user's code."""
+    if isinstance(error, NotImplementedError | RecursionError | UnicodeError):
+        return False
+    if type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return module.partition(".")[0] in ("deltacontrol", "numpy", "scipy", "torch")
+
+
+def _tensors_of(given: Mapping[str, Any]) -> str:
+    """The arguments that are tensors, or lists of them, by shape and dtype."""
+    told = []
+    for name, value in given.items():
+        items = value if isinstance(value, list | tuple) else [value]
+        shapes = [
+            f"{tuple(item.shape)} {str(item.dtype).removeprefix('torch.')}"
+            for item in items
+            if hasattr(item, "shape") and hasattr(item, "dtype")
+        ]
+        if shapes:
+            told.append(f"{name} {', '.join(dict.fromkeys(shapes[:20]))}")
+    return "; ".join(told)
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:

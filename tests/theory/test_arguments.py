@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deltacontrol.theory import (
+    AffineFeedback,
     ControlProblem,
     CrossEntropyCost,
     InputError,
@@ -27,6 +28,7 @@ from deltacontrol.theory.control.solved_problems import scalar
 from deltacontrol.theory.depth.continuous import ContinuousDepth
 from deltacontrol.theory.dimension.gaussian_width import published_threshold
 from deltacontrol.theory.dimension.projections import FastfoodProjection
+from deltacontrol.theory.feedback.affine_subspace import AffineSubspace
 from deltacontrol.theory.parsing import checked
 from deltacontrol.theory.rank import low_rank
 
@@ -156,3 +158,42 @@ def test_an_optimiser_is_a_class_of_torch() -> None:
     for wrong in ({}, 3, torch.nn.Linear):
         with pytest.raises(InputError, match="expected a class of torch.optim or its name"):
             TorchOptimiser(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("module", ["deltacontrol.made", "torch.made", "mine"])
+@pytest.mark.parametrize("second", [torch.ones(3), torch.ones(2, 2).double()])
+def test_what_only_torch_finds_comes_with_the_shapes(module: str, second: Tensor) -> None:
+    """Errors of a user's own functions stay what they are."""
+    names: dict[str, Any] = {"Tensor": Tensor, "__name__": module}
+    exec("def times(first: Tensor, second: Tensor): return first @ second", names)
+    times, first = typed(names["times"]), torch.ones(2, 2)
+    if module == "mine":
+        with pytest.raises(RuntimeError):
+            times(first, second)
+        return
+    shown = str(second.dtype).removeprefix("torch.")
+    message = rf"times cannot compute .*first \(2, 2\) float32; second \(.*\) {shown}; check that"
+    with pytest.raises(InputError, match=message) as caught:
+        times(first, second=second)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 2), (1, 5)])
+def test_disturbances_of_other_shapes_are_named(shape) -> None:
+    n, m = 3, 2
+    system = LinearDynamics([torch.eye(n).double()] * 2, [torch.ones(n, m).double()] * 2)
+    law = AffineFeedback(
+        [torch.zeros(m, n).double()] * 2,
+        (torch.zeros(m).double(),) * 2,
+        [torch.zeros(n).double()] * 2,
+    )
+    if shape == ():
+        closed_loop(system, law, torch.ones(n).double(), [torch.zeros(()).double()] * 2)
+        return
+    with pytest.raises(InputError, match="disturbance of step 0 has shape"):
+        closed_loop(system, law, torch.ones(n).double(), [torch.zeros(shape).double()] * 2)
+
+
+def test_a_subspace_of_scalars_is_named() -> None:
+    with pytest.raises(InputError, match=r"expected \(n,\) and \(n, k\)"):
+        AffineSubspace(torch.tensor(1.0), torch.tensor(1.0))

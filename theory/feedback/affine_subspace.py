@@ -36,7 +36,7 @@ class AffineSubspace:
 
     def __post_init__(self) -> None:
         """Check the shapes and the columns."""
-        n, shape = len(self.mean), tuple(self.basis.shape)
+        n, shape = self.mean.numel(), tuple(self.basis.shape)
         if self.mean.ndim != 1 or len(shape) != 2 or shape[0] != n or shape[1] > n:
             raise InputError(
                 f"the mean has shape {tuple(self.mean.shape)} and the basis {shape}; expected (n,) "

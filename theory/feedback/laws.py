@@ -159,6 +159,11 @@ class Trajectory(NamedTuple):
     controls: Controls
 
 
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    own = shape[::-1]
+    return len(own) <= len(to) and all(a in (1, b) for a, b in zip(own, to[::-1], strict=False))
+
+
 @typed
 def closed_loop(
     dynamics: Dynamics,
@@ -200,7 +205,7 @@ def closed_loop(
         x = dynamics.step(t, states[-1], u)
         w = None if disturbance is None else disturbance[t]
         if w is not None:
-            if torch.broadcast_shapes(w.shape, x.shape) != x.shape:
+            if not _broadcasts(w.shape, x.shape):
                 raise InputError(
                     f"the disturbance of step {t} has shape {tuple(w.shape)}; expected one that "
                     f"broadcasts to the state {tuple(x.shape)}"
