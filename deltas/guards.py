@@ -84,7 +84,7 @@ def first_pass(edits: Edits, again: Callable[[], Any]) -> Iterator[None]:
     except (InputError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        if not _is_ours(error) or torch.jit.is_tracing():
+        if not _is_ours(error) or torch._C._get_tracing_state() is not None:
             raise
         try:
             with torch.no_grad(), edits.suspended():

@@ -96,11 +96,11 @@ def _checking(function: Callable[..., Any], name: str) -> Callable[..., Any]:
                     f"cannot be decomposed ({why}); check them for NaN, and scale them so that no "
                     "product overflows."
                 ) from error
-            given = _tensors_of(dict(zip(order, given, strict=False)) | by_name)
-            if not given or not _is_of_libraries(error):
+            shapes = _tensors_of(dict(zip(order, given, strict=False)) | by_name)
+            if not shapes or not _is_of_libraries(error):
                 raise
             raise InputError(
-                f"{name} cannot compute with what it was given ({why}): {given}; check that these "
+                f"{name} cannot compute with what it was given ({why}): {shapes}; check that these "
                 "shapes and dtypes fit each other."
             ) from error
 
