@@ -36,7 +36,7 @@ def _own() -> dict[str, type[Delta]]:
 
 
 def _class(name: str) -> type[Delta]:
-    if name not in available():
+    if not isinstance(name, str) or name not in available():
         raise unknown("delta", name, available())
     return available()[name]
 

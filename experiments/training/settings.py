@@ -212,13 +212,15 @@ def _written(optimiser: Any) -> str:
 def check_number(
     owner: object, name: str, above: float | None = None, least: float | None = None
 ) -> None:
-    """Make a field a float, which must be finite and within its bound; None is let pass.
+    """Make a field a float, which must be finite and within its bound.
+
+    None is let pass where the annotation says so.
 
     Raises:
         InputError: it is not.
     """
     value = getattr(owner, name)
-    if value is None:
+    if value is None and "None" in _annotation(type(owner), name):
         return
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if (

@@ -380,3 +380,9 @@ def test_an_array_in_a_batch_is_named(build):
     with pytest.raises(InputError, match="attention_mask of the batch is ndarray"):
         control_problem(model, batch)
     model.detach()
+
+
+@pytest.mark.parametrize("name", [[None], 3, None, {}])
+def test_a_name_of_a_delta_is_a_text(name):
+    with pytest.raises(InputError):
+        registry.from_dict({"name": name})

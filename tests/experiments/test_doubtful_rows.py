@@ -83,6 +83,10 @@ def test_an_option_that_would_be_ignored_is_refused(
 def test_a_batch_size_is_needed() -> None:
     with pytest.raises(InputError, match="batch_size is None"):
         FineTuning(batch_size=None)  # type: ignore[arg-type]
+    assert FineTuning(max_grad_norm=None).max_grad_norm is None
+    for name in ("warmup", "weight_decay"):
+        with pytest.raises(InputError, match=f"{name} is None; expected a finite number >= 0"):
+            FineTuning(**{name: None})  # type: ignore[arg-type]
 
 
 def test_the_shares_of_the_split_stand_beside_it(tmp_path: Path) -> None:

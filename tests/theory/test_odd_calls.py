@@ -223,3 +223,12 @@ def test_states_and_controls_have_one_dtype(dtype):
 def test_options_of_too_few_numbers_are_named(text):
     with pytest.raises(InputError, match="the solver .* cannot be made|betas"):
         registry.parse(text)
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse"])
+def test_terms_without_values_are_named_beside_others_that_do_not_fit(kind):
+    wide, odd = torch.eye(N, dtype=F64), torch.eye(N, dtype=F64)
+    odd = odd.to("meta") if kind == "meta" else odd.to_sparse()
+    with pytest.raises(InputError, match="Qf is"):
+        riccati([wide] * L, [torch.ones(N, M, dtype=F64)] * L, [wide] * L,
+                [torch.eye(M, dtype=F64)] * L, odd, qf=torch.ones(1, N, dtype=F64))  # fmt: skip

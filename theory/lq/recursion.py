@@ -90,7 +90,7 @@ def riccati(
         raise
     except InputError:
         given = (A, B, Q, R, [Qf], [] if N is None else N)
-        if all(isinstance(terms, Tensor) or _are_tensors(terms) for terms in given):
+        if all(map(_are_dense, given)):
             require_finite(2, A=A, B=B, Q=Q, R=R, N=N, Qf=[Qf])
         raise
     if factor.conflicts:
@@ -345,8 +345,9 @@ def _doubled(terms: Terms) -> Terms:
     return terms.double() if isinstance(terms, Tensor) else [term.double() for term in terms]
 
 
-def _are_tensors(terms: object) -> bool:
-    return isinstance(terms, list | tuple) and all(isinstance(term, Tensor) for term in terms)
+def _are_dense(terms: object) -> bool:
+    items = terms if isinstance(terms, list | tuple) else [terms]
+    return all(isinstance(x, Tensor) and not x.is_meta and not x.is_sparse for x in items)
 
 
 def _root(P: Tensor) -> Tensor | None:
