@@ -19,6 +19,8 @@ from deltacontrol.deltas.methods.parts.on_weight import (
 )
 from deltacontrol.theory.errors import InputError
 
+MOST_FACTORS = 32
+
 
 @dataclass(frozen=True)
 class BOFT(Delta):
@@ -62,6 +64,11 @@ class BOFT(Delta):
     def __post_init__(self) -> None:
         """Check the sizes."""
         self._positive("block_size", "num_factors")
+        if self.num_factors > MOST_FACTORS:
+            raise InputError(
+                f"boft: num_factors is {self.num_factors}; expected at most {MOST_FACTORS}, for "
+                "each doubles the number of blocks that a width has to have."
+            )
         if self.num_blocks < 0:
             raise InputError(f"boft: num_blocks is {self.num_blocks}; expected 0 or more.")
 

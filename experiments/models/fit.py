@@ -163,7 +163,9 @@ def say_other_head(
             "task starts from them"
         )
     elif not built.head_is_drawn and goal not in (None, built.config.problem_type):
-        reason = f"a head for {goal.replace('_', ' ')}, and the new task starts from its weights"
+        reason = (
+            f"a head for {str(goal).replace('_', ' ')}, and the new task starts from its weights"
+        )
     built.other_head = reason  # type: ignore[assignment] - a plain attribute
     if reason:
         warnings.warn(f"the checkpoint of {name} has {reason}", stacklevel=3)

@@ -67,7 +67,7 @@ def build(
             f"or float16 for what is beside them, and pretrained weights, got dtype {dtype} and "
             f"pretrained={pretrained}"
         )
-    goal = getattr(config, "problem_type", None)
+    goal = getattr(config, "problem_type", None)  # of a file: it may hold anything
     _set_task(config, kind, num_labels, model.name)
     _set_padding(config, tokenizer, model.name)
     auto = getattr(transformers, _CLASSES[kind])

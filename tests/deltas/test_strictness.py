@@ -386,3 +386,9 @@ def test_an_array_in_a_batch_is_named(build):
 def test_a_name_of_a_delta_is_a_text(name):
     with pytest.raises(InputError):
         registry.from_dict({"name": name})
+
+
+@pytest.mark.parametrize("number", [33, 2**70])
+def test_a_butterfly_has_few_factors(number):
+    with pytest.raises(InputError, match="num_factors"):
+        registry.delta_of({"name": "boft", "num_factors": number})

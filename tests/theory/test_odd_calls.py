@@ -232,3 +232,11 @@ def test_terms_without_values_are_named_beside_others_that_do_not_fit(kind):
     with pytest.raises(InputError, match="Qf is"):
         riccati([wide] * L, [torch.ones(N, M, dtype=F64)] * L, [wide] * L,
                 [torch.eye(M, dtype=F64)] * L, odd, qf=torch.ones(1, N, dtype=F64))  # fmt: skip
+
+
+@pytest.mark.parametrize("last", [(), [], [torch.eye(N, dtype=F64)]])
+def test_the_cost_of_the_last_state_is_one_tensor(last):
+    wide = torch.eye(N, dtype=F64)
+    with pytest.raises(InputError, match="Qf is .*; expected one tensor"):
+        riccati([wide] * L, [torch.ones(N, M, dtype=F64)] * L, [wide] * L,
+                [torch.eye(M, dtype=F64)] * L, last)  # fmt: skip

@@ -129,6 +129,8 @@ class QuadraticTerms:
         given = {"A": A, "B": B, "Q": Q, "R": R} | ({} if N is None else {"N": N})
         for name, terms in {**given, "Qf": Qf}.items():
             require_tensors(name, terms)
+        if not isinstance(Qf, Tensor):
+            raise InputError(f"Qf is {type(Qf).__name__}; expected one tensor, of the last state")
         lengths = {name: len(terms) for name, terms in given.items()}
         if len(set(lengths.values())) != 1:
             raise InputError(f"the terms are for different numbers of steps: {lengths}")
