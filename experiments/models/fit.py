@@ -149,7 +149,8 @@ def say_other_head(
         reshaped: the shapes in the checkpoint and in the model of the head's weights that differ.
         goal: what the checkpoint says that its head was trained for (``problem_type``).
     """
-    trained = (built.config.architectures or [""])[0]
+    named: Any = built.config.architectures  # of a file: it may be anything
+    trained = str(named[0]) if isinstance(named, list) and named else ""
     reason = ""
     if reshaped:
         key, (before, after) = next(iter(reshaped.items()))

@@ -392,3 +392,15 @@ def test_a_prompt_that_leaves_no_text_is_what_should_be_shorter(tiny, taken: int
     model, _ = models.load(tiny["model"], kind="classification", num_labels=2)
     with pytest.raises(InputError, match="choose shorter prompts$"):
         fit.require_positions(model, "it", 8, [PromptTuning(length=taken)])
+
+
+@pytest.mark.parametrize("architectures", [True, [], [3], "Bert", None])
+def test_names_of_architectures_of_another_kind_tell_nothing(tiny, tmp_path, architectures) -> None:
+    folder = copied(tiny, tmp_path)
+    named(folder, ["yes", "no"])
+    edit(folder, architectures=architectures)
+    try:
+        model, _ = models.load(str(folder), kind="classification", num_labels=2)
+    except InputError:  # where transformers itself refuses the entry
+        return
+    assert model.other_head == ""
