@@ -219,7 +219,7 @@ def check_number(
     Raises:
         InputError: it is not.
     """
-    value = getattr(owner, name)
+    value: Any = getattr(owner, name)
     if value is None and "None" in _annotation(type(owner), name):
         return
     number = isinstance(value, int | float) and not isinstance(value, bool)
