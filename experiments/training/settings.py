@@ -222,9 +222,9 @@ def check_number(
     value: Any = getattr(owner, name)
     if value is None and "None" in _annotation(type(owner), name):
         return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
     if (
-        not number
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
         or not (value > above if above is not None else value >= (least or 0.0))
         or value > sys.float_info.max  # also a whole number that no float can be
     ):
