@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deltacontrol.deltas.editing.edits import Edits
-from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.errors import InputError, raised_in
 
 COPIED = (
     "a model with deltas cannot be copied: detach(), copy the base, attach to the copy and "
@@ -61,12 +61,12 @@ def guard(edits: Edits) -> None:
 def first_pass(edits: Edits, again: Callable[[], Any]) -> Iterator[None]:
     """Watch the first pass of a model with deltas, which shows whether they can act on it at all.
 
+    A module that is not called in one pass may be in another (an expert, a block that is dropped at
+    random), so that this is only said.
+
     Args:
         edits: what the deltas do.
         again: runs the pass once more.
-
-    A module that is not called in one pass may be in another (an expert, a block that is dropped at
-    random), so that this is only said.
 
     Raises:
         InputError: the pass fails in the code of torch, transformers or this package, and that of
@@ -84,7 +84,8 @@ def first_pass(edits: Edits, again: Callable[[], Any]) -> Iterator[None]:
     except (InputError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        if not _is_ours(error) or torch._C._get_tracing_state() is not None:
+        tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        if tracing or not raised_in(error, ("deltacontrol", "torch", "transformers")):
             raise
         try:
             with torch.no_grad(), edits.suspended():
@@ -108,16 +109,6 @@ def first_pass(edits: Edits, again: Callable[[], Any]) -> Iterator[None]:
                 f"of the modules on which it acts, such as {paths[0] if paths else name}",
                 stacklevel=4,
             )
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether an error was raised in torch, transformers or here, not in a user's own code."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
-    own = module.partition(".")[0] in ("torch", "transformers", "deltacontrol")
-    return own and "allocate memory" not in str(error)
 
 
 def refuse_offloaded(model: PreTrainedModel) -> None:

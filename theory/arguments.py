@@ -29,11 +29,12 @@ from functools import wraps
 from numbers import Real
 from typing import Any, TypeVar
 
-from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.errors import InputError, raised_in
 
 __all__ = ["typed"]
 
 T = TypeVar("T", bound=Callable[..., Any])
+LIBRARIES = ("deltacontrol", "numpy", "scipy", "torch")
 SHOWN = 60  # letters of a value in a message
 
 
@@ -97,7 +98,7 @@ def _checking(function: Callable[..., Any], name: str) -> Callable[..., Any]:
                     "product overflows."
                 ) from error
             shapes = _tensors_of(dict(zip(order, given, strict=False)) | by_name)
-            if not shapes or not _is_of_libraries(error):
+            if not shapes or not raised_in(error, LIBRARIES):
                 raise
             raise InputError(
                 f"{name} cannot compute with what it was given ({why}): {shapes}; check that these "
@@ -105,19 +106,6 @@ def _checking(function: Callable[..., Any], name: str) -> Callable[..., Any]:
             ) from error
 
     return checked
-
-
-def _is_of_libraries(error: BaseException) -> bool:
-    """Whether an error comes from this package or a library of numbers, not from a user's code."""
-    if isinstance(error, NotImplementedError | RecursionError | UnicodeError):
-        return False
-    if type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
-        return False
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
-    return module.partition(".")[0] in ("deltacontrol", "numpy", "scipy", "torch")
 
 
 def _tensors_of(given: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ expected, what to try. The command line prints it without a traceback and exits 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 __all__ = ["InputError", "unknown"]
 
@@ -38,3 +38,19 @@ def unknown(kind: str, name: object, options: Iterable[str]) -> InputError:
         parts.append("nearest: " + ", ".join(nearest))
     parts.append("known: " + (", ".join(known) if known else "none"))
     return InputError("; ".join(parts))
+
+
+def raised_in(error: BaseException, packages: Collection[str]) -> bool:
+    """Whether an error was raised in the code of these packages, not in that of a user.
+
+    Lack of memory and what is not implemented do not count: they are no fault of an argument.
+    """
+    if isinstance(error, NotImplementedError | RecursionError | UnicodeError | MemoryError):
+        return False
+    if type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return module.partition(".")[0] in packages

@@ -39,6 +39,7 @@ class End:
 class _Running:
     process: Any
     pipe: Connection
+    seconds: float
     ends: float
     late: bool = False
 
@@ -82,11 +83,14 @@ class Processes:
         """Names of the tasks that are being done."""
         return list(self._running)
 
-    def ends(self, tasks: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, End]]:
+    def ends(
+        self, tasks: Mapping[str, tuple[Any, ...]], shares: Mapping[str, int] | None = None
+    ) -> Iterator[dict[str, End]]:
         """Do all tasks; about once a second, how those ended that have ended since.
 
         Args:
             tasks: The function's arguments, by the name of the task.
+            shares: How many times `seconds` a task may take, by its name; once by default.
         """
         waiting = list(tasks)
         # The processes wait on this pipe's end: it closes when this process stops or dies.
@@ -96,7 +100,8 @@ class Processes:
                 ended: dict[str, End] = {}
                 while waiting and len(self._running) < self._workers:
                     name = waiting.pop(0)
-                    failure = self._start(name, tasks[name], alive)
+                    seconds = self._seconds * (shares or {}).get(name, 1)
+                    failure = self._start(name, tasks[name], alive, seconds)
                     if failure is not None:
                         ended[name] = End(failure=failure)
                 yield ended | self._collect()
@@ -109,7 +114,9 @@ class Processes:
                 running.pipe.close()
             self._running.clear()
 
-    def _start(self, name: str, arguments: tuple[Any, ...], alive: Connection) -> str | None:
+    def _start(
+        self, name: str, arguments: tuple[Any, ...], alive: Connection, seconds: float
+    ) -> str | None:
         """Start a process; the reason where that is not possible."""
         try:
             # As bytes: what they hold may be of a user's file, which `begin` loads first.
@@ -129,7 +136,7 @@ class Processes:
             finally:
                 send.close()
             self._running[name] = _Running(
-                process, receive, time.monotonic() + self._seconds + _GRACE_SECONDS
+                process, receive, seconds, time.monotonic() + seconds + _GRACE_SECONDS
             )
             return None
         return reason
@@ -162,7 +169,7 @@ class Processes:
         if end is not None:
             return end
         if running.late:
-            minutes = self._seconds / 60
+            minutes = running.seconds / 60
             return End(
                 failure=f"it was stopped at its limit of {minutes:g} minutes; if it was not "
                 "hanging, give it a larger --limit-minutes: it goes on from its checkpoint"

@@ -40,6 +40,10 @@ from deltacontrol.theory.errors import InputError
 MOST = 16  # of one pass; more of them save hardly more, and lose more where one is interrupted
 
 
+class OverLimitError(InputError):
+    """Runs that share a pass reached their limit; they are saved, and kept as failures."""
+
+
 def run(
     experiment: Experiment,
     store: RunStore,
@@ -85,22 +89,41 @@ def run(
         outcome = _executed(experiment, workspace, limit_minutes, store)
         if not first:
             return None
-        require_unchanged(experiment, digests, unfinished)
-        record = store.write(
-            experiment,
-            outcome.result,
-            outcome.curve,
-            outcome.controls,
-            outcome.earlier_seconds + time.perf_counter() - began,
-            time.process_time() - worked,
-            status=outcome.status,
-            message=outcome.message,
-            started=started,
-            digests=digests,
-        )
-        shutil.rmtree(unfinished, ignore_errors=True)
-        failures.forget(store.root, record.id)
-        return record
+        spent = time.perf_counter() - began, time.process_time() - worked
+        return _written(experiment, outcome, store, digests, started, *spent)
+
+
+def _written(
+    experiment: Experiment,
+    outcome: Outcome,
+    store: RunStore,
+    digests: Digests,
+    started: datetime,
+    seconds: float,
+    processor_seconds: float,
+) -> Record:
+    """Record what a run handed back, and let its checkpoints and its failure go.
+
+    Raises:
+        InputError: its files changed meanwhile, or the store cannot be written.
+    """
+    unfinished = store.partial(experiment)
+    _require_unchanged(experiment, digests, unfinished)
+    record = store.write(
+        experiment,
+        outcome.result,
+        outcome.curve,
+        outcome.controls,
+        outcome.earlier_seconds + seconds,
+        processor_seconds,
+        status=outcome.status,
+        message=outcome.message,
+        started=started,
+        digests=digests,
+    )
+    shutil.rmtree(unfinished, ignore_errors=True)
+    failures.forget(store.root, record.id)
+    return record
 
 
 def _executed(
@@ -125,7 +148,7 @@ def _keep_failure(experiment: Experiment, store: RunStore, reason: str) -> None:
         raise unwritable(store.root, error) from error
 
 
-def require_unchanged(experiment: Experiment, before: Digests, unfinished: Path) -> None:
+def _require_unchanged(experiment: Experiment, before: Digests, unfinished: Path) -> None:
     """Refuse to record a run under what it may not have read; its checkpoints are worth nothing."""
     after = digests_of(experiment)
     names = {"model": "its model", "data": "its data", "code": "the code of your classes"}
@@ -177,7 +200,7 @@ def run_together(
         The records.
 
     Raises:
-        InputError: as `sweep.run`.
+        InputError: as `run`; `OverLimitError` where a pass reached its limit.
     """
     require_minutes(limit_minutes)
     for group in companies(experiments):
@@ -224,27 +247,13 @@ def _record(
                 raise
             for experiment in mine:
                 _keep_failure(experiment, store, error.reason)
-            raise InputError(f"{mine[0].label} and {len(mine) - 1} more: {error.reason}") from error
+            others = f"{mine[0].label} and {len(mine) - 1} more"
+            raise OverLimitError(f"{others}: {error.reason}") from error
         share = (time.perf_counter() - began) / len(mine)
         worked = (time.process_time() - worked) / len(mine)
         for experiment, read, end in zip(mine, digests, ends, strict=True):
             assert isinstance(end, Outcome)
-            unfinished = store.partial(experiment)
-            require_unchanged(experiment, read, unfinished)
-            record = store.write(
-                experiment,
-                end.result,
-                end.curve,
-                end.controls,
-                end.earlier_seconds + share,
-                worked,
-                status=end.status,
-                message=end.message,
-                started=started,
-                digests=read,
-            )
-            shutil.rmtree(unfinished, ignore_errors=True)
-            failures.forget(store.root, record.id)
+            _written(experiment, end, store, read, started, share, worked)
 
 
 def _free(group: Sequence[Experiment], store: RunStore, locks: ExitStack) -> list[Experiment]:
@@ -264,14 +273,14 @@ def advance(
 ) -> list[dict[str, float] | None]:
     """Train up to a step before the last one, save, and tell the validation metrics there.
 
-    `sweep.run` or `run_together` go on from there later, and record what an uninterrupted run
+    `run` or `run_together` go on from there later, and record what an uninterrupted run
     records.
 
     Returns:
         Of each the metrics; None where the run is recorded, or ended before that step.
 
     Raises:
-        InputError: as `sweep.run`.
+        InputError: as `run`.
     """
     found: dict[str, dict[str, float] | None] = {}
     names = [store.path(experiment).name for experiment in experiments]

@@ -27,6 +27,7 @@ from deltacontrol.experiments.runs.processes import Processes, prestart
 from deltacontrol.experiments.runs.provenance import usable_cores
 from deltacontrol.experiments.runs.running import (
     MOST,
+    OverLimitError,
     advance,
     companies,
     locked,
@@ -150,7 +151,7 @@ def advance_all(
         _advance,
         partial(_begin_worker, threads_each(workers), plugins.sources()),
         workers=workers,
-        seconds=60.0 * limit_minutes * max(map(len, groups), default=1),
+        seconds=60.0 * limit_minutes,
         preload=PRELOADED,
     )
     found: dict[int, dict[str, float] | None] = {}
@@ -158,7 +159,7 @@ def advance_all(
     tasks = {str(number): (group, store, step) for number, group in enumerate(groups)}
     described = f"to step {step}"
     with tqdm(total=len(experiments), desc=described, disable=not progress, unit="run") as bar:
-        for ended in processes.ends(tasks):
+        for ended in processes.ends(tasks, {n: len(task[0]) for n, task in tasks.items()}):
             for number, end in ended.items():
                 group = groups[int(number)]
                 bar.update(len(group))
@@ -241,28 +242,28 @@ class _Sweep:
         """A process for each group; the runs of another sweep, and those to be tried alone."""
         busy: list[str] = []
         again: list[str] = []
-        largest = max(map(len, groups), default=1)
         processes = Processes(
             _work,
             partial(_begin_worker, self.threads, plugins.sources()),
             workers=self.workers,
-            seconds=60.0 * self.limit_minutes * largest,
+            seconds=60.0 * self.limit_minutes,
             preload=PRELOADED,
         )
         more = self.store, self.checkpoint_seconds, self.limit_minutes
         members = {group[0]: group for group in groups}
         tasks = {n: ([self.pending[m] for m in group], *more) for n, group in members.items()}
-        for ended in processes.ends(tasks):
+        for ended in processes.ends(tasks, {n: len(group) for n, group in members.items()}):
             for first, end in ended.items():
                 group = members[first]
                 if end.failure is not None and len(group) > 1:
                     again += group
                     continue
                 for name, recorded in zip(group, end.value or [False] * len(group), strict=True):
-                    if end.failure is None and not recorded:
+                    failure = recorded if isinstance(recorded, str) else end.failure
+                    if failure is None and not recorded:
                         busy.append(name)
                     else:
-                        self._done(name, end.failure)
+                        self._done(name, failure)
             self._describe(processes.running)
         return busy, again
 
@@ -290,14 +291,17 @@ def _begin_worker(threads: int, sources: tuple[str, ...]) -> None:
 
 def _work(
     experiments: list[Experiment], store: RunStore, checkpoint_seconds: float, limit_minutes: float
-) -> list[bool]:
-    """Whether each run is recorded; else another process computes it."""
-    records = run_together(
-        experiments,
-        store,
-        progress=False,
-        block=False,
-        checkpoint_seconds=checkpoint_seconds,
-        limit_minutes=limit_minutes,
-    )
+) -> list[bool | str]:
+    """Whether each run is recorded, or why it was stopped; else another process computes it."""
+    try:
+        records = run_together(
+            experiments,
+            store,
+            progress=False,
+            block=False,
+            checkpoint_seconds=checkpoint_seconds,
+            limit_minutes=limit_minutes,
+        )
+    except OverLimitError as error:  # not tried again by themselves: that would be more time
+        return [store.find(one) is not None or str(error) for one in experiments]
     return [record is not None for record in records]

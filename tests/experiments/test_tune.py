@@ -140,3 +140,9 @@ def test_what_cannot_be_searched_is_refused(search, fields, message) -> None:
 def test_a_rate_that_float32_cannot_step_with_is_refused(search) -> None:
     with pytest.raises(InputError, match=r"learning_rate is 1e\+38.* at most 1e\+30"):
         search().training(1e38, 0)
+
+
+def test_a_search_is_not_launched_in_several_processes(search, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="start it without accelerate"):
+        run(search(), RunStore(tmp_path / "runs"), progress=False)

@@ -118,7 +118,7 @@ class RateSearch(Subject):
         up, or diverged) and the id of its run.
 
         Raises:
-            InputError: From a training, or because every one diverged.
+            InputError: From a training, because every one diverged, or under `accelerate launch`.
         """
         import pandas as pd
 
@@ -126,6 +126,10 @@ class RateSearch(Subject):
         from deltacontrol.experiments.runs.store import RunStore
         from deltacontrol.experiments.runs.sweep import advance_all, run_all
 
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError(
+                "a search of rates starts processes of its own; start it without accelerate"
+            )
         store = RunStore(workspace.store or workspace.folder / "runs", keep_controls=False)
         seeds = range(self.seed, self.seed + self.seeds)
         first = max(1, round(self.look * self.steps))
