@@ -150,6 +150,8 @@ def load_file(
             )
     _refuse_withheld(rows, path, labels)
     told[-1] += " " + "/".join(f"{len(part):,d}" for part in parts)
+    if several := int(rows["text"].str.contains("\n", regex=False).sum()):
+        told.append(f"{several:,d} texts of several lines")
     told += doubts(rows)
     return Task(_stem(path), kind, labels, *parts, digest, f"the file {path.name}", "; ".join(told))
 

@@ -174,7 +174,7 @@ def test_texts_of_several_lines_are_read(tmp_path: Path) -> None:
     frame = rows()
     frame.loc[4, "text"] = 'Dear all,\nI liked it, a lot\n"really", b\nbye'
     told = reading(frame, tmp_path)
-    assert "60 rows" in told
+    assert "60 rows" in told and "1 texts of several lines" in told
     assert frame.loc[4, "text"] in set(tasks.load(str(tmp_path / "rows.csv")).train["text"]) | set(
         tasks.load(str(tmp_path / "rows.csv")).test["text"]
     ) | set(tasks.load(str(tmp_path / "rows.csv")).validation["text"])
