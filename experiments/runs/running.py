@@ -89,14 +89,16 @@ def run(
         outcome = _executed(experiment, workspace, limit_minutes, store)
         if not first:
             return None
+        _require_unchanged([experiment], [digests], [unfinished])
         spent = time.perf_counter() - began, time.process_time() - worked
-        return _written(experiment, outcome, store, digests, started, *spent)
+        return _written(experiment, outcome, store, unfinished, digests, started, *spent)
 
 
 def _written(
     experiment: Experiment,
     outcome: Outcome,
     store: RunStore,
+    unfinished: Path,
     digests: Digests,
     started: datetime,
     seconds: float,
@@ -104,11 +106,11 @@ def _written(
 ) -> Record:
     """Record what a run handed back, and let its checkpoints and its failure go.
 
+    ``unfinished`` is the folder that it had.
+
     Raises:
-        InputError: its files changed meanwhile, or the store cannot be written.
+        InputError: the store cannot be written.
     """
-    unfinished = store.partial(experiment)
-    _require_unchanged(experiment, digests, unfinished)
     record = store.write(
         experiment,
         outcome.result,
@@ -148,17 +150,25 @@ def _keep_failure(experiment: Experiment, store: RunStore, reason: str) -> None:
         raise unwritable(store.root, error) from error
 
 
-def _require_unchanged(experiment: Experiment, before: Digests, unfinished: Path) -> None:
-    """Refuse to record a run under what it may not have read; its checkpoints are worth nothing."""
-    after = digests_of(experiment)
+def _require_unchanged(
+    experiments: Sequence[Experiment], before: Sequence[Digests], unfinished: Sequence[Path]
+) -> None:
+    """Refuse to record runs under what they may not have read; checkpoints are worth nothing then.
+
+    The folders are those that they had: with other files, they would have others now.
+    """
     names = {"model": "its model", "data": "its data", "code": "the code of your classes"}
-    changed = [text for n, text in names.items() if getattr(before, n) != getattr(after, n)]
-    if changed:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    told = ""
+    for experiment, read, folder in zip(experiments, before, unfinished, strict=True):
+        now = digests_of(experiment)
+        changed = [text for n, text in names.items() if getattr(read, n) != getattr(now, n)]
+        if changed:
+            shutil.rmtree(folder, ignore_errors=True)
+            told = told or f"the files of {' and '.join(changed)} changed while {experiment.label}"
+    if told:
         raise InputError(
-            f"the files of {' and '.join(changed)} changed while {experiment.label} ran, so that "
-            "nothing tells which of their contents it read; it is not recorded: run it again and "
-            "leave the files as they are meanwhile"
+            f"{told} ran, so that nothing tells which of their contents it read; it is not "
+            "recorded: run it again and leave the files as they are meanwhile"
         )
 
 
@@ -251,9 +261,11 @@ def _record(
             raise OverLimitError(f"{others}: {error.reason}") from error
         share = (time.perf_counter() - began) / len(mine)
         worked = (time.process_time() - worked) / len(mine)
-        for experiment, read, end in zip(mine, digests, ends, strict=True):
+        folders = [space.folder for space in spaces]
+        _require_unchanged(mine, digests, folders)
+        for experiment, folder, read, end in zip(mine, folders, digests, ends, strict=True):
             assert isinstance(end, Outcome)
-            _written(experiment, end, store, read, started, share, worked)
+            _written(experiment, end, store, folder, read, started, share, worked)
 
 
 def _free(group: Sequence[Experiment], store: RunStore, locks: ExitStack) -> list[Experiment]:

@@ -178,6 +178,26 @@ def test_a_checkpoint_of_other_controls_is_named(tunings, tmp_path) -> None:
         run_together(runs, store, progress=False)
 
 
+def test_copies_whose_files_changed_meanwhile_are_not_recorded(tmp_path, monkeypatch) -> None:
+    places, store = tiny_model.write(tmp_path), RunStore(tmp_path / "a")
+    given = {"steps": 3, "batch_size": 4, "max_length": 8, "deltas": ("bitfit",)}
+    one = FineTuning(**places, learning_rate=1e-2, **given)
+    together = FineTuning.execute_together
+
+    def then_changed(experiments, workspaces):
+        ends = together(experiments, workspaces)
+        for space in workspaces:
+            space.folder.mkdir(parents=True, exist_ok=True)
+        with open(places["task"], "a") as file:
+            file.write("one more row,yes\n")
+        return ends
+
+    monkeypatch.setattr(FineTuning, "execute_together", staticmethod(then_changed))
+    with pytest.raises(InputError, match="the files of its data changed while .* ran"):
+        run_together([one, replace(one, seed=1)], store, progress=False)
+    assert store.records() == [] and not list((store.root / ".partial").iterdir())
+
+
 def test_no_pause_behind_the_end(tunings, tmp_path) -> None:
     runs, store = tunings((0, 1e-2), (1, 1e-2)), RunStore(tmp_path / "a")
     assert advance(runs, store, 8) == advance(runs[:1], store, 99) * 2 == [None, None]
