@@ -29,10 +29,18 @@ def test_projection_is_the_nearest_point_and_broadcasts() -> None:
     assert Box().project(u)[0].equal(u[0])
 
 
-@pytest.mark.parametrize("bounds", [(1.0, 0.0), (math.nan, 1.0)])
+@pytest.mark.parametrize(
+    "bounds", [(1.0, 0.0), (math.nan, 1.0), (math.inf, 1e308), (-math.inf, -math.inf)]
+)
 def test_an_empty_box_is_refused(bounds: tuple[float, float]) -> None:
     with pytest.raises(InputError, match="box is empty at step 0|low is nan"):
         Box(*bounds)
+
+
+def test_bounds_beyond_float32_are_told_apart() -> None:
+    assert Box(1e300, 1e308).low == 1e300
+    with pytest.raises(InputError, match="box is empty"):
+        Box(1e308, 1e300)
 
 
 def test_a_box_of_another_shape_is_refused_when_the_solve_begins() -> None:

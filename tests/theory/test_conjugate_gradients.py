@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.conjugate_gradients import End, conjugate_gradients
 from deltacontrol.theory.linear.operator import SymmetricMatrix
 from tests.theory.problems import normal
@@ -96,3 +97,9 @@ def test_what_is_not_finite_is_no_convergence() -> None:
     H[2, 3] = math.nan
     found = conjugate_gradients(SymmetricMatrix(H), g, rtol=1e-8, max_products=9, radius=1.0)
     assert found.end is End.NOT_FINITE and bool(torch.isfinite(found.step).all())
+
+
+@pytest.mark.parametrize("rtol", [-1.0, math.nan])
+def test_a_tolerance_that_no_residual_reaches_is_refused(rtol: float) -> None:
+    with pytest.raises(InputError, match="rtol is"):
+        conjugate_gradients(SymmetricMatrix(spd(3)), normal(3, seed=2), rtol=rtol, max_products=5)

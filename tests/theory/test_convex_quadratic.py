@@ -146,3 +146,9 @@ def test_mistakes_are_named() -> None:
     )
     with pytest.raises(InputError, match="4001 controls"):
         solve_convex(big)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, -1.0, math.nan])
+def test_a_tolerance_that_no_gap_meets_is_refused(tolerance: float) -> None:
+    with pytest.raises(InputError, match="tolerance is"):
+        solve_convex(scalar(), tolerance=tolerance)

@@ -44,9 +44,15 @@ class Box:
                 f"low has {steps[0]} bounds and high {steps[1]}; expected one tensor a step in both"
             )
         for t in range(max(steps, default=1)):
-            low, high = torch.as_tensor(_bound(self.low, t)), torch.as_tensor(_bound(self.high, t))
-            if not bool((low <= high).all()):
-                raise InputError(f"the box is empty at step {t}: low exceeds high, or one is NaN")
+            low, high = (
+                torch.as_tensor(_bound(bound, t), dtype=torch.float64)
+                for bound in (self.low, self.high)
+            )
+            if not bool(((low <= high) & (low < math.inf) & (high > -math.inf)).all()):
+                raise InputError(
+                    f"the box is empty at step {t}: low exceeds high, low is inf, high is -inf, or "
+                    "one is NaN"
+                )
 
     def bounds(self, t: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """``low`` and ``high`` of step ``t`` as tensors of the shape and dtype of ``like``."""

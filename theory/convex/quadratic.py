@@ -96,8 +96,8 @@ def solve_convex(
         solver: "auto" (Clarabel, then OSQP), "clarabel", "osqp" or "scs".
 
     Raises:
-        InputError: for another kind of problem, more than 4000 unknowns, and a problem with bounds
-            that is not convex.
+        InputError: for another kind of problem, more than 4000 unknowns, a tolerance that is not
+            positive, and a problem with bounds that is not convex.
 
     Example:
         ``J(u) = 1/2 (1 + u)^2 + 1/2 u^2`` on ``u >= -1/4``:
@@ -115,6 +115,8 @@ def solve_convex(
     """
     begun = time.perf_counter()
     solvers = solver_order(solver, quadratic=True)
+    if not tolerance > 0:
+        raise InputError(f"the tolerance is {tolerance}; expected a positive gap, such as 1e-9")
     if not isinstance(problem.dynamics, LinearDynamics) or not isinstance(
         problem.cost, QuadraticCost
     ):

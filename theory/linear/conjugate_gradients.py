@@ -89,8 +89,11 @@ def conjugate_gradients(
         radius: of the ball.
 
     Raises:
-        InputError: the gradient is of whole numbers, or not one vector of the size of ``H``.
+        InputError: the gradient is of whole numbers, or not one vector of the size of ``H``; or
+            ``rtol`` is negative or NaN, which no residual reaches.
     """
+    if not rtol >= 0:
+        raise InputError(f"rtol is {rtol}; expected a number of at least 0, such as 1e-8")
     if gradient.shape != H.shape[:1]:
         raise InputError(
             f"the gradient has shape {tuple(gradient.shape)}; expected {H.shape[:1]}, as {H!r} has"
