@@ -30,7 +30,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deltacontrol.theory.claims import Claim, Evidence, Outcome, Threshold, Verdict, judge
+    from deltacontrol.theory.claims import Claim, Part, Threshold, Verdict
     from deltacontrol.theory.control.costs import (
         BinaryCrossEntropyCost,
         CrossEntropyCost,
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         Projection,
     )
     from deltacontrol.theory.errors import InputError, unknown
+    from deltacontrol.theory.evidence import Evidence, Interval
     from deltacontrol.theory.feedback.affine_subspace import AffineSubspace
     from deltacontrol.theory.feedback.correction import (
         PIDCorrection,
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     )
     from deltacontrol.theory.feedback.laws import AffineFeedback, FeedbackLaw, closed_loop
     from deltacontrol.theory.feedback.steering import OutputSteering, steer_output
+    from deltacontrol.theory.judging import Judgement, Outcome, judge
     from deltacontrol.theory.linear.curvature import GaussNewtonCurvature, HessianCurvature
     from deltacontrol.theory.linear.linearisation import Linearisation
     from deltacontrol.theory.linear.operator import LinearOperator
@@ -103,17 +105,13 @@ if TYPE_CHECKING:
 
 _HOME = {
     "deltacontrol.theory.feedback.affine_subspace": ("AffineSubspace",),
-    "deltacontrol.theory.claims": (
-        "Claim",
-        "Evidence",
-        "Outcome",
-        "Threshold",
-        "Verdict",
-        "judge",
-    ),
+    "deltacontrol.theory.claims": ("Claim", "Part", "Threshold", "Verdict"),
+    "deltacontrol.theory.evidence": ("Evidence", "Interval"),
+    "deltacontrol.theory.judging": ("Judgement", "Outcome", "judge"),
     "deltacontrol.theory.feedback.correction": (
         "PIDCorrection",
         "PIDGains",
+    "Part",
         "ProjectionCorrection",
     ),
     "deltacontrol.theory.depth.continuous": ("ContinuousDepth",),
@@ -227,7 +225,9 @@ __all__ = [
     "ILQR",
     "InnerLBFGS",
     "InputError",
+    "Interval",
     "Iterate",
+    "Judgement",
     "LQPolicy",
     "LinearDynamics",
     "LinearOperator",
@@ -241,6 +241,7 @@ __all__ = [
     "OutputSteering",
     "PIDCorrection",
     "PIDGains",
+    "Part",
     "Projection",
     "ProjectionCorrection",
     "QuadraticCost",

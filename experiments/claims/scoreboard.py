@@ -1,11 +1,13 @@
-"""The scoreboard: every claim of ``experiments/claims``, its verdict and the numbers behind it.
+"""The scoreboard: every claim of ``experiments/claims``, its verdicts and the numbers behind them.
 
 A judged claim is one JSON file under a digest, with the ids of the runs it rests on, a digest of
 the code that measured and its provenance: the committed ones in ``experiments/records/claims``, a
-user's own in ``claims`` of their folder of runs. The table in the README is generated from the
-committed ones; importing this module does not import torch.
+user's own in ``claims`` of their folder of runs. `deltacontrol.experiments.claims.board` draws the
+table; importing this module does not import torch.
 
-A row is stale where the code that measures is no longer the code that measured.
+A row is stale where the code that measures is no longer the code that measured. Where a published
+result takes the place of another one whose check or verdict differs, the older one is kept beside
+it as *history*: its condition, its numbers, its verdict, its commit.
 """
 
 from __future__ import annotations
@@ -27,13 +29,12 @@ from deltacontrol.experiments.runs.publishing import publish as publish_records
 from deltacontrol.experiments.runs.record import Record, digest_of, sealed
 from deltacontrol.experiments.runs.store import CLAIMS, COMMITTED, RunStore, configuration
 from deltacontrol.theory import plugins
-from deltacontrol.theory.claims import Claim, Outcome, judge, verdict_of
+from deltacontrol.theory.claims import Claim, Threshold
 from deltacontrol.theory.errors import InputError, unknown
+from deltacontrol.theory.judging import Outcome, judge, judgements
 
 RESULTS = COMMITTED / CLAIMS
 RUNS = f"{CLAIMS}/runs"  # in the committed records: runs that no figure has
-README = COMMITTED.parents[1] / "README.md"
-BEGIN, END = "<!-- scoreboard:begin -->\n", "<!-- scoreboard:end -->"
 
 
 def available() -> dict[int, Claim]:
@@ -61,6 +62,14 @@ def find(number: int) -> Claim:
     return available()[number]
 
 
+def find_name(name: str) -> Claim:
+    """The claim of a name; raises `InputError` naming the known ones."""
+    named = {claim.name: claim for claim in available().values()}
+    if name not in named:
+        raise unknown("claim", name, named)
+    return named[name]
+
+
 def source(claim: Claim) -> Path:
     """The claim's file; a user's is where they have it."""
     for module in plugins.modules():
@@ -75,17 +84,21 @@ def result_path(claim: Claim, folder: Path | None = None) -> Path:
 
 
 def stored(claim: Claim, folder: Path | None = None) -> Outcome | None:
-    """The kept result, or None where the claim was not judged since its statement changed.
+    """The kept result, or None where the claim was not judged since its check changed.
 
     Raises:
         InputError: the file is damaged.
     """
-    document = _document(claim, folder)
-    if document is None:
+    document = document_of(claim, folder)
+    if document is None or "parts" not in document["outcome"]:  # as earlier versions kept it
         return None
     outcome = Outcome.from_dict(document["outcome"])
-    same = outcome.statement == claim.statement and outcome.threshold == claim.threshold
-    return outcome if same else None
+    return outcome if _check(outcome) == _check(claim) else None
+
+
+def history(claim: Claim) -> list[dict[str, Any]]:
+    """Published results of the claim whose check or verdict was another one, oldest first."""
+    return list((document_of(claim, None) or {}).get("history", ()))
 
 
 def is_stale(claim: Claim, outcome: Outcome) -> bool:
@@ -120,21 +133,25 @@ def rejudge(claim: Claim, store: RunStore) -> Judged:
     """
     if claim.runs is not None:
         return _judged(claim, store, time.perf_counter(), time.process_time())
-    document, outcome = _document(claim, None), stored(claim)
+    document, outcome = document_of(claim, None), stored(claim)
     if document is None or outcome is None:
         raise InputError(
             f"claim {claim.id} has no committed measurement; `deltacontrol claims run {claim.id}` "
             "measures it"
         )
-    verdict, reason = verdict_of(claim.threshold, outcome.evidence, outcome.control)
+    found = [(part.evidence, part.control, part.passing) for part in outcome.parts]
     kept = {name: value for name, value in document.items() if name not in ("outcome", "digest")}
-    return Judged(replace(outcome, verdict=verdict, reason=reason), kept)
+    return Judged(replace(outcome, parts=judgements(claim.parts, found)), kept)
 
 
 def keep(claim: Claim, judged: Judged, folder: Path | None = None) -> Path:
     """Write a result, among the committed ones unless a folder is given; returns its file."""
     path = result_path(claim, folder)
-    document = sealed({"outcome": judged.outcome.to_dict(), **judged.provenance})
+    own = {name: value for name, value in judged.provenance.items() if name != "history"}
+    known = _history(claim, judged.outcome) if folder is None else []
+    if known:
+        own["history"] = known
+    document = sealed({"outcome": judged.outcome.to_dict(), **own})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -187,65 +204,6 @@ def records_of(claim: Claim, store: RunStore) -> dict[str, Record]:
     return {configuration(e): record for e, record in pairs if record is not None}
 
 
-def rows(own: Path | None = None) -> list[dict[str, Any]]:
-    """One row a claim: number, title, source, condition, measured, control, verdict.
-
-    Args:
-        own: A folder of the user's results, shown beside the committed ones as ``own``.
-    """
-    table = []
-    for claim in available().values():
-        outcome = stored(claim)
-        row = {
-            "#": claim.id,
-            "claim": claim.title,
-            "source": claim.source,
-            "condition": str(claim.threshold),
-            "measured": _shown(outcome.evidence.value, claim) if outcome else "",
-            "negative control": _shown(outcome.control.value, claim) if outcome else "",
-            "verdict": _verdict(claim, outcome) if outcome else "not judged",
-        }
-        if own is not None:
-            mine = stored(claim, own)
-            shown = f"{_shown(mine.evidence.value, claim)}, {_verdict(claim, mine)}" if mine else ""
-            row["own"] = shown
-        table.append(row)
-    return table
-
-
-def render_table() -> str:
-    """The scoreboard as a Markdown table; users' own claims are not on it."""
-    users = [claim.id for _, claim in plugins.values("CLAIM")]
-    table = [row for row in rows() if row["#"] not in users]
-    if not table:
-        return ""
-    head = list(table[0])
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for row in table:
-        claim = available()[row["#"]]
-        verdict, _, remark = row["verdict"].partition(", ")
-        row = row | {
-            "claim": f"[{row['claim']}](proofs_notebooks/{claim.notebook}.py)",
-            "verdict": f"**{verdict}**" + (f", {remark}" if remark else ""),
-        }
-        cells = (str(value).replace("|", r"\|") for value in row.values())
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def update_readme(readme: Path | None = None) -> bool:
-    """Put the table between the README's markers; False where there is no README with them."""
-    readme = readme or README
-    if not readme.exists():
-        return False
-    text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        return False
-    before, rest = text.split(BEGIN)
-    readme.write_text(before + BEGIN + render_table() + END + rest.split(END)[1], encoding="utf-8")
-    return True
-
-
 def _stem(claim: Claim) -> str:
     return f"{claim.id:02d}_{claim.name.replace('-', '_')}"
 
@@ -264,6 +222,7 @@ def _judged(claim: Claim, store: RunStore, began: float, worked: float) -> Judge
             "processor_seconds": time.process_time() - worked,
             "packages": provenance.package_versions(),
             "project": provenance.project_commit(),
+            "protocol": provenance.last_change(source(claim)),
             "hardware": provenance.hardware(),
         },
     )
@@ -279,18 +238,48 @@ def _train(claim: Claim, store: RunStore) -> None:
             run(experiment, own)
 
 
-def _verdict(claim: Claim, outcome: Outcome) -> str:
-    return outcome.verdict.text + ", stale" * is_stale(claim, outcome)
+def _check(claim: Claim | Outcome) -> tuple[Any, ...]:
+    """What a result was judged by: a claim of which it differs was not judged yet."""
+    return claim.statement, [(part.name, part.threshold) for part in claim.parts]
 
 
-def _shown(value: float, claim: Claim) -> str:
-    """Two digits, or as many as show on which side of the threshold the value is."""
-    passes = claim.threshold.passes(value)
-    texts = (f"{value:.{digits}g}" for digits in range(2, 18))
-    return next((t for t in texts if claim.threshold.passes(float(t)) == passes), repr(value))
+def _history(claim: Claim, outcome: Outcome) -> list[dict[str, Any]]:
+    """The published results before this one: that of today is added where it says another thing."""
+    document = document_of(claim, None)
+    if document is None:
+        return []
+    old = document["outcome"]
+    parts = old.get("parts") or [{"name": "", **old}]  # as earlier versions kept a claim
+    entries = [
+        {
+            "name": part["name"],
+            "condition": _condition(part["threshold"]),
+            "measured": part["evidence"]["value"],
+            "control": part["control"]["value"],
+            "verdict": part["verdict"],
+        }
+        for part in parts
+    ]
+    told = [(e["name"], e["condition"], e["verdict"]) for e in entries]
+    known = list(document.get("history", ()))
+    if told == [(p.name, str(p.threshold), p.verdict.value) for p in outcome.parts]:
+        return known
+    commit = document.get("project", {}).get("commit")
+    return [*known, {"commit": commit, "why": claim.revised, "parts": entries}]
 
 
-def _document(claim: Claim, folder: Path | None) -> dict[str, Any] | None:
+def _condition(threshold: Mapping[str, Any]) -> str:
+    value = threshold["value"]
+    bound = tuple(value) if isinstance(value, list) else value
+    return str(Threshold(threshold["op"], bound, threshold["description"]))
+
+
+def document_of(claim: Claim, folder: Path | None) -> dict[str, Any] | None:
+    """The file of a result, whose digest is checked; None where there is none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     path = result_path(claim, folder)
     try:
         if not path.exists():
@@ -300,7 +289,8 @@ def _document(claim: Claim, folder: Path | None) -> dict[str, Any] | None:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         why = "" if document["digest"] == digest_of(document) else "its digest is of other contents"
-        Outcome.from_dict(document["outcome"])
+        if "parts" in document["outcome"]:
+            Outcome.from_dict(document["outcome"])
     except (ValueError, KeyError, TypeError) as error:
         why = str(error)
     if why:

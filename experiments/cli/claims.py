@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any, Literal
 
 import tyro
 
-from deltacontrol.experiments.claims import scoreboard
+from deltacontrol.experiments.claims import board, scoreboard, template
 from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.runs.store import RunStore, both_homes
-from deltacontrol.theory.claims import Claim, Outcome, Verdict
+from deltacontrol.theory.claims import Claim
 from deltacontrol.theory.errors import InputError
 
 LEAST_TITLE = 24  # columns of the list
@@ -22,30 +23,41 @@ LEAST_TITLE = 24  # columns of the list
 
 @dataclass(frozen=True)
 class Claims:
-    """Print the scoreboard, judge or measure claims, or show one.
+    """Print the scoreboard, judge or measure claims, show one, or begin one of your own.
 
     A claim compares a prediction, made without training, with a measurement, against a threshold
     that was written down before. A negative control breaks an assumption on purpose: the check must
-    fail there, or it proves nothing.
+    fail there, or it proves nothing. Whole intervals decide: a claim holds where all of its
+    interval is on the good side, fails where all of it is on the bad side, and is inconclusive
+    otherwise.
 
     For example
 
         deltacontrol claims judge
+        deltacontrol claims show 15
         deltacontrol claims run 1 2
+        deltacontrol claims list --format html > board.html
+        deltacontrol claims new my_idea
+        deltacontrol claims run my_idea
 
     Attributes:
         action: list prints the scoreboard, with your own results beside the committed ones; judge
             gives every verdict anew from recorded evidence, without training; run measures anew and
-            trains what is not recorded; show prints a claim in full.
-        ids: Numbers of claims; none means all.
+            trains what is not recorded; show prints a claim in full; new writes the files of a
+            claim of your own, which run at once.
+        which: Numbers or names of claims, and of new ones the name; none means all. A name may be
+            that of a file of yours here, without .py.
         runs: Your folder of runs; what run measures is kept in its folder claims.
+        format: With list: text for the terminal, or the committed board as Markdown, as an HTML
+            page, as a LaTeX table, or as CSV.
         publish: With judge or run, from a clean checkout only: put the results, and the records
             of the runs behind them, among the committed ones, and the scoreboard into the README.
     """
 
-    action: tyro.conf.Positional[Literal["list", "judge", "run", "show"]] = "list"
-    ids: tyro.conf.Positional[tuple[int, ...]] = ()
+    action: tyro.conf.Positional[Literal["list", "judge", "run", "show", "new"]] = "list"
+    which: tyro.conf.Positional[tuple[str, ...]] = ()
     runs: Path = Path("runs")
+    format: Literal["text", "markdown", "html", "latex", "csv"] = "text"
     publish: bool = False
 
     def run(self) -> int:
@@ -55,111 +67,148 @@ class Claims:
             InputError: A claim is unknown, or with --publish a claim is a user's own, or the
                 checkout is not clean enough to publish from; nothing has been computed by then.
         """
-        chosen = [scoreboard.find(i) for i in self.ids] or list(scoreboard.available().values())
+        if self.publish and self.action not in ("judge", "run"):
+            raise InputError("--publish goes with judge or run: these have results to publish")
+        if self.format != "text" and self.action != "list":
+            raise InputError(f"--format {self.format} goes with list: the board has such a form")
+        if self.action == "new":
+            return self._new()
+        chosen = [_chosen(text) for text in self.which]
+        chosen = chosen or list(scoreboard.available().values())
+        if self.action == "list":
+            return self._list(chosen)
+        if self.action == "show":
+            return self._show(chosen)
+        return self._judge(chosen)
+
+    def _judge(self, chosen: list[Claim]) -> int:
         store = both_homes(self.runs)
-        if self.action in ("list", "show"):
-            if self.publish:
-                raise InputError("--publish goes with judge or run: these have results to publish")
-            return self._list(chosen) if self.action == "list" else self._show(chosen)
         if self.publish:
             for claim in chosen:
                 scoreboard.require_publishable(claim)
             provenance.require_clean()
-        judged, failures = {}, []
-        for claim in chosen:
+        ahead = [self._expected(claim) for claim in chosen]
+        if self.action == "run":
+            print(f"plan: {len(chosen)} claims{_told(ahead)}\n")
+        judged, failures, began = {}, [], time.perf_counter()
+        for place, claim in enumerate(chosen):
             try:
                 judged[claim.id] = self._judged(claim, store)
             except InputError as error:
                 print(f"claim {claim.id}: {error}\n", file=sys.stderr)
                 failures.append(str(claim.id))
+            if self.action == "run" and place + 1 < len(chosen):
+                spent, known = time.perf_counter() - began, [s or 0.0 for s in ahead]
+                slower = spent / sum(known[: place + 1]) if sum(known[: place + 1]) else 1.0
+                left = [None if s is None else s * slower for s in ahead[place + 1 :]]
+                print(f"{place + 1} of {len(chosen)} claims{_told(left, 'left: ')}\n", flush=True)
         if self.publish:
             for claim in (claim for claim in chosen if claim.id in judged):
                 scoreboard.publish(claim, judged[claim.id], store)
-            if scoreboard.update_readme():
+            if board.update_readme():
                 print("the scoreboard in README.md is up to date")
         if failures:
             print(f"not judged: {', '.join(failures)}")
-        verdicts = [found.outcome.verdict for found in judged.values()]
-        return int(bool(failures) or any(verdict is not Verdict.HOLDS for verdict in verdicts))
+        return int(bool(failures) or not all(found.outcome.holds for found in judged.values()))
+
+    def _expected(self, claim: Claim) -> float | None:
+        """Seconds that the committed measurement took; None where there is none."""
+        document = scoreboard.document_of(claim, None)
+        return None if document is None else float(document["wall_seconds"])
 
     def _judged(self, claim: Claim, store: RunStore) -> scoreboard.Judged:
         if self.action == "run":
             found = scoreboard.evaluate(claim, store)
-            scoreboard.keep(claim, found, store.root / scoreboard.CLAIMS)
+            folder = store.root / scoreboard.CLAIMS
+            scoreboard.keep(claim, found, folder)
+            print(board.page_of(claim, folder))
         else:
             found = scoreboard.rejudge(claim, store)
-        print_outcome(found.outcome)
+            outcome = found.outcome
+            for part in outcome.parts:
+                print(f"{claim.id}{part.name} {part.title}: {part.verdict.text}\n  {part.reason}")
         return found
 
     def _list(self, chosen: list[Claim]) -> int:
-        own = self.runs / scoreboard.CLAIMS
-        rows = {row["#"]: row for row in scoreboard.rows(own if own.is_dir() else None)}
-        for line in _lines([(claim, rows[claim.id]) for claim in chosen]):
+        if self.format != "text":
+            print(board.FORMATS[self.format](), end="")
+            return 0
+        own, ids = self.runs / scoreboard.CLAIMS, {claim.id for claim in chosen}
+        rows = board.rows(own if own.is_dir() else None)
+        for line in _lines([row for row in rows if board.claim_of(row).id in ids]):
             print(line)
+        if len(chosen) == len(scoreboard.available()):
+            print(f"\n{board.chance()}")
         return 0
 
     def _show(self, chosen: list[Claim]) -> int:
-        verdicts = []
+        holding = []
         for claim in chosen:
             for home, folder in (("committed", None), ("own", self.runs / scoreboard.CLAIMS)):
                 outcome = scoreboard.stored(claim, folder)
                 if outcome is not None:
                     print(f"{home}{', stale' * scoreboard.is_stale(claim, outcome)}")
-                    print_outcome(outcome)
-                    verdicts.append(outcome.verdict)
-                elif folder is None:
-                    print(
-                        f"claim {claim.id} was not judged yet: deltacontrol claims run {claim.id}"
-                    )
-        return int(any(verdict is not Verdict.HOLDS for verdict in verdicts))
+                    holding.append(outcome.holds)
+                if outcome is not None or folder is None:
+                    print(board.page_of(claim, folder))
+        return int(not all(holding))
+
+    def _new(self) -> int:
+        if len(self.which) != 1:
+            raise InputError(
+                f"claims new takes one name, and got {len(self.which)}: deltacontrol claims new "
+                "my_idea"
+            )
+        for path in template.write(self.which[0], Path()):
+            print(f"wrote {path}")
+        print(f"it runs: deltacontrol claims run {self.which[0]}")
+        return 0
 
 
-def _lines(rows: Sequence[tuple[Claim, Mapping[str, Any]]]) -> list[str]:
+def _chosen(text: str) -> Claim:
+    """The claim of a number or a name, or of a file here of that name."""
+    if text.isdecimal():
+        return scoreboard.find(int(text))
+    named = {claim.name: claim for claim in scoreboard.available().values()}
+    if text in named:
+        return named[text]
+    return template.load(text) or scoreboard.find_name(text)
+
+
+def _told(seconds: Sequence[float | None], words: str = "") -> str:
+    """About how long, by what is committed, in words."""
+    known = [s for s in seconds if s is not None]
+    if not known:
+        return ""
+    minutes, rest = sum(known) / 60, len(seconds) - len(known)
+    more = f", and {rest} not measured before" if rest else ""
+    return f", {words}about {minutes:.0f} min by the committed measurements{more}"
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The scoreboard in the width of the terminal, of which 80 columns are enough.
 
     The condition is the bound alone, where there is room; `deltacontrol claims show` has its words.
     """
     width = max(80, shutil.get_terminal_size().columns)
-    cells = {
-        "#": [str(row["#"]) for _, row in rows],
-        "verdict": [row["verdict"] for _, row in rows],
-        "measured": [row["measured"] for _, row in rows],
-        "own": [row.get("own", "") for _, row in rows],
-        "condition": [
-            str(claim.threshold)[len(claim.threshold.description) + 1 :] for claim, _ in rows
-        ],
-    }
+    cells = {name: [str(row.get(name, "")) for row in rows] for name in
+             ("#", "verdict", "measured", "own", "bound")}  # fmt: skip
     if not any(cells["own"]):
         del cells["own"]
+    if width < 110:  # the value alone: the interval is in `show`
+        cells["measured"] = [text.partition(" [")[0] for text in cells["measured"]]
     sizes = {name: max(map(len, [name, *column])) for name, column in cells.items()}
     if width - sum(sizes.values()) - 2 * len(sizes) < LEAST_TITLE:
-        del cells["condition"], sizes["condition"]
+        del cells["bound"], sizes["bound"]
     room = max(LEAST_TITLE, width - sum(sizes.values()) - 2 * len(sizes))
     titles = [
-        t if len(t) <= room else t[: room - 1].rstrip() + "…" for t in (c.title for c, _ in rows)
+        t if len(t) <= room else t[: room - 1].rstrip() + "…" for t in (r["claim"] for r in rows)
     ]
     sizes = {"#": sizes.pop("#"), "claim": max(map(len, ["claim", *titles])), **sizes}
     columns = {**cells, "claim": titles}
     lines = [{name: name for name in sizes}]
     lines += [{name: columns[name][i] for name in sizes} for i in range(len(rows))]
     return ["  ".join(line[name].ljust(sizes[name]) for name in sizes).rstrip() for line in lines]
-
-
-def print_outcome(outcome: Outcome) -> None:
-    """A judged claim, in full."""
-    print(f"claim {outcome.id}: {outcome.title}")
-    print(f"  {outcome.statement}")
-    print(f"  source            {outcome.source}")
-    if outcome.notebook:
-        print(f"  derivation        proofs_notebooks/{outcome.notebook}.py")
-    print(f"  condition         {outcome.threshold}")
-    for name, evidence in (("measured", outcome.evidence), ("negative control", outcome.control)):
-        print(f"  {name:17} {evidence.value:.3g}  ({evidence.note})")
-        for key, value in evidence.details.items():
-            print(f"  {'':17} {key}: {value:.3g}" if isinstance(value, float) else
-                  f"  {'':17} {key}: {value}")  # fmt: skip
-    print(f"  runs              {', '.join(outcome.runs) or 'none: measured directly'}")
-    print(f"  verdict           {outcome.verdict.text}: {outcome.reason}\n")
 
 
 COMMAND = Claims

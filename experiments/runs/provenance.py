@@ -106,6 +106,15 @@ def project_commit() -> dict[str, Any]:
     return {"commit": commit.strip(), "modified": bool(changes.strip())}
 
 
+def last_change(file: Path) -> str | None:
+    """The last commit that changed a file; None where it is in no checkout, or has no commit."""
+    folder = file.resolve().parent
+    try:
+        return _git(folder, "log", "-1", "--format=%H", "--", file.name).strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(
         ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True, timeout=30
