@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from deltacontrol.deltas import Delta
     from deltacontrol.experiments.runs.record import Record
-    from deltacontrol.theory.claims import Outcome
+    from deltacontrol.theory.judging import Outcome
 
 __all__ = ["claims", "estimate_dimension", "finetune"]
 
@@ -107,7 +107,7 @@ def estimate_dimension(
 
 @typed
 def claims(number: int | None = None, *, runs: str | Path = RUNS) -> DataFrame | Outcome:
-    """The scoreboard, one row a claim; or one judged claim with its evidence.
+    """The scoreboard, one row a part of a claim; or one judged claim with its evidence.
 
     Args:
         number: of a claim; None gives the whole board.
@@ -118,11 +118,11 @@ def claims(number: int | None = None, *, runs: str | Path = RUNS) -> DataFrame |
     """
     import pandas as pd
 
-    from deltacontrol.experiments.claims import scoreboard
+    from deltacontrol.experiments.claims import board, scoreboard
     from deltacontrol.experiments.runs.store import CLAIMS
 
     if number is None:
-        return pd.DataFrame(scoreboard.rows(Path(runs) / CLAIMS)).set_index("#")
+        return pd.DataFrame(board.rows(Path(runs) / CLAIMS)).set_index("#")
     claim = scoreboard.find(number)
     outcome = scoreboard.stored(claim, Path(runs) / CLAIMS) or scoreboard.stored(claim)
     if outcome is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deltacontrol.experiments.claims import scoreboard
+from deltacontrol.experiments.claims import board
 from deltacontrol.experiments.cli import main as cli
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -23,9 +23,9 @@ def between(text: str, marker: str) -> str:
 
 def test_scoreboard_is_up_to_date() -> None:
     written = between(README.read_text(encoding="utf-8"), "scoreboard").strip()
-    assert written == scoreboard.render_table().strip(), (
+    assert written == board.markdown().strip(), (
         "the scoreboard in README.md is stale; put what "
-        "deltacontrol.experiments.claims.scoreboard.render_table() returns between its markers"
+        "deltacontrol.experiments.claims.board.markdown() returns between its markers"
     )
 
 

@@ -138,14 +138,14 @@ def test_a_claim(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_claim_of_ones_own_is_not_published_with_the_project(project: Path) -> None:
-    from deltacontrol.experiments.claims import scoreboard
+    from deltacontrol.experiments.claims import board, scoreboard
     from deltacontrol.theory.errors import InputError
 
     claim = plugins.load("my_claim.py").CLAIM
     store = RunStore(project / "runs")
     with pytest.raises(InputError, match="claim 901 is of your own file"):
         scoreboard.publish(claim, scoreboard.evaluate(claim, store), store)
-    assert "H_n grows" not in scoreboard.render_table()
+    assert "H_n grows" not in board.markdown()
 
 
 def test_a_figure_with_its_study(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

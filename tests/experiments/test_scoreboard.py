@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 from deltacontrol.experiments import claims
-from deltacontrol.experiments.claims import scoreboard
+from deltacontrol.experiments.claims import board, scoreboard
 from deltacontrol.experiments.claims.code_digest import code_digest, measuring
 from deltacontrol.experiments.cli.claims import Claims
 from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.runs.store import RunStore, both_homes
-from deltacontrol.theory.claims import Claim, Evidence, Threshold, Verdict
+from deltacontrol.theory.claims import Claim, Evidence, Threshold
 from deltacontrol.theory.errors import InputError
 from tests.experiments.test_runs import Toy, curve
 
 ROOT = Path(__file__).resolve().parents[2]
-README = f"before\n{scoreboard.BEGIN}stale\n{scoreboard.END}\nafter\n"
+README = f"before\n{board.BEGIN}stale\n{board.END}\nafter\n"
 
 
 @pytest.fixture
@@ -38,11 +38,12 @@ def claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Claim:
         predict=lambda: {"sum": 4.0},
         measure=lambda prediction: Evidence(abs(2 + 2 - prediction["sum"])),
         negative_control=lambda prediction: Evidence(abs(2 + 3 - prediction["sum"])),
+        passing_control=lambda prediction: Evidence(abs(1 + 3 - prediction["sum"])),
     )
     (tmp_path / "claim.py").write_text("x = 2 + 2\n")
     (tmp_path / "README.md").write_text(README)
     monkeypatch.setattr(scoreboard, "RESULTS", tmp_path / "package" / "claims")
-    monkeypatch.setattr(scoreboard, "README", tmp_path / "README.md")
+    monkeypatch.setattr(board, "README", tmp_path / "README.md")
     monkeypatch.setattr(scoreboard, "COMMITTED", tmp_path / "package")
     monkeypatch.setattr(scoreboard, "source", lambda claim: tmp_path / "claim.py")
     show(monkeypatch, found)
@@ -63,9 +64,11 @@ def on_runs(claim: Claim, monkeypatch: pytest.MonkeyPatch) -> Claim:
     """The same claim, computed from two recorded runs."""
     found = replace(
         claim,
+        parts=(),
         predict=lambda records: {"sum": 4.0},
         measure=lambda prediction, records: Evidence(records(Toy(seed=0)).result["loss"] - 1.0),
         negative_control=lambda prediction, records: Evidence(records(Toy(seed=1)).result["loss"]),
+        passing_control=lambda prediction, records: Evidence(0.0),
         runs=lambda: [Toy(seed=0), Toy(seed=1)],
     )
     show(monkeypatch, found)
@@ -87,19 +90,17 @@ def test_a_claim_is_one_file_with_a_notebook() -> None:
 
 
 def test_judge_keep_and_render(claim: Claim, store: RunStore, tmp_path: Path) -> None:
-    assert scoreboard.stored(claim) is None and "not judged" in scoreboard.render_table()
+    assert scoreboard.stored(claim) is None and "not judged" in board.markdown()
     judged = scoreboard.evaluate(claim, store)
-    assert judged.outcome.verdict == "holds" and judged.outcome.code == code_digest(
-        tmp_path / "claim.py"
-    )
+    assert judged.outcome.holds and judged.outcome.code == code_digest(tmp_path / "claim.py")
     scoreboard.keep(claim, judged)
     assert scoreboard.stored(claim) == judged.outcome
     document = json.loads(scoreboard.result_path(claim).read_text())
     assert {"packages", "project", "hardware", "processor_seconds"} <= document.keys()
     assert {"scipy", "cvxpy", "sympy"} <= document["packages"].keys()
     assert document["hardware"]["memory_bytes"] > 0
-    assert "**holds** |" in scoreboard.render_table()
-    assert scoreboard.update_readme()
+    assert "**holds** |" in board.markdown()
+    assert board.update_readme()
     text = (tmp_path / "README.md").read_text()
     assert "stale" not in text and text.startswith("before\n") and text.endswith("after\n")
     assert re.search(r"\| 90 \| \[Two and two\]", text)
@@ -108,14 +109,15 @@ def test_judge_keep_and_render(claim: Claim, store: RunStore, tmp_path: Path) ->
 
 def test_a_value_shows_on_which_side_of_the_threshold_it_is(claim: Claim) -> None:
     """The bound is 0.5: 0.5001 would look as if it passed."""
-    shown = [scoreboard._shown(value, claim) for value in (0.123, 0.4999, 0.5001, float("nan"))]
+    (part,) = claim.parts
+    shown = [board.number(value, part) for value in (0.123, 0.4999, 0.5001, float("nan"))]
     assert shown == ["0.12", "0.5", "0.5001", "nan"]
 
 
 def test_a_changed_threshold_unjudges_the_claim(claim: Claim, store: RunStore) -> None:
     evaluated(claim, store)
     assert scoreboard.stored(claim) is not None
-    changed = replace(claim, threshold=Threshold("<=", 0.9, "distance to four"))
+    changed = replace(claim, parts=(), threshold=Threshold("<=", 0.9, "distance to four"))
     assert scoreboard.stored(changed) is None
     with pytest.raises(InputError, match="no committed measurement"):
         scoreboard.rejudge(changed, store)
@@ -143,9 +145,9 @@ def test_a_row_is_stale_where_the_code_changed(
 ) -> None:
     evaluated(claim, store)
     (tmp_path / "claim.py").write_text('"""New words."""\nimport math\n\nx = (2+2)  # the same\n')
-    assert "**holds** |" in scoreboard.render_table()
+    assert "**holds** |" in board.markdown()
     (tmp_path / "claim.py").write_text("x = 2 + 3\n")
-    assert "**holds**, stale |" in scoreboard.render_table()
+    assert "**holds**, stale |" in board.markdown()
     outcome = scoreboard.stored(claim)
     assert outcome is not None and scoreboard.is_stale(claim, replace(outcome, code=None))
 
@@ -190,7 +192,7 @@ def test_runs_are_named_and_missing_ones_are_said(on_runs: Claim, store: RunStor
         scoreboard.rejudge(on_runs, store)
     second = store.write(Toy(seed=1, model_digest="other"), {"loss": 3.0}, curve())
     outcome = scoreboard.rejudge(on_runs, store).outcome
-    assert (outcome.evidence.value, outcome.control.value) == (0.25, 3.0)
+    assert (outcome.part().evidence.value, outcome.part().control.value) == (0.25, 3.0)
     assert outcome.runs == (first.id, second.id) and not scoreboard.is_stale(on_runs, outcome)
 
 
@@ -199,7 +201,7 @@ def test_run_trains_what_is_missing_and_judge_nothing(
 ) -> None:
     store.write(Toy(seed=0), {"loss": 1.25}, curve())
     outcome = scoreboard.evaluate(on_runs, store).outcome
-    assert (outcome.evidence.value, outcome.control.value) == (0.25, 1.0)
+    assert (outcome.part().evidence.value, outcome.part().control.value) == (0.25, 1.0)
     assert len(store.records()) == 2 and not (tmp_path / "package").exists()
 
 
@@ -246,7 +248,10 @@ def test_a_direct_claim_is_judged_again_from_its_measurement(
     def never(prediction: Mapping[str, Any]) -> Evidence:
         raise AssertionError("nothing may be measured")
 
-    again = scoreboard.rejudge(replace(claim, measure=never, negative_control=never), store)
+    again = scoreboard.rejudge(
+        replace(claim, parts=(), measure=never, negative_control=never, passing_control=never),
+        store,
+    )
     assert again.outcome == scoreboard.stored(claim)
     assert again.provenance == {k: v for k, v in kept.items() if k not in ("outcome", "digest")}
 
@@ -283,7 +288,7 @@ def test_judging_again_gives_the_committed_result(number: int, tmp_path: Path) -
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = scoreboard.rejudge(claim, both_homes(tmp_path)).outcome
-    assert again.verdict is Verdict(committed.verdict) and again.runs == committed.runs
+    assert again.text == committed.text and again.runs == committed.runs
     assert close(again.to_dict() | {"code": None}, committed.to_dict() | {"code": None})
 
 

@@ -26,4 +26,6 @@ CLAIM = Claim(
     predict=lambda: {"change": 0.0},
     measure=lambda prediction: growth(lambda log: log),
     negative_control=lambda prediction: growth(math.sqrt),
+    passing_control=lambda prediction: growth(lambda log: log + math.sqrt(log) / 100),
+    on="exact problem",
 )
