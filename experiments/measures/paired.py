@@ -1,0 +1,116 @@
+"""Two contestants, paired over tasks and seeds: difference, interval, equivalence, what is missing.
+
+With scores a_{ts} and b_{ts} of task t and seed s the difference of a task is the mean of
+a_{ts} - b_{ts} over the seeds that both have. The unit of replication is the task where there are
+two or more, else the seed; the interval is Student's over it. Two contestants are *equivalent*
+within a margin where the 90 % interval lies inside ±margin, which is the pair of one-sided tests at
+5 % (Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15, 1987).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.evidence import CONFIDENCE, Evidence
+
+Scores = Mapping[tuple[str, int], float]  # by task and seed
+EQUIVALENCE = 0.9  # of the interval that two one-sided tests at 5 % amount to
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What tells two contestants apart.
+
+    Attributes:
+        first: name of the one whose value is larger where the difference is positive.
+        second: name of the other one.
+        evidence: the mean difference with its interval.
+        margin: within which both count as equal.
+        quantity: what the difference is of, such as ``"accuracy"``.
+    """
+
+    first: str
+    second: str
+    evidence: Evidence
+    margin: float
+    quantity: str
+
+    @property
+    def sides(self) -> tuple[float, float]:
+        """The ends of the 95 % interval."""
+        return self.evidence.bounds(CONFIDENCE)
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether the 90 % interval lies within the margin."""
+        low, high = self.evidence.bounds(EQUIVALENCE)
+        return -self.margin <= low and high <= self.margin
+
+    @property
+    def verdict(self) -> str:
+        """Who is ahead, whether both are equivalent, or that it cannot be told."""
+        low, high = self.sides
+        ahead = self.first if low > 0 else self.second if high < 0 else ""
+        equal = f"equivalent within {self.margin:g}" if self.equivalent else ""
+        told = [f"{ahead} is higher" if ahead else "", equal]
+        return ", ".join(t for t in told if t) or "cannot be told"
+
+    @property
+    def needed(self) -> str:
+        """How many units would tell, if mean and spread stayed as they are; empty where it does."""
+        if self.verdict != "cannot be told" or self.evidence.interval is None:
+            return ""
+        center, unit = self.evidence.value, self.evidence.interval
+        found = {}
+        half = (self.sides[1] - self.sides[0]) / 2
+        if center and math.isfinite(half):
+            found["tell them apart"] = math.ceil(unit.count * (half / abs(center)) ** 2)
+        room = self.margin - abs(center)
+        low, high = self.evidence.bounds(EQUIVALENCE)
+        if room > 0 and math.isfinite(high - low):
+            count = math.ceil(unit.count * ((high - low) / 2 / room) ** 2)
+            found["show that they are equivalent"] = count
+        if not found:
+            return ""
+        goal = min(found, key=lambda name: found[name])
+        return f"about {found[goal]} {unit.unit}s would {goal}"
+
+
+def paired(
+    names: tuple[str, str], first: Scores, second: Scores, *, margin: float, quantity: str
+) -> Difference:
+    """The difference of two contestants over the pairs of task and seed that both have.
+
+    Args:
+        names: of both.
+        first: scores of the first one.
+        second: scores of the second one.
+        margin: within which both count as equal, a positive number.
+        quantity: what the scores are.
+
+    Raises:
+        InputError: fewer than two units are shared, or the margin is not positive.
+    """
+    if not margin > 0 or not math.isfinite(margin):
+        raise InputError(f"margin is {margin}; expected a positive number, such as 0.02")
+    by_task: dict[str, list[float]] = {}
+    for task, seed in sorted(first.keys() & second.keys()):
+        by_task.setdefault(task, []).append(first[task, seed] - second[task, seed])
+    tasks = [sum(values) / len(values) for values in by_task.values()]
+    several = len(tasks) > 1
+    units = tasks if several else next(iter(by_task.values()), [])
+    if len(units) < 2:
+        raise InputError(
+            f"{names[0]} and {names[1]} share {len(units)} pairs of task and seed; a difference "
+            "with an interval needs two tasks, or two seeds of one"
+        )
+    seeds = min(map(len, by_task.values()))
+    evidence = Evidence.mean(
+        units,
+        "task" if several else "seed",
+        details={"by task": dict(zip(by_task, tasks, strict=True)), "seeds of a task": seeds},
+    )
+    return Difference(*names, evidence, margin, quantity)
