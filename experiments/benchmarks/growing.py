@@ -152,9 +152,9 @@ class _Same:
 
 def copies_step(copies: int, seed: int, _folder: Path) -> Work:
     """One update of all copies, in one pass."""
-    rows, tokens = 2, 16
+    rows, tokens, width = 4, 16, 128
     stack = attach_many(
-        bert(2, 64, tokens, seed), LoRA(rank=RANK), HeadTuning(), seeds=range(copies)
+        bert(2, width, tokens, seed), LoRA(rank=RANK), HeadTuning(), seeds=range(copies)
     )
     batch = random_batch(rows, tokens, seed)
     settings = [
@@ -186,11 +186,11 @@ def riccati_recursion(size: int, horizon: int, states: int, seed: int) -> Work:
 
 
 def gauss_newton_product(width: int, seed: int, _folder: Path) -> Work:
-    """``G v`` of a network of three layers on 64 rows, over all its parameters."""
+    """``G v`` of a network of three layers on 256 rows, over all its parameters."""
     torch.manual_seed(seed)
     maps = [nn.Linear(width, width) for _ in range(3)]
     network = nn.Sequential(maps[0], nn.Tanh(), maps[1], nn.Tanh(), maps[2]).double()
-    inputs, targets = torch.randn((2, 64, width), dtype=torch.float64)
+    inputs, targets = torch.randn((2, 256, width), dtype=torch.float64)
     parameters = {name: p.detach() for name, p in network.named_parameters()}
 
     def outputs(theta: dict[str, Tensor]) -> Tensor:
@@ -267,18 +267,18 @@ GROWTHS: dict[str, Growth] = {
     "width": Growth(
         work="training step with LoRA",
         along="width",
-        at="1 layer, 1 row of 64 tokens",
-        sizes=(32, 64, 128, 256, 512, 1024),
+        at="1 layer, 2 rows of 64 tokens",
+        sizes=(64, 128, 256, 512, 1024, 2048),
         small=(16, 32, 64),
         expected=(2, 2),
         why="the maps are matrices of d x d, and all else is linear in d",
-        make=lambda size, seed, _: lora_step(size, 1, size, 1, 64, seed),
+        make=lambda size, seed, _: lora_step(size, 1, size, 2, 64, seed),
         kept=(1, "activations are vectors of d entries, and frozen maps are not kept"),
     ),
     "copies": Growth(
-        work="update of K LoRAs in one pass",
+        work="update of K LoRAs",
         along="deltas",
-        at="2 layers of width 64, 2 rows of 16 tokens each",
+        at="one pass, 2 layers of width 128, 4 rows of 16 tokens each",
         sizes=(1, 2, 4, 8, 16, 32, 64),
         small=(1, 2, 3),
         expected=(1, 1),
@@ -290,7 +290,7 @@ GROWTHS: dict[str, Growth] = {
         work="iLQR iteration",
         along="horizon",
         at="16 states, 16 controls",
-        sizes=(4, 8, 16, 32, 64, 128, 256),
+        sizes=(8, 16, 32, 64, 128, 256, 512),
         small=(2, 4, 6),
         expected=(1, 1),
         why="derivatives, backward sweep and rollout visit each step once",
@@ -299,12 +299,12 @@ GROWTHS: dict[str, Growth] = {
     "ilqr-width": Growth(
         work="iLQR iteration",
         along="states",
-        at="horizon 12, as many controls as states",
-        sizes=(8, 16, 32, 64, 128, 256),
+        at="horizon 4, as many controls as states",
+        sizes=(16, 32, 64, 128, 256, 512),
         small=(2, 4, 6),
         expected=(3, 3),
-        why="the sweep multiplies and factors matrices of n x n",
-        make=lambda size, seed, _: ilqr_iteration(size, 12, size, seed),
+        why="derivatives and sweep multiply matrices of n x n",
+        make=lambda size, seed, _: ilqr_iteration(size, 4, size, seed),
     ),
     "riccati-horizon": Growth(
         work="Riccati recursion",
@@ -319,25 +319,25 @@ GROWTHS: dict[str, Growth] = {
     "riccati-width": Growth(
         work="Riccati recursion",
         along="states",
-        at="horizon 8, half as many controls",
-        sizes=(16, 32, 64, 128, 256, 512),
+        at="horizon 4, half as many controls",
+        sizes=(32, 64, 128, 256, 512, 1024),
         small=(2, 4, 6),
         expected=(3, 3),
         why="it multiplies and factors matrices of n x n",
-        make=lambda size, seed, _: riccati_recursion(size, 8, size, seed),
+        make=lambda size, seed, _: riccati_recursion(size, 4, size, seed),
     ),
     "gauss-newton": Growth(
         work="Gauss-Newton product",
         along="parameters",
-        at="3 layers, 64 rows",
-        sizes=(16, 32, 64, 128, 256, 512, 1024),
+        at="3 layers, 256 rows",
+        sizes=(32, 64, 128, 256, 512, 1024),
         small=(2, 4, 8),
         expected=(1, 1),
         why="one product forward and one backward use each parameter a fixed number of times",
         make=gauss_newton_product,
     ),
     "records": Growth(
-        work="list of runs, read anew",
+        work="list of runs, read",
         along="records",
         at="records of a fine-tuning",
         sizes=(64, 128, 256, 512, 1024, 2048),
@@ -347,7 +347,7 @@ GROWTHS: dict[str, Growth] = {
         make=read_anew,
     ),
     "index": Growth(
-        work="list of runs, from the index",
+        work="list of runs, index",
         along="records",
         at="records of a fine-tuning",
         sizes=(128, 256, 512, 1024, 2048, 4096),

@@ -119,8 +119,8 @@ class Benchmark:
 
     only: tuple[str, ...] = ()
     quick: bool = False
-    turns: int = 15
-    warmup: int = 2
+    turns: int = 11
+    warmup: int = 1
     least: float = 0.005
     threads: int = 1
     clock: Literal["cpu", "wall"] = "cpu"
