@@ -6,6 +6,7 @@ backward pass below, then solvers of control problems and lists of runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, groups
@@ -141,8 +142,13 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     rows = -(-(count + 1) // COLUMNS)
     figure = Figure(figsize=(PAGE_WIDTH, 0.25 + 1.68 * rows), layout="constrained")
     axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    before = ""
     for (place,), points in groups(table, ["panel"]):
         _draw_panel(axes[place], points, curves[curves["panel"] == place])
+        # One label for a row of the same costs.
+        if place % COLUMNS == 0 or points.iloc[0]["quantity"] != before:
+            before = points.iloc[0]["quantity"]
+            axes[place].set_ylabel(UNITS[before][0], labelpad=1)
         axes[place].set_title(f"({chr(ord('a') + place)}) {points.iloc[0]['work']}", fontsize=7)
     for ax in axes[count:]:
         ax.set_axis_off()
@@ -173,18 +179,25 @@ def caption(table: pd.DataFrame) -> str:
         apart = rows[_distance(rows) > NEAR]
         count = len(rows) - len(apart)
         text = f"Of {len(rows)} exponents of {what}, {count} are within {NEAR:g} of the expected"
-        others = [f"{_name(row)} {_exponent(row, ' to ')}" for _, row in apart.iterrows()]
-        expected = [f"{_expected(row)}" for _, row in apart.iterrows()]
-        named = [f"{o}, expected {e}" for o, e in zip(others, expected, strict=True)]
+        named = [
+            f"{_name(row)} {_exponent(row, ' to ')}, between the two largest sizes "
+            f"{_last(table[table['panel'] == row['panel']]):.2f}, expected {_expected(row)}"
+            for _, row in apart.iterrows()
+        ]
         sentences.append(text + (f"; the others: {'; '.join(named)}." if named else "."))
     worst = panels.loc[panels["misfit"].idxmax()]
     sentences.append(
-        f"No median is further than {100 * (worst['misfit'] - 1):.0f} % from its line "
-        f"({_name(worst)}). Fixed sizes: "
-        + "; ".join(f"{_name(row)}: {row['at']}" for _, row in times.iterrows())
-        + "."
+        f"No fitted median is further than {100 * (worst['misfit'] - 1):.0f} % from its line "
+        f"({_name(worst)})."
     )
     return " ".join(sentences)
+
+
+def _last(points: pd.DataFrame) -> float:
+    """The slope between the two largest sizes, where terms of lower order count least."""
+    logs = np.log(points[["size", "median"]].to_numpy(dtype=float)[-2:])
+    step = logs[1] - logs[0]
+    return float(step[1] / step[0])
 
 
 def _distance(rows: pd.DataFrame) -> pd.Series:
@@ -211,7 +224,7 @@ def _expected(row: pd.Series) -> str:
 
 def _draw_panel(ax: Axes, points: pd.DataFrame, lines: pd.DataFrame) -> None:
     first = points.iloc[0]
-    label, scale = UNITS[first["quantity"]]
+    scale = UNITS[first["quantity"]][1]
     ink, marker = INK[first["quantity"]], MARKERS[first["quantity"]]
     named = {line: rows for (line,), rows in groups(lines, ["line"])}
     low, high = named["expected low"], named["expected high"]
@@ -236,15 +249,33 @@ def _draw_panel(ax: Axes, points: pd.DataFrame, lines: pd.DataFrame) -> None:
     measured = scale * points[["q25", "q75"]].to_numpy()
     ax.set_ylim(measured.min() / 2.2, measured.max() * 2.2)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(LogLocator(numticks=5))
+        ticks = _ticks(*axis.get_view_interval())
+        axis.set_major_locator(FixedLocator(ticks))
         axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        plain = 1e-2 <= ticks[0] and ticks[-1] < 1e5
+        axis.set_major_formatter(FuncFormatter(_plain if plain else _power))
     ax.set_xlabel(str(first["along"]), labelpad=1)
-    ax.set_ylabel(label, labelpad=1)
     ax.text(
         0.05, 0.97, f"{_exponent(first, '–')}\nexpected {_expected(first)}",
         transform=ax.transAxes, va="top", fontsize=6.5, linespacing=1.25,
     )  # fmt: skip
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Powers of ten, at most four of them; with their threes where there would be but one."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    decades = [10.0**p for p in powers if low <= 10.0**p <= high]
+    if len(decades) > 1:
+        return decades[:: -(-len(decades) // 4)]
+    return [t for p in powers for t in (10.0**p, 3 * 10.0**p) if low <= t <= high]
+
+
+def _plain(value: float, _: object) -> str:
+    return f"{value:,.6g}"
+
+
+def _power(value: float, _: object) -> str:
+    return f"$10^{{{math.log10(value):.0f}}}$"
 
 
 def _handles(table: pd.DataFrame) -> list[Line2D | Patch]:

@@ -91,7 +91,7 @@ def test_a_small_run_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[s
     rows = {(row["name"], row["quantity"]): row for row in result["growths"]}
     assert {name for name, _ in rows} == set(GROWTHS)
     assert {n for n, q in rows if q == "kept_bytes"} == {"layers", "tokens", "width", "copies"}
-    for (name, quantity), row in rows.items():
+    for (_, quantity), row in rows.items():
         sizes = [point["size"] for point in row["points"]]
         assert len(sizes) == 3 and row["fitted_from"] == sizes[1]
         assert all(0 < p["q25"] <= p["median"] <= p["q75"] for p in row["points"])

@@ -53,7 +53,10 @@ def test_the_caption_tells_what_the_record_says(tmp_path: Path) -> None:
     text = cost.caption(cost.table(written(tmp_path, document)))
     assert "seconds of the clock of 1 thread, medians and quartiles of 11 turns" in text
     assert "made-up processor, 2 cores, load up to 3.5" in text
-    assert "No median is further than 25 % from its line (list of runs, read over records)" in text
+    assert (
+        "No fitted median is further than 25 % from its line (list of runs, read over records)"
+        in text
+    )
     assert caption(cost.table(written(tmp_path, document))) in text and "quick run" not in text
     document["growths"][4]["exponent"] = 2.95
     document |= {"quick": True}
