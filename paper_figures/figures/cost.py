@@ -275,7 +275,10 @@ def _plain(value: float, _: object) -> str:
 
 
 def _power(value: float, _: object) -> str:
-    return f"$10^{{{math.log10(value):.0f}}}$"
+    exponent = math.floor(math.log10(value) + 1e-9)
+    front = round(value / 10.0**exponent)
+    power = f"10^{{{exponent}}}"
+    return f"${power}$" if front == 1 else rf"${front} \cdot {power}$"
 
 
 def _handles(table: pd.DataFrame) -> list[Line2D | Patch]:
