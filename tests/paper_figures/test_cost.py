@@ -8,12 +8,15 @@ from typing import Any
 
 import matplotlib.style
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures import base, collect
 from deltacontrol.paper_figures.command import Figures
+from deltacontrol.paper_figures.export import Exported
 from deltacontrol.paper_figures.figures import cost
 from deltacontrol.theory.errors import InputError
 from tests.paper_figures.grids.cost import caption, record
@@ -94,27 +97,43 @@ def test_a_record_that_is_absent_or_damaged_is_said(tmp_path: Path) -> None:
         collect.committed(cost.STUDY, tmp_path)
 
 
+@pytest.fixture
+def committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[Record]]:
+    """Only a benchmark's record is committed; lists the records of each figure that is written."""
+    exported: list[list[Record]] = []
+
+    def export(name: str, figure: Any, records: list[Record], out: Path) -> Exported:
+        exported.append(records)
+        return Exported((), pd.DataFrame({"exponent": ["1"]}), "caption")
+
+    monkeypatch.setattr("deltacontrol.paper_figures.export.export", export)
+    monkeypatch.setattr(collect, "COMMITTED", tmp_path)
+    written(tmp_path, record())
+    return exported
+
+
 @pytest.mark.parametrize("preset", ["quick", "paper"])
 def test_no_preset_measures_a_benchmark(
-    preset: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    preset: Any,
+    committed: list[list[Record]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    written(tmp_path, record())
-    monkeypatch.setattr(collect, "COMMITTED", tmp_path)
-    monkeypatch.setattr(
-        "deltacontrol.paper_figures.export.export",
-        lambda name, figure, records, out: (
-            pytest.fail("two records") if len(records) > 1 else _one()
-        ),
-    )
     Figures(preset=preset, only=("cost",), recompute=True, out=tmp_path / "out").run()
+    assert [[r.id for r in records] for records in committed] == [["growth"]]
     printed = capsys.readouterr().out
     assert "a committed benchmark" in printed
     assert "python -m deltacontrol.experiments.benchmarks.growth --out" in printed
 
 
-def _one() -> Any:
-    from pandas import DataFrame
-
-    from deltacontrol.paper_figures.export import Exported
-
-    return Exported((), DataFrame({"exponent": ["1"]}), "caption")
+@pytest.mark.usefixtures("committed")
+def test_publishing_shows_the_picture_and_leaves_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(provenance, "require_clean", lambda: None)
+    monkeypatch.setattr(collect, "show", lambda picture, gallery: shown.append(picture.name))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    Figures(preset="paper", only=("cost",), publish=True, out=tmp_path / "out").run()
+    assert shown == ["cost.png"]
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
