@@ -106,7 +106,6 @@ def bert(num_layers: int, width: int, tokens: int, seed: int) -> BertForSequence
         num_attention_heads=HEADS,
         intermediate_size=4 * width,
         max_position_embeddings=tokens,
-        num_labels=2,
     )
     return BertForSequenceClassification(config)
 

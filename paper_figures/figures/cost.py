@@ -141,7 +141,7 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     count = table["panel"].nunique()
     rows = -(-(count + 1) // COLUMNS)
     figure = Figure(figsize=(PAGE_WIDTH, 0.25 + 1.68 * rows), layout="constrained")
-    axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    axes = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
     before = ""
     for (place,), points in groups(table, ["panel"]):
         _draw_panel(axes[place], points, curves[curves["panel"] == place])
@@ -185,7 +185,7 @@ def caption(table: pd.DataFrame) -> str:
             for _, row in apart.iterrows()
         ]
         sentences.append(text + (f"; the others: {'; '.join(named)}." if named else "."))
-    worst = panels.loc[panels["misfit"].idxmax()]
+    worst = panels.sort_values("misfit", kind="stable").iloc[-1]
     sentences.append(
         f"No fitted median is further than {100 * (worst['misfit'] - 1):.0f} % from its line "
         f"({_name(worst)})."
