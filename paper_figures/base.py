@@ -40,7 +40,8 @@ class FigureModule(Protocol):
 
     Attributes:
         TITLE: One line that says what the figure shows.
-        STUDY: The module of `deltacontrol.experiments.studies` whose records it is drawn from.
+        STUDY: The module of `deltacontrol.experiments.studies` whose records it is drawn from, or
+            ``benchmarks/NAME`` for the committed record of a benchmark.
     """
 
     __file__: str

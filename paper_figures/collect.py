@@ -19,6 +19,7 @@ from deltacontrol.experiments.runs.store import COMMITTED, RunStore
 from deltacontrol.theory.errors import InputError
 
 FIGURES = "figures"  # the folder of studies in the committed records
+BENCHMARKS = "benchmarks/"  # what the source of a figure begins with that shows a benchmark
 GRID_FILE = "grid.json"  # in a study's folder: the ids of its runs, in the order of its grid
 
 
@@ -34,16 +35,32 @@ def study(name: str, preset: str) -> list[Experiment]:
     return list(experiments)
 
 
+def is_benchmark(study: str) -> bool:
+    """Whether a figure's `STUDY` names a benchmark, as ``benchmarks/NAME``."""
+    return study.startswith(BENCHMARKS)
+
+
+def how_to_measure(study: str) -> str:
+    """The command that measures a benchmark and puts its record where figures read it."""
+    name = study.removeprefix(BENCHMARKS)
+    return (
+        f"python -m deltacontrol.experiments.benchmarks.{name} "
+        f"--out experiments/records/{BENCHMARKS}{name}.json"
+    )
+
+
 def committed(study: str, root: Path | None = None) -> list[Record]:
     """The records that a study's figures were published with, in the order of its grid.
 
     They are found by the ids that `publish` wrote down, so that neither torch nor a model nor data
-    is needed to redraw a figure.
+    is needed to redraw a figure. A benchmark, ``benchmarks/NAME``, has one record.
 
     Raises:
         InputError: The study was never published, or some of its records are not there.
     """
     root = root or COMMITTED
+    if is_benchmark(study):
+        return [_benchmark(study, root)]
     path = root / FIGURES / study / GRID_FILE
     try:
         ids = json.loads(path.read_text(encoding="utf-8"))["runs"]
@@ -63,6 +80,30 @@ def committed(study: str, root: Path | None = None) -> list[Record]:
             "compute them (hours), or use --preset quick (minutes)"
         )
     return [found[identity] for identity in ids]
+
+
+def _benchmark(study: str, root: Path) -> Record:
+    """What a benchmark wrote, as the result of one record."""
+    path = root / f"{study}.json"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        provenance = {name: result[name] for name in ("hardware", "packages")}
+    except FileNotFoundError as error:
+        raise InputError(
+            f"the benchmark {study.removeprefix(BENCHMARKS)!r} has no committed record: {path} "
+            f"does not exist. Measure it on a quiet machine: {how_to_measure(study)}"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); restore it") from error
+    return Record(
+        id=study.removeprefix(BENCHMARKS),
+        kind="benchmark",
+        config={},
+        result=result,
+        provenance=provenance,
+        status="completed",
+        folder=path.parent,
+    )
 
 
 def computed(

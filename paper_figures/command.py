@@ -22,7 +22,9 @@ class Figures:
     """Draw the figures, each with its table and its caption.
 
     `quick` runs a small grid on this machine, skipping what is finished. `paper` redraws from the
-    records that come with the package and computes nothing.
+    records that come with the package and computes nothing. A figure of a benchmark is always drawn
+    from the committed record, since only a quiet machine measures times; the benchmark has a
+    command of its own.
 
     Attributes:
         preset: The grid: quick (minutes on two cores) or paper (hours).
@@ -83,7 +85,8 @@ class Figures:
     def _draw(self, name: str, figure: base.FigureModule) -> None:
         from deltacontrol.paper_figures.export import export
 
-        if self.preset == "paper" and not self.recompute:
+        benchmark = collect.is_benchmark(figure.STUDY)
+        if benchmark or (self.preset == "paper" and not self.recompute):
             records = collect.committed(figure.STUDY)
         else:
             records = collect.computed(
@@ -94,10 +97,14 @@ class Figures:
                 limit_minutes=self.limit_minutes,
             )
         done = export(name, figure, records, self.out)
-        if self.publish:
+        if self.publish and not benchmark:
             collect.publish(figure.STUDY, records)
+        if self.publish:
             collect.show(self.out / f"{name}.png", base.GALLERY)
-        print(f"\n{name}: {figure.TITLE} ({len(records)} runs)\n")
+        source = "a committed benchmark" if benchmark else f"{len(records)} runs"
+        print(f"\n{name}: {figure.TITLE} ({source})\n")
         print(done.summary.to_string(index=False))
         print(f"\n{textwrap.fill(done.caption, 100)}\n")
         print("\n".join(f"wrote {path}" for path in done.files))
+        if benchmark:
+            print(f"to measure it anew: {collect.how_to_measure(figure.STUDY)}")

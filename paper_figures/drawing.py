@@ -24,7 +24,8 @@ def figure(
     Args:
         name: one of `deltacontrol.paper_figures.base.names`.
         preset: "paper" draws from the records that come with the package and computes nothing;
-            "quick" runs a small grid on this machine first, skipping what ``runs`` has.
+            "quick" runs a small grid on this machine first, skipping what ``runs`` has, except for
+            a benchmark.
         runs: the folder of your records.
 
     Raises:
@@ -38,7 +39,7 @@ def figure(
     import matplotlib.style
 
     module = base.load(name)
-    if preset == "paper":
+    if preset == "paper" or collect.is_benchmark(module.STUDY):
         records = collect.committed(module.STUDY)
     else:
         records = collect.computed(both_homes(runs), collect.study(module.STUDY, preset))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from deltacontrol.experiments.training.devices import attention, autocast
+
+Name = TypeVar("Name", str, int)
 
 
 def training_step(
@@ -51,15 +54,18 @@ def training_step(
 
 
 def alternate(
-    steps: Mapping[str, Callable[[], None]], turns: int, warmup: int
-) -> dict[str, list[float]]:
+    steps: Mapping[Name, Callable[[], object]],
+    turns: int,
+    warmup: int,
+    now: Callable[[], float] = time.perf_counter,
+) -> dict[Name, list[float]]:
     """Seconds of each step by name; in every turn each runs once, in changing order."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[Name, list[float]] = {name: [] for name in steps}
     for turn in range(warmup + turns):
-        for name, step in sorted(steps.items(), reverse=bool(turn % 2)):
-            start = time.perf_counter()
-            step()
-            elapsed = time.perf_counter() - start
+        for name in sorted(steps, reverse=bool(turn % 2)):
+            start = now()
+            steps[name]()
+            elapsed = now() - start
             if turn >= warmup:
                 seconds[name].append(elapsed)
     return seconds

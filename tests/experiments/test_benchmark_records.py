@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from deltacontrol.experiments.benchmarks.growing import GROWTHS, upper_half
+from deltacontrol.experiments.benchmarks.growth import fit
 from deltacontrol.experiments.runs.store import COMMITTED
 
 RECORDS = COMMITTED / "benchmarks"
@@ -54,3 +56,32 @@ def test_projections_in_copies_of_their_vector(threads: int) -> None:
             assert numbers["held"] < 1.0 and numbers["at_work"] < 1.0
     steps = record("projections_step")[f"threads_{threads}"]["step"]  # more turns
     assert max(steps[f"{kind}_ratio"]["median"] for kind in ("did", "said")) <= 1.5
+
+
+def test_growths_are_those_of_today() -> None:
+    found = record("growth")
+    assert not found["quick"] and found["clock"] == "cpu" and found["threads"] == 1
+    rows = {(row["name"], row["quantity"]): row for row in found["growths"]}
+    wanted = {(name, "seconds") for name in GROWTHS}
+    wanted |= {(name, "kept_bytes") for name, growth in GROWTHS.items() if growth.kept}
+    assert set(rows) == wanted
+    for (name, quantity), row in rows.items():
+        growth = GROWTHS[name]
+        sizes = [point["size"] for point in row["points"]]
+        if name != "gauss-newton":  # whose sizes are widths, and their points parameters
+            assert sizes == list(growth.sizes)
+        assert row["fitted_from"] == upper_half(sizes)[0]
+        assert (row["work"], row["along"], row["at"]) == (growth.work, growth.along, growth.at)
+        line = fit(
+            *zip(
+                *(
+                    (p["size"], p["median"])
+                    for p in row["points"]
+                    if p["size"] >= row["fitted_from"]
+                ),
+                strict=True,
+            )
+        )
+        assert row["exponent"] == pytest.approx(line.exponent, rel=1e-12)
+        if quantity == "kept_bytes":  # counted, whatever the machine does
+            assert row["exponent"] == pytest.approx(1.0, abs=0.05)
