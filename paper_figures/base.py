@@ -41,7 +41,7 @@ class FigureModule(Protocol):
     Attributes:
         TITLE: One line that says what the figure shows.
         STUDY: The module of `deltacontrol.experiments.studies` whose records it is drawn from, or
-            ``benchmarks/NAME`` for the committed record of a benchmark.
+            ``benchmarks/NAME`` for the committed record of a benchmark, or ``claims``.
     """
 
     __file__: str

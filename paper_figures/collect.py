@@ -14,12 +14,13 @@ from deltacontrol.experiments import studies
 from deltacontrol.experiments.runs.experiment import Experiment
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES
 from deltacontrol.experiments.runs.publishing import publish as publish_records
-from deltacontrol.experiments.runs.record import Record
+from deltacontrol.experiments.runs.record import Record, digest_of
 from deltacontrol.experiments.runs.store import COMMITTED, RunStore
 from deltacontrol.theory.errors import InputError
 
 FIGURES = "figures"  # the folder of studies in the committed records
 BENCHMARKS = "benchmarks/"  # what the source of a figure begins with that shows a benchmark
+SCOREBOARD = "claims"  # the source of a figure that shows the judged claims
 GRID_FILE = "grid.json"  # in a study's folder: the ids of its runs, in the order of its grid
 
 
@@ -35,13 +36,18 @@ def study(name: str, preset: str) -> list[Experiment]:
     return list(experiments)
 
 
-def is_benchmark(study: str) -> bool:
-    """Whether a figure's `STUDY` names a benchmark, as ``benchmarks/NAME``."""
-    return study.startswith(BENCHMARKS)
+def is_fixed(study: str) -> bool:
+    """Whether a figure's `STUDY` is committed evidence that no figure computes anew.
+
+    That is a benchmark, ``benchmarks/NAME``, or the judged claims, ``claims``.
+    """
+    return study.startswith(BENCHMARKS) or study == SCOREBOARD
 
 
 def how_to_measure(study: str) -> str:
-    """The command that measures a benchmark and puts its record where figures read it."""
+    """The command that measures such evidence and puts it where figures read it."""
+    if study == SCOREBOARD:
+        return "deltacontrol claims run --publish"
     name = study.removeprefix(BENCHMARKS)
     return (
         f"python -m deltacontrol.experiments.benchmarks.{name} "
@@ -53,13 +59,16 @@ def committed(study: str, root: Path | None = None) -> list[Record]:
     """The records that a study's figures were published with, in the order of its grid.
 
     They are found by the ids that `publish` wrote down, so that neither torch nor a model nor data
-    is needed to redraw a figure. A benchmark, ``benchmarks/NAME``, has one record.
+    is needed to redraw a figure. A benchmark, ``benchmarks/NAME``, has one record, and each judged
+    claim is one.
 
     Raises:
         InputError: The study was never published, or some of its records are not there.
     """
     root = root or COMMITTED
-    if is_benchmark(study):
+    if study == SCOREBOARD:
+        return _claims(root)
+    if is_fixed(study):
         return [_benchmark(study, root)]
     path = root / FIGURES / study / GRID_FILE
     try:
@@ -104,6 +113,32 @@ def _benchmark(study: str, root: Path) -> Record:
         status="completed",
         folder=path.parent,
     )
+
+
+def _claims(root: Path) -> list[Record]:
+    """The judged claims in the order of their numbers, each outcome the result of a record."""
+    found = []
+    for path in sorted((root / SCOREBOARD).glob("*.json")):
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if document["digest"] != digest_of(document):
+                raise ValueError("its digest is of other contents")
+            result = document["outcome"]
+            if "parts" not in result:  # as earlier versions kept it
+                continue
+            provenance = {name: document[name] for name in ("hardware", "packages")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error}); restore it") from error
+        result = {**result, "revised": bool(document.get("history"))}
+        found.append(
+            Record(
+                id=str(result["id"]), kind="claim", config={}, result=result,
+                provenance=provenance, status="completed", folder=path.parent,
+            )
+        )  # fmt: skip
+    if not found:
+        raise InputError(f"no judged claim is committed in {root / SCOREBOARD}")
+    return sorted(found, key=lambda record: record.result["id"])
 
 
 def computed(

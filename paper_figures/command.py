@@ -22,9 +22,8 @@ class Figures:
     """Draw the figures, each with its table and its caption.
 
     `quick` runs a small grid on this machine, skipping what is finished. `paper` redraws from the
-    records that come with the package and computes nothing. A figure of a benchmark is always drawn
-    from the committed record, since only a quiet machine measures times; the benchmark has a
-    command of its own.
+    records that come with the package and computes nothing. Figures of a benchmark and of the
+    claims are always drawn from what is committed; a command of its own measures that anew.
 
     Attributes:
         preset: The grid: quick (minutes on two cores) or paper (hours).
@@ -85,8 +84,8 @@ class Figures:
     def _draw(self, name: str, figure: base.FigureModule) -> None:
         from deltacontrol.paper_figures.export import export
 
-        benchmark = collect.is_benchmark(figure.STUDY)
-        if benchmark or (self.preset == "paper" and not self.recompute):
+        fixed = collect.is_fixed(figure.STUDY)
+        if fixed or (self.preset == "paper" and not self.recompute):
             records = collect.committed(figure.STUDY)
         else:
             records = collect.computed(
@@ -97,14 +96,14 @@ class Figures:
                 limit_minutes=self.limit_minutes,
             )
         done = export(name, figure, records, self.out)
-        if self.publish and not benchmark:
+        if self.publish and not fixed:
             collect.publish(figure.STUDY, records)
         if self.publish:
             collect.show(self.out / f"{name}.png", base.GALLERY)
-        source = "a committed benchmark" if benchmark else f"{len(records)} runs"
+        source = "committed evidence" if fixed else f"{len(records)} runs"
         print(f"\n{name}: {figure.TITLE} ({source})\n")
         print(done.summary.to_string(index=False))
         print(f"\n{textwrap.fill(done.caption, 100)}\n")
         print("\n".join(f"wrote {path}" for path in done.files))
-        if benchmark:
+        if fixed:
             print(f"to measure it anew: {collect.how_to_measure(figure.STUDY)}")

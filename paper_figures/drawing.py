@@ -39,7 +39,7 @@ def figure(
     import matplotlib.style
 
     module = base.load(name)
-    if preset == "paper" or collect.is_benchmark(module.STUDY):
+    if preset == "paper" or collect.is_fixed(module.STUDY):
         records = collect.committed(module.STUDY)
     else:
         records = collect.computed(both_homes(runs), collect.study(module.STUDY, preset))

@@ -1,0 +1,192 @@
+"""Every part of every claim: measured number and interval against its threshold, controls beside.
+
+Numbers of different kinds share one axis: how far each is beyond its bound, in bounds. Zero is the
+bound, everything to the left of it is on the good side, and -1 is the best that there is for an
+error (zero). For a pair of bounds the middle is at -1. The axis is linear between -1 and 1 and
+logarithmic beyond.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter
+
+from deltacontrol.experiments.runs.record import Record
+from deltacontrol.paper_figures.base import PAGE_WIDTH
+from deltacontrol.theory.evidence import CONFIDENCE, Evidence
+
+TITLE = "Claims: measured against their thresholds, with intervals and controls"
+STUDY = "claims"
+
+#         verdict: colour, marker
+VERDICTS = {
+    "holds": ("#009E73", "o"),
+    "fails": ("#D55E00", "X"),
+    "inconclusive": ("#0072B2", "s"),
+    "assumption_not_met": ("#CC79A7", "^"),
+}
+CONTROL = "#7A7A7A"
+FARTHEST = 1e6  # what is further is drawn there
+
+
+def table(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a part: its numbers, and where they lie in bounds beyond the threshold."""
+    rows = []
+    for record in records:
+        outcome = record.result
+        for part in outcome["parts"]:
+            threshold = part["threshold"]
+            row: dict[str, Any] = {
+                "part": f"{outcome['id']}{part['name']}",
+                "title": part["title"],
+                "on": part["on"],
+                "condition": _condition(threshold),
+                "verdict": part["verdict"],
+                "revised": bool(outcome["revised"]),
+                "exact": part["evidence"]["interval"] is None,
+            }
+            scale = _scale(threshold, part["control"])
+            for name in ("evidence", "control", "passing"):
+                if part[name] is None:
+                    row |= {name: math.nan, f"{name}_low": math.nan, f"{name}_high": math.nan}
+                    row |= {f"{name}_at": math.nan, f"{name}_left": math.nan}
+                    row[f"{name}_right"] = math.nan
+                    continue
+                found = Evidence(**part[name])
+                low, high = found.bounds(part["confidence"] if name == "evidence" else CONFIDENCE)
+                at = [_beyond(x, threshold, scale) for x in (found.value, low, high)]
+                inside = [at[1], at[2], at[0]]
+                row |= {name: found.value, f"{name}_low": low, f"{name}_high": high}
+                row |= {f"{name}_at": at[0], f"{name}_left": min(inside)}
+                row[f"{name}_right"] = max(inside)
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _condition(threshold: Mapping[str, Any]) -> str:
+    value = threshold["value"]
+    if isinstance(value, list | tuple):
+        return f"within [{value[0]:g}, {value[1]:g}]"
+    return f"{threshold['op']} {value:g}"
+
+
+def _scale(threshold: Mapping[str, Any], control: Mapping[str, Any]) -> float:
+    """The bound; half the distance of two; the control where the bound is zero."""
+    value = threshold["value"]
+    if isinstance(value, list | tuple):
+        return (value[1] - value[0]) / 2
+    return abs(value) or abs(float(control["value"])) or 1.0
+
+
+def _beyond(x: float, threshold: Mapping[str, Any], scale: float) -> float:
+    """How far a number is on the bad side of its threshold, in bounds."""
+    value = threshold["value"]
+    if isinstance(value, list | tuple):
+        return (abs(x - (value[0] + value[1]) / 2) - scale) / scale
+    return (x - value) / scale * (1 if threshold["op"] in ("<", "<=") else -1)
+
+
+def curves(records: Sequence[Record]) -> pd.DataFrame:
+    """There are none."""
+    return pd.DataFrame({"part": []})
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a part."""
+    shown = table[["part", "title", "on", "condition", "evidence", "control", "verdict"]].copy()
+    shown["verdict"] = shown["verdict"].str.replace("_", " ")
+    for name in ("evidence", "control"):
+        shown[name] = [f"{x:.3g}" for x in shown[name]]
+    return shown
+
+
+def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
+    """A line a part, from the first claim at the top."""
+    count = len(table)
+    figure = Figure(figsize=(PAGE_WIDTH, 0.9 + 0.155 * count), layout="constrained")
+    ax = figure.subplots()
+    ax.axvspan(-FARTHEST * 10, 0, color="#F1F6F3", lw=0)
+    ax.axvline(0, color="black", lw=0.8)
+    for y, row in enumerate(table.to_dict("records")):
+        colour, marker = VERDICTS[row["verdict"]]
+        for name, dy, ink, kind, filled in (
+            ("control", 0.0, CONTROL, "D", False),
+            ("passing", 0.0, CONTROL, "|", True),
+            ("evidence", 0.0, colour, marker, True),
+        ):
+            at = _seen(row[f"{name}_at"])
+            if math.isnan(at):
+                continue
+            ends = _seen(row[f"{name}_left"]), _seen(row[f"{name}_right"])
+            ax.plot(ends, [y + dy] * 2, color=ink, lw=1.2 if name == "evidence" else 0.8)
+            ax.plot(at, y + dy, kind, color=ink, ms=4 if name == "evidence" else 3.5,
+                    mfc=ink if filled else "white", mew=0.8)  # fmt: skip
+    ax.set_xscale("symlog", linthresh=1.0)
+    ax.set_xlim(-3, FARTHEST * 1.6)
+    ticks = [-1, 0, 1, 10, 1e2, 1e4, 1e6]
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x)))
+    names = [f"{r['title']}  {r['part']}" for r in table.to_dict("records")]
+    ax.set_yticks(range(count), names)
+    ax.set_ylim(count - 0.4, -0.6)
+    ax.tick_params(axis="y", length=0, labelsize=6)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("distance beyond the threshold, in bounds (left of 0: the good side)")
+    handles = [
+        Line2D([], [], color=c, marker=m, lw=1.2, ms=4, label=v.replace("_", " "))
+        for v, (c, m) in VERDICTS.items()
+        if v in set(table["verdict"])
+    ]
+    handles += [
+        Line2D([], [], color=CONTROL, marker="D", mfc="white", lw=0.8, ms=3.5, label="control"),
+        Line2D([], [], color=CONTROL, marker="|", lw=0, ms=5, label="where the control passes"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    return figure
+
+
+def _seen(at: float) -> float:
+    return float(np.clip(at, -FARTHEST, FARTHEST)) if at == at else at
+
+
+def _tick(x: float) -> str:
+    if abs(x) < 100:
+        return f"{x:g}"
+    return rf"$10^{{{round(math.log10(abs(x)))}}}$" + (" or more" if x >= FARTHEST else "")
+
+
+def caption(table: pd.DataFrame) -> str:
+    """How many parts hold, fail, are open, and of which the control tells nothing."""
+    counts = table["verdict"].value_counts()
+    told = [f"{counts[v]} {_words(v, counts[v])}" for v in VERDICTS if counts.get(v)]
+    exact = int(table["exact"].sum())
+    weak = table[table["control_left"] <= 0]["part"].tolist()
+    revised = table[table["revised"]]["part"].tolist()
+    sentences = [
+        f"{TITLE}. {len(table)} parts: {', '.join(told)}. Each number is drawn by how far it is "
+        "beyond its threshold, in bounds; intervals are of 95 % (parts of one claim together, by "
+        f"Holm's rule), over the unit that the claim names; {exact} parts are exact.",
+    ]
+    if weak:
+        sentences.append(
+            "The control does not lie wholly on the bad side, so that the check has no power, in "
+            f"{', '.join(weak)}."
+        )
+    if revised:
+        sentences.append(f"The check is another one than that of an earlier result in "
+                         f"{len(revised)} parts.")  # fmt: skip
+    return " ".join(sentences)
+
+
+def _words(verdict: str, count: int) -> str:
+    plural = {"holds": "hold", "fails": "fail", "inconclusive": "are inconclusive"}
+    single = {"holds": "holds", "fails": "fails", "inconclusive": "is inconclusive"}
+    words = (single if count == 1 else plural).get(verdict)
+    return words or f"with an assumption that {'was' if count == 1 else 'were'} not met"
