@@ -1,0 +1,154 @@
+"""Statements of papers: read strictly, judged on made-up records, and once on real ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from deltacontrol.experiments import claims
+from deltacontrol.experiments.claims import scoreboard
+from deltacontrol.experiments.cli.judge import Judge
+from deltacontrol.experiments.measures.court import Statement
+from deltacontrol.theory.claims import Verdict
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.judging import Outcome, judge
+
+SHIPPED = sorted((Path(claims.__path__[0]) / "statements").glob("*.toml"))
+BASE = Statement(
+    id=951, name="a-beats-b", title="A beats B", statement="by a point", source="here",
+    first="lora:rank=2", second="bitfit", relation="higher", by=0.01,
+    tasks=("movie", "trec6", "rt"), seeds=3, model="minilm-l3", steps=20,
+)  # fmt: skip
+NOISE = {"movie": 0.004, "trec6": -0.002, "rt": 0.001}
+
+
+def judged(
+    statement: Statement, lead: float, *, at_end: tuple[str, ...] = (), parameters: int = 100
+) -> Outcome:
+    """By records in which the first contestant is ahead by `lead`, and one step is a guess."""
+    rates = {(c, t): 1e-3 for c in (statement.first, statement.second) for t in statement.tasks}
+
+    def records(training: Any) -> Any:
+        own = [delta["name"] for delta in training.deltas]
+        first = own == [text.partition(":")[0] for text in statement.first.split()]
+        score = 0.7 + NOISE[training.task] * (1 + training.seed / 10)
+        score += lead + 0.002 * training.seed * NOISE[training.task] if first else 0.0
+        score = 0.5 if training.steps == 1 else score
+        result = {
+            "accuracy": score, "majority_share": 0.5, "seconds_per_step": 0.1,
+            "num_trainable": parameters if first else 100,
+        }  # fmt: skip
+        return SimpleNamespace(result=result)
+
+    return judge(statement.claim(rates, at_end), records)
+
+
+@pytest.mark.parametrize(
+    ("relation", "lead", "verdict"),
+    [
+        ("higher", 0.05, Verdict.HOLDS),
+        ("higher", 0.002, Verdict.FAILS),
+        ("higher", -0.05, Verdict.FAILS),
+        ("equivalent", 0.001, Verdict.HOLDS),
+        ("equivalent", 0.05, Verdict.FAILS),
+    ],
+)
+def test_the_interval_over_tasks_decides(relation: Any, lead: float, verdict: Verdict) -> None:
+    part = judged(replace(BASE, relation=relation), lead).part()
+    assert part.verdict is verdict, part.reason
+    assert part.evidence.interval is not None and part.evidence.interval.unit == "task"
+
+
+def test_assumptions_are_checked() -> None:
+    part = judged(BASE, 0.05, at_end=("lora on movie: 0.1",)).part()
+    assert part.verdict is Verdict.ASSUMPTION_NOT_MET and "end of its grid" in part.reason
+    equal = replace(BASE, equal="parameters")
+    assert judged(equal, 0.05).part().verdict is Verdict.HOLDS
+    part = judged(equal, 0.05, parameters=200).part()
+    assert part.verdict is Verdict.ASSUMPTION_NOT_MET and "equal parameters" in part.reason
+
+
+def test_a_margin_within_the_noise_of_seeds_has_no_power() -> None:
+    """The control compares a contestant with itself: above a bound below zero it passes too."""
+    part = judged(replace(BASE, by=-0.1), 0.05).part()
+    assert part.verdict is Verdict.INCONCLUSIVE and "no power" in part.reason
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_statements_can_be_trained(path: Path) -> None:
+    statement = Statement.read(path)
+    assert statement.name == path.stem
+    for contestant in (statement.first, statement.second):
+        assert statement.search(contestant, statement.tasks[0]).rates
+    rates = {(c, t): 1e-3 for c in (statement.first, statement.second) for t in statement.tasks}
+    runs = statement.claim(rates, ()).runs
+    assert runs is not None and len(runs()) >= 3 * 5 * len(statement.tasks)
+
+
+def test_shipped_statements_are_eight_or_more_with_numbers_of_their_own() -> None:
+    numbers = [Statement.read(path).id for path in SHIPPED]
+    assert len(numbers) >= 8 and len(set(numbers)) == len(numbers)
+
+
+TEXT = """
+id = 960
+name = "x"
+title = "X"
+statement = "x"
+source = "here"
+first = "head"
+second = "bitfit"
+relation = "higher"
+by = 0.01
+tasks = ["movie", "rt"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("id = 960", "id = 12"), "above 900"),
+        (("id = 960", ""), "lacks id"),
+        (("by = 0.01", "by = true"), "by is True"),
+        (("relation = ", "colour = "), "colour"),
+        (('"higher"', '"better"'), "relation"),
+        (('"bitfit"', '"head"'), "different ones"),
+        (('["movie", "rt"]', '["movie", "movie"]'), "different tasks"),
+        (("by = 0.01", "by = 0.01\nseeds = 1"), "at least 2"),
+        (("by = 0.01", "by = "), "no TOML"),
+        (('"X"', "3"), "expected a text"),
+    ],
+)
+def test_what_is_no_statement_is_refused(
+    change: tuple[str, str], words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "paper.toml"
+    path.write_text(TEXT.replace(*change))
+    with pytest.raises(InputError, match=words):
+        Statement.read(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        Statement.read(tmp_path / "absent.toml")
+
+
+def test_the_command_says_its_plan_and_judges(
+    minilm_l6: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"{w} number {i}" for i in range(16) for w in ("good", "bad")]
+    rows = tmp_path / "rows.csv"
+    pd.DataFrame({"text": texts, "label": [t.split()[0] for t in texts]}).to_csv(rows, index=False)
+    path = tmp_path / "paper.toml"
+    small = f'seeds = 2\nsteps = 2\nbatch_size = 4\nmax_length = 8\nmodel = "{minilm_l6}"\n'
+    path.write_text(TEXT.replace('["movie", "rt"]', f'["{rows}"]') + small)
+    assert Judge(path, plan=True, runs=tmp_path / "runs").run() == 0
+    assert "2 searches of a rate (0 recorded), then 6 trainings" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+    Judge(path, runs=tmp_path / "runs", workers=1).run()
+    out = capsys.readouterr().out
+    assert "negative control" in out and "no version control" in out
+    (kept,) = (tmp_path / "runs" / scoreboard.CLAIMS).glob("960_x.json")
+    assert kept.is_file()
