@@ -93,6 +93,7 @@ class TransformerDynamics(Dynamics):
         recorded = self._stages.record(self.x0)
         self._names = self._assign(delta_model)
         self._shapes = [{name: p.shape for name, p in stage.items()} for stage in self._names]
+        self._found_places: dict[bool, dict[str, list[str]]] = {}
         self.control_sizes = tuple(
             sum(parameter.numel() for parameter in stage.values()) for stage in self._names
         )
@@ -120,7 +121,8 @@ class TransformerDynamics(Dynamics):
             shared = values.pop(SHARED)
             controls |= self._cut(0, shared)
         stage = t - 1 if self._has_shared else t
-        values = functional_call(self._stages, controls, (stage, values))
+        # Torch would look through the whole model for the other places of each control, every time.
+        values = functional_call(self._stages, controls, (stage, values), tie_weights=False)
         if self._has_shared:
             values[SHARED] = shared
         return self._layouts[t + 1].pack(values)
@@ -130,13 +132,32 @@ class TransformerDynamics(Dynamics):
         return self._layouts[t].unpack(x)
 
     def _cut(self, t: int, u: Tensor) -> dict[str, Tensor]:
-        """The parameters that u_t holds."""
-        shapes = self._shapes[t]
+        """The parameters that u_t holds, in all places where they lie."""
+        shapes, places = self._shapes[t], self._places()
         pieces = u.split([shape.numel() for shape in shapes.values()]) if shapes else ()
-        return {  # cloned, because the rounding of a matrix product depends on its alignment
-            f"delta_model.controls.{name}": piece.view(shape).clone()
-            for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
-        }
+        controls = {}
+        for (name, shape), piece in zip(shapes.items(), pieces, strict=True):
+            # Cloned, because the rounding of a matrix product depends on its alignment.
+            value = piece.view(shape).clone()
+            controls |= dict.fromkeys(places[name], value)
+        return controls
+
+    def _places(self) -> dict[str, list[str]]:
+        """Where each control lies in the stages: among the controls, and wherever it is tied to.
+
+        A control that stands for a weight lies in the model too, though not while it is suspended.
+        """
+        suspended = self.delta_model.host.edits.is_suspended
+        if suspended not in self._found_places:
+            found: dict[int, list[str]] = {}
+            for place, parameter in self._stages.named_parameters(remove_duplicate=False):
+                found.setdefault(id(parameter), []).append(place)
+            self._found_places[suspended] = {
+                name: found[id(parameter)]
+                for stage in self._names
+                for name, parameter in stage.items()
+            }
+        return self._found_places[suspended]
 
     def logits(self) -> Tensor:
         """Logits of one ordinary forward pass of the model, differentiable in its parameters."""
