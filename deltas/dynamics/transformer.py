@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from deltacontrol.deltas.dynamics.alike_blocks import AlikeBlocks, BlockFace, alike_blocks
 from deltacontrol.deltas.dynamics.stages import Stages
 from deltacontrol.deltas.dynamics.state_layout import Part, StateLayout
 from deltacontrol.deltas.model import DeltaModel
@@ -53,7 +54,8 @@ from deltacontrol.theory.control.costs import (
     CrossEntropyCost,
     SquaredErrorCost,
 )
-from deltacontrol.theory.control.problem import ControlProblem, Controls, Cost, Dynamics
+from deltacontrol.theory.control.dynamics import Alike, Dynamics
+from deltacontrol.theory.control.problem import ControlProblem, Controls, Cost
 from deltacontrol.theory.errors import InputError
 
 SHARED = "shared"
@@ -94,6 +96,7 @@ class TransformerDynamics(Dynamics):
         self._names = self._assign(delta_model)
         self._shapes = [{name: p.shape for name, p in stage.items()} for stage in self._names]
         self._found_places: dict[bool, dict[str, list[str]]] = {}
+        self._alike_blocks: tuple[AlikeBlocks | None] | None = None  # as long as unknown
         self.control_sizes = tuple(
             sum(parameter.numel() for parameter in stage.values()) for stage in self._names
         )
@@ -113,10 +116,14 @@ class TransformerDynamics(Dynamics):
                 f"stage {self.stage_names[t]}: the control has shape {tuple(u.shape)}, expected "
                 f"({self.control_sizes[t]},), one control for the whole batch."
             )
+        return self._run({}, t, x, u)
+
+    def _run(self, constants: Mapping[str, Tensor], t: int, x: Tensor, u: Tensor) -> Tensor:
+        """The step with other tensors in the places of frozen ones."""
         values = self._layouts[t].unpack(x)
         if self._has_shared and t == 0:
             return self._layouts[1].pack(values | {SHARED: u})
-        controls = self._cut(t, u)
+        controls = {**constants, **self._cut(t, u)}
         if self._has_shared:
             shared = values.pop(SHARED)
             controls |= self._cut(0, shared)
@@ -126,6 +133,28 @@ class TransformerDynamics(Dynamics):
         if self._has_shared:
             values[SHARED] = shared
         return self._layouts[t + 1].pack(values)
+
+    def alike(self) -> Alike | None:
+        """The longest row of blocks that compute one function of different tensors, or None.
+
+        See `deltacontrol.deltas.dynamics.alike_blocks`. The blocks' frozen tensors are copied, once
+        and again where they have changed.
+        """
+        if self.delta_model.host.edits.is_suspended:
+            return None
+        if self._alike_blocks is None:
+            self._alike_blocks = (alike_blocks(self._stages, self._faces(), self._run),)
+        (blocks,) = self._alike_blocks
+        return None if blocks is None else blocks.steps()
+
+    def _faces(self) -> list[BlockFace]:
+        """How each block looks from outside."""
+        faces, places = [], self._places()
+        for block in range(len(self.delta_model.host.sites.blocks)):
+            t = self.stage_names.index(f"block.{block}")
+            own = [(places[name], shape) for name, shape in self._shapes[t].items()]
+            faces.append(BlockFace(t, self._layouts[t], self._layouts[t + 1], own))
+        return faces
 
     def parts(self, t: int, x: Tensor) -> dict[str, Tensor]:
         """The parts of the state x_t by name, such as "hidden"; see the module."""
