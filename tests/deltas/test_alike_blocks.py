@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltacontrol.deltas import (
@@ -23,6 +23,7 @@ from deltacontrol.deltas import (
     attach,
 )
 from deltacontrol.deltas.dynamics import alike_blocks
+from deltacontrol.deltas.dynamics.block_calls import BlockCall
 from deltacontrol.deltas.dynamics.transformer import TransformerDynamics
 from deltacontrol.deltas.editing.passes import first_tensor, with_first_tensor
 from deltacontrol.theory.control.costs import SquaredErrorCost
@@ -49,6 +50,12 @@ def problem_on(
         yield ControlProblem(dynamics, SquaredErrorCost(target), dynamics.x0), dynamics, controlled
     finally:
         controlled.detach()
+
+
+def let_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the two blocks of the small models at once, though they are few and not so small."""
+    monkeypatch.setattr(alike, "MOST_ENTRIES", 2**20)
+    monkeypatch.setattr(alike, "LEAST_STEPS", 2)
 
 
 def assert_near(found, wanted, rtol: float = 1e-12) -> None:
@@ -84,7 +91,7 @@ def values(dynamics: TransformerDynamics, states: list[Tensor], u) -> tuple[Tens
 def test_jacobians_at_once_are_those_of_the_steps(
     build: Build, monkeypatch: pytest.MonkeyPatch, family: str, method: str
 ) -> None:
-    monkeypatch.setattr(alike, "MOST_ENTRIES", 2**20)
+    let_pass(monkeypatch)
     delta = LoRA(rank=1) if method == "lora" else METHODS[method][0]
     with problem_on(build(family), delta) as (problem, dynamics, _):
         found = dynamics.alike()
@@ -113,7 +120,7 @@ def only_between(start: int, stop: int):
 def test_hessians_at_once_are_those_of_the_steps(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alike, "MOST_ENTRIES", 2**20)
+    let_pass(monkeypatch)
     delta = LoRA(rank=1, sites=("attention.value",))
     with problem_on(build("bert"), delta) as (problem, dynamics, _):
         u = dynamics.controls()
@@ -232,3 +239,27 @@ def test_a_suspended_model_steps_as_its_base(build: Build) -> None:
             assert torch.equal(base, other)
         assert torch.equal(dynamics.step(1, states[1], u[1]), states[2])
         assert not torch.equal(base, states[2])
+
+
+def test_calls_with_the_same_constants() -> None:
+    state, mask = torch.zeros(1, 2, 3), torch.ones(2)
+
+    def call(*args, **kwargs) -> BlockCall:
+        found = BlockCall(nn.Identity(), (torch.zeros(1, 2, 3).requires_grad_(), *args), kwargs, ())
+        found.end(state, ())
+        found.release()
+        return found
+
+    first = call(mask, scale=0.5, flag=True, bias=state.requires_grad_())
+    same = call(mask.clone(), scale=0.5, flag=True, bias=torch.ones(1).requires_grad_())
+    assert first.has_constants_of(same)  # messages come from the state
+    others = (
+        call(mask + 1, scale=0.5, flag=True, bias=state),
+        call(mask.float().double(), scale=0.5, flag=True, bias=state),
+        call(mask, scale=0.25, flag=True, bias=state),
+        call(mask, scale=0.5, flag=1, bias=state),
+        call(mask, scale=0.5, flag=object(), bias=state),
+        call(mask, scale=0.5, bias=state, flag=True),
+        call(mask, scale=0.5, flag=True, bias=state, more=None),
+    )
+    assert [first.has_constants_of(other) for other in others] == [False] * 7

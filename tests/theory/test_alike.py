@@ -126,21 +126,33 @@ def test_a_step_of_ones_own_is_not_overlooked(kind: type[Attentive]) -> None:
     assert_near(found, one_by_one(problem, u, now, True))
 
 
-def test_large_steps_go_one_by_one_and_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where ``[A_t B_t]`` is small but ``W_t`` is large, the Hessians alone go one by one."""
+N = BATCH * TOKENS * WIDTH
+
+
+@pytest.mark.parametrize(
+    ("entries", "steps", "asked", "alone"),
+    [
+        ((N + M) ** 2, L, True, 0),
+        (N * (N + M), L, True, 1),  # [A_t B_t] are small, but W_t are not: one by one
+        (N * (N + M) - 1, L, False, 2),
+        ((N + M) ** 2, L + 2, False, 2),
+    ],
+)
+def test_large_steps_and_few_go_one_by_one_and_are_not_asked(
+    monkeypatch: pytest.MonkeyPatch, entries: int, steps: int, asked: bool, alone: int
+) -> None:
     problem, u = problem_of(Attentive())
-    now, n = problem.evaluate(u), BATCH * TOKENS * WIDTH
+    now = problem.evaluate(u)
     wanted = one_by_one(problem, u, now, True)
-    for most, asked, alone in ((n * (n + M), 1, 1), (n * (n + 1), 0, 2)):
-        with monkeypatch.context() as patched:
-            calls: list[int] = []
-            give = problem.dynamics.alike
-            patched.setattr(alike, "MOST_ENTRIES", most)
-            patched.setattr(Attentive, "alike", lambda self: calls.append(1) or give())  # noqa: B023
-            problem.dynamics.alone.clear()
-            assert_near(alike_at_once(problem, u, now, True), wanted)
-        assert len(calls) == asked
-        assert problem.dynamics.alone.count(1) == alone
+    calls: list[int] = []
+    give = problem.dynamics.alike
+    monkeypatch.setattr(alike, "MOST_ENTRIES", entries)
+    monkeypatch.setattr(alike, "LEAST_STEPS", steps)
+    monkeypatch.setattr(Attentive, "alike", lambda _: calls.append(1) or give())
+    problem.dynamics.alone.clear()
+    assert_near(alike_at_once(problem, u, now, True), wanted)
+    assert bool(calls) == asked
+    assert problem.dynamics.alone.count(1) == alone
 
 
 def test_controls_of_single_examples_go_one_by_one() -> None:
