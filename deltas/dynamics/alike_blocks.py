@@ -68,6 +68,7 @@ class AlikeBlocks:
     def __init__(self, stages: Stages, blocks: range, start: int, run: Step) -> None:
         self._stages, self._blocks, self._start, self._run = stages, blocks, start, run
         self._versions: list[Any] = []
+        self._held: list[Tensor] = []
         self._stacked: dict[str, Tensor] = {}
 
     def steps(self) -> Alike:
@@ -93,6 +94,8 @@ class AlikeBlocks:
                 for name, column in zip(blocks[0], columns, strict=True)
             }
             self._versions = versions
+            # Held, so that no other tensor can come to lie where one of these lay.
+            self._held = [value.detach() for found in blocks for value in found.values()]
         return self._stacked
 
 
