@@ -142,7 +142,7 @@ def _agrees(found: Alike, face: BlockFace, run: Step) -> bool:
     )
 
     def values(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, u: Tensor, p: Tensor) -> Tensor:
-        y, pull = torch.func.vjp(f, x, u)
+        y, pull = torch.func.vjp(f, x, u)[:2]
         return torch.cat([part.reshape(-1) for part in (y, *pull(p))])
 
     def single(c: Mapping[str, Tensor], x: Tensor, u: Tensor, p: Tensor) -> Tensor:

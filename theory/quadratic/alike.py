@@ -124,7 +124,7 @@ def _of_running_costs(problem: ControlProblem, steps: range, X: Tensor, U: Tenso
         costs = [problem.cost.running(t, x[k], u[k]) for k, t in enumerate(steps)]
         return torch.stack(costs).sum()
 
-    _, pull = torch.func.vjp(torch.func.grad(total), z)
+    _, pull = torch.func.vjp(torch.func.grad(total), z)[:2]
     size = z.shape[1]
     basis = torch.eye(size, dtype=z.dtype, device=z.device).unsqueeze(1)
     (rows,) = torch.func.vmap(pull)(basis.expand(-1, len(z), -1))
