@@ -46,6 +46,8 @@ class Delta(ABC):
         identity_at_start: the model's output is unchanged right after attaching.
         trains_head: it already controls the task head.
         unmergeable: why the controls cannot become part of the base weights; empty where they can.
+        unstackable: why copies cannot be trained in one pass, where that is so on every model; what
+            depends on the model is found when the copies are made.
         default_rate: peak learning rate where no search is recorded for (model, task, delta): about
             a tenth of the least that was best in short runs of a small model, as longer runs and
             larger models want less. By default that of the category, `CATEGORY_RATES`.
@@ -68,6 +70,7 @@ class Delta(ABC):
     identity_at_start: ClassVar[bool] = True
     trains_head: ClassVar[bool] = False
     unmergeable: ClassVar[str] = ""
+    unstackable: ClassVar[str] = ""
     default_rate: ClassVar[float | None] = None
     searched_rates: ClassVar[tuple[float, ...]] = ()
     look: ClassVar[tuple[str, str, str] | tuple[str, str, str, int] | None] = None

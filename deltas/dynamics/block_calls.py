@@ -101,6 +101,15 @@ class BlockCall:
             for k, leaf in enumerate(self.result)
         ]
 
+    def has_constants_of(self, other: BlockCall) -> bool:
+        """Whether another call, released as this one, has the same arguments beside the state."""
+        return (
+            self.names == other.names
+            and self._form == other._form
+            and self.hidden == other.hidden
+            and all(map(_is_same, self.arguments, other.arguments))
+        )
+
     def check_cache(self, index: int) -> None:
         """Refuse an argument that the call changes.
 
@@ -198,6 +207,12 @@ def take_places(places: Sequence[Carried], names: Iterable[str]) -> dict[str, Te
     """What controls have left, of the parts of these names."""
     found = {name: int(name.removeprefix(_PLACE)) for name in names if name.startswith(_PLACE)}
     return {name: places[k].value for name, k in found.items()}
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.dtype == b.dtype and torch.equal(a, b))
+    return a is b or (isinstance(a, bool | int | float | str) and type(a) is type(b) and a == b)
 
 
 def _left(places: Sequence[Carried]) -> dict[str, Tensor]:

@@ -165,6 +165,17 @@ class Stages(nn.Module):
             call.release()
         return logits.detach()
 
+    def called_alike(self, first: int, block: int) -> bool:
+        """Whether two blocks of one stack, recorded, receive and give the same beside the state."""
+        stacks = [max(i for i in self._first if i <= k) for k in (first, block)]
+        calls, found = (self._calls[first], self._calls[block]), self._messages
+        return (
+            stacks[0] == stacks[1]
+            and calls[0].has_constants_of(calls[1])
+            and found.read[first] == found.read[block]
+            and found.made[first] == found.made[block]
+        )
+
     def _note_stages(self, tokens: Tensor, logits: Tensor) -> None:
         """The layout of what enters each stage, and the controls in the graph of each stage."""
         names = {id(p): name for name, p in self.delta_model.trainable().items()}

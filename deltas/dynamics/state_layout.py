@@ -62,6 +62,14 @@ class StateLayout:
             result = torch.promote_types(result, dtype)
         return result
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the state."""
+        shapes = [part.shape for part in self.parts.values()]
+        if len(shapes) == 1:
+            return shapes[0]
+        return torch.Size([sum(shape.numel() for shape in shapes)])
+
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """The state of these parts; others are left out."""
         if len(self.parts) == 1:
@@ -77,9 +85,9 @@ class StateLayout:
         if len(self.parts) == 1:
             return {next(iter(self.parts)): x}
         sizes = [part.shape.numel() for part in self.parts.values()]
-        if x.shape != (sum(sizes),):
+        if x.shape != self.shape:
             raise InputError(
-                f"the state has shape {tuple(x.shape)}, expected ({sum(sizes)},): "
+                f"the state has shape {tuple(x.shape)}, expected {tuple(self.shape)}: "
                 + ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.parts.items())
                 + " end to end."
             )

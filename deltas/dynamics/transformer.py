@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from deltacontrol.deltas.dynamics.alike_blocks import AlikeBlocks, BlockFace, alike_blocks
 from deltacontrol.deltas.dynamics.stages import Stages
 from deltacontrol.deltas.dynamics.state_layout import Part, StateLayout
 from deltacontrol.deltas.model import DeltaModel
@@ -53,7 +54,8 @@ from deltacontrol.theory.control.costs import (
     CrossEntropyCost,
     SquaredErrorCost,
 )
-from deltacontrol.theory.control.problem import ControlProblem, Controls, Cost, Dynamics
+from deltacontrol.theory.control.dynamics import Alike, Dynamics
+from deltacontrol.theory.control.problem import ControlProblem, Controls, Cost
 from deltacontrol.theory.errors import InputError
 
 SHARED = "shared"
@@ -93,6 +95,8 @@ class TransformerDynamics(Dynamics):
         recorded = self._stages.record(self.x0)
         self._names = self._assign(delta_model)
         self._shapes = [{name: p.shape for name, p in stage.items()} for stage in self._names]
+        self._found_places: dict[bool, dict[str, list[str]]] = {}
+        self._alike_blocks: tuple[AlikeBlocks | None] | None = None  # as long as unknown
         self.control_sizes = tuple(
             sum(parameter.numel() for parameter in stage.values()) for stage in self._names
         )
@@ -112,31 +116,77 @@ class TransformerDynamics(Dynamics):
                 f"stage {self.stage_names[t]}: the control has shape {tuple(u.shape)}, expected "
                 f"({self.control_sizes[t]},), one control for the whole batch."
             )
+        return self._run({}, t, x, u)
+
+    def _run(self, constants: Mapping[str, Tensor], t: int, x: Tensor, u: Tensor) -> Tensor:
+        """The step with other tensors in the places of frozen ones."""
         values = self._layouts[t].unpack(x)
         if self._has_shared and t == 0:
             return self._layouts[1].pack(values | {SHARED: u})
-        controls = self._cut(t, u)
+        controls = {**constants, **self._cut(t, u)}
         if self._has_shared:
             shared = values.pop(SHARED)
             controls |= self._cut(0, shared)
         stage = t - 1 if self._has_shared else t
-        values = functional_call(self._stages, controls, (stage, values))
+        # Torch would look through the whole model for the other places of each control, every time.
+        values = functional_call(self._stages, controls, (stage, values), tie_weights=False)
         if self._has_shared:
             values[SHARED] = shared
         return self._layouts[t + 1].pack(values)
+
+    def alike(self) -> Alike | None:
+        """The longest row of blocks that compute one function of different tensors, or None.
+
+        See `deltacontrol.deltas.dynamics.alike_blocks`. The blocks' frozen tensors are copied, once
+        and again where they have changed.
+        """
+        if self.delta_model.host.edits.is_suspended:
+            return None
+        if self._alike_blocks is None:
+            self._alike_blocks = (alike_blocks(self._stages, self._faces(), self._run),)
+        (blocks,) = self._alike_blocks
+        return None if blocks is None else blocks.steps()
+
+    def _faces(self) -> list[BlockFace]:
+        """How each block looks from outside."""
+        faces, places = [], self._places()
+        for block in range(len(self.delta_model.host.sites.blocks)):
+            t = self.stage_names.index(f"block.{block}")
+            own = [(places[name], shape) for name, shape in self._shapes[t].items()]
+            faces.append(BlockFace(t, self._layouts[t], self._layouts[t + 1], own))
+        return faces
 
     def parts(self, t: int, x: Tensor) -> dict[str, Tensor]:
         """The parts of the state x_t by name, such as "hidden"; see the module."""
         return self._layouts[t].unpack(x)
 
     def _cut(self, t: int, u: Tensor) -> dict[str, Tensor]:
-        """The parameters that u_t holds."""
-        shapes = self._shapes[t]
+        """The parameters that u_t holds, in all places where they lie."""
+        shapes, places = self._shapes[t], self._places()
         pieces = u.split([shape.numel() for shape in shapes.values()]) if shapes else ()
-        return {  # cloned, because the rounding of a matrix product depends on its alignment
-            f"delta_model.controls.{name}": piece.view(shape).clone()
-            for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
-        }
+        controls = {}
+        for (name, shape), piece in zip(shapes.items(), pieces, strict=True):
+            # Cloned, because the rounding of a matrix product depends on its alignment.
+            value = piece.view(shape).clone()
+            controls |= dict.fromkeys(places[name], value)
+        return controls
+
+    def _places(self) -> dict[str, list[str]]:
+        """Where each control lies in the stages: among the controls, and wherever it is tied to.
+
+        A control that stands for a weight lies in the model too, though not while it is suspended.
+        """
+        suspended = self.delta_model.host.edits.is_suspended
+        if suspended not in self._found_places:
+            found: dict[int, list[str]] = {}
+            for place, parameter in self._stages.named_parameters(remove_duplicate=False):
+                found.setdefault(id(parameter), []).append(place)
+            self._found_places[suspended] = {
+                name: found[id(parameter)]
+                for stage in self._names
+                for name, parameter in stage.items()
+            }
+        return self._found_places[suspended]
 
     def logits(self) -> Tensor:
         """Logits of one ordinary forward pass of the model, differentiable in its parameters."""

@@ -35,6 +35,7 @@ class FullFineTuning(Delta):
     """
     num_parameters_formula = "D"
     trains_head = True
+    unstackable = "embeddings are trained, and are no linear map or normalisation"
 
     def build(self, host: Host) -> None:
         """Replace every parameter by a trainable copy."""

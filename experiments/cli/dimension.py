@@ -63,7 +63,9 @@ class Dimension(FineTuningDimension):
     def run(self) -> int:
         """Search, record, print, draw; exit code 1 where no dimension could be told."""
         from deltacontrol.experiments.runs.running import run
+        from deltacontrol.experiments.runs.sweep import prepare
 
+        prepare()
         require_minutes(self.limit_minutes)
         names = [f.name for f in fields(FineTuningDimension)]
         experiment = FineTuningDimension(**{name: getattr(self, name) for name in names})

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -71,6 +71,7 @@ def run_all(
     *,
     checkpoint_seconds: float = 30.0,
     limit_minutes: float = LIMIT_MINUTES,
+    watch: Callable[[int], None] | None = None,
 ) -> list[Record]:
     """Run all experiments that are not recorded yet, in processes of their own.
 
@@ -87,6 +88,8 @@ def run_all(
         checkpoint_seconds: Time between checkpoints: what a killed run loses at most.
         limit_minutes: How long one run may take before it is stopped and saved; the time that it
             waits for another sweep which computes it is not counted.
+        watch: Draws instead of the progress bar: it is called about once a second, with how many
+            runs have ended since the last time.
 
     Returns:
         The records, in the order of `experiments`.
@@ -106,10 +109,11 @@ def run_all(
     if pending:
         workers = min(workers or default_workers(), len(pending))
         threads = threads_each(workers)
-        with tqdm(total=len(distinct), disable=not progress, unit="run") as bar:
+        shown = progress and watch is None
+        with tqdm(total=len(distinct), disable=not shown, unit="run") as bar:
             bar.update(len(distinct) - len(pending))
-            sweep = _Sweep(store, pending, workers, threads, checkpoint_seconds, limit_minutes, bar)
-            failed = sweep.finish()
+            limits = checkpoint_seconds, limit_minutes
+            failed = _Sweep(store, pending, workers, threads, *limits, bar, watch).finish()
         if failed:
             lines = "\n".join(f"  {pending[n].label} ({n}): {why}" for n, why in failed.items())
             raise InputError(
@@ -205,7 +209,9 @@ class _Sweep:
     checkpoint_seconds: float
     limit_minutes: float
     bar: tqdm
+    watch: Callable[[int], None] | None = None
     failures: dict[str, str] = field(default_factory=dict)
+    ended: int = 0  # since `watch` was told
 
     def finish(self) -> dict[str, str]:
         """Do all runs; returns the failed ones with their messages."""
@@ -270,6 +276,9 @@ class _Sweep:
     def _describe(self, running: list[str]) -> None:
         shown = [self.pending[name].label for name in running[: self.workers]]
         self.bar.set_description(", ".join(shown) or "waiting")
+        if self.watch is not None:
+            self.watch(self.ended)
+            self.ended = 0
 
     def _done(self, name: str, failure: str | None = None) -> None:
         if failure is not None:
@@ -278,7 +287,9 @@ class _Sweep:
                 failures.keep(self.store.root, name, self.pending[name], failure)
             except OSError as error:
                 raise unwritable(self.store.root, error) from error
-            self.bar.write(f"failed: {self.pending[name].label}: {failure}", file=sys.stderr)
+            if self.watch is None:
+                self.bar.write(f"failed: {self.pending[name].label}: {failure}", file=sys.stderr)
+        self.ended += 1
         self.bar.update()
 
 

@@ -113,6 +113,9 @@ def test_checkpoints_at_different_steps_part(tunings, tmp_path) -> None:
         ({"pretrained": False}, [1, 1, 1]),
         ({"optimiser": "sgd"}, [1, 1, 1]),
         ({"grad_accumulation": 2}, [1, 1, 1]),
+        ({"deltas": ("full",)}, [1, 1, 1]),
+        ({"deltas": ("subspace:dimension=4",)}, [1, 1, 1]),
+        ({"deltas": ("bitfit", "said:dimension=9,of=lora")}, [1, 1, 1]),
         ({"weights": "bfloat16", "precision": "bf16"}, [1, 1, 1]),
     ],
 )
@@ -128,7 +131,7 @@ def test_other_steps_and_too_many_make_other_groups(tunings) -> None:
     assert [len(group) for group in companies(many)] == [MOST, 2]
 
 
-@pytest.mark.parametrize("delta", ["subspace:dimension=4", "lora:rank=2,dropout=0.5"])
+@pytest.mark.parametrize("delta", ["random-mask", "lora:rank=2,dropout=0.5"])
 def test_what_cannot_be_stacked_is_run_alone(tunings, tmp_path, delta) -> None:
     runs = tunings((0, 1e-2), (1, 1e-2), deltas=(delta,))
     for mine in run_together(runs, RunStore(tmp_path / "a"), progress=False):

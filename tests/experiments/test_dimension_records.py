@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from deltacontrol.experiments.runs import sweep
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.experiments.runs.sweep import run
 from deltacontrol.experiments.studies.d90.dimension import estimate_from
@@ -43,6 +44,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[MnistTraining]:
         return Outcome(status, result, pd.DataFrame({"step": [1]}))
 
     monkeypatch.setattr(MnistTraining, "execute", execute)
+    monkeypatch.setattr(sweep, "default_workers", lambda: 1)  # other processes would not know
     return done
 
 

@@ -38,61 +38,12 @@ from torch import Tensor
 
 from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.box import Box, Controls
+from deltacontrol.theory.control.dynamics import Dynamics, zeros
 from deltacontrol.theory.control.work import count
 from deltacontrol.theory.display import html_table, text_table
 from deltacontrol.theory.errors import InputError
 
 __all__ = ["Box", "ControlProblem", "Controls", "Cost", "Dynamics", "Evaluation", "Residual"]
-
-
-class Dynamics(ABC):
-    """A layered system ``x_{t+1} = f_t(x_t, u_t)``, ``t = 0..horizon-1``.
-
-    Attributes:
-        horizon: the number of steps ``L``.
-        control_sizes: the sizes ``(m_0, ..., m_{L-1})`` of the flat controls.
-    """
-
-    horizon: int
-    control_sizes: tuple[int, ...]
-
-    @abstractmethod
-    def step(self, t: int, x: Tensor, u: Tensor) -> Tensor:
-        """The next state ``f_t(x, u)``.
-
-        Pure: no side effect, no change in place, so that `torch.func` transforms apply.
-
-        Args:
-            t: the step, ``0 <= t < horizon``.
-            x: the state entering step ``t``.
-            u: the control, ``(m_t,)`` or ``(batch, m_t)``.
-        """
-
-    def all_steps(self, x: Tensor, u: Tensor) -> Tensor | None:
-        """Every step at once, ``f_t(x_t, u_t)`` for all ``t``, or None where this is not offered.
-
-        Derivatives of all steps then come from one call. It must agree with `step`, and step ``t``
-        must depend on ``x_t`` and ``u_t`` alone.
-
-        Args:
-            x: ``(horizon, *state)``, the states entering the steps, which have one shape.
-            u: ``(horizon, m)``, or ``(horizon, batch, m)``.
-        """
-        return None
-
-    def initial_controls(self, x0: Tensor) -> Controls:
-        """Where a solver starts if it is not told: zeros.
-
-        Dynamics whose controls have present values, such as those of a model, give these.
-
-        Args:
-            x0: the initial state; it gives device and dtype (torch's default where it holds
-                integers).
-
-        Returns:
-            One control per step, ``(m_t,)``.
-        """
-        return _zeros(self.control_sizes, (), x0, None)
 
 
 class Cost(ABC):
@@ -214,7 +165,7 @@ class ControlProblem:
                 "controls per example need a state (batch, n); take shared controls"
             )
         lead = self.x0.shape[:1] if per_example else ()
-        return _zeros(self.dynamics.control_sizes, lead, self.x0, dtype)
+        return zeros(self.dynamics.control_sizes, lead, self.x0, dtype)
 
     def initial_controls(self) -> Controls:
         """Where a solver starts if it is not told: `Dynamics.initial_controls`."""
@@ -350,15 +301,6 @@ class ControlProblem:
             return Residual.of(gradient)
         moved = self.box.project(tuple(a - g for a, g in zip(u, gradient, strict=True)))
         return Residual.of(tuple(a - b for a, b in zip(u, moved, strict=True)))
-
-
-def _zeros(
-    sizes: Sequence[int], lead: Sequence[int], like: Tensor, dtype: torch.dtype | None
-) -> Controls:
-    """Zeros ``(*lead, m_t)`` on the device of a state, by default of its dtype."""
-    if dtype is None:
-        dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
-    return tuple(torch.zeros((*lead, m), dtype=dtype, device=like.device) for m in sizes)
 
 
 def _leaf(x: Tensor) -> Tensor:

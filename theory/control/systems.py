@@ -14,7 +14,8 @@ from torch import Tensor
 
 from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.control.checks import require_one_dtype
-from deltacontrol.theory.control.problem import Controls, Dynamics
+from deltacontrol.theory.control.dynamics import Alike, Dynamics, alike_steps
+from deltacontrol.theory.control.problem import Controls
 from deltacontrol.theory.errors import InputError
 
 __all__ = ["LinearDynamics", "LowRankDynamics", "ResidualNetwork", "Segment"]
@@ -324,6 +325,18 @@ class Segment(Dynamics):
     def step(self, t: int, x: Tensor, u: Tensor) -> Tensor:
         """``f_{start + t}(x, u)``."""
         return self.dynamics.step(self.start + t, x, u)
+
+    def alike(self) -> Alike | None:
+        """Those of the whole system that lie in the segment."""
+        found = alike_steps(self.dynamics)
+        if found is None:
+            return None
+        first, last = max(found.start, self.start), min(found.stop, self._end)
+        if last - first < 2:
+            return None
+        chosen = slice(first - found.start, last - found.start)
+        constants = {name: value[chosen] for name, value in found.constants.items()}
+        return Alike(first - self.start, last - self.start, constants, found.function)
 
     def initial_controls(self, x0: Tensor) -> Controls:
         """Those of its steps in the whole system."""

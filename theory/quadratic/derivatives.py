@@ -9,14 +9,15 @@ the reference, and what serves every other system.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from deltacontrol.theory.control.problem import ControlProblem, Controls, Dynamics, Evaluation
+from deltacontrol.theory.control.dynamics import Dynamics, offers
+from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.control.work import count
 from deltacontrol.theory.errors import InputError
 
@@ -35,7 +36,11 @@ def num_groups(u: Controls) -> int:
 
 
 def one_by_one(
-    problem: ControlProblem, u: Controls, now: Evaluation, second_order: bool
+    problem: ControlProblem,
+    u: Controls,
+    now: Evaluation,
+    second_order: bool,
+    steps: Iterable[int] | None = None,
 ) -> Matrices:
     """``A_t``, ``B_t`` and ``W_t`` of every step, one step after another.
 
@@ -44,24 +49,34 @@ def one_by_one(
         u: the controls.
         now: what ``problem.evaluate(u)`` gives.
         second_order: take the Hessian of ``H_t`` for ``W_t`` rather than that of ``l_t``.
+        steps: of these steps alone, by default of all.
     """
     groups = num_groups(u)
     A, B, W = [], [], []
-    for t, control in enumerate(u):
-        x, u_t, p = now.states[t].detach(), control.detach(), now.costates[t + 1]
+    for t in range(len(u)) if steps is None else steps:
+        x, u_t = now.states[t].detach(), u[t].detach()
 
         def step(x: Tensor, u: Tensor, t: int = t) -> Tensor:
             return problem.dynamics.step(t, x, u)
 
-        def stage(x: Tensor, u: Tensor, t: int = t, p: Tensor = p) -> Tensor:
-            if second_order:
-                return problem.hamiltonian(t, x, u, p)
-            return problem.cost.running(t, x, u)
-
         for matrices, found in zip((A, B), jacobians(step, x, u_t, groups), strict=True):
             matrices.append(found)
-        W.append(hessian(stage, x, u_t, groups))
+        W.append(stage_hessian(problem, u, now, second_order, t))
     return A, B, W
+
+
+def stage_hessian(
+    problem: ControlProblem, u: Controls, now: Evaluation, second_order: bool, t: int
+) -> Tensor:
+    """``W_t``, ``(G, n_t + m_t, n_t + m_t)``; arguments are those of `one_by_one`."""
+    x, u_t, p = now.states[t].detach(), u[t].detach(), now.costates[t + 1]
+
+    def stage(x: Tensor, u: Tensor) -> Tensor:
+        if second_order:
+            return problem.hamiltonian(t, x, u, p)
+        return problem.cost.running(t, x, u)
+
+    return hessian(stage, x, u_t, num_groups(u))
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,16 +261,6 @@ def running_costs(
 def _alike(parts: Sequence[Tensor]) -> bool:
     """Whether there are such, of one shape, of real numbers."""
     return len({part.shape for part in parts}) == 1 and parts[0].is_floating_point()
-
-
-def offers(system: object, single: str, whole: str) -> bool:
-    """Whether the class that says what one step is, or one derived from it, says all of them."""
-    for kind in type(system).__mro__:
-        if whole in vars(kind):
-            return True
-        if single in vars(kind):
-            return False
-    return False
 
 
 def jacobians(

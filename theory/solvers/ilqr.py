@@ -45,10 +45,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from deltacontrol.theory.control.dynamics import offers
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.linear.curvature import Curvature, GaussNewtonCurvature, HessianCurvature
 from deltacontrol.theory.linear.linearisation import differentiable_attention
-from deltacontrol.theory.quadratic.derivatives import evaluate, num_groups, offers, running_costs
+from deltacontrol.theory.quadratic.derivatives import evaluate, num_groups, running_costs
 from deltacontrol.theory.solvers.quadratic_model import (
     IndefiniteError,
     Policy,

@@ -39,8 +39,9 @@ from torch import Tensor
 from deltacontrol.theory.control.problem import ControlProblem, Controls, Evaluation
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.linear.linearisation import differentiable_attention
+from deltacontrol.theory.quadratic.alike import alike_at_once
 from deltacontrol.theory.quadratic.box_qp import box_qp, positive_cholesky
-from deltacontrol.theory.quadratic.derivatives import Along, hessian, num_groups, one_by_one
+from deltacontrol.theory.quadratic.derivatives import Along, hessian, num_groups
 from deltacontrol.theory.quadratic.quick_sweep import IndefiniteError, expected_of_one, sweep_of_one
 
 __all__ = ["IndefiniteError", "Policy", "QuadraticModel", "sweep"]
@@ -82,7 +83,8 @@ class QuadraticModel:
         """Differentiate every step where ``u`` leads.
 
         Jacobians take one vectorised reverse sweep a step, Hessians one of the gradient; where the
-        dynamics and the cost offer all steps at once (`Dynamics.all_steps`), one for all steps.
+        dynamics and the cost offer all steps at once (`Dynamics.all_steps`), one for all steps, and
+        where small steps are alike (`Dynamics.alike`), one for all of these.
 
         Args:
             problem: the problem.
@@ -106,7 +108,7 @@ class QuadraticModel:
         with differentiable_attention():
             along = along or Along.of(problem, u, now.states)
             whole = None if along is None else along.model(problem, now, second_order)
-            A, B, W = whole or one_by_one(problem, u, now, second_order)
+            A, B, W = whole or alike_at_once(problem, u, now, second_order)
             last = now.states[-1].detach()
             terminal = hessian(
                 lambda x, _: problem.cost.terminal(x), last, last.new_zeros(groups, 0), groups

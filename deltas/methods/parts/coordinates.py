@@ -38,6 +38,7 @@ class SubspaceDelta(Delta):
 
     category = "reparametrisation"
     trains_head = True
+    unstackable = "parameters are functions of a control, other ones in each copy"
 
     def __post_init__(self) -> None:
         """Check the fields, and take over what follows from the delta that this one acts over."""

@@ -6,7 +6,9 @@ The target is a number, or a share of the mean performance of baseline runs, who
 in the same way.
 
 Every training is a run of its own in the same store, and the search follows from these runs alone:
-one that was interrupted goes on, and a second one computes nothing.
+one that was interrupted goes on, and a second one computes nothing. Another search of the same task
+finds the runs that both have, such as those of the baseline. Trainings that are certain to come are
+made at a time (`deltacontrol.experiments.studies.d90.trainings`).
 
 Sources: Li et al., ICLR 2018, section 2 (d_int90, absolute and relative baselines); Aghajanyan et
 al., ACL 2021, section 3 (d90 of language models, DID and SAID).
@@ -15,13 +17,22 @@ al., ACL 2021, section 3 (d90 of language models, DID and SAID).
 from __future__ import annotations
 
 import math
+import os
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from deltacontrol.experiments.runs.experiment import Experiment, Outcome, Workspace
-from deltacontrol.experiments.studies.d90.search import Search, Trial, steadiest, three_digits
+from deltacontrol.experiments.studies.d90.search import (
+    TRIES,
+    Search,
+    Trial,
+    steadiest,
+    three_digits,
+)
+from deltacontrol.experiments.studies.d90.trainings import Line, Trainings
 from deltacontrol.experiments.training.settings import check_count, check_number
 from deltacontrol.theory.dimension.estimate import (
     SHARE,
@@ -36,7 +47,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from deltacontrol.experiments.runs.record import Record
-    from deltacontrol.experiments.runs.store import RunStore
+
+BASELINE, SEARCH = "baseline", "search"  # the parts of the trainings
 
 
 @dataclass(frozen=True)
@@ -143,25 +155,31 @@ class DimensionSearch(Experiment):
         without the baseline's, and stopped, why there are no more.
 
         Raises:
-            InputError: from a training.
+            InputError: from a training, or under `accelerate launch`.
         """
-        from tqdm.auto import tqdm
-
         from deltacontrol.experiments.runs.store import RunStore
 
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError(
+                "a search for a dimension starts processes of its own; start it without accelerate"
+            )
         store = RunStore(workspace.store or workspace.folder / "runs", keep_controls=False)
         smallest, largest = self._range()
-        with tqdm(desc=self.label, unit="run", disable=not workspace.progress) as bar:
-            runs = _Runs(self, store, bar)
+        most = {BASELINE: 0 if self.target else TRIES * self.baseline_seeds, SEARCH: self.budget}
+        with closing(Line(self.label, most, workspace.progress)) as line:
+            runs = _Runs(self, Trainings(store, line))
             baseline: list[Trial] = []
             goal: float | Baseline = self.target or 0.0
             if self.target is None:
-                baseline = steadiest(self.first_rate(), runs.baseline, self.baseline_seeds)
+                baseline = steadiest(
+                    self.first_rate(), runs.baseline, self.baseline_seeds, runs.baselines_ahead
+                )
                 goal = Baseline(tuple(t.performance for t in baseline), self.share)
+                line.finish(BASELINE)
             names = {f.name for f in fields(Search)} & {f.name for f in fields(DimensionSearch)}
             options = {name: getattr(self, name) for name in names - {"target"}}
             options |= {"smallest": smallest, "largest": largest}
-            search = Search(runs.measure, goal, **options)
+            search = Search(runs.measure, goal, ahead=runs.ahead, **options)
             hopeless = isinstance(goal, Baseline) and goal.target <= runs.chance
             estimate = None if hopeless else search.run()
         if estimate is None:
@@ -193,25 +211,29 @@ class DimensionSearch(Experiment):
 class _Runs:
     """The trainings of a search, each recorded, or found among the records."""
 
-    def __init__(self, spec: DimensionSearch, store: RunStore, bar: Any) -> None:
-        self.spec, self.store, self.bar = spec, store, bar
+    def __init__(self, spec: DimensionSearch, trainings: Trainings) -> None:
+        self.spec, self.trainings = spec, trainings
         self.trials: list[Trial] = []
         self.chance = -math.inf
 
     def baseline(self, rate: float, seed: int) -> Trial:
         return self._done(self.spec.baseline_training(rate, seed), None, rate, rate, seed)
 
+    def baselines_ahead(self, certain: Sequence[tuple[float, int]]) -> None:
+        self.trainings.ahead(BASELINE, [self.spec.baseline_training(*key) for key in certain])
+
     def measure(self, d: int, move: float, seed: int) -> Trial:
-        rate = three_digits(move / math.sqrt(d))
+        rate = _rate(d, move)
         return self._done(self.spec.training(d, rate, seed), d, move, rate, seed)
+
+    def ahead(self, certain: Sequence[tuple[int, float, int]]) -> None:
+        trainings = [self.spec.training(d, _rate(d, move), seed) for d, move, seed in certain]
+        self.trainings.ahead(SEARCH, trainings)
 
     def _done(
         self, training: Experiment, d: int | None, move: float, rate: float, seed: int
     ) -> Trial:
-        from deltacontrol.experiments.runs.sweep import run
-
-        record = run(training, self.store, progress=False)
-        assert record is not None
+        record = self.trainings.one(BASELINE if d is None else SEARCH, training)
         read = self.spec.reading(record)
         self.chance = max(self.chance, read.chance)
         trial = Trial(
@@ -226,9 +248,11 @@ class _Runs:
             run=record.id,
         )
         self.trials.append(trial)
-        self.bar.set_postfix_str(f"d={d or 'all'}, rate {rate:.2g}: {trial.performance:.3f}")
-        self.bar.update()
         return trial
+
+
+def _rate(d: int, move: float) -> float:
+    return three_digits(move / math.sqrt(d))
 
 
 def _without_runs(search: Search, reason: str) -> dict[str, Any]:

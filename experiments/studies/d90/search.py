@@ -12,6 +12,10 @@ chosen move; where one does worse than at two smaller dimensions, the move that 
 over its seeds is chosen anew. Test rows have no part in it: they give the performance, and say
 where to look next.
 
+Trainings that will be made whatever the others of them give are told ahead of the first of them, so
+that they can be made at a time: the first two of a climb, the moves between two dimensions that are
+tuned, the other seeds of a rate of the baseline.
+
 **Dimensions.** (1) From a first d by a stride, up or down, until the target is between two of them.
 (2) A second seed at the nearer one. (3) Until the runs are spent, or the interval is narrow enough
 and both ends of the crossing's gap have two seeds: beyond an end of the range at which the interval
@@ -31,6 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from deltacontrol.theory.dimension.estimate import (
     Baseline,
@@ -71,11 +76,16 @@ class Trial:
     run: str
 
 
+def _unheard(certain: Sequence[object]) -> None:
+    """What is told ahead where nobody makes use of it."""
+
+
 def climb(
     start: float,
     known: Callable[[float], Trial],
     tries: int = TRIES,
     ways: tuple[int, ...] = (1, -1),
+    ahead: Callable[[Sequence[float]], None] = _unheard,
 ) -> Trial:
     """The trial with the best validation performance, by factors of √10 from ``start``.
 
@@ -84,7 +94,14 @@ def climb(
         known: trains with one.
         tries: trainings at most.
         ways: 1 for up, -1 for down: on while it helps, and the next way where it did not at once.
+        ahead: is told with what will be trained in any case, before the first of it is.
     """
+
+    def value(step: int) -> float:
+        return three_digits(start * FACTOR**step)
+
+    if tries > 1:
+        ahead([start, value(ways[0])])
     found = {0: known(start)}
 
     def better(a: int, b: int) -> bool:
@@ -94,7 +111,7 @@ def climb(
     for way in ways:
         while len(found) < tries:
             step = best + way
-            found[step] = known(three_digits(start * FACTOR**step))
+            found[step] = known(value(step))
             if not better(step, best):
                 break
             best = step
@@ -103,7 +120,12 @@ def climb(
     return found[best]
 
 
-def steadiest(start: float, known: Callable[[float, int], Trial], seeds: int) -> list[Trial]:
+def steadiest(
+    start: float,
+    known: Callable[[float, int], Trial],
+    seeds: int,
+    ahead: Callable[[Sequence[tuple[float, int]]], None] = _unheard,
+) -> list[Trial]:
     """The runs of all seeds at the rate with the best mean validation performance.
 
     The climb is at seed 0. The other seeds run at the rate that it finds, and at another one only
@@ -114,6 +136,7 @@ def steadiest(start: float, known: Callable[[float, int], Trial], seeds: int) ->
         start: the rate to begin with.
         known: trains with a rate and a seed.
         seeds: how many.
+        ahead: is told the rates and seeds that will be trained in any case, before the first is.
     """
     tried: dict[float, Trial] = {}
 
@@ -124,12 +147,14 @@ def steadiest(start: float, known: Callable[[float, int], Trial], seeds: int) ->
     def mean(runs: list[Trial]) -> float:
         return sum(trial.validation for trial in runs) / len(runs)
 
-    climb(start, first)
+    climb(start, first, ahead=lambda rates: ahead([(rate, 0) for rate in rates]))
     best: list[Trial] = []
     for trial in sorted(tried.values(), key=_rank, reverse=True):
         if best and trial.validation <= mean(best):
             break
-        runs = [trial, *(known(trial.rate, seed) for seed in range(1, seeds))]
+        others = [(trial.rate, seed) for seed in range(1, seeds)]
+        ahead(others)
+        runs = [trial, *(known(*other) for other in others)]
         if not best or mean(runs) > mean(best):
             best = runs
     return best
@@ -160,6 +185,8 @@ class Search:
         seeds: runs at one dimension at most.
         budget: runs in all.
         confidence: of the interval.
+        ahead: is told several (dimension, move, seed) that will be trained in any case, before the
+            first of them is.
     """
 
     measure: Callable[[int, float, int], Trial]
@@ -173,6 +200,7 @@ class Search:
     seeds: int = 3
     budget: int = 20
     confidence: float = 0.9
+    ahead: Callable[[Sequence[tuple[int, float, int]]], None] = _unheard
     trials: list[Trial] = field(default_factory=list)
     stopped: str = "the runs are spent"
     _chosen: dict[int, Trial] = field(default_factory=dict)
@@ -216,6 +244,9 @@ class Search:
         self.trials.append(self.measure(d, move, seed))
         return self.trials[-1]
 
+    def _ahead(self, d: int, moves: Sequence[float]) -> None:
+        self.ahead([(d, move, 0) for move in moves])
+
     def _tune(self, d: int) -> Trial:
         """Choose the move of a dimension at seed 0."""
         below = max((x for x in self._chosen if x < d), default=None)
@@ -225,6 +256,7 @@ class Search:
             ends = sorted((self._chosen[below].move, self._chosen[above].move))
             count = round(math.log(ends[1] / ends[0], FACTOR))
             moves = [ends[0], *(three_digits(ends[0] * FACTOR**i) for i in range(1, count + 1))]
+            self._ahead(d, moves[:left])
             best = max((self._run(d, m, 0) for m in moves[:left]), key=_rank)
         else:
             nearest = below if below is not None else above
@@ -235,7 +267,8 @@ class Search:
                 # Too large a move for more directions: whatever is larger still fails alike.
                 if self._run(d, first, 0).validation < smaller.validation:
                     ways = (-1, 1)
-            best = climb(first, lambda move: self._run(d, move, 0), min(TRIES, left), ways)
+            tries, ahead = min(TRIES, left), partial(self._ahead, d)
+            best = climb(first, lambda move: self._run(d, move, 0), tries, ways, ahead)
             if below is not None:
                 best = self._not_worse(d, first, best, self._chosen[below])
                 if _rank(best) < _rank(self._chosen[below]) and self._is_spent:

@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from deltacontrol.deltas import DeltaModel, DeltaStack
+from deltacontrol.deltas import DeltaModel, DeltaStack, registry
 from deltacontrol.deltas.ensemble.stack import UnstackableError, tensors_of, unstackable
 from deltacontrol.experiments.runs.experiment import Outcome, PausedError, Workspace
 from deltacontrol.experiments.training import devices as resources
@@ -38,6 +38,7 @@ MEMORY = 0.2  # share of what is free that the controls of a pass may take
 def company(run: Any) -> dict[str, Any] | None:
     """What a `FineTuning` shares with others of its pass; None where it needs one of its own."""
     alone = run.solver() is not None or run.sequential or not run.pretrained
+    alone = alone or any(registry.delta_of(delta).unstackable for delta in run.deltas)
     if (
         alone
         or obstacle(training_settings(run, "classification", 30.0))
