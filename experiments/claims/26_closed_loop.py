@@ -133,7 +133,7 @@ def _random_costs(prediction: Mapping[str, Any], records: Records) -> Evidence:
 def _random_adaptive(prediction: Mapping[str, Any], records: Records) -> Evidence:
     """Random subspaces, against an adversary who does *not* know them: the milder attack.
 
-    The records have no attack through random subspaces; it could restore less only.
+    The records have no attack through random subspaces, which would hardly leave more.
     """
     note = NOTE + "; the adversary does not know them, which is the milder attack"
     return _evidence(_tables(records), _restored("attacked_random"), note)
