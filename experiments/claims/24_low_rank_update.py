@@ -150,7 +150,8 @@ def _order(prediction: Mapping[str, Any], records: Records) -> Evidence:
     """Spearman of tail energy and LoRA's loss over the ranks of a run.
 
     A tail falls with the rank, so this asks how nearly LoRA's loss does. The least loss cannot
-    rise, as a higher rank contains the lower; a training's end can, and then speaks of the training.
+    rise, as a higher rank contains the lower; that of a finished training can, and then the number
+    is one of the training.
     """
     found = _found(records)
     values = {
@@ -160,10 +161,12 @@ def _order(prediction: Mapping[str, Any], records: Records) -> Evidence:
     return _mean(values, details=found, note="each loss the least of several rates, after 60 steps")
 
 
-def _exchanged(losses: Sequence[Sequence[float]], tails: Sequence[Sequence[float]], number: int):
+def _exchanged(
+    losses: Sequence[Sequence[float]], tails: Sequence[Sequence[float]], number: int
+) -> list[float]:
     """Spearman where the tails of some ranks were dealt out again: the mean over runs, by shuffle.
 
-    Only the first ranks are dealt out, so many as are named; two are exchanged for certain.
+    Only the first ranks are dealt out, so many as are named.
     """
     import numpy as np
 
@@ -173,9 +176,9 @@ def _exchanged(losses: Sequence[Sequence[float]], tails: Sequence[Sequence[float
         found = []
         for own, tail in zip(losses, tails, strict=True):
             order = np.arange(len(tail))
-            order[:number] = [1, 0] if number == 2 else random.permutation(number)
+            order[:number] = random.permutation(number)
             found.append(_spearman(np.array(tail)[order], own))
-        means.append(np.mean(found))
+        means.append(float(np.mean(found)))
     return means
 
 
@@ -189,9 +192,9 @@ def _shuffled(prediction: Mapping[str, Any], records: Records) -> Evidence:
 
 
 def _barely_shuffled(prediction: Mapping[str, Any], records: Records) -> Evidence:
-    """Losses that are the tails, as by Eckart and Young, and two neighbouring ranks exchanged."""
+    """Losses that are the tails, as by Eckart and Young, and two neighbouring ranks dealt out."""
     tails = [run["tail shares"] for run in prediction.values()]
-    note = "two neighbouring ranks exchanged, where the loss is the squared distance to the update"
+    note = "two neighbouring ranks dealt out, where the loss is the squared distance to the update"
     return Evidence.mean(_exchanged(tails, tails, 2), "shuffle", note=note)
 
 
