@@ -133,8 +133,8 @@ QUADRATIC = "quadratic losses of 400 dimensions, 200 subspaces each"
 LINEARISED = "the Gauss-Newton model of MiniLM-L3 on 128 rows and on 48, 200 subspaces each"
 TUNED = (
     "MiniLM-L3 itself on 48 rows of movie, subspaces over the parameters of head, BitFit, LoRA and "
-    "all blocks, 4 a dimension, L-BFGS; a target that no dimension reached counts as an error of 1; "
-    "four problems are few, and an interval over them rather too narrow"
+    "all blocks, 4 a dimension, L-BFGS; a target that no dimension reached counts as an error of "
+    "1; four problems are few, and an interval over them rather too narrow"
 )
 
 

@@ -104,9 +104,7 @@ def _over_pairs(predicted: list[float], measured: list[float], **more: Any) -> E
     the interval says nothing.
     """
     columns = [predicted, measured]
-    return Evidence.resampled(
-        _spearman, columns, "pair of layer and site", resamples=RESAMPLES, **more
-    )
+    return Evidence.resampled(_spearman, columns, "pair", resamples=RESAMPLES, **more)
 
 
 def _measure(prediction: Mapping[str, Any], records: Records) -> Evidence:
@@ -145,7 +143,8 @@ def _passing_control(prediction: Mapping[str, Any], records: Records) -> Evidenc
     """Random weights where the weights do not matter: sites whose strengths differ a hundredfold.
 
     Both networks are linear, x_{t+1} = A_t x_t + B_t u_t, with the B_t in common and A_t drawn for
-    each. Of the one the formula predicts; of the other a step's controls are tuned alone, by least
+    each, near the identity, and a weight λ so large that no gain is used up: what a step can do is
+    then given by its strength. Of the one network the formula predicts; of the other a step's controls are tuned alone, by least
     squares on ½|x_T - y|² + ½λ|u_t|².
     """
     import torch
@@ -158,7 +157,7 @@ def _passing_control(prediction: Mapping[str, Any], records: Records) -> Evidenc
     strengths = torch.logspace(-1.5, 0.5, STEPS, dtype=torch.float64)
     order = torch.randperm(STEPS, generator=random)
     inputs = [s * normal(WIDTH, 2) for s in strengths[order]]
-    start, goal, decay = normal(WIDTH), normal(WIDTH), 1e-2
+    start, goal, decay = normal(WIDTH), normal(WIDTH), 100.0
     eye = torch.eye(WIDTH, dtype=torch.float64)
 
     def responses() -> tuple[list[Any], Any]:
@@ -166,7 +165,7 @@ def _passing_control(prediction: Mapping[str, Any], records: Records) -> Evidenc
         after, found = eye, []
         for B in reversed(inputs):
             found.append(after @ B)
-            after = after @ (eye + 0.1 * normal(WIDTH, WIDTH))
+            after = after @ (eye + 0.02 * normal(WIDTH, WIDTH))
         return found[::-1], after @ start - goal
 
     maps, g = responses()

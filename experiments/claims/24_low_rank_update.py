@@ -130,7 +130,7 @@ def _stable(prediction: Mapping[str, Any], records: Records) -> Evidence:
 def _stable_of_products(rank: int | None, note: str) -> Evidence:
     of = _gaussian(SQUARE)[0]
     shares = [_gaussian(SQUARE, seed, rank)[0] / of for seed in SEEDS]
-    return Evidence.mean(shares, "matrix", note=note)
+    return Evidence.mean(shares, "draw", note=note)
 
 
 def _full_rank(prediction: Mapping[str, Any], records: Records) -> Evidence:
@@ -242,7 +242,7 @@ def _gaussian_update(prediction: Mapping[str, Any], records: Records) -> Evidenc
     tail = [_gaussian(SQUARE)[1][rank] for rank in ranks]
     errors = [_error(tail, [_gaussian(SQUARE, s)[1][rank] for rank in ranks]) for s in SEEDS]
     note = "updates that are Gaussian, the loss being the squared distance to them"
-    return Evidence.mean(errors, "matrix", note=note)
+    return Evidence.mean(errors, "draw", note=note)
 
 
 CLAIM = Claim(
