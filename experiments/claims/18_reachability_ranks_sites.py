@@ -144,8 +144,8 @@ def _passing_control(prediction: Mapping[str, Any], records: Records) -> Evidenc
 
     Both networks are linear, x_{t+1} = A_t x_t + B_t u_t, with the B_t in common and A_t drawn for
     each, near the identity, and a weight λ so large that no gain is used up: what a step can do is
-    then given by its strength. Of the one network the formula predicts; of the other a step's controls are tuned alone, by least
-    squares on ½|x_T - y|² + ½λ|u_t|².
+    then given by its strength. Of the one network the formula predicts; of the other a step's
+    controls are tuned alone, by least squares on ½|x_T - y|² + ½λ|u_t|².
     """
     import torch
 
