@@ -2,8 +2,8 @@
 
 A number of dimensions is known from bootstrap draws over the trainings of its search; one beyond
 the dimensions that were searched is a bound only. A ratio is therefore taken twice, with the bounds
-on either side: the interval reaches from the lower end of the lesser to the upper end of the greater
-ratio. Tasks are drawn again as well: they are the unit of replication.
+on either side: the interval reaches from the lower end of the lesser ratio to the upper end of the
+greater one. Tasks are drawn again as well: they are the unit of replication.
 """
 
 from __future__ import annotations
