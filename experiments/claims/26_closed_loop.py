@@ -48,7 +48,12 @@ def _cost(after: str) -> Callable[[Means], float]:
 
 
 def _evidence(
-    tables: Sequence[pd.DataFrame], number: Callable[[Means], float], note: str, **details: Any
+    tables: Sequence[pd.DataFrame],
+    number: Callable[[Means], float],
+    note: str,
+    *,
+    attacked: bool = True,
+    **details: Any,
 ) -> Evidence:
     """Mean over the seeds; the interval draws seeds again, and the test examples of each.
 
@@ -68,6 +73,7 @@ def _evidence(
     means = [_means(table) for table in tables]
     by_seed = [number(a) for a in means]
     lost = [a["clean"] - a["attacked"] for a in means]
+    name = f"the attack costs {LEAST_LOST:g} or more of accuracy in every seed"
     return Evidence.of_draws(
         float(np.mean(by_seed)),
         draws,
@@ -106,9 +112,8 @@ def _restores(prediction: Mapping[str, Any], records: Records) -> Evidence:
 
 def _costs(prediction: Mapping[str, Any], records: Records) -> Evidence:
     """Accuracy on the same test examples without an attack, with and without the correction."""
-    return _evidence(
-        _tables(records), _cost("clean_corrected"), "the same correction where nobody attacks"
-    )
+    note = "the same correction where nobody attacks"
+    return _evidence(_tables(records), _cost("clean_corrected"), note, attacked=False)
 
 
 def _adaptive(prediction: Mapping[str, Any], records: Records) -> Evidence:
@@ -127,7 +132,7 @@ def _random_restores(prediction: Mapping[str, Any], records: Records) -> Evidenc
 
 def _random_costs(prediction: Mapping[str, Any], records: Records) -> Evidence:
     """What random subspaces cost where nobody attacks."""
-    return _evidence(_tables(records), _cost("clean_random"), NOTE)
+    return _evidence(_tables(records), _cost("clean_random"), NOTE, attacked=False)
 
 
 def _random_adaptive(prediction: Mapping[str, Any], records: Records) -> Evidence:
@@ -188,7 +193,7 @@ def _passing_restores(prediction: Mapping[str, Any], records: Records) -> Eviden
 def _passing_costs(prediction: Mapping[str, Any], records: Records) -> Evidence:
     """Their cost there."""
     note = f"random subspaces of rank {RANK} of {WIDTH}, clean states on one line"
-    return _evidence(_made_tables(), _cost("clean_random"), note)
+    return _evidence(_made_tables(), _cost("clean_random"), note, attacked=False)
 
 
 RESTORED = "share of the lost accuracy that is restored, mean over seeds"
