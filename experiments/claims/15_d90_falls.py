@@ -65,10 +65,8 @@ def _predict(records: Records) -> dict[str, Any]:
     return {"published log10 ratio, base to large": sum(logs) / len(logs)}
 
 
-def _draws(
-    record: Record, *, greater: bool, rule: Record | None = None, seed: int = 0
-) -> np.ndarray:
-    """Bootstrap draws of d90, with what is a bound only at its greater or at its lesser end.
+def _draws(record: Record, rule: Record | None = None, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Bootstrap draws of d90, with what is a bound only at its lesser end, and at its greater end.
 
     "Less than the smallest dimension" lies between one and that, "more than the largest" between
     that and all of the model's numbers. The target is that of the record, or of another one; the
@@ -89,23 +87,23 @@ def _draws(
     )
     smallest, largest = found.dimensions[0], found.dimensions[-1]
     draws = np.array(found.draws or (found.dimension,))
-    draws = np.where(draws <= 0, smallest if greater else 1.0, draws)
-    return np.where(np.isinf(draws), MOST if greater else largest, draws)
+    return tuple(
+        np.where(draws <= 0, low, np.where(np.isinf(draws), high, draws))
+        for low, high in ((1.0, largest), (smallest, MOST))
+    )
 
 
-def _log_ratios(pair: Pair, *, against: bool, common: bool, seed: int = 0) -> np.ndarray:
-    """Draws of log10(d90 after / d90 before), with bounds against the claim or for it.
+def _log_ratios(pair: Pair, *, common: bool = False, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Draws of log10(d90 after / d90 before), with bounds for the claim, and against it.
 
     With ``common`` both are held to the target of the first.
     """
     import numpy as np
 
-    before, after = pair
-    rule = before if common else None
-    first = _draws(before, greater=not against, rule=rule)
-    second = _draws(after, greater=against, rule=rule, seed=seed)
-    size = min(len(first), len(second))
-    return np.log10(second[:size]) - np.log10(first[:size])
+    rule = pair[0] if common else None
+    before, after = _draws(pair[0], rule), _draws(pair[1], rule, seed)
+    size = min(len(before[0]), len(after[0]))
+    return tuple(np.log10(after[i][:size]) - np.log10(before[1 - i][:size]) for i in (0, 1))
 
 
 def _over_tasks(
@@ -120,26 +118,24 @@ def _over_tasks(
     random = np.random.default_rng(seed)
     tasks = random.integers(0, len(pairs), (DRAWS, len(pairs)))
     places = random.random((DRAWS, len(pairs)))
-    means, values = {}, {}
-    for against in (False, True):
-        ratios = [_log_ratios(p, against=against, common=common, seed=seed) for p in pairs.values()]
+    means, values = [], []
+    found = [_log_ratios(pair, common=common, seed=seed) for pair in pairs.values()]
+    for ratios in zip(*found, strict=True):
         drawn = [
             [ratios[t][int(x * len(ratios[t]))] for t, x in zip(row, column, strict=True)]
             for row, column in zip(tasks, places, strict=True)
         ]
-        means[against] = np.sort(np.mean(drawn, axis=1))
-        values[against] = [float(np.median(r)) for r in ratios]
+        means.append(np.sort(np.mean(drawn, axis=1)))
+        values.append([float(np.median(r)) for r in ratios])
     half = DRAWS // 2
     by_task = {
         task: f"{before.result['text']} to {after.result['text']}, log10 ratio {low:.3f}"
         + ("" if low == high else f" to {high:.3f}")
-        for (task, (before, after)), low, high in zip(
-            pairs.items(), values[False], values[True], strict=True
-        )
+        for (task, (before, after)), low, high in zip(pairs.items(), *values, strict=True)
     }
     return Evidence.of_draws(
-        float(np.mean(values[True])),
-        np.concatenate([means[False][:half], means[True][half:]]),
+        float(np.mean(values[1])),
+        np.concatenate([means[0][:half], means[1][half:]]),
         "task",
         len(pairs),
         details={"by task, each by its own target": by_task, **more.pop("details", {})},
@@ -169,7 +165,7 @@ def _told(pairs: Mapping[str, Pair], **options: Any) -> str:
 
     if len(pairs) > 1:
         return _over_tasks(pairs, **options).text
-    ratios = [np.median(_log_ratios(p, against=True, common=False)) for p in pairs.values()]
+    ratios = [np.median(_log_ratios(p)[1]) for p in pairs.values()]
     return f"{ratios[0]:.3g}, 1 task" if ratios else "no task"
 
 

@@ -80,9 +80,7 @@ def _evidence(
         "seed",
         len(tables),
         note=note,
-        assumptions={
-            f"the attack costs {LEAST_LOST:g} or more of accuracy": min(lost) >= LEAST_LOST
-        },
+        assumptions={name: min(lost) >= LEAST_LOST} if attacked else {},
         details={
             "by seed": by_seed,
             "accuracy lost by seed": lost,

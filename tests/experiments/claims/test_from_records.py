@@ -276,8 +276,8 @@ def test_claim_24_takes_its_numbers_from_the_spectra(
 ) -> None:
     studies = [UpdateSpectra(
         **places, seed=seed, sites=("attention.value", "mlp.up"), ranks=(1, 2, 8), steps=4,
-        snapshots=1, batch_size=8, max_length=8, train_rows=16, full_rates=(3e-3,), lora_rates=(3e-2,),
-        head_rates=(1e-2,),
+        snapshots=1, batch_size=8, max_length=8, train_rows=16, full_rates=(3e-3,),
+        lora_rates=(3e-2,), head_rates=(1e-2,),
     ) for seed in (0, 1)]  # fmt: skip
     monkeypatch.setattr(spectra, "experiments", lambda _: studies)
     claim = tiny("24_low_rank_update", SHUFFLES=20, SQUARE=(64, 48)).CLAIM
