@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from deltacontrol.theory.claims import Claim, Evidence, Part, Records, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Ground, Part, Records, Threshold
 
 # Fixed before the measurement.
 ERROR = 0.2  # relative, of the predicted dimension against the measured median
@@ -191,6 +191,11 @@ def _flat(prediction: Mapping[str, Any], records: Records) -> Evidence:
     return _over_problems(by_problem, note, {})
 
 
+def _part(name: str, kind: str, measure: Callable[..., Evidence], on: Ground) -> Part:
+    threshold = Threshold("<=", ERROR, f"relative error of d*, mean over problems, {kind}")
+    return Part(name, kind, threshold, measure, _flattened(kind), _flat, on)
+
+
 CLAIM = Claim(
     id=16,
     name="subspace-threshold",
@@ -208,21 +213,10 @@ CLAIM = Claim(
         "its loss; 20 subspaces a dimension and more problems of (c) need new trainings"
     ),
     predict=_predict,
-    parts=tuple(
-        Part(
-            name,
-            kind,
-            Threshold("<=", ERROR, f"relative error of d*, mean over problems, {kind}"),
-            measure,
-            _flattened(kind),
-            _flat,
-            ground,
-        )
-        for name, kind, measure, ground in (
-            ("a", "quadratic", _quadratic, "exact problem"),
-            ("b", "linearised", _linearised, "real model, untrained"),
-            ("c", "fine-tuned", _fine_tuned, "real fine-tuning"),
-        )
+    parts=(
+        _part("a", "quadratic", _quadratic, "exact problem"),
+        _part("b", "linearised", _linearised, "real model, untrained"),
+        _part("c", "fine-tuned", _fine_tuned, "real fine-tuning"),
     ),
     runs=_runs,
 )

@@ -53,7 +53,7 @@ def _evidence(
     note: str,
     *,
     attacked: bool = True,
-    **details: Any,
+    details: Mapping[str, Any] | None = None,
 ) -> Evidence:
     """Mean over the seeds; the interval draws seeds again, and the test examples of each.
 
@@ -85,7 +85,7 @@ def _evidence(
             "by seed": by_seed,
             "accuracy lost by seed": lost,
             "accuracies": {name: float(np.mean([a[name] for a in means])) for name in means[0]},
-            **details,
+            **(details or {}),
         },
     )
 
@@ -104,7 +104,7 @@ def _restores(prediction: Mapping[str, Any], records: Records) -> Evidence:
         _tables(records),
         _restored("attacked_corrected"),
         "MiniLM-L6 with LoRA on movie, an adversary who does not know the correction",
-        **{name: [r[name] for r in results] for name in more},
+        details={name: [r[name] for r in results] for name in more},
     )
 
 
