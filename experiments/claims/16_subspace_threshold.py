@@ -99,11 +99,16 @@ def _judged(records: Records, kind: str, predicted: Predicted, note: str) -> Evi
 def _over_problems(by_problem: Mapping[str, float], note: str, details: Any) -> Evidence:
     import numpy as np
 
+    errors = list(by_problem.values())
+    told = {
+        "mean error by problem": by_problem,
+        "with Student's interval instead": Evidence.mean(errors, "problem").text,
+    }
     return Evidence.resampled(
         lambda errors: float(np.mean(errors)),
-        [list(by_problem.values())],
+        [errors],
         "problem",
-        details={"mean error by problem": by_problem, **details},
+        details={**told, **details},
         note=note,
     )
 

@@ -83,6 +83,7 @@ def _evidence(
         assumptions={name: min(lost) >= LEAST_LOST} if attacked else {},
         details={
             "by seed": by_seed,
+            "with Student's interval over seeds instead": Evidence.mean(by_seed, "seed").text,
             "accuracy lost by seed": lost,
             "accuracies": {name: float(np.mean([a[name] for a in means])) for name in means[0]},
             **(details or {}),
