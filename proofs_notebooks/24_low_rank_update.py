@@ -36,7 +36,8 @@
 # - the loss is quadratic with a multiple of the identity as its Hessian.
 #
 # The claim measures the boxed relation where neither is guaranteed: a Transformer, trained for
-# finitely many steps.
+# finitely many steps. It checks one consequence, that LoRA's loss does not rise with the rank; and
+# $D$ is known after training only, so that its tail foretells nothing.
 
 # %% [markdown]
 # ## Derivation
@@ -126,8 +127,8 @@ for r in (1, 2, 3):
 # A Gaussian matrix of the same norm has another spectrum: its tail falls slowly, its stable rank is
 # near the yardstick of (4), and its tails do not predict the losses. Its tails are *ordered* as the
 # losses are, though, since every tail falls with the rank: a rank correlation over $r$ alone cannot
-# tell it from the update, and the claim therefore asks for the relative error and the stable rank
-# as well.
+# tell it from the update. The claim therefore judges stable rank, order and size apart: stable rank
+# and size against Gaussian matrices, the order against tails that are dealt out over the ranks.
 
 # %%
 G = normal(12, 9)

@@ -1,14 +1,20 @@
-"""Claim 17: a fine-tuning in few dimensions has a bound on its test error that says something."""
+"""Claim 17: a fine-tuning in few dimensions has a bound on its test error that says something.
+
+A bound over chance has no interval: it is a number that follows from one training and its rows, and
+that is right with probability 0.99 for each of them. What the claim says is said of every run that
+was made, so the worst of them is judged; that other seeds do the same is not said.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from deltacontrol.theory.claims import Claim, Evidence, Records, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Part, Records, Threshold
 
 SMALL = "subspace:dimension=50,of=selected-modules:sites=bert.pooler+classifier"
-# Task, seeds, and what differs from the defaults of the experiment.
+# Task, seeds, and what differs from the defaults of the experiment: a part each.
 SETTINGS: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (
     ("trec6", (0, 1, 2), {}),
     ("movie", (0, 1), {}),
@@ -16,35 +22,39 @@ SETTINGS: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (
 )
 CONTROL = ("trec6", (0, 1))
 BOUNDS = ("compression", "pac_bayes")
+ROWS, CASES = 4000, 8  # of the exact problems of the passing controls
 
 
-def _bounds(random_labels: bool) -> dict[str, list[Any]]:
-    """The experiments by task, one a seed."""
+def _experiments(
+    setting: tuple[str, tuple[int, ...], dict[str, Any]], random_labels: bool = False
+) -> list[Any]:
+    """One a seed."""
     from deltacontrol.experiments.measures.bounds import GeneralisationBound
 
-    return {
-        task: [
-            GeneralisationBound(task=task, seed=seed, random_labels=random_labels, **options)
-            for seed in seeds
-        ]
-        for task, seeds, options in ([(*CONTROL, {})] if random_labels else SETTINGS)
-    }
+    task, seeds, options = setting
+    return [
+        GeneralisationBound(task=task, seed=seed, random_labels=random_labels, **options)
+        for seed in seeds
+    ]
+
+
+def _dealt_out() -> list[Any]:
+    return _experiments((*CONTROL, {}), random_labels=True)
 
 
 def _runs() -> list[Any]:
     """Every bound, then those of random labels."""
-    return [e for dealt in (False, True) for seeds in _bounds(dealt).values() for e in seeds]
+    return [*(e for setting in SETTINGS for e in _experiments(setting)), *_dealt_out()]
 
 
-def _results(records: Records, random_labels: bool) -> dict[str, list[dict[str, Any]]]:
-    """Results by task, one a seed."""
-    found = _bounds(random_labels).items()
-    return {task: [records(experiment).result for experiment in seeds] for task, seeds in found}
+def _results(records: Records, experiments: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """Results by task and seed."""
+    return {f"{e.task}, seed {e.seed}": records(e).result for e in experiments}
 
 
 def _predict(records: Records) -> dict[str, Any]:
-    """Chance is known without training; a bound below it is non-vacuous."""
-    return {"bound over chance, below": 1.0}
+    """A bound that reaches chance says nothing; chance is known without training."""
+    return {}
 
 
 def _row(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +63,7 @@ def _row(result: Mapping[str, Any]) -> dict[str, Any]:
         found = result[kind]
         row[kind] = {
             "bound": found["bound"],
-            "vacuous": found["bound"] >= result["chance"],
+            "bound over chance": found["bound"] / result["chance"],
             "nats": found["nats"],
             "train error of what is bounded": found["train_error"],
             "test error of what is bounded": found["test_error"],
@@ -61,53 +71,136 @@ def _row(result: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _evidence(results: Mapping[str, list[dict[str, Any]]], note: str) -> Evidence:
-    """Of the best task, the worst seed's bound over chance; and no bound below its test error."""
-    compression = {
-        task: [r["compression"]["bound"] / r["chance"] for r in seeds]
-        for task, seeds in results.items()
-    }
-    best = min(compression, key=lambda task: max(compression[task]))
-    below = max(
-        r[kind]["test_error"] / r[kind]["bound"]
-        for seeds in results.values()
-        for r in seeds
-        for kind in BOUNDS
-    )
-    details: dict[str, Any] = {
-        "compression bound over chance": compression,
-        "PAC-Bayes bound over chance": {
-            task: [r["pac_bayes"]["bound"] / r["chance"] for r in seeds]
-            for task, seeds in results.items()
-        },
-        "largest test error over bound": below,
-        "best task": best,
-    }
-    details |= {
-        f"{task}, run {i}": _row(r) for task, seeds in results.items() for i, r in enumerate(seeds)
-    }
+# -- a, b, c: a bound below chance ----------------------------------------------------------------
+
+
+def _over_chance(results: Mapping[str, Any], **more: Any) -> Evidence:
+    """The compression bound over chance, of every run."""
+    ratios = {name: r["compression"]["bound"] / r["chance"] for name, r in results.items()}
+    rows = {f"{name}, in full": _row(r) for name, r in results.items()}
+    return Evidence.worst(ratios, details=rows, **more)
+
+
+def _below_chance(part: int) -> Callable[..., Evidence]:
+    """The measurement of one task."""
+
+    def measure(prediction: Mapping[str, Any], records: Records) -> Evidence:
+        """The worst seed's bound over chance."""
+        return _over_chance(
+            _results(records, _experiments(SETTINGS[part])),
+            note=(
+                "MiniLM-L3, a random subspace of the last block, pooler and head (sms: pooler and "
+                "head), all training rows; each bound holds with probability 0.99 and pays for "
+                "10,000 settings"
+            ),
+        )
+
+    return measure
+
+
+def _random_labels(prediction: Mapping[str, Any], records: Records) -> Evidence:
+    """Labels dealt out at random: whatever fits them must not be promised to generalise.
+
+    It was run on trec6 alone, with the same computation as on every task.
+    """
+    results = _results(records, _dealt_out())
+    note = "trec6 with random labels, the seed that comes closest; no other task was run so"
+    details = {"the same on the exact problem": _thresholds(1.0)}
+    evidence = _over_chance(results, least=True, note=note)
     return Evidence(
-        value=max(*compression[best], below),
-        details=details,
-        spread=(min(compression[best]), max(compression[best])),
+        evidence.value,
+        cases=evidence.cases,
+        details={**evidence.details, **details},
         note=note,
     )
 
 
-def _measure(prediction: Mapping[str, Any], records: Records) -> Evidence:
-    """Three tasks; every bound beside chance and beside the test error of what it bounds."""
-    return _evidence(
-        _results(records, random_labels=False),
-        "MiniLM-L3, a random subspace of the last block, pooler and head (sms: pooler and head), "
-        "all training rows; each bound holds with probability 0.99 and pays for 10,000 settings; "
-        "spread over the seeds of the best task",
+def _thresholds(share: float) -> float:
+    """Bound over chance of the best of 202 thresholds, of whose labels a share is dealt out.
+
+    The label of a number x in [0, 1] is whether x > 0.5. The classes are those of ``x > k/100`` and
+    their opposites, all equally likely beforehand.
+    """
+    import numpy as np
+
+    from deltacontrol.theory.bounds import countable_class_bound
+
+    ratios = []
+    for seed in range(CASES):
+        random = np.random.default_rng(seed)
+        x = random.random(ROWS)
+        labels = x > 0.5
+        dealt = random.permutation(ROWS)[: round(share * ROWS)]
+        labels[dealt] = labels[random.permutation(dealt)]
+        errors = [float(np.mean((x > k / 100) != labels)) for k in range(101)]
+        error = min(*errors, *(1 - e for e in errors))
+        bound = countable_class_bound(error, math.log(202), ROWS, 0.01)
+        ratios.append(bound / min(labels.mean(), 1 - labels.mean()))
+    return float(max(ratios))
+
+
+def _few_dealt_out(prediction: Mapping[str, Any], records: Records) -> Evidence:
+    """A tenth of the labels dealt out, where a threshold on a line gives them."""
+    note = "thresholds on a line, a tenth of the labels dealt out; the worst draw"
+    return Evidence(_thresholds(0.1), cases=CASES, note=note)
+
+
+# -- d: no bound below its test error -------------------------------------------------------------
+
+
+def _kept(prediction: Mapping[str, Any], records: Records) -> Evidence:
+    """Test error over bound of everything that is bounded, on the test rows that there are."""
+    results = _results(records, [e for setting in SETTINGS for e in _experiments(setting)])
+    found = {
+        f"{name}, {kind}": r[kind]["test_error"] / r[kind]["bound"]
+        for name, r in results.items()
+        for kind in BOUNDS
+    }
+    return Evidence.worst(found, note="every task, seed and bound")
+
+
+def _unpaid(prediction: Mapping[str, Any], records: Records) -> Evidence:
+    """As if the classifier had been fixed before the rows were seen: its choice costs nothing."""
+    from deltacontrol.theory.bounds import countable_class_bound
+
+    results = _results(records, [e for setting in SETTINGS for e in _experiments(setting)])
+    found = {
+        name: r["compression"]["test_error"]
+        / countable_class_bound(r["compression"]["train_error"], 0.0, r["num_rows"], 0.01)
+        for name, r in results.items()
+    }
+    return Evidence.worst(found, note="compression bounds with a code of no length")
+
+
+def _fixed_before(prediction: Mapping[str, Any], records: Records) -> Evidence:
+    """The same bound of classifiers that were fixed before, whose error is known."""
+    import numpy as np
+
+    from deltacontrol.theory.bounds import countable_class_bound
+
+    error = 0.3
+    seen = [np.random.default_rng(seed).binomial(ROWS, error) / ROWS for seed in range(CASES)]
+    found = {
+        f"draw {i}": error / countable_class_bound(float(share), 0.0, ROWS, 0.01)
+        for i, share in enumerate(seen)
+    }
+    return Evidence.worst(found, note=f"classifiers of error {error:g}, not chosen by the rows")
+
+
+OVER_CHANCE = "compression bound over chance, worst seed"
+
+
+def _part(number: int) -> Part:
+    task = SETTINGS[number][0]
+    return Part(
+        "abc"[number],
+        f"bound below chance, {task}",
+        Threshold("<", 1.0, f"{OVER_CHANCE} of {task}"),
+        _below_chance(number),
+        _random_labels,
+        _few_dealt_out,
+        "real fine-tuning",
     )
-
-
-def _negative_control(prediction: Mapping[str, Any], records: Records) -> Evidence:
-    """Labels dealt out at random: whatever fits them must not be promised to generalise."""
-    dealt = _results(records, random_labels=True)
-    return _evidence(dealt, "the same rows of trec6 with random labels")
 
 
 CLAIM = Claim(
@@ -115,16 +208,28 @@ CLAIM = Claim(
     name="generalisation-bound",
     title="A subspace of few dimensions gives a non-vacuous generalisation bound",
     statement=(
-        "on a real task the compression bound of a subspace fine-tuning, its coefficients rounded "
-        "and coded, is below chance, and no bound is below the test error of what it bounds"
+        "the compression bound of a subspace fine-tuning, its coefficients rounded and coded, is "
+        "below chance on (a) trec6, (b) movie and (c) sms, and (d) no bound is below the test "
+        "error of what it bounds"
     ),
     source="Lotfi et al., NeurIPS 2022; Arora et al., ICML 2018; Seeger, JMLR 2002",
     notebook="17_generalisation_bound",
-    threshold=Threshold(
-        "<", 1.0, "bound over chance, worst seed of the best task, or test error over bound"
+    revised=(
+        "the best of three tasks was judged, together with the test errors; every task is now a "
+        "part. Random labels were run on trec6 alone, other tasks need new trainings"
     ),
     predict=_predict,
-    measure=_measure,
-    negative_control=_negative_control,
+    parts=(
+        *(_part(number) for number in range(3)),
+        Part(
+            "d",
+            "no bound below its test error",
+            Threshold("<", 1.0, "largest test error over bound"),
+            _kept,
+            _unpaid,
+            _fixed_before,
+            "real fine-tuning",
+        ),
+    ),
     runs=_runs,
 )
