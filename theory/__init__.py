@@ -111,7 +111,7 @@ _HOME = {
     "deltacontrol.theory.feedback.correction": (
         "PIDCorrection",
         "PIDGains",
-    "Part",
+        "Part",
         "ProjectionCorrection",
     ),
     "deltacontrol.theory.depth.continuous": ("ContinuousDepth",),

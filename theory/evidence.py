@@ -5,6 +5,7 @@ interval is taken over that unit:
 
     ==============  =====================================================================
     ``t``           the mean of n independent values; Student's t with n - 1 degrees
+    ``geometric``   the geometric mean of n positive values; Student's t of their logarithms
     ``bootstrap``   any statistic of the units, which are drawn again with replacement
     ``binomial``    a share of successes; Clopper & Pearson, Biometrika 26(4), 1934
     ==============  =====================================================================
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from deltacontrol.theory.errors import InputError, unknown
@@ -41,14 +42,14 @@ class Interval:
         method: how the interval follows, see the module.
         unit: what was replicated, such as ``"seed"``.
         count: how many of them.
-        data: the values of the units (``t``), evenly spaced quantiles of the draws (``bootstrap``),
-            or the number of successes alone (``binomial``).
+        data: the values of the units (``t``, ``geometric``), evenly spaced quantiles of the draws
+            (``bootstrap``), or the number of successes alone (``binomial``).
 
     Raises:
         InputError: for an unknown method, or too few units.
     """
 
-    method: Literal["t", "bootstrap", "binomial"]
+    method: Literal["t", "geometric", "bootstrap", "binomial"]
     unit: str
     count: int
     data: tuple[float, ...]
@@ -94,6 +95,12 @@ def _student(interval: Interval, confidence: float) -> tuple[float, float]:
     return mean - half, mean + half
 
 
+def _logarithms(interval: Interval, confidence: float) -> tuple[float, float]:
+    logs = tuple(math.log(x) for x in interval.data)
+    low, high = _student(replace(interval, method="t", data=logs), confidence)
+    return math.exp(low), math.exp(high)
+
+
 def _percentiles(interval: Interval, confidence: float) -> tuple[float, float]:
     import numpy as np
 
@@ -112,6 +119,7 @@ def _clopper_pearson(interval: Interval, confidence: float) -> tuple[float, floa
 
 _ENDS: dict[str, Callable[[Interval, float], tuple[float, float]]] = {
     "t": _student,
+    "geometric": _logarithms,
     "bootstrap": _percentiles,
     "binomial": _clopper_pearson,
 }
@@ -168,6 +176,21 @@ class Evidence:
         if len(kept) < 2:
             raise InputError(f"{len(kept)} values of the unit {unit!r}; an interval needs two")
         return cls(sum(kept) / len(kept), Interval("t", unit, len(kept), kept), **more)
+
+    @classmethod
+    def geometric_mean(cls, values: Sequence[float], unit: str, **more: Any) -> Evidence:
+        """The geometric mean of independent positive values, with Student's interval of the logs.
+
+        For errors and ratios, of which one may be many times another.
+        """
+        kept = tuple(float(x) for x in values)
+        if len(kept) < 2 or not all(0 < x < math.inf for x in kept):
+            raise InputError(
+                f"{len(kept)} values of the unit {unit!r}, at least {min(kept, default=math.nan)}; "
+                "a geometric mean with an interval needs two or more positive finite numbers"
+            )
+        value = math.exp(sum(map(math.log, kept)) / len(kept))
+        return cls(value, Interval("geometric", unit, len(kept), kept), **more)
 
     @classmethod
     def share(cls, successes: int, count: int, unit: str, **more: Any) -> Evidence:

@@ -23,6 +23,16 @@ def test_students_interval_is_that_of_scipy() -> None:
     assert "5 seeds" in found.text
 
 
+def test_a_geometric_mean_has_the_interval_of_its_logarithms() -> None:
+    values = [0.01, 0.3, 0.02, 1.5]
+    found = Evidence.geometric_mean(values, "problem")
+    assert found.value == pytest.approx(stats.gmean(values))
+    logs = stats.ttest_1samp(np.log(values), 0).confidence_interval(0.9)
+    assert found.bounds(0.9) == pytest.approx((math.exp(logs.low), math.exp(logs.high)))
+    scaled = Evidence.geometric_mean([7 * x for x in values], "problem")
+    assert scaled.bounds() == pytest.approx(tuple(7 * x for x in found.bounds()))
+
+
 @pytest.mark.parametrize(("successes", "count"), [(0, 20), (3, 20), (20, 20), (1, 1)])
 def test_a_share_has_the_exact_interval(successes: int, count: int) -> None:
     low, high = Evidence.share(successes, count, "step").bounds()
@@ -117,6 +127,7 @@ def test_evidence_survives_json() -> None:
     [
         (lambda: Evidence.mean([1.0], "seed"), "needs two"),
         (lambda: Evidence.share(3, 2, "step"), "3 successes of 2"),
+        (lambda: Evidence.geometric_mean([1.0, 0.0], "problem"), "positive finite"),
         (lambda: Evidence.worst({}), "no case"),
         (lambda: Evidence.resampled(lambda a: 0.0, [[1.0]], "x"), "at least two"),
         (lambda: Evidence.of_draws(0.0, [math.nan, math.nan, 1.0], "x", 3), "2 of 3 draws"),
