@@ -108,9 +108,7 @@ def _layer_by_layer(share: float) -> tuple[dict[str, float], float]:
 def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
     """Not along one trajectory: a layer sees states that the earlier layers' updates changed."""
     found, moved = _layer_by_layer(1.0)
-    note = (
-        "states of the updated controls, costates of the old ones; the iterate that comes closest"
-    )
+    note = "states of the updated controls, costates of the old ones; the closest iterate"
     return Evidence.worst(found, least=True, details={"moved": moved}, note=note)
 
 

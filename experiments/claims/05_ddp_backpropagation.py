@@ -91,13 +91,14 @@ def _descent(problem: Any, u: Any) -> Any:
     return tuple(leaf.detach() - control for leaf, control in zip(leaves, u, strict=True))
 
 
-def _along(problem: Any, u: Any, reference: Any) -> Iterator[Any]:
-    """The controls at which steps are compared: the iterates of the reference."""
+def _along(problem: Any, u: Any, reference: Any) -> Iterator[tuple[Any, Any]]:
+    """The iterates of the reference, at which steps are compared, and its step from each."""
     # Half of Newton's step keeps the blocks positive.
     length = 0.5 if reference is _stagewise_newton else 1.0
     for _ in range(ITERATIONS):
-        yield u
-        u = tuple(c + length * step for c, step in zip(u, reference(problem, u), strict=True))
+        steps = reference(problem, u)
+        yield u, steps
+        u = tuple(control + length * step for control, step in zip(u, steps, strict=True))
 
 
 def _differences(cross: bool, one_layer: bool = False) -> dict[str, float]:
@@ -111,8 +112,8 @@ def _differences(cross: bool, one_layer: bool = False) -> dict[str, float]:
     found = {}
     for kind, (reference, changes) in kinds.items():
         for name, (problem, start) in _problems(one_layer).items():
-            for i, u in enumerate(_along(problem, start, reference)):
-                expected = torch.cat(reference(problem, u))
+            for i, (u, steps) in enumerate(_along(problem, start, reference)):
+                expected = torch.cat(steps)
                 step = torch.cat(_swept(problem, u, cross=cross, **changes))
                 difference = float((step - expected).norm() / expected.norm())
                 found[f"{kind}, {name}, iterate {i}"] = difference
@@ -122,7 +123,7 @@ def _differences(cross: bool, one_layer: bool = False) -> dict[str, float]:
 def _measure(prediction: Mapping[str, Any]) -> Evidence:
     """Sweeps against autograd and SGD, ten iterates each, three problems."""
     least = {
-        name: min(_least_curvature(p, u) for u in _along(p, start, _stagewise_newton))
+        name: min(_least_curvature(p, u) for u, _ in _along(p, start, _stagewise_newton))
         for name, (p, start) in _problems().items()
     }
     positive = min(least.values()) > 0
