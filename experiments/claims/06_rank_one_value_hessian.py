@@ -158,6 +158,10 @@ CLAIM = Claim(
     source="Liu, Chen, Theodorou, ICLR 2021 (DDPNOpt), Proposition 3",
     notebook="06_rank_one_value_hessian",
     threshold=Threshold("<=", 1.0, "largest numerical rank of V_xx over layers and examples"),
+    revised=(
+        "four broken assumptions were judged as one control, which could not pass; now it is a "
+        "tracking cost, harmless without weight, and eight draws are swept instead of one"
+    ),
     predict=dict,
     measure=_measure,
     negative_control=_negative_control,

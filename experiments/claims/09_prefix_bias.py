@@ -134,6 +134,7 @@ CLAIM = Claim(
     ),
     source="Petrov, Torr & Bibi, ICLR 2024, section 4",
     notebook="09_prefix_bias",
+    revised="two quantities were joined by their maximum; each is judged by itself",
     predict=dict,
     parts=(
         _part("a", "relative attention", "attention", "change of relative attention, float64"),
