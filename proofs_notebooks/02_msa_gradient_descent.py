@@ -144,7 +144,6 @@ from deltacontrol.theory import (
     SquaredErrorCost,
     Status,
     Threshold,
-    Verdict,
     judge,
     solve,
 )
@@ -380,6 +379,16 @@ print(f"order {order:.2f}", broken)
 assert abs(order - 2) < 0.05
 assert min(broken.values()) > 1e-6
 
+# With one layer there is nothing to wait for, and the same sweep is gradient descent.
+alone = ControlProblem(
+    ResidualNetwork.random(1, width=4, hidden=6, control_size=3, seed=1),
+    SquaredErrorCost(normal(5, 4)),
+    normal(5, 4),
+)
+harmless = departure(alone, (normal(3),), 0.02)
+print(f"one layer: {harmless:.1e}")
+assert harmless <= 1e-12
+
 # %%
 claim = Claim(
     id=2,
@@ -390,9 +399,10 @@ claim = Claim(
     notebook="proofs_notebooks/02_msa_gradient_descent.py",
     threshold=Threshold("<=", 1e-12, "relative difference of the iterates"),
     predict=lambda: {"relative_difference": 0.0},
-    measure=lambda prediction: Evidence(max(measured.values())),
-    negative_control=lambda prediction: Evidence(min(broken.values())),
+    measure=lambda prediction: Evidence.worst(measured),
+    negative_control=lambda prediction: Evidence.worst(broken, least=True),
+    passing_control=lambda prediction: Evidence(harmless),
 )
 outcome = judge(claim)
-print(outcome.verdict.text, "-", outcome.reason)
-assert outcome.verdict is Verdict.HOLDS
+print(outcome.text, "-", outcome.part().reason)
+assert outcome.holds

@@ -123,7 +123,6 @@ from deltacontrol.theory import (
     SquaredErrorCost,
     Status,
     Threshold,
-    Verdict,
     judge,
     solve,
 )
@@ -321,6 +320,19 @@ counts[0.0] = ascents(history(weak, start, MSA(inner), 5))
 print("ascents in 5 steps by rho:", counts)
 assert counts[0.0] > 0 and counts[100.0] == 0
 
+# %% [markdown]
+# Where statement C gives a negative $\rho^*$ no penalty is needed, and the same check of basic MSA
+# finds no ascent: the scalar example with one layer and $r = 2$.
+
+# %%
+easy = ControlProblem(
+    LinearDynamics.constant(1, one, one),
+    QuadraticCost.constant(1, Q=0 * one, R=2 * one, Qf=one),
+    one[0],
+)
+unneeded = ascents(history(easy, easy.zero_controls(), MSA(ExactArgmin()), 5))
+assert unneeded == 0
+
 # %%
 claim = Claim(
     id=3,
@@ -333,7 +345,8 @@ claim = Claim(
     predict=lambda: {"ascents": 0},
     measure=lambda prediction: Evidence(int(np.sum(found["above"]))),
     negative_control=lambda prediction: Evidence(int(np.sum(found["below"]))),
+    passing_control=lambda prediction: Evidence(unneeded),
 )
 outcome = judge(claim)
-print(outcome.verdict.text, "-", outcome.reason)
-assert outcome.verdict is Verdict.HOLDS
+print(outcome.text, "-", outcome.part().reason)
+assert outcome.holds

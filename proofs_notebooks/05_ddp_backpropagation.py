@@ -189,3 +189,18 @@ for name, problem in problems.items():
           f"{relative(torch.cat(step), dense):.1e}")  # fmt: skip
     assert departure > 1e-2
     assert relative(torch.cat(step), dense) <= 1e-9
+
+# %% [markdown]
+# With one layer there is no later one: $Q_{ux}$ enters the feedback $K_0$ alone, and keeping it
+# does no harm.
+
+# %%
+alone = ControlProblem(
+    ResidualNetwork.random(1, width=4, hidden=6, control_size=3, seed=1),
+    SquaredErrorCost(normal(5, 4), 2.0),
+    normal(5, 4),
+)
+u = (0.2 * normal(3),)
+harmless = relative(swept(alone, u), stagewise(alone, u))
+print(f"one layer, with cross terms: {harmless:.1e}")
+assert harmless <= 1e-10

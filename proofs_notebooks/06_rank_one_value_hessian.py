@@ -163,5 +163,7 @@ broken = {
 for name, Vs in broken.items():
     print(f"{name}: ranks", [rank(V) for V in Vs])
     assert rank(Vs[-1]) == 1 and rank(Vs[0]) > 1
+# Without weight the tracking cost does no harm.
+assert [rank(V) for V in value_hessians(linear, one_logit(size, tracking=0.0))] == [1] * (depth + 1)
 no_second_order = value_hessians(lora, one_logit(2 * width, weight=100.0), second_order=False)
 assert [rank(V) for V in no_second_order] == [1] * (depth + 1)

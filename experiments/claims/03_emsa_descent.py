@@ -1,26 +1,33 @@
-"""Claim 3: extended MSA decreases J whenever its penalty is above a constant."""
+"""Claim 3: extended MSA decreases J whenever its penalty is above a constant.
+
+What is judged is the share of held-out problems in which a step raises J. Its unit is the problem,
+with a start of its own and one rho above rho*, because the steps from one start depend on each
+other. That no step ever ascends cannot be shown by a sample: of 100 problems without an ascent the
+interval of the share still ends at 4 to 5 %, and so the threshold is 5 %.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from deltacontrol.theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Ground, Part, Threshold
 
-# Powers of eight. Of each family, the first half of the seeds fits rho*, the second half tests it.
-GRID = tuple(8.0**k for k in range(-5, 5))
-SEEDS = {"residual": 8, "low-rank": 8, "minilm": 4}
-ITERATIONS = {"residual": 4, "low-rank": 4, "minilm": 2}
+GRID = tuple(8.0**k for k in range(-5, 5))  # powers of eight
+# Seeds of the problems that fit rho*, of those that test it, and of those without a penalty.
+FIT = {"residual": range(6), "low-rank": range(6), "minilm": range(6)}
+HELD_OUT = {"residual": range(6, 156), "low-rank": range(6, 156), "minilm": range(6, 106)}
+BROKEN = {"residual": range(6, 46), "low-rank": range(6, 46), "minilm": range(6, 36)}
+ITERATIONS = {"residual": 2, "low-rank": 2, "minilm": 1}
 INNER_STEPS = {"residual": 8, "low-rank": 8, "minilm": 3}
+SHARE = 0.05
+TINY = 1e-4  # step size with which MSA is gradient descent and needs no penalty
 ROUNDING = 1e-12
 MODEL, TASK = "minilm-l6", "movie"
 EXAMPLES, TOKENS = 3, 8
 FIRST_BLOCK = 4  # of MiniLM: the last two of its six blocks and the readout are controlled
-
-
-def _predict() -> dict[str, Any]:
-    """No ascent for any rho above rho*."""
-    return {"ascents": 0}
 
 
 def _problem(family: str, seed: int) -> tuple[Any, Any]:
@@ -67,21 +74,15 @@ def _minilm(seed: int) -> tuple[Any, Any]:
     return ControlProblem(Segment(problem.dynamics, first), problem.cost, x0), u[first:]
 
 
-def _ascents(family: str, problem: Any, start: Any, rho: float) -> tuple[int, int]:
+def _ascents(family: str, problem: Any, start: Any, solver: Any) -> tuple[int, int]:
     """How often J rises by more than rounding, and in how many steps.
 
     An objective that is not finite is an ascent.
     """
-    import math
     from itertools import pairwise
 
-    from deltacontrol.theory.solvers.emsa import ExtendedMSA
-    from deltacontrol.theory.solvers.minimisers import InnerLBFGS
-    from deltacontrol.theory.solvers.msa import MSA
     from deltacontrol.theory.solvers.solving import solve
 
-    inner = InnerLBFGS(INNER_STEPS[family])
-    solver = ExtendedMSA(rho, inner, adaptive=False) if rho else MSA(inner)
     solution = solve(problem, solver, start, max_steps=ITERATIONS[family], tol=0.0)
     history = solution.history["objective"].tolist()
     ascents = sum(
@@ -91,64 +92,107 @@ def _ascents(family: str, problem: Any, start: Any, rho: float) -> tuple[int, in
     return ascents, len(history) - 1
 
 
-def _problems(family: str, *, held_out: bool) -> Iterator[tuple[Any, Any]]:
-    half = SEEDS[family] // 2
-    return (_problem(family, s + half * held_out) for s in range(half))
+def _solver(family: str, rho: float) -> Any:
+    """Extended MSA of a fixed penalty; without one, basic MSA with the same inner minimiser."""
+    from deltacontrol.theory.solvers.emsa import ExtendedMSA
+    from deltacontrol.theory.solvers.minimisers import InnerLBFGS
+    from deltacontrol.theory.solvers.msa import MSA
+
+    inner = InnerLBFGS(INNER_STEPS[family])
+    return ExtendedMSA(rho, inner, adaptive=False) if rho else MSA(inner)
 
 
 def _fit(family: str) -> float | None:
     """The smallest rho of the grid from which on no step ascends; None where the largest does."""
-    problems = list(_problems(family, held_out=False))
+    problems = [_problem(family, seed) for seed in FIT[family]]
     fitted = None
     for rho in reversed(GRID):
-        if any(_ascents(family, problem, start, rho)[0] for problem, start in problems):
+        if any(_ascents(family, *pair, _solver(family, rho))[0] for pair in problems):
             break
         fitted = rho
     return fitted
 
 
-def _measure(prediction: Mapping[str, Any]) -> Evidence:
-    """Fit rho* on one half of the seeds, count ascents above it on the other half."""
-    details: dict[str, Any] = {}
-    total, fitted_everywhere = 0, True
-    for family in SEEDS:
-        fitted = _fit(family)
-        above = [rho for rho in GRID if fitted is not None and rho > fitted]
-        fitted_everywhere &= bool(above)  # at the grid's end no step would be counted
-        found = [
-            _ascents(family, problem, start, rho)
-            for problem, start in _problems(family, held_out=True)
-            for rho in above
-        ]
-        ascents = sum(count for count, _ in found)
-        total += ascents
-        details[f"{family} rho*"] = fitted
-        details[f"{family} ascents above rho*"] = ascents
-        details[f"{family} steps above rho*"] = sum(steps for _, steps in found)
-    return Evidence(
-        value=total - prediction["ascents"],
-        details=details,
-        assumption_met=fitted_everywhere,
-        note=(
-            "tanh networks, bilinear low-rank layers, and LoRA in the last two blocks and the head "
-            "of MiniLM-L6 on movie; rho fixed, powers of 8 above the one fitted on other seeds"
-        ),
+@dataclass
+class _Count:
+    """Of some problems: how many had a step that raised J, and how many made a step at all."""
+
+    rose: int = 0
+    moved: int = 0
+    still: int = 0
+
+    def add(self, ascents: int, steps: int) -> None:
+        self.rose += ascents > 0
+        self.moved += steps > 0
+        self.still += steps == 0
+
+    def evidence(self, **more: Any) -> Evidence:
+        if not self.moved:
+            return Evidence(math.nan, **more)
+        details = {"problems without a step": self.still, **more.pop("details", {})}
+        return Evidence.share(self.rose, self.moved, "problem", details=details, **more)
+
+
+@cache
+def _counted(family: str) -> tuple[float | None, _Count, _Count, _Count]:
+    """The fitted rho*, and held-out problems above it, without a penalty, and with tiny steps.
+
+    The problems take the values of the grid above rho* in turn.
+    """
+    from deltacontrol.theory.solvers.msa import MSA
+
+    fitted = _fit(family)
+    above = [rho for rho in GRID if fitted is not None and rho > fitted]
+    with_penalty, without, tiny = _Count(), _Count(), _Count()
+    for number, seed in enumerate(HELD_OUT[family]):
+        pair = _problem(family, seed)
+        if above:
+            rho = above[number % len(above)]
+            with_penalty.add(*_ascents(family, *pair, _solver(family, rho)))
+        if seed in BROKEN[family]:
+            without.add(*_ascents(family, *pair, _solver(family, 0.0)))
+        tiny.add(*_ascents(family, *pair, MSA(TINY)))
+    return fitted, with_penalty, without, tiny
+
+
+def _measure(family: str) -> Evidence:
+    """Fit rho* on some problems of a family, count ascents above it on others."""
+    fitted, found, _, _ = _counted(family)
+    return found.evidence(
+        details={"rho*": fitted, "steps of each problem": ITERATIONS[family]},
+        # At the grid's end no step would be counted.
+        assumptions={"rho* is found, below the end of the grid": found.moved + found.still > 0},
+        note=f"{NAMES[family]}; rho fixed, powers of 8 above the one fitted on other seeds",
     )
 
 
-def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
+def _negative_control(family: str) -> Evidence:
     """Without the penalty: basic MSA with the same inner minimiser."""
-    found = {
-        family: sum(
-            _ascents(family, problem, start, 0.0)[0]
-            for problem, start in _problems(family, held_out=True)
-        )
-        for family in SEEDS
-    }
-    return Evidence(
-        value=min(found.values()) - prediction["ascents"],
-        details={f"{family} ascents": count for family, count in found.items()},
-        note="rho = 0 on the held-out problems, the family with the fewest ascents",
+    return _counted(family)[2].evidence(note="rho = 0, on held-out problems")
+
+
+def _passing_control(family: str) -> Evidence:
+    """Without the penalty where none is needed: steps so short that MSA is gradient descent."""
+    note = f"rho = 0, on held-out problems; one gradient step of size {TINY:g} as inner minimiser"
+    return _counted(family)[3].evidence(note=note)
+
+
+NAMES = {
+    "residual": "tanh networks",
+    "low-rank": "bilinear low-rank layers",
+    "minilm": "LoRA in the last two blocks and the head of MiniLM-L6 on movie, in float64",
+}
+
+
+def _part(name: str, family: str, on: Ground) -> Part:
+    return Part(
+        name,
+        NAMES[family].split(",")[0],
+        Threshold("<=", SHARE, "share of held-out problems with a step above ρ* that raises J"),
+        measure=lambda prediction: _measure(family),
+        negative_control=lambda prediction: _negative_control(family),
+        passing_control=lambda prediction: _passing_control(family),
+        on=on,
     )
 
 
@@ -162,8 +206,14 @@ CLAIM = Claim(
     ),
     source="Li, Chen, Tai, E, JMLR 18(165), 2018, Section 3, Lemma 2 and Algorithm 2",
     notebook="03_emsa_descent",
-    threshold=Threshold("<=", 0, "number of steps above ρ* that raise J, held-out problems"),
-    predict=_predict,
-    measure=_measure,
-    negative_control=_negative_control,
+    revised=(
+        "no ascent in 20 steps on MiniLM allowed a share of up to 14 %; now 100 problems or more "
+        "of each family are judged by the interval of their share, each family by itself"
+    ),
+    predict=dict,
+    parts=(
+        _part("a", "residual", "random network"),
+        _part("b", "low-rank", "random network"),
+        _part("c", "minilm", "real model, untrained"),
+    ),
 )

@@ -1,31 +1,39 @@
-"""Claim 4: what a step changes in J is bounded by the Hamiltonians and a sum of squares."""
+"""Claim 4: what a step changes in J is bounded by the Hamiltonians and a sum of squares.
+
+That a C exists is a theorem where derivatives are Lipschitz. What is measured is whether the C that
+some bases need serves others, a base being one draw of LoRA, head and controls with all steps from
+there. The largest C that is needed has no honest interval: drawn again with replacement, a maximum
+is never above the one that was seen. So the share of new bases is judged that need more than twice
+the largest C of the fit. Its interval is binomial over bases, because steps from one base depend on
+each other. Sixteen bases without a violation allow a share of up to 24 %.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from deltacontrol.theory.claims import Claim, Evidence, Threshold
+from deltacontrol.theory.claims import Claim, Evidence, Part, Threshold
 
 MODEL, TASK = "minilm-l6", "movie"
 EXAMPLES, TOKENS = 3, 12
-# Seeds of the controls, LoRA and head of MiniLM, from which steps are made.
-FIT, HELD_OUT = range(3), range(3, 6)
-SIZES = (1e-4, 1e-2, 1.0)
+# Seeds of the controls, LoRA and head of MiniLM, from which steps are made; of the held-out ones,
+# the first are also those of the negative controls.
+FIT, HELD_OUT, BROKEN = range(13), range(13, 29), range(13, 21)
 KINDS = ("all layers", "one layer", "gradient")
 # C is the largest that the first half needs, times this: a second half of as many steps exceeds the
 # largest of the first half every other time.
 SAFETY = 2.0
-# Relative distance of the controls whose costates the negative control takes. What they get wrong
-# is of first order and the squares are of second, so that it shows in the smallest steps.
-WRONG = 1.0
-
-
-def _predict() -> dict[str, Any]:
-    """A finite C exists; its value is not predicted for a Transformer."""
-    return {"safety": SAFETY, "sizes": list(SIZES)}
+SHARE = 0.25
+# Of each part: relative sizes of the steps, those of the control's steps, and the relative distance
+# of the controls whose costates the control takes. What these get wrong is of first order and the
+# squares are of second, so that it shows in small steps or in costates that are far away.
+CHECKS = {
+    "a": ((1e-3, 1e-2, 1e-1, 1.0), (1e-3, 1e-2, 1e-1, 1.0), 0.01),
+    "b": ((1e-4, 1e-2, 1.0), (1e-4,), 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -62,10 +70,19 @@ def _moved(u: Any, gradient: Any, kind: str, size: float, seed: int) -> Any:
     return tuple(noisy[t] if t == chosen else a for t, a in enumerate(u))
 
 
-def _steps(
-    bases: range, sizes: Sequence[float] = SIZES, *, right_costates: bool = True
-) -> Iterator[_Step]:
-    """All steps of some sizes from some of the bases."""
+def _all_sizes() -> list[float]:
+    return sorted({size for sizes, _, _ in CHECKS.values() for size in sizes})
+
+
+@cache
+def _steps(base: int, sizes: tuple[float, ...] = (), wrong: float = 0.0) -> tuple[_Step, ...]:
+    """The steps from one base, of these sizes or of all.
+
+    Args:
+        base: the seed.
+        sizes: relative sizes; empty for those of both checks, which share their steps.
+        wrong: how far away the controls are whose costates are taken; zero for the right ones.
+    """
     import dataclasses
 
     import torch
@@ -74,40 +91,37 @@ def _steps(
     from deltacontrol.experiments.setting import Setting
     from deltacontrol.theory.solvers.emsa import step_change
 
-    for base in bases:
-        setting = Setting(
-            MODEL, TASK, deltas=["lora:rank=4"], train_rows=EXAMPLES, max_length=TOKENS,
-            dtype="float64", seed=base,
-        )  # fmt: skip
-        problem: Any = setting.control_problem(weight_decay=1e-3)
-        u = perturbed(problem.dynamics.controls(), 0.3, seed=base)
-        now = problem.evaluate(u)
-        if not right_costates:
-            elsewhere = problem.evaluate(perturbed(u, WRONG, seed=100 + base))
-            now = dataclasses.replace(now, costates=elsewhere.costates)
-        for number, (size, kind) in enumerate((s, k) for s in sizes for k in KINDS):
-            v = _moved(u, now.gradient, kind, size, seed=101 * base + number)
-            with torch.no_grad():
-                difference = float(problem.objective(v) - now.objective)
-            changes = [
-                step_change(problem, t, now.states[t], now.costates[t + 1], a, b)
-                for t, (a, b) in enumerate(zip(u, v, strict=True))
-                if not torch.equal(a, b)
-            ]
-            yield _Step(
-                base,
-                kind,
-                size,
-                difference,
-                sum(float(change.hamiltonian) for change in changes),
-                sum(float(change.squares) for change in changes),
-            )
+    setting = Setting(
+        MODEL, TASK, deltas=["lora:rank=4"], train_rows=EXAMPLES, max_length=TOKENS,
+        dtype="float64", seed=base,
+    )  # fmt: skip
+    problem: Any = setting.control_problem(weight_decay=1e-3)
+    u = perturbed(problem.dynamics.controls(), 0.3, seed=base)
+    now = problem.evaluate(u)
+    if wrong:
+        elsewhere = problem.evaluate(perturbed(u, wrong, seed=100 + base))
+        now = dataclasses.replace(now, costates=elsewhere.costates)
+    found = []
+    for number, (size, kind) in enumerate((s, k) for s in _all_sizes() for k in KINDS):
+        if sizes and size not in sizes:
+            continue
+        v = _moved(u, now.gradient, kind, size, seed=101 * base + number)
+        with torch.no_grad():
+            difference = float(problem.objective(v) - now.objective)
+        changes = [
+            step_change(problem, t, now.states[t], now.costates[t + 1], a, b)
+            for t, (a, b) in enumerate(zip(u, v, strict=True))
+            if not torch.equal(a, b)
+        ]
+        hamiltonian = sum(float(change.hamiltonian) for change in changes)
+        squares = sum(float(change.squares) for change in changes)
+        found.append(_Step(base, kind, size, difference, hamiltonian, squares))
+    return tuple(found)
 
 
-@cache
-def _fit() -> tuple[_Step, ...]:
-    """The steps on which C is fitted; the measurement and its control share them."""
-    return tuple(_steps(FIT))
+def _of(bases: range, sizes: tuple[float, ...]) -> list[_Step]:
+    """The steps of these sizes, with the right costates."""
+    return [step for base in bases for step in _steps(base) if step.size in sizes]
 
 
 def _largest(steps: Sequence[_Step]) -> float:
@@ -125,37 +139,77 @@ def _by(name: str, steps: Sequence[_Step]) -> dict[str, float]:
     }
 
 
-def _measure(prediction: Mapping[str, Any]) -> Evidence:
-    """Fit C on the steps from one half of the bases; what the others need, relative to it."""
-    fit, held_out = _fit(), tuple(_steps(HELD_OUT))
-    fitted = _largest(fit)
-    allowed = prediction["safety"] * fitted
-    return Evidence(
-        value=_largest(held_out) / allowed,
+def _violated(part: str, steps: Sequence[_Step], **more: Any) -> Evidence:
+    """The share of bases of which some step needs more than SAFETY times the fitted C."""
+    fitted = _largest(_of(FIT, CHECKS[part][0]))
+    allowed = SAFETY * fitted
+    bases = {step.base for step in steps}
+    violating = {step.base for step in steps if not step.needed <= allowed}
+    details = {
+        "fitted C": fitted,
+        "largest C needed, relative to what is allowed": _largest(steps) / allowed,
+        "steps": len(steps),
+        "violations": sum(not step.needed <= allowed for step in steps),
+        **more.pop("details", {}),
+    }
+    return Evidence.share(len(violating), len(bases), "base", details=details, **more)
+
+
+def _measure(part: str) -> Evidence:
+    """Fit C on the steps from one half of the bases, count the other bases that need more."""
+    sizes = CHECKS[part][0]
+    fit, held_out = _of(FIT, sizes), _of(HELD_OUT, sizes)
+    return _violated(
+        part,
+        held_out,
         details={
-            "fitted C": fitted,
-            "steps": len(held_out),
-            "violations": sum(step.needed > allowed for step in held_out),
             "violations with C = 0": sum(step.needed > 0 for step in held_out),
             **_by("size", fit + held_out),
             **_by("kind", fit + held_out),
         },
-        assumption_met=fitted > 0,
+        assumptions={"the fitted C is positive": _largest(fit) > 0},
         note="MiniLM-L6 with LoRA in float64 on movie; from other controls than C was fitted on",
     )
 
 
-def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
+def _elsewhere(part: str, bases: range, wrong: float) -> Evidence:
+    """The control's steps with costates of controls that are so far away."""
+    sizes = CHECKS[part][1]
+    steps = [
+        step for base in bases for step in (_steps(base, sizes, wrong) if wrong else _steps(base))
+    ]
+    note = f"costates of controls at a distance of {wrong:g}; steps of "
+    return _violated(
+        part,
+        [step for step in steps if step.size in sizes],
+        note=note + ", ".join(f"{size:g}" for size in sizes),
+    )
+
+
+def _negative_control(part: str) -> Evidence:
     """The costates of other controls: the Hamiltonians are wrong to first order."""
-    wrong = tuple(_steps(HELD_OUT, SIZES[:1], right_costates=False))
-    allowed = prediction["safety"] * _largest(_fit())
-    return Evidence(
-        value=_largest(wrong) / allowed,
-        details={
-            "violations": sum(step.needed > allowed for step in wrong),
-            "steps": len(wrong),
-        },
-        note=f"costates of other controls, as far away as u is long; steps of size {SIZES[0]:g}",
+    return _elsewhere(part, BROKEN, CHECKS[part][2])
+
+
+def _passing_control(part: str) -> Evidence:
+    """The same at a distance of zero, from the bases on which C was fitted.
+
+    It does not lean on the held-out bases, so that these may fail while the control is sound.
+    """
+    return _elsewhere(part, FIT, 0.0)
+
+
+def _part(name: str, title: str) -> Part:
+    return Part(
+        name,
+        title,
+        Threshold(
+            "<=", SHARE, "share of bases with a step that needs over twice the largest C of the fit"
+        ),
+        measure=lambda prediction: _measure(name),
+        negative_control=lambda prediction: _negative_control(name),
+        passing_control=lambda prediction: _passing_control(name),
+        on="real model, untrained",
     )
 
 
@@ -170,10 +224,14 @@ CLAIM = Claim(
     ),
     source="Li & Hao, ICML 2018, Theorem 2; Li, Chen, Tai, E, JMLR 18(165), 2018, Lemma 2",
     notebook="04_hamiltonian_bound",
-    threshold=Threshold(
-        "<=", 1, "largest C needed by held-out steps, relative to twice the largest in the fit"
+    revised=(
+        "the control of the first check (costates 1 % away) passed with 0.597 of the allowed C, "
+        "and was then given smaller steps and costates farther away; both checks are shown, a as "
+        "it was first and b as it was changed, and the share of bases is judged by its interval"
     ),
-    predict=_predict,
-    measure=_measure,
-    negative_control=_negative_control,
+    predict=dict,
+    parts=(
+        _part("a", "the check as it was first"),
+        _part("b", "control of the smallest steps"),
+    ),
 )

@@ -19,11 +19,6 @@ SEEDS = (0, 1)
 SCALE = 1.0
 
 
-def _predict() -> dict[str, Any]:
-    """The two sides are equal."""
-    return {"relative_difference": 0.0}
-
-
 def _probe() -> Probe:
     from deltacontrol.experiments.measures.attention_probe import Probe
 
@@ -51,8 +46,9 @@ def _adapter(controlled: Attention) -> tuple[Tensor, Tensor]:
 
 
 def _difference(controlled: Attention, formula: Tensor) -> float:
-    found, expected = controlled.rows(controlled.output), controlled.rows(formula)
-    return float((found - expected).norm() / found.norm())
+    """Between the layer's output and the formula, both (h, tokens, w) and of real tokens only."""
+    found = controlled.rows(controlled.output)
+    return float((found - formula).norm() / found.norm())
 
 
 def _measure(prediction: Mapping[str, Any]) -> Evidence:
@@ -62,40 +58,49 @@ def _measure(prediction: Mapping[str, Any]) -> Evidence:
     exact, gates = {}, []
     for name, plain, controlled in each_layer(_probe(), LENGTHS, SCALE, SEEDS):
         change, gate = _adapter(controlled)
-        exact[name] = _difference(controlled, (1 - gate) * plain.output + gate * change)
+        formula = controlled.rows((1 - gate) * plain.output + gate * change)
+        exact[name] = _difference(controlled, formula)
         gates.append(float(controlled.rows(gate).std() / controlled.rows(gate).mean()))
-    return Evidence(
-        value=max(exact.values()) - prediction["relative_difference"],
-        details={
-            "largest relative difference": max(exact.values()),
-            "variation of the gate over tokens and heads, least": min(gates),
-            "variation of the gate over tokens and heads, largest": max(gates),
-        },
-        note=(
-            "MiniLM-L6 in float64, 8 snippets of movie, prefix at one layer alone, 6 layers, "
-            "lengths 1, 5, 16, two seeds; worst of all"
-        ),
+    return Evidence.worst(
+        exact,
+        details={"variation of the gate, least and largest": [min(gates), max(gates)]},
+        note="MiniLM-L6 in float64, 8 snippets of movie, prefix at one layer alone, all 6 layers",
     )
 
 
-def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
-    """The adapter with the best gate that does not depend on the state: one number for a head."""
+def _best_gates(shared: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Differences with the best gate that is one number, and without any gate.
+
+    The number is fitted to what the layer gave, for each head: to all tokens together (shared), or
+    to each token by itself.
+    """
     from deltacontrol.experiments.measures.attention_probe import each_layer
 
     constant, none = {}, {}
     for name, plain, controlled in each_layer(_probe(), LENGTHS, SCALE, SEEDS):
-        change, _ = _adapter(controlled)
-        towards = controlled.rows(change - plain.output)
-        moved = controlled.rows(controlled.output - plain.output)
-        gate = (towards * moved).sum((1, 2)) / towards.square().sum((1, 2))
-        gate = gate[None, :, None, None]
-        constant[name] = _difference(controlled, (1 - gate) * plain.output + gate * change)
-        none[name] = _difference(controlled, plain.output + change)
-    return Evidence(
-        value=min(constant.values()) - prediction["relative_difference"],
-        details={"best constant gate": constant, "no gate, Attn(h) + adapter": none},
+        change, own = controlled.rows(_adapter(controlled)[0]), controlled.rows(plain.output)
+        towards, moved = change - own, controlled.rows(controlled.output) - own
+        over = (1, 2) if shared else (2,)
+        gate = (towards * moved).sum(over, keepdim=True) / towards.square().sum(over, keepdim=True)
+        constant[name] = _difference(controlled, own + gate * towards)
+        none[name] = _difference(controlled, own + change)
+    return constant, none
+
+
+def _negative_control(prediction: Mapping[str, Any]) -> Evidence:
+    """The adapter with the best gate that does not depend on the state: one number for a head."""
+    constant, none = _best_gates(shared=True)
+    return Evidence.worst(
+        constant,
+        least=True,
+        details={"no gate, Attn(h) + adapter": none},
         note="the best constant gate for each head instead of λ(h); the case that comes closest",
     )
+
+
+def _passing_control(prediction: Mapping[str, Any]) -> Evidence:
+    """The same fit to one token at a time, over which a gate cannot vary."""
+    return Evidence.worst(_best_gates(shared=False)[0], note="the best gate for each single token")
 
 
 CLAIM = Claim(
@@ -111,7 +116,9 @@ CLAIM = Claim(
     threshold=Threshold(
         "<=", 1e-12, "relative difference of attention with a prefix and the formula, float64"
     ),
-    predict=_predict,
+    predict=dict,
     measure=_measure,
     negative_control=_negative_control,
+    passing_control=_passing_control,
+    on="real model, untrained",
 )

@@ -5,38 +5,72 @@ from __future__ import annotations
 import math
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
-from deltacontrol.theory.claims import Verdict, judge
+from deltacontrol.theory.claims import Verdict
+from deltacontrol.theory.judging import judge
 
 from .conftest import Tiny
 
 FEW = {"EXAMPLES": 3, "TOKENS": 6}
 
 
+FAMILIES = ("residual", "low-rank", "minilm")
+
+
+def _few_of_claim_3(tiny: Tiny, **constants: Any) -> Any:
+    """Few problems, and a threshold that so few can meet."""
+    few: dict[str, Any] = {
+        "GRID": (8.0, 64.0),
+        "FIT": dict.fromkeys(FAMILIES, range(1)),
+        "HELD_OUT": dict.fromkeys(FAMILIES, range(1, 4)),
+        "BROKEN": dict.fromkeys(FAMILIES, range(1, 3)),
+        "ITERATIONS": dict.fromkeys(FAMILIES, 2),
+        "INNER_STEPS": dict.fromkeys(FAMILIES, 3),
+        "FIRST_BLOCK": 1,
+    }
+    return tiny("03_emsa_descent", **(few | FEW | constants))
+
+
 @pytest.mark.slow
-def test_claim_3_extended_msa_descends(tiny: Tiny) -> None:
-    families = ("residual", "low-rank", "minilm")
-    claim = tiny(
-        "03_emsa_descent",
-        GRID=(8.0, 64.0),
-        SEEDS=dict.fromkeys(families, 2),
-        ITERATIONS=dict.fromkeys(families, 2),
-        INNER_STEPS=dict.fromkeys(families, 3),
-        FIRST_BLOCK=1,
-        **FEW,
-    )
+def test_claim_3_counts_problems_in_which_a_step_ascends(tiny: Tiny) -> None:
+    claim = _few_of_claim_3(tiny)
     outcome = judge(claim.CLAIM)
-    assert outcome.verdict is Verdict.HOLDS
-    for family in families:
-        fitted = outcome.evidence.details[f"{family} rho*"]
-        above = sum(rho > fitted for rho in claim.GRID)
-        # Of one held-out problem, two steps for each ρ above the fitted one.
-        assert outcome.evidence.details[f"{family} steps above rho*"] == 2 * above > 0
-    assert min(outcome.control.details.values()) == outcome.control.value >= 1
+    assert [part.name for part in outcome.parts] == ["a", "b", "c"]
+    for part, family in zip(outcome.parts, FAMILIES, strict=True):
+        assert part.passing is not None
+        assert part.evidence.details["rho*"] in claim.GRID[:-1] and part.evidence.assumption_met
+        assert part.evidence.value == 0 == part.passing.value
+        # Three problems cannot tell a share of 5 %.
+        assert part.verdict is Verdict.INCONCLUSIVE
+        counts = [
+            e.interval and e.interval.count for e in (part.evidence, part.control, part.passing)
+        ]
+        assert counts == [3, 2, 3], family
+
+
+def test_claim_3_needs_a_grid_that_goes_on_above_the_fitted_penalty(tiny: Tiny) -> None:
+    claim = _few_of_claim_3(tiny, GRID=(64.0,))
+    evidence = claim._measure("residual")
+    assert not evidence.assumption_met and math.isnan(evidence.value)
+
+
+def test_claim_3_without_a_penalty_problems_ascend(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held-out problems that are solved without a penalty by mistake are the control's."""
+    many = dict.fromkeys(FAMILIES, range(1, 5))
+    claim = _few_of_claim_3(tiny, HELD_OUT=many, BROKEN=many)
+    right = claim._solver
+    monkeypatch.setattr(claim, "_fit", lambda family: 8.0)
+    monkeypatch.setattr(claim, "_solver", lambda family, rho: right(family, 0.0))
+    found = claim._measure("residual")
+    assert found.value == claim._negative_control("residual").value > 0.5
+    assert claim._passing_control("residual").value == 0
 
 
 def test_claim_3_counts_rises_and_what_is_not_finite(
@@ -48,31 +82,72 @@ def test_claim_3_counts_rises_and_what_is_not_finite(
     module = import_module("deltacontrol.theory.solvers.solving")
     monkeypatch.setattr(module, "solve", lambda *_, **__: Solution)
     claim = tiny("03_emsa_descent")
-    assert claim._ascents("residual", None, None, 1.0) == (2, 5)
+    assert claim._ascents("residual", None, None, None) == (2, 5)
+    count = claim._Count()
+    for ascents, steps in ((2, 5), (0, 5), (0, 0)):
+        count.add(ascents, steps)
+    evidence = count.evidence()
+    assert evidence.value == 0.5 and evidence.details["problems without a step"] == 1
 
 
 def test_claim_4_the_hamiltonians_bound_a_step(tiny: Tiny) -> None:
-    claim = tiny("04_hamiltonian_bound", FIT=range(1), HELD_OUT=range(1, 2), **FEW)
+    bases = {"FIT": range(1), "HELD_OUT": range(1, 3), "BROKEN": range(1, 2)}
+    claim = tiny("04_hamiltonian_bound", KINDS=("gradient", "one layer"), **bases, **FEW)
     outcome = judge(claim.CLAIM)
-    assert outcome.verdict is Verdict.HOLDS
-    details = outcome.evidence.details
-    assert details["steps"] == len(claim.SIZES) * len(claim.KINDS)
-    assert details["violations"] == 0 < details["violations with C = 0"]
-    needed = [v for name, v in details.items() if name.startswith("largest C needed by kind")]
-    assert len(needed) == 3 and details["fitted C"] <= max(needed)
-    assert outcome.control.details["violations"] > 0
+    for part in outcome.parts:
+        sizes, of_control, _ = claim.CHECKS[part.name]
+        details = part.evidence.details
+        assert part.evidence.interval is not None and part.evidence.interval.count == 2
+        assert details["steps"] == 2 * len(sizes) * len(claim.KINDS)
+        assert details["violations"] <= details["violations with C = 0"] > 0
+        needed = [v for name, v in details.items() if name.startswith("largest C needed by kind")]
+        assert len(needed) == 2 and 0 < details["fitted C"] <= max(needed)
+        assert part.control.details["steps"] == len(of_control) * len(claim.KINDS)
+        assert part.passing is not None and part.passing.value == 0
+        # Two bases cannot tell a share of a quarter.
+        assert part.verdict is Verdict.INCONCLUSIVE
+    assert outcome.part("b").control.details["violations"] > 0
+
+
+def test_claim_4_a_base_violates_if_one_of_its_steps_does(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = tiny("04_hamiltonian_bound", FIT=range(2), HELD_OUT=range(2, 22), BROKEN=range(2, 22))
+
+    def steps(base: int, sizes: tuple[float, ...] = (), wrong: float = 0.0) -> tuple[Any, ...]:
+        """Each needs C = 1, but one step of every base needs ten times more where it is wrong."""
+        return tuple(
+            claim._Step(base, kind, size, 10.0 if wrong and kind == "gradient" else 1.0, 0.0, 1.0)
+            for size in claim._all_sizes()
+            for kind in claim.KINDS
+        )
+
+    monkeypatch.setattr(claim, "_steps", steps)
+    part = judge(claim.CLAIM).part("a")
+    assert (part.evidence.value, part.control.value) == (0, 1)
+    assert part.evidence.details["largest C needed, relative to what is allowed"] == 0.5
+    # Two bases of the fit are too few for the passing case; with enough of them the part holds.
+    assert part.verdict is Verdict.INCONCLUSIVE
+    monkeypatch.setattr(claim, "FIT", range(2, 22))
+    monkeypatch.setattr(claim, "HELD_OUT", range(22, 42))
+    assert judge(claim.CLAIM).part("a").verdict is Verdict.HOLDS
+    # Bases that differ from those of the fit turn it.
+    monkeypatch.setattr(
+        claim, "_steps", lambda base, sizes=(), wrong=0.0: steps(base, sizes, wrong or base >= 22)
+    )
+    assert judge(claim.CLAIM).part("a").verdict is Verdict.FAILS
 
 
 def test_claim_4_wrong_costates_err_at_first_order(tiny: Tiny) -> None:
     """Over squares, an error of first order needs a C that grows as one over the step."""
-    claim = tiny("04_hamiltonian_bound", KINDS=("all layers",), **FEW)
-    long, short = (
-        [abs(step.needed) for step in claim._steps(range(1), (size,), right_costates=False)]
-        for size in (1e-3, 1e-4)
-    )
-    assert short[0] / long[0] == pytest.approx(10, rel=0.05)
-    right = [abs(step.needed) for step in claim._steps(range(1), (1e-3, 1e-4))]
-    assert right[1] <= 1.05 * right[0] < long[0]  # of second order: C does not grow
+    wrong, right = [], []
+    for size in (1e-3, 1e-4):  # in one direction, as the seed is that of the first step
+        checks = {"a": ((size,), (size,), 1.0)}
+        claim = tiny("04_hamiltonian_bound", KINDS=("all layers",), CHECKS=checks, **FEW)
+        wrong += [abs(step.needed) for step in claim._steps(0, (size,), 1.0)]
+        right += [abs(step.needed) for step in claim._steps(0)]
+    assert wrong[1] / wrong[0] == pytest.approx(10, rel=0.05)
+    assert right[1] <= 1.05 * right[0] < wrong[0]  # of second order: C does not grow
 
 
 def test_claim_8_orders_of_the_predicted_loss_drop(tiny: Tiny) -> None:
