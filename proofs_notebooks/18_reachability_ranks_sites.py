@@ -265,8 +265,8 @@ assert min(wrong) > distances[2]
 # %% [markdown]
 # On real models the negative control of the scoreboard is the Gramian of the same architecture with
 # random weights. It is a severe one: depth, widths and the draw of $A$ are the same, so that
-# whatever ranking the architecture alone fixes passes too. Where its correlation cannot be told from
-# passing, the claim is inconclusive, whatever the trained model's is.
+# whatever ranking the architecture alone fixes passes too. Where its correlation cannot be told
+# from passing, the claim is inconclusive, whatever the trained model's is.
 #
 # Three things that the prediction leaves out can reorder the sites of a real model. $A$ moves as
 # soon as $B \ne 0$, so that a site may reach more than $W_t$ at the start says. The quadratic model
