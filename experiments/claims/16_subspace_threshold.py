@@ -16,6 +16,7 @@ from deltacontrol.theory.claims import Claim, Evidence, Ground, Part, Records, T
 
 # Fixed before the measurement.
 ERROR = 0.2  # relative, of the predicted dimension against the measured median
+RESOLUTION = 1e-3  # errors below count as that: a measured dimension is a whole number
 LEAST = 8.0  # predicted dimensions below are not judged: an error of order one always remains
 FLAT = 120  # equal eigenvalues, of the passing control
 FLAT_SEEDS, FLAT_DRAWS = range(8), 60
@@ -98,7 +99,7 @@ def _judged(records: Records, kind: str, predicted: Predicted, note: str) -> Evi
 
 def _over_problems(by_problem: Mapping[str, float], note: str, details: Any) -> Evidence:
     told = {"mean error by problem": by_problem}
-    errors = list(by_problem.values())
+    errors = [max(error, RESOLUTION) for error in by_problem.values()]
     return Evidence.geometric_mean(errors, "problem", details=told | details, note=note)
 
 
