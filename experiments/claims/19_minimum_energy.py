@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from deltacontrol.theory.linear.linearisation import Linearisation
     from deltacontrol.theory.linear.output_map import OutputMap
 
-# The sizes are chosen by cost alone: about three minutes of one core.
-MODEL, TASK = "minilm-l3", "movie"
-EXAMPLES, TOKENS = 4, 8
+# The real model, its rows and its training are those of the earlier report, whose ratios were below
+# one for two deltas: a smaller model must not change the answer. Cost is saved elsewhere.
+MODEL, TASK = "minilm-l6", "movie"
+EXAMPLES, TOKENS = 4, 12
 DELTAS = ("lora", "houlsby", "bitfit")
-SEEDS = range(5)
+SEEDS = range(3, 8)  # heads and starts that no earlier check has seen
+LINEAR_SEEDS = SEEDS[:2]  # for the exact parts
 STEPS = 30
 LEARNING_RATE = 2e-3
 SMALL = 1e-3  # a share of a trained control that is small enough for the linear model
@@ -52,7 +54,7 @@ class _Setting:
 
 
 def _settings() -> Iterator[_Setting]:
-    """Every delta and seed; the seed draws the rows, the head and the delta's start."""
+    """Every delta and seed; the seed draws the head and the delta's start, the rows are fixed."""
     from deltacontrol.experiments.setting import Setting
     from deltacontrol.theory.linear.linearisation import Linearisation
     from deltacontrol.theory.linear.reachability import Reachability
@@ -60,8 +62,8 @@ def _settings() -> Iterator[_Setting]:
     for name in DELTAS:
         for seed in SEEDS:
             setting = Setting(
-                MODEL, TASK, deltas=[name], train_rows=EXAMPLES, order="sampled",
-                max_length=TOKENS, dtype="float64", seed=seed,
+                MODEL, TASK, deltas=[name], train_rows=EXAMPLES, max_length=TOKENS,
+                dtype="float64", seed=seed,
             )  # fmt: skip
             problem: Any = setting.control_problem()
             start = problem.dynamics.controls()
@@ -131,24 +133,28 @@ def _found() -> dict[str, dict[str, float]]:
         table.setdefault(kind, {})[setting.name] = value
 
     for setting in _settings():
-        last = len(setting.start) - 2  # the last block
-        assert setting.start[last].numel()
-        for kind, optimiser, linear in (
-            ("descent", "sgd", True),
-            ("AdamW", "adamw", True),
-            ("real", "adamw", False),
-        ):
-            du, y, fall = _train(setting, optimiser, linear=linear)
-            note(kind, setting.ratio(du, y))
-            note(f"{kind}, a stage left out of W", setting.ratio(du, y, last))
-            note(f"{kind}, loss after / before", fall)
+        last, head = len(setting.start) - 2, len(setting.start) - 1  # the last block, the head
+        assert setting.start[last].numel() and setting.start[head].numel()
+        du, y, fall = _train(setting, "adamw", linear=False)
+        note("real", setting.ratio(du, y))
+        note("real, head left out of W", setting.ratio(du, y, head))
+        note("real, loss after / before", fall)
+        du, _, _ = _train(setting, "adamw", linear=False, frozen=head)
+        du = tuple(SMALL * u for u in du)
+        note("real, small, untrained head left out", setting.ratio(du, setting.moved(du), head))
+        if int(setting.name.rpartition("/")[2]) not in LINEAR_SEEDS:
+            continue
+        du, y, fall = _train(setting, "sgd", linear=True)
+        note("descent", setting.ratio(du, y))
+        note("descent, last block left out of W", setting.ratio(du, y, last))
+        note("descent, loss after / before", fall)
+        du, y, fall = _train(setting, "adamw", linear=True)
+        note("AdamW", setting.ratio(du, y))
+        note("AdamW, loss after / before", fall)
         du, y, _ = _train(setting, "sgd", linear=True, frozen=last)
-        note("descent, the stage left out was not trained", setting.ratio(du, y, last))
+        note("descent, untrained block left out", setting.ratio(du, y, last))
         du, y, _ = _train(setting, "sgd", linear=True, uneven=UNEVEN)
         note("uneven descent", setting.ratio(du, y))
-        du, _, _ = _train(setting, "adamw", linear=False, frozen=last)
-        du = tuple(SMALL * u for u in du)
-        note("real, small, untrained stage left out", setting.ratio(du, setting.moved(du), last))
     return table
 
 
@@ -179,13 +185,13 @@ def _measure_linear(prediction: Mapping[str, Any]) -> Evidence:
 def _without_a_stage(prediction: Mapping[str, Any]) -> Evidence:
     """The Gramian without the last block's controls, which the trained control does use."""
     note = "W of all stages but the last block; the run that comes closest to the bound"
-    return Evidence.worst(_found()["descent, a stage left out of W"], note=note)
+    return Evidence.worst(_found()["descent, last block left out of W"], note=note)
 
 
 def _without_an_idle_stage(prediction: Mapping[str, Any]) -> Evidence:
     """The same Gramian for controls of which the stage left out has none."""
     note = "W of all stages but the last block, and the last block was not trained"
-    kind = "descent, the stage left out was not trained"
+    kind = "descent, untrained block left out"
     return Evidence.worst(_found()[kind], least=True, note=note)
 
 
@@ -206,15 +212,15 @@ def _distance(kind: str, least: bool, note: str, prediction: Mapping[str, Any]) 
 
 
 def _real_part(i: int, letter: str, title: str) -> Part:
-    left_out = "W without the last block, which the control uses"
-    idle = f"the same where the last block was not trained, {SMALL:g} of the control: nearly linear"
+    left_out = "W without the head, which the control uses"
+    idle = f"the same where the head was not trained, {SMALL:g} of the control: nearly linear"
     return Part(
         letter,
         f"the real model, {title}",
         Threshold(">=", 1.0, "mean ratio of spent to least energy, real model"),
         partial(_real, i, "real", "AdamW on the real model, y the true change of its logits"),
-        partial(_real, i, "real, a stage left out of W", left_out),
-        partial(_real, i, "real, small, untrained stage left out", idle),
+        partial(_real, i, "real, head left out of W", left_out),
+        partial(_real, i, "real, small, untrained head left out", idle),
         "real fine-tuning",
     )
 
@@ -233,7 +239,8 @@ CLAIM = Claim(
     predict=_predict,
     revised=(
         "the real model's ratio was reported and not judged; it now is, for every delta over seeds "
-        "that draw rows, head and start, on a smaller model and shorter rows for cost"
+        "of head and start. In a trial on MiniLM-L3 with two seeds its control, W without the last "
+        "block, was within a hundredth of the measurement: it now leaves out the head"
     ),
     parts=(
         Part(
