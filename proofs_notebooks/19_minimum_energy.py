@@ -201,8 +201,8 @@ assert abs(ratios[2] - 1) < abs(ratios[1] - 1) / 5
 # The Gramian of a subset of the controls, held against controls that use all of them: with any
 # layer left out the "bound" of a control trained by gradient descent exceeds what was spent. It
 # does no harm to leave out a layer that was not trained: by C the bound is then that of the others.
-# The board leaves out the last block of the linear model, and the head of the real one: AdamW spends
-# so much more than the least energy that a stage of little weight would not show.
+# The board leaves out the last block of the linear model, and the head of the real one: AdamW
+# spends so much more than the least energy that a stage of little weight would not show.
 
 # %%
 controls = found["gradient descent"][0]
