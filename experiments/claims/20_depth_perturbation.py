@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from deltacontrol.theory.control.problem import Controls
     from deltacontrol.theory.control.systems import Segment
 
-# The sizes are chosen by cost alone: about four minutes of one core.
+# The sizes are chosen by cost alone.
 MODEL, TASK = "minilm-l6", "movie"
 DELTAS = ("lora", "houlsby", "bitfit", "prefix")
 SEEDS = range(5)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from deltacontrol.deltas import DeltaModel
 
-# The sizes are chosen by cost alone: about four minutes of one core.
+# The sizes are chosen by cost alone.
 MODEL = "minilm-l3"
 DELTAS = ("lora:rank=8,sites=attention.query+mlp.up", "bitfit", "last-layers")
 TASKS = ("movie", "trec6")
