@@ -90,6 +90,13 @@ assert sp.limit(mu, q, 0) == 0
 #
 # Threshold, fixed before measuring: fitted rate over predicted rate within $[0.8, 1.25]$; and in
 # the linear-quadratic case the formula $x_t = F^t (x_0 + Y w_0) - Y w_t$ to $10^{-9}$.
+#
+# On the board the ends are near: $x_0 = \bar x + a$ and the target of the last layer
+# $\bar x - \bar p + b$, with $a$ and $b$ in random directions, of the length
+# $\min\{0.2 \|\bar x\|,\; \tfrac14 / \|K_1 - D K\|_2\}$, $K$ the gain and $K_1$ the layer's
+# matrix: by the linearised law the arguments of tanh are then off by at most a quarter. That both
+# ends are within 20 % of $\bar x$, and no argument off by more than a half, is checked along the
+# solution; where it is not so, the claim is not judged.
 
 # %%
 import dataclasses

@@ -26,6 +26,10 @@
 # If $F$ is differentiable, $\Lambda = \max_s \|\nabla F(\theta^+ + s(\tilde\theta - \theta^+))\|$
 # is one such constant, and so is the largest slope along it,
 # $\max_s |\nabla F(\cdot)^\top e|$ with $e = (\tilde\theta - \theta^+)/\rho$, which is the least.
+#
+# *When it says nothing.* For $F \ge 0$ the gap of a trained delta is at most
+# $F(\theta_0) - \min F$ anyway, $\theta_0 \in \mathrm{Im}\,\psi$ being the start. A bound above
+# the untrained loss $F(\theta_0)$ is therefore true and empty; the board has a part for it.
 
 # %% [markdown]
 # ## Assumptions
