@@ -9,7 +9,7 @@ from typing import Any
 from deltacontrol.theory.claims import Claim, Evidence, Part, Threshold
 
 DEPTHS = (4, 8, 16, 32)
-SEEDS = range(5, 13)  # networks that no earlier check has seen; eight by cost alone
+SEEDS = range(20, 28)  # networks that no earlier check has seen; eight by cost alone
 EXAMPLES, WIDTH, CONTROL = 4, 4, 4
 BOUND = 0.5
 TOLERANCE = 1e-7  # of the solver
