@@ -15,35 +15,56 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from deltacontrol.theory.claims import Verdict, judge
+from deltacontrol.theory.claims import Verdict
+from deltacontrol.theory.judging import judge
 from tests.tiny_model import WORDS
 
 from .conftest import Tiny
 
 
-def test_claim_11_the_construction_at_its_rank_and_one_below(tiny: Tiny) -> None:
-    sizes = {"WIDTH": 4, "DEPTHS": (1, 2), "MISSING": (2, 4), "SEEDS": (0,), "TRAINED": 2}
-    claim = tiny(
-        "11_lora_rank_threshold", **sizes, INPUTS=60, EXACT_INPUTS=5, ITERATIONS=200, REACHED=1e-2
-    )
+NARROW = {"WIDTH": 4, "DEPTHS": (1, 2), "MISSING": (2, 4), "SEEDS": (0,), "INPUTS": 30}
+
+
+@pytest.mark.parametrize(
+    ("missed", "verdict"), [(0, Verdict.HOLDS), (2, Verdict.INCONCLUSIVE), (8, Verdict.FAILS)]
+)
+def test_claim_11_the_construction_at_its_rank_and_one_below(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, missed: int, verdict: Verdict
+) -> None:
+    claim = tiny("11_lora_rank_threshold", **NARROW, TRAINED=2, EXACT_INPUTS=5)
+
+    def trained(case: Any, rank: int, *, linear: bool) -> float:
+        """Misses so many of the eight seeds at the threshold, and all below it."""
+        miss = rank < claim._threshold(case) or (not linear and case.seed < 10 + missed)
+        return 0.1 if miss else 1e-3
+
+    monkeypatch.setattr(claim, "_trained", trained)
     outcome = judge(claim.CLAIM)
-    assert outcome.verdict is Verdict.HOLDS
     assert outcome.prediction == {
         f"{depth} for 1, missing rank {missing}, seed 0": math.ceil(missing / depth)
         for depth in (1, 2)
         for missing in (2, 4)
     }
-    details = outcome.evidence.details
-    assert outcome.evidence.value == 0.0  # in fractions there is no rounding
-    assert max(details["errors in float64"].values()) < 1e-9
-    # Nor does training reach the product of the maps with less than the predicted rank.
-    for name, found in details["trained products of maps"].items():
-        threshold = outcome.prediction[name]
-        assert found[f"first rank trained to {claim.REACHED:g}"] in (None, threshold, threshold + 1)
-        assert all(
-            e > claim.REACHED for r, e in found["trained errors"].items() if int(r) < threshold
-        )
-    assert min(outcome.control.details["in fractions"].values()) > 1e-4
+    exists, found = outcome.part("a"), outcome.part("b")
+    assert exists.verdict is Verdict.HOLDS
+    assert exists.evidence.value == 0.0  # in fractions there is no rounding
+    assert exists.evidence.cases == 4 and exists.evidence.assumption_met
+    assert max(exists.evidence.details["errors in float64"].values()) < 1e-9
+    assert exists.passing is not None and exists.passing.cases == 2  # of missing rank 2
+    assert exists.control.value > 1e-4
+    # None of eight leaves the share between 0 and 0.37, all between 0.63 and 1.
+    assert found.evidence.value == 1 - missed / 8 and found.control.value == 0.0
+    assert found.passing is not None and found.passing.value == 1.0
+    assert found.verdict is verdict
+
+
+def test_claim_11_training_misses_products_of_too_low_a_rank(tiny: Tiny) -> None:
+    """The nearest product that two maps of rank one less reach is away from the target's."""
+    claim = tiny("11_lora_rank_threshold", **NARROW, ITERATIONS=300)
+    case = claim._case(2, 4, 0)
+    assert claim._threshold(case) == 2
+    assert claim._trained(case, 1, linear=True) > claim.REACHED
+    assert claim._trained(case, 2, linear=True) < claim.REACHED
 
 
 def test_claim_11_a_changed_layer_is_not_exact(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

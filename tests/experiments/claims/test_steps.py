@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from deltacontrol.theory.claims import Verdict, judge
+from deltacontrol.theory.claims import Verdict
+from deltacontrol.theory.judging import judge
 
 from .conftest import Tiny
 
@@ -75,19 +76,26 @@ def test_claim_4_wrong_costates_err_at_first_order(tiny: Tiny) -> None:
     assert right[1] <= 1.05 * right[0] < long[0]  # of second order: C does not grow
 
 
-def test_claim_8_orders_of_the_predicted_loss_drop(tiny: Tiny) -> None:
-    claim = tiny("08_lq_loss_drop", SEEDS=(0,), **FEW)
+def test_claim_8_the_neglected_curvature(tiny: Tiny) -> None:
+    claim = tiny("08_lq_loss_drop", SEEDS=(0, 1), **FEW)
     outcome = judge(claim.CLAIM)
-    assert outcome.verdict is Verdict.HOLDS
-    line = outcome.evidence.details["seed 0"]
-    assert outcome.evidence.spread == (outcome.evidence.value, outcome.evidence.value)
-    assert line["order_of_the_exact_model"] == pytest.approx(3, abs=0.3)
-    # The error of the shortest step is the curvature that Gauss-Newton leaves out.
-    assert line["error_over_s_squared_at_the_shortest_step"] == pytest.approx(
-        line["half_the_neglected_curvature"], rel=0.02
-    )
-    assert line["predicted_over_actual"][-1] == pytest.approx(1, abs=1e-3)
-    assert outcome.control.value == pytest.approx(1, abs=0.2)
+    part = outcome.part()
+    assert part.evidence.assumption_met and part.evidence.value < -1.5
+    assert part.control.value > -0.5 and part.passing is not None and part.passing.value < -1.5
+    ratios = part.evidence.details["found over predicted coefficient"]
+    assert set(ratios) == set(outcome.prediction) == {"seed 0", "seed 1"}
+    # Along the directions of the passing case the model has no curvature to leave out.
+    flat = part.passing.details
+    for seed, bend in flat["d'Gd"].items():
+        assert abs(bend) < 1e-10 * abs(flat["predicted coefficients"][seed])
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.3, -1.0])
+def test_claim_8_another_coefficient_does_not_pass(tiny: Tiny, factor: float) -> None:
+    claim = tiny("08_lq_loss_drop", SEEDS=(0, 1), **FEW)
+    wrong = {s: claim._line(s, "step")["coefficient"] * (factor or 1e-3) for s in claim.SEEDS}
+    evidence = claim._evidence(wrong, "step", 1.0, "")
+    assert not claim.CLAIM.parts[0].threshold.passes(evidence.value)
 
 
 @pytest.mark.slow
