@@ -99,13 +99,7 @@ def test_claim_8_another_coefficient_does_not_pass(tiny: Tiny, factor: float) ->
 
 
 @pytest.mark.slow
-def test_claim_14_the_control_takes_the_width_out(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Adam's step in A' is one in A with η_A 128/n: the slope falls by exactly one.
-
-    128/n is a step of the grid of rates.
-    """
+def test_claim_14_slopes_of_the_best_ratios(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     from deltacontrol.experiments.measures import lora_widths
 
     few = partial(
@@ -117,20 +111,36 @@ def test_claim_14_the_control_takes_the_width_out(
         rates_a=tuple(range(-13, 1)),
         rates_b=tuple(range(-8, 4)),
     )
-    plain, scaled = few().losses(64, 0), few(scaled=True).losses(64, 0)
-    torch.testing.assert_close(plain[1:], scaled[:-1], rtol=1e-4, atol=1e-6)
+    # At the width that the fixed number of inputs has, the control is the measurement.
+    torch.testing.assert_close(few(fixed=64).losses(64, 0), few().losses(64, 0))
     monkeypatch.setattr(lora_widths, "WidthStudy", few)
-    claim = tiny("14_lora_step_ratio", WIDTHS=(64, 256), SEEDS=(0, 1))
-    outcome = judge(claim.CLAIM)
-    assert outcome.evidence.value - outcome.control.value == pytest.approx(1, abs=0.05)
-    assert outcome.evidence.value > 0 > outcome.control.value
-    for evidence in (outcome.evidence, outcome.control):
-        assert evidence.spread is not None
-        assert evidence.spread[0] <= evidence.value <= evidence.spread[1]
+    claim = tiny("14_lora_step_ratio", WIDTHS=(64, 256), SEEDS=(0, 1), FIXED=64)
+    part = judge(claim.CLAIM).part()
+    assert part.passing is not None
+    for evidence in (part.evidence, part.control, part.passing):
         ratios = evidence.details["log2 of the best ratio"]
-        means = [sum(ratios[f"width {n}"]) / 2 for n in (64, 256)]
-        assert evidence.value == pytest.approx((means[1] - means[0]) / 2, abs=0.01)
-        assert max(evidence.details["loss after / before, worst seed"].values()) < 1
+        slopes = [(high - low) / 2 for low, high in ratios.values()]
+        assert evidence.value == pytest.approx(sum(slopes) / 2)
+        assert evidence.details["largest best loss over that at the start"] < 1
+    first = part.evidence.details["log2 of the best ratio"]["seed 0"][0]
+    assert part.control.details["log2 of the best ratio"]["seed 0"][0] == first
+
+
+def test_claim_14_a_known_ratio_gives_its_slope(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ratios that grow as the width pass; those that stay, or grow as its square, do not."""
+    claim = tiny("14_lora_step_ratio", SEEDS=(0, 1, 2))
+    threshold = claim.CLAIM.parts[0].threshold
+    for power, passes in ((1.0, True), (0.0, False), (2.0, False)):
+        found = lambda width, seed, *_: (power * math.log2(width) + 1e-3 * seed, 1e-3, False)  # noqa: B023, E731
+        monkeypatch.setattr(claim, "_best", found)
+        evidence = claim._measure({"slope": 1.0})
+        assert evidence.value == pytest.approx(power, abs=1e-9)
+        assert threshold.passes(evidence.value) is passes and evidence.assumption_met
+    edges = lambda width, seed, *_: (math.log2(width), 0.5, width == 64)  # noqa: E731
+    monkeypatch.setattr(claim, "_best", edges)
+    assert not any(claim._measure({"slope": 1.0}).assumptions.values())
 
 
 @pytest.mark.slow
