@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 
@@ -145,21 +146,44 @@ def test_claim_14_a_known_ratio_gives_its_slope(
 
 @pytest.mark.slow
 def test_claim_25_the_largest_stable_step(tiny: Tiny) -> None:
-    claim = tiny("25_stable_step", RUNS=(("lora:rank=2", 0),), HEAD_ROWS=32, STEPS=20, **FEW)
-    outcome = judge(claim.CLAIM)
-    assert outcome.verdict is Verdict.HOLDS
-    (predicted,) = outcome.prediction.values()
-    (found,) = outcome.evidence.details.values()
-    (control,) = outcome.control.details.values()
-    top, mean = predicted["lambda_max"], predicted["mean_nonzero_eigenvalue"]
-    assert predicted["step"] == pytest.approx(2 / top)
-    assert top / 6 <= mean < top  # of three examples' two outputs
-    # The same step against another prediction, and at the two ends of the last bracket.
-    assert control["log2_ratio"] - found["log2_ratio"] == pytest.approx(math.log2(mean / top))
-    step, half = found["largest_stable_step"], 2.0 ** (claim.RESOLUTION / 2)
-    assert claim._descended("lora:rank=2", 0, step / half) is not None
-    assert claim._descended("lora:rank=2", 0, step * half) is None
-    assert found["loss_after"] < predicted["loss"]
+    name = "lora:rank=2"
+    claim = tiny("25_stable_step", DELTAS=(name,), SEEDS=(0, 1), HEAD_ROWS=32, STEPS=20, **FEW)
+    outcome = judge(replace(claim.CLAIM, parts=claim._parts((name,))))
+    start, path = outcome.part("a"), outcome.part("d")
+    assert start.evidence.interval is not None and start.evidence.interval.count == 2
+    ratios = []
+    for seed in (0, 1):
+        predicted = outcome.prediction[f"{name}/{seed}"]
+        assert predicted["step"] == pytest.approx(2 / predicted["lambda_max"])
+        found = start.evidence.details[f"seed {seed}"]
+        ratios.append(abs(math.log2(found["ratio"])))
+        # The two ends of the last bracket: a step in it that is stable, and one that is not.
+        step, half = predicted["step"] * found["ratio"], 2.0 ** (claim.RESOLUTION / 2)
+        assert claim._descended(name, seed, step / half, 1.0) is not None
+        assert claim._descended(name, seed, step * half, 1.0) is None
+        after = path.evidence.details[f"seed {seed}"]
+        assert after["step"] == pytest.approx(step / half)
+        assert after["loss_after"] < after["loss_before"]
+        # Eight times shorter is away from the edge.
+        shorter = path.control.details[f"seed {seed}"]
+        assert shorter["step"] == pytest.approx(after["step"] / claim.CAUTION)
+    assert start.evidence.value == pytest.approx(sum(ratios) / 2)
+    # Where the outputs are nearly linear theory must be right at the start and along the path.
+    assert start.passing is not None and start.passing.value <= claim.RESOLUTION
+    assert path.passing is not None and 1.5 <= path.passing.value <= 2.3
+    assert path.control.value < path.evidence.value
+
+
+@pytest.mark.slow
+def test_claim_25_twice_the_eigenvalue_shifts_the_ratio_by_one(tiny: Tiny) -> None:
+    claim = tiny("25_stable_step", SEEDS=(0, 1), HEAD_ROWS=32, STEPS=20, **FEW)
+    top = claim._lambda_max(*claim._start("bitfit", 0, 1.0))
+    right, wrong = (
+        claim._threshold("bitfit", 0, 2 / (factor * top), claim.NEAR)["log2_ratio"]
+        for factor in (1.0, 8.0)
+    )
+    assert abs(right) <= claim.RESOLUTION
+    assert wrong - right == pytest.approx(3, abs=claim.RESOLUTION)
 
 
 @pytest.mark.slow
@@ -167,12 +191,15 @@ def test_claim_25_lambda_max_is_that_of_the_dense_matrix(tiny: Tiny) -> None:
     from deltacontrol.theory.linear.curvature import GaussNewtonCurvature
 
     claim = tiny("25_stable_step", HEAD_ROWS=32, **FEW)
-    problem, u, mask = claim._start("bitfit", 0)
+    problem, u, mask = claim._start("bitfit", 0, 1.0)
     curvature = GaussNewtonCurvature(problem, u)
     dense = torch.stack([mask * (curvature @ row) for row in torch.diag(mask)])
     values = torch.linalg.eigvalsh((dense + dense.mT) / 2)
     assert claim._lambda_max(problem, u, mask) == pytest.approx(float(values[-1]), rel=1e-6)
-    nonzero = values[-6:]  # of three examples' two outputs
-    assert claim._mean_eigenvalue("bitfit", 0) == pytest.approx(float(nonzero.mean()), rel=1e-6)
-    assert float(values[:-6].abs().max()) < 1e-10 * float(values[-1])
-    assert int((mask == 0).sum()) == len(claim._fitted_head())
+    assert float(values[:-6].abs().max()) < 1e-10 * float(values[-1])  # three examples' two outputs
+    assert int((mask == 0).sum()) == len(claim._fitted_head(0))
+    # Other targets, the same matrix: it is that of the outputs alone.
+    far, again, _ = claim._start("bitfit", 0, claim.FAR)
+    assert claim._lambda_max(far, again, mask) == pytest.approx(float(values[-1]), rel=1e-6)
+    initial = [float(p.objective(u)) for p in (problem, far)]
+    assert initial[1] == pytest.approx(claim.FAR**2 * initial[0], rel=1e-9)
