@@ -147,7 +147,7 @@ def test_claim_14_a_known_ratio_gives_its_slope(
 @pytest.mark.slow
 def test_claim_25_the_largest_stable_step(tiny: Tiny) -> None:
     name = "lora:rank=2"
-    claim = tiny("25_stable_step", DELTAS=(name,), SEEDS=(0, 1), HEAD_ROWS=32, STEPS=20, **FEW)
+    claim = tiny("25_stable_step", DELTAS=(name,), SEEDS=(0, 1), HEAD_ROWS=32, STEPS=12, **FEW)
     outcome = judge(replace(claim.CLAIM, parts=claim._parts((name,))))
     start, path = outcome.part("a"), outcome.part("d")
     assert start.evidence.interval is not None and start.evidence.interval.count == 2
