@@ -25,6 +25,7 @@ SHOTS, UNSEEN, TOKENS = 4, 4, 12
 FALL, STEPS, STRETCH = 0.5, 40, 0.1  # small steps: a tenth of one over the kernel's curvature
 SHORT = 0.01  # the stretch of the one step of the passing case
 RANK, ALPHA, LARGE, SMALL = 8, 16.0, 128.0, 4.0  # alpha: LoRA's usual one, and the two others
+KEPT = (1.0, 0.5, 0.0)  # shares of A's columns
 # Fixed before the measurement. Errors and drifts may differ by orders of magnitude between seeds:
 # judged is their geometric mean, in octaves above the limit.
 ERROR = 0.25  # of the margins' changes on unseen examples, relative
@@ -33,7 +34,6 @@ DISTANCE = 0.25  # of LoRA's kernel from that of full fine-tuning of the same ma
 LOST = 1024.0  # limits, beyond which a run counts as lost and no further
 
 
-@cache
 def _data(seed: int, prompted: bool) -> MarginData:
     from deltacontrol.experiments.measures.margins import MarginData
     from deltacontrol.experiments.setting import Setting
@@ -46,13 +46,27 @@ def _data(seed: int, prompted: bool) -> MarginData:
 
 
 @cache
+def _of_seed(seed: int) -> tuple[dict[tuple[float, str], Followed], dict[float, float]]:
+    """All runs and distances of a seed, so that one model at a time is in memory."""
+    prompted = _data(seed, True)
+    ways = [(ALPHA, "prompt"), (LARGE, "prompt"), (SMALL, "prompt"), (SMALL, "one short step")]
+    runs = {way: _run(prompted, seed, *way) for way in ways}
+    distances = _kernel_distances(prompted, seed)
+    del prompted
+    return runs | {(ALPHA, "frozen"): _run(_data(seed, False), seed, ALPHA, "frozen")}, distances
+
+
 def _followed(seed: int, alpha: float, how: str) -> Followed:
     """LoRA at a scale: "prompt", "one short step" with one, or "frozen", a head that is drawn."""
+    return _of_seed(seed)[0][alpha, how]
+
+
+def _run(data: MarginData, seed: int, alpha: float, how: str) -> Followed:
     from deltacontrol.deltas import LoRA
     from deltacontrol.experiments.measures.kernel_regime import follow
 
     return follow(
-        _data(seed, how != "frozen"),
+        data,
         [LoRA(rank=RANK, alpha=alpha)],
         fall=FALL,
         steps=1 if how == "one short step" else STEPS,
@@ -61,11 +75,10 @@ def _followed(seed: int, alpha: float, how: str) -> Followed:
     )
 
 
-@cache
-def _distance(seed: int, kept: float) -> float:
+def _kernel_distances(data: MarginData, seed: int) -> dict[float, float]:
     """LoRA's kernel at its start against that of the matrices it acts on.
 
-    ``kept`` is the share of A's columns that stay; the others are set to zero.
+    By the share of A's columns that stay; the others are set to zero, and one at least stays.
     """
     import torch
 
@@ -73,20 +86,20 @@ def _distance(seed: int, kept: float) -> float:
     from deltacontrol.deltas.methods.selected_modules import SelectedModules
     from deltacontrol.experiments.measures.kernel_regime import kernel_distance, kernel_of
 
-    data, kernels = _data(seed, True), []
-    generator = torch.Generator().manual_seed(seed)
-    for delta in (LoRA(rank=RANK), SelectedModules(sites=LoRA().sites)):
+    def kernel(delta: Any, kept: float) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
         controlled = attach(data.model, delta, seed=seed)
         try:
-            if isinstance(delta, LoRA):
-                for name, value in controlled.trainable().items():
-                    if name.endswith(".A"):
-                        order = torch.randperm(value.shape[1], generator=generator)
-                        value.data[:, order[max(1, round(kept * len(order))) :]] = 0.0
-            kernels.append(kernel_of(data, controlled).total())
+            for name, value in controlled.trainable().items():
+                if name.endswith(".A"):
+                    order = torch.randperm(value.shape[1], generator=generator)
+                    value.data[:, order[max(1, round(kept * len(order))) :]] = 0.0
+            return kernel_of(data, controlled).total()
         finally:
             controlled.detach()
-    return kernel_distance(*kernels)
+
+    whole = kernel(SelectedModules(sites=LoRA().sites), 1.0)
+    return {kept: kernel_distance(kernel(LoRA(rank=RANK), kept), whole) for kept in KEPT}
 
 
 def _predict() -> dict[str, Any]:
@@ -162,7 +175,7 @@ def _contrast(note: str, alpha: float, how: str = "prompt") -> Evidence:
 
 
 def _distances(kept: float, note: str) -> Evidence:
-    return Evidence.mean([_distance(seed, kept) for seed in SEEDS], "seed", note=note)
+    return Evidence.mean([_of_seed(seed)[1][kept] for seed in SEEDS], "seed", note=note)
 
 
 _KERNEL = f"mean log2 of the kernel's relative change in training over {DRIFT:g}"

@@ -71,11 +71,8 @@ def _targets(labels: Tensor) -> Tensor:
 
 
 @cache
-def _start(name: str, seed: int, distance: float) -> tuple[ControlProblem, Controls, Tensor]:
-    """The problem in squared error, the delta's initial controls, and a mask without the head.
-
-    The targets' distance from the outputs at the start is stretched.
-    """
+def _problem(name: str, seed: int) -> tuple[ControlProblem, Controls, Tensor]:
+    """The problem in squared error, the delta's initial controls, and a mask without the head."""
     import torch
 
     from deltacontrol.theory.control.costs import SquaredErrorCost
@@ -97,12 +94,23 @@ def _start(name: str, seed: int, distance: float) -> tuple[ControlProblem, Contr
         raise AssertionError(f"the head has {len(head)} entries, the last step {names} {sizes}")
     controls[-1] = controls[-1].masked_scatter(free == 0, head)
     others = [torch.ones_like(u) for u in controls[:-1]]
-    if distance != 1.0:
-        with torch.no_grad():
-            outputs = problem.rollout(tuple(controls))[-1]
-        moved = SquaredErrorCost(outputs + distance * (targets - outputs))
-        problem = ControlProblem(dynamics, moved, dynamics.x0)
     return problem, tuple(controls), torch.cat([*others, free])
+
+
+@cache
+def _start(name: str, seed: int, distance: float) -> tuple[ControlProblem, Controls, Tensor]:
+    """The same, with the targets' distance from the outputs at the start stretched."""
+    import torch
+
+    from deltacontrol.theory.control.costs import SquaredErrorCost
+    from deltacontrol.theory.control.problem import ControlProblem
+
+    problem, controls, mask = _problem(name, seed)
+    with torch.no_grad():
+        outputs = problem.rollout(controls)[-1]
+    targets = cast(SquaredErrorCost, problem.cost).target
+    moved = SquaredErrorCost(outputs + distance * (targets - outputs))
+    return ControlProblem(problem.dynamics, moved, problem.x0), controls, mask
 
 
 def _largest_eigenvalue(operator: SymmetricOperator) -> float:
