@@ -30,7 +30,7 @@ DELTAS = ("lora", "houlsby", "bitfit")
 SEEDS = tuple(range(10, 15))  # of the rows, of the head's rows, and of the delta
 EXAMPLES, TOKENS = 4, 8
 HEAD_ROWS, HEAD_RIDGE = 256, 1e-2
-STEPS = 30  # of gradient descent: at 1.1 times 2/λ_max a quadratic mode grows by 1.2^30 = 240
+STEPS = 20  # of gradient descent: at 1.1 times 2/λ_max a quadratic mode grows by 1.2^20 = 38
 BRACKET, RESOLUTION, WIDEST = 2.0, 0.25, 8.0  # of log2(step / prediction)
 NEAR, FAR = 0.01, 30.0  # distance of the targets from the outputs at the start, over their own
 CAUTION = 8.0  # the step of the path's control is that much shorter than the largest stable one
@@ -118,7 +118,7 @@ def _largest_eigenvalue(operator: SymmetricOperator) -> float:
     from scipy.sparse.linalg import eigsh
 
     start = np.random.default_rng(0).standard_normal(operator.shape[0])
-    options: dict[str, Any] = {"tol": 1e-5, "v0": start, "return_eigenvectors": False}
+    options: dict[str, Any] = {"tol": 1e-4, "v0": start, "return_eigenvectors": False}
     return float(eigsh(operator.to_scipy(), k=1, which="LA", **options)[0])
 
 

@@ -195,11 +195,11 @@ def test_claim_25_lambda_max_is_that_of_the_dense_matrix(tiny: Tiny) -> None:
     curvature = GaussNewtonCurvature(problem, u)
     dense = torch.stack([mask * (curvature @ row) for row in torch.diag(mask)])
     values = torch.linalg.eigvalsh((dense + dense.mT) / 2)
-    assert claim._lambda_max(problem, u, mask) == pytest.approx(float(values[-1]), rel=1e-6)
+    assert claim._lambda_max(problem, u, mask) == pytest.approx(float(values[-1]), rel=1e-4)
     assert float(values[:-6].abs().max()) < 1e-10 * float(values[-1])  # three examples' two outputs
     assert int((mask == 0).sum()) == len(claim._fitted_head(0))
     # Other targets, the same matrix: it is that of the outputs alone.
     far, again, _ = claim._start("bitfit", 0, claim.FAR)
-    assert claim._lambda_max(far, again, mask) == pytest.approx(float(values[-1]), rel=1e-6)
+    assert claim._lambda_max(far, again, mask) == pytest.approx(float(values[-1]), rel=1e-4)
     initial = [float(p.objective(u)) for p in (problem, far)]
     assert initial[1] == pytest.approx(claim.FAR**2 * initial[0], rel=1e-9)
