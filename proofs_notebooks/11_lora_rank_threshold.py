@@ -66,7 +66,8 @@
 #
 # *What it does not say.* That gradient descent finds these factors, nor that fewer ranks cannot do:
 # below the threshold the linear case has a positive least error, but a ReLU network may reach the
-# target on a ball in other ways.
+# target on a ball in other ways. The claim judges the first by itself, as its part b: the share of
+# trainings that reach a small error at the threshold, beside the existence that is proved here.
 
 # %% [markdown]
 # ## Numerical check

@@ -156,7 +156,9 @@ assert abs(long[0] / short[0] - 10) < 1 and abs(long[1] / short[1] - 10) < 1
 # %% [markdown]
 # ## What breaks it (negative control)
 #
-# A long way: the same network, trained until its features have moved.
+# A long way: the same network, trained until its features have moved. The claim takes LoRA at a
+# small scale in its place, which by 4. leaves its kernel, and as the case that must pass one short
+# step of it.
 
 # %%
 far = follow((1.0, 1.0), 400, 2.0)

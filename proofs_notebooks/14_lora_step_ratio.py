@@ -65,14 +65,17 @@ import torch
 generator = torch.Generator().manual_seed(0)
 
 
-def effects(width, rank=4, examples=8, factor=1.0):
-    """Root mean square of dA h and of dB A h after one sign step of rate one."""
+def effects(width, inputs, rank=4, examples=8):
+    """Root mean square of dA h and of dB A h after one sign step of rate one.
+
+    The layer has so many outputs, and so many inputs.
+    """
     F64 = torch.float64
-    h = torch.randn(examples, width, generator=generator, dtype=F64)
-    A = torch.randn(rank, width, generator=generator, dtype=F64) / width**0.5
+    h = torch.randn(examples, inputs, generator=generator, dtype=F64)
+    A = torch.randn(rank, inputs, generator=generator, dtype=F64) / inputs**0.5
     B = torch.randn(width, rank, generator=generator, dtype=F64)  # after a step of B
     q = torch.randn(examples, width, generator=generator, dtype=F64) / width
-    dA = -(factor * (q @ B).T @ h).sign() * factor  # the effect of a step of A', A = factor A'
+    dA = -((q @ B).T @ h).sign()
     dB = -(q.T @ (h @ A.T)).sign()
     return [float(x.square().mean().sqrt()) for x in (h @ dA.T, h @ A.T @ dB.T)]
 
@@ -81,8 +84,8 @@ widths = [64, 256, 1024, 4096]
 logs = torch.tensor(widths, dtype=torch.float64).log()
 
 
-def exponents(factor=lambda _: 1.0):
-    found = [[effects(w, factor=factor(w)) for _ in range(20)] for w in widths]
+def exponents(inputs=lambda width: width):
+    found = [[effects(w, inputs(w)) for _ in range(20)] for w in widths]
     means = torch.tensor(found).double().log().mean(1)
     centred = logs - logs.mean()
     return [(centred @ means[:, k] / centred.square().sum()).item() for k in (0, 1)]
@@ -95,10 +98,14 @@ assert abs(of_a - 1) < 0.1 and abs(of_b) < 0.1
 # %% [markdown]
 # ## What breaks it (negative control)
 #
-# Write $A = (c/n) A'$ and train $A'$: a step of $A'$ has an effect of order one at every width, and
-# the ratio of the best rates no longer grows.
+# A layer whose inputs do not grow with its outputs: $\sum_j |h_j|$ is then of order one, a step of
+# $A$ has the same effect at every width, and the ratio of the best rates no longer grows. Inputs
+# that grow in another proportion do no harm.
 
 # %%
-of_a, of_b = exponents(lambda w: 64 / w)
-print(f"scaled: {of_a:.3f} (A'), {of_b:.3f} (B)")
+of_a, of_b = exponents(lambda width: 128)
+print(f"128 inputs at every width: {of_a:.3f} (A), {of_b:.3f} (B)")
 assert abs(of_a) < 0.1 and abs(of_b) < 0.1
+of_a, of_b = exponents(lambda width: width // 2)
+print(f"half as many inputs as outputs: {of_a:.3f} (A), {of_b:.3f} (B)")
+assert abs(of_a - 1) < 0.1 and abs(of_b) < 0.1

@@ -40,7 +40,9 @@
 # not small against $a_0^2$; the prediction is right in the limit of a large frozen factor.
 #
 # The claim: on a real model the threshold lies within a factor 2 of $2/\lambda_{\max}(G)$. C names
-# the way in which it can fail: a small frozen factor and a large residual.
+# the way in which it can fail: a small frozen factor and a large residual. Its second half: where
+# training ends with the largest stable step, the step times $\lambda_{\max}(G)$ *there* is at least
+# about 2, the edge of stability, whatever it was at the start.
 
 # %% [markdown]
 # ## Assumptions
@@ -109,7 +111,6 @@ from deltacontrol.theory import (
     ResidualNetwork,
     SquaredErrorCost,
     Threshold,
-    Verdict,
     judge,
 )
 from deltacontrol.theory.linear.curvature import GaussNewtonCurvature
@@ -199,8 +200,8 @@ assert all(inside)
 
 
 # %%
-def low_rank(alpha, seed, size=5, rank=3, examples=6):
-    """Two bilinear layers, their A at `alpha`, their B zero; targets at distance about 1."""
+def low_rank(alpha, seed, distance=1.0, size=5, rank=3, examples=6):
+    """Two bilinear layers, their A at `alpha`, their B zero; targets at about the distance."""
     random = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -214,7 +215,7 @@ def low_rank(alpha, seed, size=5, rank=3, examples=6):
     )
     problem = ControlProblem(dynamics, SquaredErrorCost(x0), x0)
     outputs = problem.rollout(start)[-1]
-    target = outputs + draw(examples, size) / size**0.5
+    target = outputs + distance * draw(examples, size) / size**0.5
     return ControlProblem(dynamics, SquaredErrorCost(target), x0), start
 
 
@@ -227,7 +228,6 @@ ratios = {
 }
 for alpha, found in ratios.items():
     print(f"alpha {alpha}: measured / predicted", [f"{r:.2f}" for r in found])
-worst = max(abs(math.log2(r)) for r in ratios[2.0])
 assert max(ratios[0.1]) < min(ratios[2.0]), "a small frozen factor lowers the threshold"
 
 saturating = []
@@ -281,11 +281,10 @@ assert all(measured > flat - 1e-3 for _, measured, flat in table)
 assert table[-1][1] < 0.6, "the prediction at the start fails where the residual dominates"
 
 # %% [markdown]
-# **The real model.** The board's measurement on MiniLM-L6, for each delta and seed, beside two
-# numbers that the verdict does not use: how much larger the Hessian's largest eigenvalue is than
-# that of $G$ at the start, and the product of the largest stable step and the largest eigenvalue of
-# $G$ after the run with it. By C both tell a curvature that grows on the way, as that of a
-# bilinear control with a small frozen factor does, from a prediction that is wrong at the start.
+# **The real model.** The claim's measurement on MiniLM-L3: each delta's ratio over seeds, and the
+# product of the largest stable step and the largest eigenvalue of $G$ after the run with it. By C
+# the second tells a curvature that grows on the way, as that of a bilinear control with a small
+# frozen factor does, from a prediction that is wrong at the start.
 
 # %%
 from deltacontrol.experiments.claims import scoreboard
@@ -294,30 +293,25 @@ outcome = scoreboard.stored(scoreboard.find(25))
 if outcome is None:
     print("not judged yet: deltacontrol claims run 25")
 else:
-    for name, found in outcome.evidence.details.items():
-        predicted = outcome.prediction[name]
-        hessian = predicted["lambda_max_of_the_hessian"] / predicted["lambda_max"]
-        after = found["largest_stable_step_times_lambda_max_after_it"]
-        print(f"{name}: 2/λ_max(G) = {predicted['step']:.3g}, measured "
-              f"{found['largest_stable_step']:.3g}, ratio {found['ratio']:.2g}; λ_max of the "
-              f"Hessian over that of G {hessian:.2f}; step times λ_max(G) afterwards {after:.2f}"
-              )  # fmt: skip
-    print(outcome.verdict.text, "-", outcome.reason)
+    for part in outcome.parts:
+        print(f"{part.title}: {part.evidence.text}; {part.verdict.text}: {part.reason}")
 
 # %% [markdown]
 # ## What breaks it (negative control)
 #
-# It is the *largest* eigenvalue that counts. With the mean of those that are not zero, a curvature
-# of the same matrix, the prediction misses by the ratio of the two.
+# A small frozen factor: the outputs are not linear on the way to the targets, and the prediction
+# misses by more than a factor 2. With targets next to the outputs at the start the same small
+# factor does no harm.
 
 # %%
-broken = []
+broken = [abs(math.log2(max(ratio, 1 / 8))) for ratio in ratios[0.1]]  # 1/8: the least tried
+harmless = []
 for seed in range(4):
-    matrix, _ = kernel(*low_rank(2.0, seed))
-    values = torch.linalg.eigvalsh(matrix)
-    values = values[values > 1e-10 * values[-1]]
-    broken.append(abs(math.log2(ratios[2.0][seed] * float(values.mean() / values[-1]))))
-print("|log2 ratio| with the mean eigenvalue:", [f"{v:.2f}" for v in broken])
+    problem, start = low_rank(0.1, seed, distance=1e-4)
+    found = threshold(problem, start, 2 / largest(problem, start), 60, resolution=0.05)
+    harmless.append(abs(math.log2(found)))
+print("|log2 ratio| with a small factor:", [f"{v:.2f}" for v in broken])
+print("and with targets next to the outputs:", [f"{v:.2f}" for v in harmless])
 
 # %%
 claim = Claim(
@@ -327,11 +321,12 @@ claim = Claim(
     statement="the largest stable step is 2/λ_max of the Gauss-Newton matrix at the start",
     source="this project, from the quadratic model; LeCun, Simard, Pearlmutter, NeurIPS 1992",
     notebook="proofs_notebooks/25_stable_step.py",
-    threshold=Threshold("<=", 1.0, "largest |log2(measured step / predicted step)|"),
-    predict=lambda: {"log2_ratio": 0.0},
-    measure=lambda prediction: Evidence(worst),
-    negative_control=lambda prediction: Evidence(min(broken)),
+    threshold=Threshold("<=", 1.0, "mean |log2(measured step / predicted step)|"),
+    predict=lambda: {},
+    measure=lambda prediction: Evidence.mean([abs(math.log2(r)) for r in ratios[2.0]], "seed"),
+    negative_control=lambda prediction: Evidence.mean(broken, "seed"),
+    passing_control=lambda prediction: Evidence.mean(harmless, "seed"),
 )
 judged = judge(claim)
-print(judged.verdict.text, "-", judged.reason)
-assert judged.verdict is Verdict.HOLDS
+print(judged.text, "-", judged.part().reason)
+assert judged.holds

@@ -1,10 +1,11 @@
 """LoRA in networks of growing width: which step sizes of A and B fit a target best.
 
-    f(x) = w_out' φ((W + B A) φ(W_in x)),   φ = ReLU,  W, W_in, w_out frozen,  rank r
+    f(x) = w_out' φ((W + B A) h),   h = φ(W_in x),   φ = ReLU,  W, W_in, w_out frozen,  rank r
 
 W_in, W and w_out are Gaussian with variance 1/fan-in, as at initialisation or after a training in
-the standard parametrisation; A starts Gaussian with variance 1/n, B at zero. The target is a
-network with another product B* A* of rank r and an effect that does not depend on the width n.
+the standard parametrisation; A starts Gaussian with variance 1/m for the m entries of h, B at zero.
+The target is a network with another product B* A* of rank r and an effect that does not depend on
+the width n.
 Adam trains A and B with rates η_A and η_B, all pairs of a grid and all seeds at once.
 
 Source of the setting: Hayou, Ghosh & Yu, *LoRA+*, ICML 2024, section 3.
@@ -13,13 +14,10 @@ Source of the setting: Hayou, Ghosh & Yu, *LoRA+*, ICML 2024, section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-REFERENCE = 128
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,8 @@ class WidthStudy:
         steps: of Adam.
         rates_a: η_A, as powers of two.
         rates_b: η_B, as powers of two.
-        scaled: A is written as (128/n) A', so that the effect of a step of A' does not grow with n.
+        features: entries of h, on which A acts, over the width n.
+        fixed: entries of h at every width; 0 where they grow with it.
     """
 
     inputs: int = 16
@@ -42,7 +41,8 @@ class WidthStudy:
     steps: int = 60
     rates_a: tuple[int, ...] = tuple(range(-15, -3))
     rates_b: tuple[int, ...] = tuple(range(-8, 2))
-    scaled: bool = False
+    features: float = 1.0
+    fixed: int = 0
 
     def losses(self, width: int, seed: int) -> Tensor:
         """Final training loss over initial loss, (η_A, η_B); infinite where it diverged."""
@@ -52,30 +52,30 @@ class WidthStudy:
             return torch.randn(shape, generator=generator) / math.sqrt(fan_in)
 
         n, r = width, self.rank
+        m = self.fixed or round(self.features * width)
         x = torch.randn(self.examples, self.inputs, generator=generator)
-        h = torch.relu(x @ normal(n, self.inputs, fan_in=self.inputs).T * math.sqrt(2))
-        before = h @ normal(n, n, fan_in=n).T * math.sqrt(2)
+        h = torch.relu(x @ normal(m, self.inputs, fan_in=self.inputs).T * math.sqrt(2))
+        before = h @ normal(n, m, fan_in=m).T * math.sqrt(2)
         out = normal(n, fan_in=n)
-        away = h @ normal(r, n, fan_in=n).T @ normal(n, r, fan_in=r).T
+        away = h @ normal(r, m, fan_in=m).T @ normal(n, r, fan_in=r).T
         y = torch.relu(before + away) @ out
-        factor = REFERENCE / n if self.scaled else 1.0
-        start = normal(r, n, fan_in=n) / factor
+        start = normal(r, m, fan_in=m)
         eta = torch.cartesian_prod(
             2.0 ** torch.tensor(self.rates_a), 2.0 ** torch.tensor(self.rates_b)
         )
-        A = start.expand(len(eta), r, n).clone().requires_grad_()
+        A = start.expand(len(eta), r, m).clone().requires_grad_()
         B = torch.zeros(len(eta), n, r).requires_grad_()
         optimisers = _Adam(A, eta[:, 0]), _Adam(B, eta[:, 1])
         first = float((torch.relu(before) @ out - y).square().mean())
         for _ in range(self.steps):
-            path = (h @ (factor * A).mT) @ B.mT
+            path = (h @ A.mT) @ B.mT
             error = torch.relu(before + path) @ out - y
             loss = error.square().mean(-1).sum()
             gradients = torch.autograd.grad(loss, (A, B))
             for optimiser, gradient in zip(optimisers, gradients, strict=True):
                 optimiser.step(gradient)
         with torch.no_grad():
-            path = (h @ (factor * A).mT) @ B.mT
+            path = (h @ A.mT) @ B.mT
             final = (torch.relu(before + path) @ out - y).square().mean(-1) / first
         final = torch.where(final.isfinite(), final, torch.inf)
         return final.reshape(len(self.rates_a), len(self.rates_b))
@@ -113,30 +113,3 @@ class _Adam:
         mean = self.mean / (1 - 0.9**self.count)
         root = (self.square / (1 - 0.999**self.count)).sqrt_().add_(1e-12)
         self.value.sub_(self.rates * mean / root)
-
-
-def slope_interval(
-    widths: Sequence[int], ratios: Sequence[Sequence[float]], draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Slope of log2 ratio on log2 width, and its 90 % bootstrap interval over seeds.
-
-    Args:
-        widths: n.
-        ratios: for each width one log2 ratio for each seed.
-        draws: bootstrap draws.
-        seed: of the draws.
-    """
-    import numpy as np
-
-    x, y = np.log2(np.array(widths, dtype=float)), np.array(ratios)
-    random = np.random.default_rng(seed)
-
-    def slope(means: np.ndarray) -> float:
-        return float(np.polyfit(x, means, 1)[0])
-
-    found = [
-        slope(np.take_along_axis(y, random.integers(y.shape[1], size=y.shape), 1).mean(1))
-        for _ in range(draws)
-    ]
-    low, high = np.percentile(found, [5, 95])
-    return slope(y.mean(1)), float(low), float(high)
