@@ -83,6 +83,14 @@ def _prefix_without_its_gate(patch: Patch) -> None:
     patch.setattr(module, "_adapter", lambda c: (right(c)[0], torch.zeros_like(right(c)[1])))
 
 
+def _gramian_of_exchanged_outputs(patch: Patch) -> None:
+    """W with its rows and columns in the reverse order."""
+    from deltacontrol.theory.linear.output_map import OutputMap
+
+    right = OutputMap.weighted
+    patch.setattr(OutputMap, "weighted", lambda own, part=None: right(own, part).flip(0))
+
+
 #          what is wrong                       how                                the claim
 MUTANTS = {
     "the costate has the wrong sign": (
@@ -98,6 +106,10 @@ MUTANTS = {
     "the prefix has no gate": (
         _prefix_without_its_gate, "10_prefix_gated_adapter",
         FEW | {"LENGTHS": (2,), "SEEDS": (0,)}),
+    "the Gramian is transposed": (
+        _gramian_of_exchanged_outputs, "19_minimum_energy",
+        FEW | {"DELTAS": ("lora:rank=2", "houlsby:bottleneck=4", "bitfit"), "SEEDS": (0, 1),
+               "LINEAR_SEEDS": (0, 1), "STEPS": 5}),
 }  # fmt: skip
 
 
@@ -105,9 +117,11 @@ MUTANTS = {
 def test_a_mutant_turns_a_claim(wrong: str, tiny: Tiny, monkeypatch: Patch) -> None:
     mutate, name, constants = MUTANTS[wrong]
     module = tiny(name, **constants)
-    assert judge(module.CLAIM).part().verdict is Verdict.HOLDS
+    held = [part.verdict for part in judge(module.CLAIM).parts]
+    assert Verdict.HOLDS in held
     for value in vars(module).values():
         if hasattr(value, "cache_clear"):
             value.cache_clear()
     mutate(monkeypatch)
-    assert judge(module.CLAIM).part().verdict is not Verdict.HOLDS
+    turned = [part.verdict for part in judge(module.CLAIM).parts]
+    assert any(a is Verdict.HOLDS is not b for a, b in zip(held, turned, strict=True))
