@@ -5,8 +5,9 @@ directly or through one another, and that measure: the studies and the modules b
 compute what a claim or a figure needs. What only loads, trains, records and prints (`MACHINERY`) is
 left out, and with it what it imports; so are ``theory`` and ``deltas``, which have exact tests.
 
-Of each file the syntax tree counts without imports, ``__all__``, docstrings and positions: neither
-a comment nor formatting nor a file's place changes the digest, and any other change does.
+Of each file the syntax tree counts without imports, ``__all__``, ``QUICK`` (the sizes of the quick
+preset, by which nothing is published), docstrings and positions: neither a comment nor formatting
+nor a file's place changes the digest, and any other change does.
 """
 
 from __future__ import annotations
@@ -97,11 +98,11 @@ def _text(node: object) -> str:
 
 
 def _is_aside(node: object) -> bool:
-    """Whether a statement only imports, lists names, or documents."""
+    """Whether a statement only imports, lists names, documents, or has the quick sizes."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return isinstance(node.value.value, str)
     if isinstance(node, ast.If) and isinstance(node.test, ast.Name):
         return node.test.id == "TYPE_CHECKING"
     targets = node.targets if isinstance(node, ast.Assign) else []
-    listing = any(isinstance(t, ast.Name) and t.id == "__all__" for t in targets)
+    listing = any(isinstance(t, ast.Name) and t.id in ("__all__", "QUICK") for t in targets)
     return listing or isinstance(node, ast.Import | ast.ImportFrom)

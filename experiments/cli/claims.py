@@ -36,6 +36,7 @@ class Claims:
         deltacontrol claims judge
         deltacontrol claims show 15
         deltacontrol claims run 1 2
+        deltacontrol claims run --preset quick
         deltacontrol claims list --format html > board.html
         deltacontrol claims new my_idea
         deltacontrol claims run my_idea
@@ -48,6 +49,8 @@ class Claims:
         which: Numbers or names of claims, and of new ones the name; none means all. A name may be
             that of a file of yours here, without .py.
         runs: Your folder of runs; what run measures is kept in its folder claims.
+        preset: With run: paper is what is published; quick takes fewer cases, minutes in all, and
+            its verdicts are weaker.
         format: With list: text for the terminal, or the committed board as Markdown, as an HTML
             page, as a LaTeX table, or as CSV.
         publish: With judge or run, from a clean checkout only: put the results, and the records
@@ -57,6 +60,7 @@ class Claims:
     action: tyro.conf.Positional[Literal["list", "judge", "run", "show", "new"]] = "list"
     which: tyro.conf.Positional[tuple[str, ...]] = ()
     runs: Path = Path("runs")
+    preset: Literal["paper", "quick"] = "paper"
     format: Literal["text", "markdown", "html", "latex", "csv"] = "text"
     publish: bool = False
 
@@ -69,6 +73,8 @@ class Claims:
         """
         if self.publish and self.action not in ("judge", "run"):
             raise InputError("--publish goes with judge or run: these have results to publish")
+        if self.preset != "paper" and (self.action != "run" or self.publish):
+            raise InputError("--preset quick goes with run, and is not published: it is weaker")
         if self.format != "text" and self.action != "list":
             raise InputError(f"--format {self.format} goes with list: the board has such a form")
         if self.action == "new":
@@ -87,7 +93,8 @@ class Claims:
             for claim in chosen:
                 scoreboard.require_publishable(claim)
             provenance.require_clean()
-        ahead = [self._expected(claim) for claim in chosen]
+        quick = self.preset == "quick"
+        ahead = [None if quick else self._expected(claim) for claim in chosen]
         if self.action == "run":
             print(f"plan: {len(chosen)} claims{_told(ahead)}\n")
         judged, failures, began = {}, [], time.perf_counter()
@@ -118,7 +125,7 @@ class Claims:
 
     def _judged(self, claim: Claim, store: RunStore) -> scoreboard.Judged:
         if self.action == "run":
-            found = scoreboard.evaluate(claim, store)
+            found = scoreboard.evaluate(claim, store, quick=self.preset == "quick")
             folder = store.root / scoreboard.CLAIMS
             scoreboard.keep(claim, found, folder)
             print(board.page_of(claim, folder))

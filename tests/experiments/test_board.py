@@ -177,6 +177,28 @@ def test_a_new_claim_runs_at_once(
         template.write("my_idea", tmp_path)
 
 
+def test_the_quick_preset_takes_fewer_cases_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plugins, "_loaded", dict(plugins._loaded))
+    template.write("my_quick_idea", tmp_path)
+    path = tmp_path / "my_quick_idea.py"
+    path.write_text(path.read_text() + '\nQUICK = {"SEEDS": range(20)}\n')
+    loaded = template.load("my_quick_idea", tmp_path)
+    assert loaded is not None
+    store = RunStore(tmp_path / "runs")
+    counts = []
+    for quick in (True, False):
+        found = scoreboard.evaluate(loaded, store, quick=quick).outcome.part().evidence
+        counts.append(found.interval.count if found.interval else 0)
+    assert counts == [20, 24]
+    with pytest.raises(InputError, match="not published"):
+        Claims(action="run", preset="quick", publish=True).run()
+    with pytest.raises(InputError, match="goes with run"):
+        Claims(action="judge", preset="quick").run()
+
+
 @pytest.mark.parametrize("name", ["my idea", "1st", "class", "a/b", ""])
 def test_names_that_no_file_can_have_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no name of a Python file"):
