@@ -345,6 +345,9 @@ PARTS = (
     ),
 )
 
+# Fewer cases, for `claims run --preset quick`.
+QUICK = {"SEEDS": (0,), "TRAINED_SEEDS": tuple(range(10, 14))}
+
 CLAIM = Claim(
     id=11,
     name="lora-rank-threshold",

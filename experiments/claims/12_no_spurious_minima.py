@@ -167,6 +167,9 @@ PARTS = (
     ),
 )
 
+# Fewer cases, for `claims run --preset quick`.
+QUICK = {"LOSSES": ("logistic",), "SEEDS": range(3), "REAL_STEPS": 100}
+
 CLAIM = Claim(
     id=12,
     name="no-spurious-minima",

@@ -197,6 +197,9 @@ class _Scaled:
         return found[0] + 0.5 * more * float(z @ z), found[1] + more * z
 
 
+# Fewer cases, for `claims run --preset quick`.
+QUICK = {"SEEDS": range(2)}
+
 CLAIM = Claim(
     id=37,
     name="function-space-bound",
