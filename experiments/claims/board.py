@@ -36,7 +36,7 @@ def rows(own: Path | None = None) -> list[dict[str, Any]]:
             judged = None if outcome is None else outcome.part(part.name)
             row = {
                 "#": f"{claim.id}{part.name}",
-                "claim": part.title,
+                "claim": _title(claim, part),
                 "source": claim.source,
                 "on": part.on,
                 "condition": str(part.threshold),
@@ -50,6 +50,10 @@ def rows(own: Path | None = None) -> list[dict[str, Any]]:
                 row["own"] = f"{shown(found.evidence, part)}, {found.verdict.text}" if found else ""
             table.append(row)
     return table
+
+
+def _title(claim: Claim, part: Part) -> str:
+    return f"{claim.title}: {part.title}" if part.name else part.title
 
 
 def shown(evidence: Evidence, part: Part) -> str:

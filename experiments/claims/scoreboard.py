@@ -288,7 +288,7 @@ def _history(claim: Claim, outcome: Outcome) -> list[dict[str, Any]]:
     if document is None:
         return []
     old = document["outcome"]
-    parts = old.get("parts") or [{"name": "", **old}]  # as earlier versions kept a claim
+    parts = old.get("parts") or [{**old, "name": ""}]  # as earlier versions kept a claim
     entries = [
         {
             "name": part["name"],

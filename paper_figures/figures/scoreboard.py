@@ -33,7 +33,7 @@ VERDICTS = {
     "assumption_not_met": ("#CC79A7", "^"),
 }
 CONTROL = "#7A7A7A"
-FARTHEST = 1e6  # what is further is drawn there
+FARTHEST, BEST = 1e6, -3.0  # what is further on either side is drawn there
 
 
 def table(records: Sequence[Record]) -> pd.DataFrame:
@@ -45,6 +45,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
             threshold = part["threshold"]
             row: dict[str, Any] = {
                 "part": f"{outcome['id']}{part['name']}",
+                "claim": outcome["title"] if part["name"] else "",
                 "title": part["title"],
                 "on": part["on"],
                 "condition": _condition(threshold),
@@ -108,33 +109,38 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
-    """A line a part, from the first claim at the top."""
-    count = len(table)
-    figure = Figure(figsize=(PAGE_WIDTH, 0.9 + 0.155 * count), layout="constrained")
+    """A line a part, from the first claim at the top; the parts of one claim below its title."""
+    lines = _lines(table)
+    count = len(lines)
+    figure = Figure(figsize=(PAGE_WIDTH, 0.9 + 0.142 * count), layout="constrained")
     ax = figure.subplots()
     ax.axvspan(-FARTHEST * 10, 0, color="#F1F6F3", lw=0)
     ax.axvline(0, color="black", lw=0.8)
-    for y, row in enumerate(table.to_dict("records")):
+    for y, (_, row) in enumerate(lines):
+        if row is None:
+            continue
         colour, marker = VERDICTS[row["verdict"]]
-        for name, dy, ink, kind, filled in (
-            ("control", 0.0, CONTROL, "D", False),
-            ("passing", 0.0, CONTROL, "|", True),
-            ("evidence", 0.0, colour, marker, True),
+        for name, ink, kind, filled in (
+            ("control", CONTROL, "D", False),
+            ("passing", CONTROL, "|", True),
+            ("evidence", colour, marker, True),
         ):
             at = _seen(row[f"{name}_at"])
             if math.isnan(at):
                 continue
+            wide, size = (1.2, 4.0) if name == "evidence" else (0.8, 3.5)
             ends = _seen(row[f"{name}_left"]), _seen(row[f"{name}_right"])
-            ax.plot(ends, [y + dy] * 2, color=ink, lw=1.2 if name == "evidence" else 0.8)
-            ax.plot(at, y + dy, kind, color=ink, ms=4 if name == "evidence" else 3.5,
-                    mfc=ink if filled else "white", mew=0.8)  # fmt: skip
+            ax.plot(ends, [y] * 2, color=ink, lw=wide)
+            face = ink if filled else "white"
+            ax.plot(at, y, kind, color=ink, ms=size, mfc=face, mew=0.8)
     ax.set_xscale("symlog", linthresh=1.0)
-    ax.set_xlim(-3, FARTHEST * 1.6)
-    ticks = [-1, 0, 1, 10, 1e2, 1e4, 1e6]
+    ax.set_xlim(BEST * 1.1, FARTHEST * 1.6)
+    ticks = [BEST, -1, 0, 1, 10, 1e2, 1e4, 1e6]
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x)))
-    names = [f"{r['title']}  {r['part']}" for r in table.to_dict("records")]
-    ax.set_yticks(range(count), names)
+    ax.set_yticks(range(count), [text for text, _ in lines])
+    for label, (_, row) in zip(ax.get_yticklabels(), lines, strict=True):
+        label.set_fontweight("bold" if row is None else "normal")
     ax.set_ylim(count - 0.4, -0.6)
     ax.tick_params(axis="y", length=0, labelsize=6)
     ax.grid(axis="y", visible=False)
@@ -152,11 +158,25 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     return figure
 
 
+def _lines(table: pd.DataFrame) -> list[tuple[str, dict[str, Any] | None]]:
+    """Label and row of each line; a claim of several parts has its title in a line of its own."""
+    lines: list[tuple[str, dict[str, Any] | None]] = []
+    before = ""
+    for row in table.to_dict("records"):
+        if row["claim"] and row["claim"] != before:
+            lines.append((f"{row['claim']}    ", None))
+        before = row["claim"]
+        lines.append((f"{row['title']}  {row['part']}", row))  # type: ignore[arg-type]
+    return lines
+
+
 def _seen(at: float) -> float:
-    return float(np.clip(at, -FARTHEST, FARTHEST)) if at == at else at
+    return float(np.clip(at, BEST, FARTHEST)) if at == at else at
 
 
 def _tick(x: float) -> str:
+    if x == BEST:
+        return f"{x:g} or less"
     if abs(x) < 100:
         return f"{x:g}"
     return rf"$10^{{{round(math.log10(abs(x)))}}}$" + (" or more" if x >= FARTHEST else "")
@@ -189,4 +209,4 @@ def _words(verdict: str, count: int) -> str:
     plural = {"holds": "hold", "fails": "fail", "inconclusive": "are inconclusive"}
     single = {"holds": "holds", "fails": "fails", "inconclusive": "is inconclusive"}
     words = (single if count == 1 else plural).get(verdict)
-    return words or f"with an assumption that {'was' if count == 1 else 'were'} not met"
+    return words or "whose assumptions were not met"

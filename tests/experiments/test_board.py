@@ -133,6 +133,7 @@ def test_a_result_of_an_earlier_form_becomes_history(claim: Claim, tmp_path: Pat
     path = scoreboard.result_path(claim)
     old = {
         "id": 90,
+        "name": "two-parts",
         "threshold": {"op": "within", "value": [0.0, 1.0], "description": "ratio"},
         "evidence": {"value": 0.5},
         "control": {"value": 0.7},
@@ -144,6 +145,25 @@ def test_a_result_of_an_earlier_form_becomes_history(claim: Claim, tmp_path: Pat
     scoreboard.keep(claim, scoreboard.evaluate(claim, RunStore(tmp_path / "runs")))
     (entry,) = scoreboard.history(claim)
     assert entry["commit"] == "abc" and entry["parts"][0]["condition"] == "ratio within [0, 1]"
+    assert entry["parts"][0]["name"] == ""
+
+
+def test_a_result_of_an_earlier_form_that_says_the_same_is_no_history(
+    claim: Claim, tmp_path: Path
+) -> None:
+    one = replace(
+        claim, parts=(), threshold=BELOW, measure=lambda prediction: Evidence(0.5),
+        negative_control=lambda prediction: Evidence(9.0),
+        passing_control=lambda prediction: Evidence(0.0),
+    )  # fmt: skip
+    old = {
+        "id": 90, "name": "two-parts", "verdict": "holds", "evidence": {"value": 0.4},
+        "control": {"value": 8.0}, "threshold": dict(vars(BELOW)),
+    }  # fmt: skip
+    path = scoreboard.result_path(one)
+    path.write_text(json.dumps(scoreboard.sealed({"outcome": old, "project": {}})))
+    scoreboard.keep(one, scoreboard.evaluate(one, RunStore(tmp_path / "runs")))
+    assert scoreboard.history(one) == []
 
 
 def test_the_list_fits_80_columns(claim: Claim, capsys: pytest.CaptureFixture[str]) -> None:

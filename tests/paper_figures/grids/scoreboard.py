@@ -56,6 +56,5 @@ def grid() -> Grid:
 def caption(table: pd.DataFrame) -> str:
     """A piece of the figure's caption."""
     return (
-        "5 parts: 2 hold, 1 fails, 1 is inconclusive, 1 with an assumption that was not met. Each "
-        "number"
+        "5 parts: 2 hold, 1 fails, 1 is inconclusive, 1 whose assumptions were not met. Each number"
     )
