@@ -144,7 +144,7 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     ax.set_ylim(count - 0.4, -0.6)
     ax.tick_params(axis="y", length=0, labelsize=6)
     ax.grid(axis="y", visible=False)
-    ax.set_xlabel("distance beyond the threshold, in bounds (left of 0: the good side)")
+    ax.set_xlabel("beyond the threshold, in bounds (left of 0: good)")
     handles = [
         Line2D([], [], color=c, marker=m, lw=1.2, ms=4, label=v.replace("_", " "))
         for v, (c, m) in VERDICTS.items()
@@ -175,8 +175,6 @@ def _seen(at: float) -> float:
 
 
 def _tick(x: float) -> str:
-    if x == BEST:
-        return f"{x:g} or less"
     if abs(x) < 100:
         return f"{x:g}"
     return rf"$10^{{{round(math.log10(abs(x)))}}}$" + (" or more" if x >= FARTHEST else "")
