@@ -161,6 +161,7 @@ def _said(delta: str) -> Evidence:
     )
 
 
+@cache
 def _far(decay: float) -> Evidence:
     """The same of LoRA with another weight decay, which holds the minimisers less near, or more."""
     import math
