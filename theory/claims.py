@@ -86,6 +86,11 @@ class Threshold:
                 "pair (low, high), the others one number"
             )
         plain_bounds = tuple(float(bound) for bound in bounds)
+        if any(map(math.isnan, plain_bounds)) or list(plain_bounds) != sorted(plain_bounds):
+            raise InputError(
+                f"threshold {self.op!r} has the value {self.value!r}, which no number can meet; "
+                "expected a number, or the lower bound before the upper one"
+            )
         object.__setattr__(self, "value", plain_bounds if self.op == "within" else plain_bounds[0])
 
     def passes(self, value: float) -> bool:

@@ -25,14 +25,14 @@ class Judge:
     The file says who is compared, on what, by how much, and what is to be equal:
 
         id = 951
-        name = "lora-beats-bitfit"
+        name = "lora-beats-bitfit"      # letters, digits, - and _
         title = "LoRA beats BitFit by a point"
         statement = "At equal steps and tuned rates LoRA is at least a point more accurate"
         source = "Authors, venue, year, table"
         first = "lora:rank=8"
         second = "bitfit"
         relation = "higher"             # or "equivalent"
-        by = 0.01                       # what the difference is to exceed, or the margin
+        by = 0.01                       # what it is to exceed, or the margin; above 0
         tasks = ["movie", "trec6", "rt"]
         seeds = 5
         equal = "steps"                 # or "parameters", or "time"
