@@ -189,13 +189,12 @@ def judge(claim: Claim, records: Records | None = None) -> Outcome:
     found = []
     for part in claim.parts:
         passing = None if part.passing_control is None else part.passing_control(prediction, *given)
-        found.append(
-            (
-                part.measure(prediction, *given),
-                part.negative_control(prediction, *given),
-                passing,
-            )
-        )
+        pieces = part.measure(prediction, *given), part.negative_control(prediction, *given)
+        for name, piece in zip(("measure", "negative_control"), pieces, strict=True):
+            _require_evidence(claim, name, piece)
+        if part.passing_control is not None:
+            _require_evidence(claim, "passing_control", passing)
+        found.append((*pieces, passing))
     return Outcome(
         id=claim.id,
         name=claim.name,
@@ -206,6 +205,14 @@ def judge(claim: Claim, records: Records | None = None) -> Outcome:
         prediction=prediction,
         parts=judgements(claim.parts, found),
     )
+
+
+def _require_evidence(claim: Claim, name: str, piece: object) -> None:
+    if not isinstance(piece, Evidence):
+        raise InputError(
+            f"{name} of claim {claim.id} gives a {type(piece).__name__}; expected an Evidence, "
+            "such as Evidence.mean(values, unit) or Evidence(value)"
+        )
 
 
 def judgements(

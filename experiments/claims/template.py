@@ -6,6 +6,7 @@ after another.
 
 from __future__ import annotations
 
+import importlib.util
 import keyword
 from pathlib import Path
 
@@ -144,6 +145,11 @@ def write(name: str, folder: Path) -> list[Path]:
     there = [file for file in texts if (folder / file).exists()]
     if there or name in {claim.name for claim in known.values()}:
         raise InputError(f"{', '.join(there) or name} is there already; choose another name")
+    if importlib.util.find_spec(name) is not None:
+        raise InputError(
+            f"{name!r} is the name of a Python package, which a file {name}.py would hide; choose "
+            "another name"
+        )
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8")
     return [folder / file for file in texts]
