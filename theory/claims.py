@@ -88,10 +88,10 @@ class Threshold:
                 "pair (low, high), the others one number"
             )
         plain_bounds = tuple(float(bound) for bound in bounds)
-        if any(map(math.isnan, plain_bounds)) or list(plain_bounds) != sorted(plain_bounds):
+        if plain_bounds[0] > plain_bounds[-1]:
             raise InputError(
                 f"threshold {self.op!r} has the value {self.value!r}, which no number can meet; "
-                "expected a number, or the lower bound before the upper one"
+                "expected the lower bound before the upper one"
             )
         object.__setattr__(self, "value", plain_bounds if self.op == "within" else plain_bounds[0])
 

@@ -15,6 +15,7 @@ from deltacontrol.theory import plugins
 from deltacontrol.theory.claims import Claim
 from deltacontrol.theory.errors import InputError
 
+LONGEST = 60  # letters of a name
 FIRST = 900  # numbers of users' claims begin behind it
 
 CLAIM = '''"""A claim of your own: {title}. Change one thing after another, and run it in between.
@@ -132,7 +133,7 @@ def write(name: str, folder: Path) -> list[Path]:
     Raises:
         InputError: the name is no name of a Python module, or a file is there already.
     """
-    if not name.isidentifier() or keyword.iskeyword(name):
+    if not name.isidentifier() or keyword.iskeyword(name) or len(name) > LONGEST:
         raise InputError(f"{name!r} is no name of a Python file; take one such as my_idea")
     known = scoreboard.available()
     number = max([FIRST, *(i for i in known if i > FIRST)]) + 1
@@ -162,7 +163,11 @@ def load(name: str, folder: Path = Path()) -> Claim | None:
         InputError: the file cannot be run, or defines no claim.
     """
     file = folder / f"{name.removesuffix('.py')}.py"
-    if not file.is_file():
+    try:
+        there = file.is_file()
+    except OSError:  # a name that no file can have
+        there = False
+    if not there:
         return None
     claim = getattr(plugins.load(file), "CLAIM", None)
     if not isinstance(claim, Claim):

@@ -274,7 +274,7 @@ def test_a_package_is_not_hidden_by_a_new_claim(tmp_path: Path) -> None:
         template.write("numpy", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["my idea", "1st", "class", "a/b", ""])
+@pytest.mark.parametrize("name", ["my idea", "1st", "class", "a/b", "", "a" * 300])
 def test_names_that_no_file_can_have_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no name of a Python file"):
         template.write(name, tmp_path)
