@@ -13,6 +13,7 @@ The module does not import torch.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -28,6 +29,7 @@ Prediction = Mapping[str, Any]
 Records = Callable[[Any], Any]  # from an experiment to its record
 Measurement = Callable[..., Evidence]
 Ground = Literal["exact problem", "random network", "real model, untrained", "real fine-tuning"]
+_NAME = re.compile(r"\w[\w-]{0,79}")
 GROUNDS: tuple[str, ...] = get_args(Ground)
 
 _OPERATORS: dict[str, Callable[[float, Any], bool]] = {
@@ -86,6 +88,11 @@ class Threshold:
                 "pair (low, high), the others one number"
             )
         plain_bounds = tuple(float(bound) for bound in bounds)
+        if plain_bounds[0] > plain_bounds[-1]:
+            raise InputError(
+                f"threshold {self.op!r} has the value {self.value!r}, which no number can meet; "
+                "expected the lower bound before the upper one"
+            )
         object.__setattr__(self, "value", plain_bounds if self.op == "within" else plain_bounds[0])
 
     def passes(self, value: float) -> bool:
@@ -174,7 +181,7 @@ class Claim:
         on: see `Part`.
 
     Raises:
-        InputError: it has no part, or two of one name.
+        InputError: it has no part, or two of one name, or its own name is none of a file.
     """
 
     id: int
@@ -194,7 +201,12 @@ class Claim:
     on: Ground = "exact problem"
 
     def __post_init__(self) -> None:
-        """Make the one part, and check that names are unique."""
+        """Make the one part, and check the names."""
+        if not _NAME.fullmatch(self.name):
+            raise InputError(
+                f"the name of claim {self.id} is {self.name!r}, which names files; expected at "
+                "most 80 letters, digits, - and _, such as my-idea"
+            )
         if not self.parts:
             one = self.threshold, self.measure, self.negative_control
             if any(piece is None for piece in one):

@@ -15,6 +15,7 @@ A part of a claim is judged in steps that never look ahead:
    a number is no number, or the measured one is infinite     ``inconclusive``
    the control's interval is not wholly on the bad side       ``inconclusive``
    the passing case's interval is not wholly on the good one  ``inconclusive``
+   a number is on another side than its interval              ``inconclusive``
    no such case is known                                      ``inconclusive``
    the measured interval is wholly on the good side           ``holds``
    the measured interval is wholly on the bad side            ``fails``
@@ -42,6 +43,8 @@ from deltacontrol.theory.errors import InputError, unknown
 from deltacontrol.theory.evidence import CONFIDENCE, Evidence, plain
 
 __all__ = ["Judgement", "Outcome", "holm", "judge", "judgements", "needed", "verdict_of"]
+
+FARTHEST = 1e6  # half widths of an interval to a bound, beyond which no number of units is named
 
 
 @dataclass(frozen=True)
@@ -186,13 +189,12 @@ def judge(claim: Claim, records: Records | None = None) -> Outcome:
     found = []
     for part in claim.parts:
         passing = None if part.passing_control is None else part.passing_control(prediction, *given)
-        found.append(
-            (
-                part.measure(prediction, *given),
-                part.negative_control(prediction, *given),
-                passing,
-            )
-        )
+        pieces = part.measure(prediction, *given), part.negative_control(prediction, *given)
+        for name, piece in zip(("measure", "negative_control"), pieces, strict=True):
+            _require_evidence(claim, name, piece)
+        if part.passing_control is not None:
+            _require_evidence(claim, "passing_control", passing)
+        found.append((*pieces, passing))
     return Outcome(
         id=claim.id,
         name=claim.name,
@@ -203,6 +205,14 @@ def judge(claim: Claim, records: Records | None = None) -> Outcome:
         prediction=prediction,
         parts=judgements(claim.parts, found),
     )
+
+
+def _require_evidence(claim: Claim, name: str, piece: object) -> None:
+    if not isinstance(piece, Evidence):
+        raise InputError(
+            f"{name} of claim {claim.id} gives a {type(piece).__name__}; expected an Evidence, "
+            "such as Evidence.mean(values, unit) or Evidence(value)"
+        )
 
 
 def judgements(
@@ -271,19 +281,25 @@ def verdict_of(
         return unsure, f"the measurement gave {evidence.value:.3g}"
     if math.isnan(control.value):
         return unsure, "the negative control gave no number"
-    if threshold.side(*control.bounds()) != "bad":
+    if _side(threshold, control) != "bad":
         told = "passes too" if threshold.passes(control.value) else "cannot be told from passing"
         return unsure, f"the negative control {told} ({control.text}): the check has no power"
     if passing is None:
         return unsure, "no case is known in which the negative control passes"
-    if threshold.side(*passing.bounds()) != "good":
+    if _side(threshold, passing) != "good":
         reason = f"the control does not pass where it should ({passing.text}): it may never pass"
         return unsure, reason
-    side = threshold.side(*evidence.bounds(confidence))
-    told = f"measured {evidence.text}, required {threshold}"
+    side = _side(threshold, evidence, confidence)
+    told = f"measured {evidence.text_at(confidence)}, required {threshold}"
     if side == "both":
         return unsure, f"{told}{needed(threshold, evidence, confidence)}"
     return (Verdict.HOLDS if side == "good" else Verdict.FAILS), told
+
+
+def _side(threshold: Threshold, evidence: Evidence, confidence: float = CONFIDENCE) -> str:
+    """On which side a number lies with its whole interval, which need not contain it."""
+    side = threshold.side(*evidence.bounds(confidence))
+    return side if side == threshold.side(evidence.value, evidence.value) else "both"
 
 
 def needed(threshold: Threshold, evidence: Evidence, confidence: float = CONFIDENCE) -> str:
@@ -295,7 +311,12 @@ def needed(threshold: Threshold, evidence: Evidence, confidence: float = CONFIDE
     half = max(high - evidence.value, evidence.value - low)
     if not distance > 0 or not math.isfinite(half):
         return "; no number of units would decide at this value"
-    count = math.ceil(evidence.interval.count * (half / distance) ** 2)
+    times = half / distance
+    if not times < FARTHEST:
+        return "; no number of units would decide at this value"
+    count = math.ceil(evidence.interval.count * times**2)
+    if count <= evidence.interval.count:  # the number is beside its own interval
+        return ""
     return f"; about {count} of the unit {evidence.interval.unit!r} would decide"
 
 

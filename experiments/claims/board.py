@@ -48,6 +48,8 @@ def rows(own: Path | None = None) -> list[dict[str, Any]]:
             if own is not None:
                 found = None if mine is None else mine.part(part.name)
                 row["own"] = f"{shown(found.evidence, part)}, {found.verdict.text}" if found else ""
+                if found and scoreboard.is_quick(claim, own):
+                    row["own"] += ", quick"
             table.append(row)
     return table
 
@@ -126,7 +128,8 @@ def latex() -> str:
     import pandas as pd
 
     table = pd.DataFrame(_committed())
-    escape = {"#": r"\#", "%": r"\%", "&": r"\&", "_": r"\_", "^": r"\^{}"}
+    escape = {"#": r"\#", "%": r"\%", "&": r"\&", "_": r"\_", "^": r"\^{}", "$": r"\$",
+              "{": r"\{", "}": r"\}", "~": r"\~{}", "\\": r"\textbackslash{}"}  # fmt: skip
     for name in table:
         table[name] = [_escaped(str(value), escape) for value in table[name]]
     table.columns = [_escaped(str(name), escape) for name in table.columns]
@@ -230,6 +233,8 @@ def page_of(claim: Claim, folder: Path | None = None) -> str:
     document = scoreboard.document_of(claim, folder) or {}
     commit = document.get("project", {}).get("commit")
     protocol = document.get("protocol")
+    if "preset" in document:
+        lines.append(f"  preset            {document['preset']}: fewer cases, a weaker verdict")
     if protocol:
         lines.append(f"  check as of       commit {protocol[:12]}")
     if commit:

@@ -43,10 +43,17 @@ def available() -> dict[int, Claim]:
     """All claims by number, users' own among them.
 
     Raises:
-        InputError: a user's claim has the number of another one.
+        InputError: a user's claim has the number or the name of another one.
     """
     added = ((f"{c.id:04d}", c) for _, c in plugins.values("CLAIM"))
     found = plugins.merged("claim", {f"{n:04d}": c for n, c in _own().items()}, added)
+    names: dict[str, Claim] = {}
+    for claim in found.values():
+        if names.setdefault(claim.name, claim) is not claim:
+            raise InputError(
+                f"claims {names[claim.name].id} and {claim.id} have one name, {claim.name!r}; give "
+                "yours another one"
+            )
     return {claim.id: claim for claim in found.values()}
 
 
@@ -128,17 +135,29 @@ def evaluate(claim: Claim, store: RunStore, *, quick: bool = False) -> Judged:
     with _sizes(claim) if quick else nullcontext():
         if claim.runs is not None:
             _train(claim, store)
-        return _judged(claim, store, began, worked)
+        found = _judged(claim, store, began, worked)
+    if not (quick and quick_sizes(claim)):
+        return found
+    return replace(found, provenance={**found.provenance, "preset": "quick"})
+
+
+def quick_sizes(claim: Claim) -> dict[str, Any]:
+    """The constants of the quick preset by name; empty where a claim has none."""
+    return dict(getattr(_module(claim), "QUICK", {}))
+
+
+def _module(claim: Claim) -> Any:
+    module: Any = sys.modules[claim.predict.__module__]
+    for part in claim.parts:  # `predict` may be of another module, such as `dict`
+        found = getattr(getattr(part.measure, "func", part.measure), "__module__", "")
+        module = sys.modules.get(found, module)
+    return module
 
 
 @contextmanager
 def _sizes(claim: Claim) -> Iterator[None]:
     """The constants of the quick preset in the place of the claim's own, inside."""
-    module: Any = sys.modules[claim.predict.__module__]
-    for part in claim.parts:  # `predict` may be of another module, such as `dict`
-        found = getattr(getattr(part.measure, "func", part.measure), "__module__", "")
-        module = sys.modules.get(found, module)
-    chosen = getattr(module, "QUICK", {})
+    module, chosen = _module(claim), quick_sizes(claim)
     unknown_names = [name for name in chosen if not hasattr(module, name)]
     if unknown_names:
         raise InputError(f"QUICK of claim {claim.id} names {unknown_names[0]}, which is not there")
@@ -184,8 +203,19 @@ def rejudge(claim: Claim, store: RunStore) -> Judged:
 
 
 def keep(claim: Claim, judged: Judged, folder: Path | None = None) -> Path:
-    """Write a result, among the committed ones unless a folder is given; returns its file."""
+    """Write a result, among the committed ones unless a folder is given; returns its file.
+
+    One by fewer cases does not take the place of a user's full one, which stays beside it with the
+    ending ``.paper.json``.
+    """
     path = result_path(claim, folder)
+    if "preset" in judged.provenance and path.exists():
+        try:
+            full = not is_quick(claim, folder)
+        except InputError:  # damaged, and perhaps worth mending
+            full = True
+        if full:
+            path.replace(path.with_suffix(".paper.json"))
     own = {name: value for name, value in judged.provenance.items() if name != "history"}
     known = _history(claim, judged.outcome) if folder is None else []
     if known:
@@ -196,6 +226,11 @@ def keep(claim: Claim, judged: Judged, folder: Path | None = None) -> Path:
     temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
     return path
+
+
+def is_quick(claim: Claim, folder: Path | None) -> bool:
+    """Whether the kept result is one of the quick preset, by fewer cases."""
+    return (document_of(claim, folder) or {}).get("preset") == "quick"
 
 
 def publish(claim: Claim, judged: Judged, store: RunStore) -> None:

@@ -6,6 +6,7 @@ after another.
 
 from __future__ import annotations
 
+import importlib.util
 import keyword
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from deltacontrol.theory import plugins
 from deltacontrol.theory.claims import Claim
 from deltacontrol.theory.errors import InputError
 
+LONGEST = 60  # letters of a name
 FIRST = 900  # numbers of users' claims begin behind it
 
 CLAIM = '''"""A claim of your own: {title}. Change one thing after another, and run it in between.
@@ -131,7 +133,7 @@ def write(name: str, folder: Path) -> list[Path]:
     Raises:
         InputError: the name is no name of a Python module, or a file is there already.
     """
-    if not name.isidentifier() or keyword.iskeyword(name):
+    if not name.isidentifier() or keyword.iskeyword(name) or len(name) > LONGEST:
         raise InputError(f"{name!r} is no name of a Python file; take one such as my_idea")
     known = scoreboard.available()
     number = max([FIRST, *(i for i in known if i > FIRST)]) + 1
@@ -144,6 +146,11 @@ def write(name: str, folder: Path) -> list[Path]:
     there = [file for file in texts if (folder / file).exists()]
     if there or name in {claim.name for claim in known.values()}:
         raise InputError(f"{', '.join(there) or name} is there already; choose another name")
+    if importlib.util.find_spec(name) is not None:
+        raise InputError(
+            f"{name!r} is the name of a Python package, which a file {name}.py would hide; choose "
+            "another name"
+        )
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8")
     return [folder / file for file in texts]
@@ -156,7 +163,11 @@ def load(name: str, folder: Path = Path()) -> Claim | None:
         InputError: the file cannot be run, or defines no claim.
     """
     file = folder / f"{name.removesuffix('.py')}.py"
-    if not file.is_file():
+    try:
+        there = file.is_file()
+    except OSError:  # a name that no file can have
+        there = False
+    if not there:
         return None
     claim = getattr(plugins.load(file), "CLAIM", None)
     if not isinstance(claim, Claim):

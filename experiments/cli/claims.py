@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,9 @@ class Claims:
         which: Numbers or names of claims, and of new ones the name; none means all. A name may be
             that of a file of yours here, without .py.
         runs: Your folder of runs; what run measures is kept in its folder claims.
-        preset: With run: paper is what is published; quick takes fewer cases, minutes in all, and
-            its verdicts are weaker.
+        preset: With run: paper is what is published; quick takes fewer cases where a claim has
+            sizes for it, and its verdicts are weaker; a result says that it is quick, and a full
+            one of yours stays beside it.
         format: With list: text for the terminal, or the committed board as Markdown, as an HTML
             page, as a LaTeX table, or as CSV.
         publish: With judge or run, from a clean checkout only: put the results, and the records
@@ -77,6 +79,11 @@ class Claims:
             raise InputError("--preset quick goes with run, and is not published: it is weaker")
         if self.format != "text" and self.action != "list":
             raise InputError(f"--format {self.format} goes with list: the board has such a form")
+        if self.format != "text" and self.which:
+            raise InputError(
+                f"--format {self.format} gives the whole board; leave out {' '.join(self.which)}, "
+                "or use claims show"
+            )
         if self.action == "new":
             return self._new()
         chosen = [_chosen(text) for text in self.which]
@@ -125,7 +132,19 @@ class Claims:
 
     def _judged(self, claim: Claim, store: RunStore) -> scoreboard.Judged:
         if self.action == "run":
-            found = scoreboard.evaluate(claim, store, quick=self.preset == "quick")
+            quick = self.preset == "quick"
+            if quick and not scoreboard.quick_sizes(claim):
+                print(f"claim {claim.id} has no quick sizes: it is measured in full")
+            try:
+                found = scoreboard.evaluate(claim, store, quick=quick)
+            except (InputError, OSError):
+                raise
+            except Exception as error:  # in the code of the claim, which may be a user's
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                raise InputError(
+                    f"cannot be measured: {type(error).__name__}: {error}, in line {last.lineno} "
+                    f"of {Path(last.filename).name}"
+                ) from error
             folder = store.root / scoreboard.CLAIMS
             scoreboard.keep(claim, found, folder)
             print(board.page_of(claim, folder))
@@ -174,7 +193,7 @@ class Claims:
 
 def _chosen(text: str) -> Claim:
     """The claim of a number or a name, or of a file here of that name."""
-    if text.isdecimal():
+    if text.isdecimal() and len(text) < 10:
         return scoreboard.find(int(text))
     named = {claim.name: claim for claim in scoreboard.available().values()}
     if text in named:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from deltacontrol.experiments.measures.paired import Difference, paired
+from deltacontrol.experiments.measures.paired import Difference, paired, require_margin
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.theory.errors import InputError
@@ -47,6 +47,8 @@ class Contestant:
             raise InputError(
                 f"{text!r}: {rate!r} is no learning rate; expected one such as lora@1e-3"
             ) from None
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{text!r}: the learning rate is {rate}; expected a positive number")
         deltas = tuple(body.split())
         if not deltas:
             raise InputError(f"{text!r} names no delta; expected one such as lora:rank=8")
@@ -61,14 +63,16 @@ class Compare:
     not repeated, and what is missing runs in as many processes as there are cores. Differences are
     paired by task and seed, with a 95 % interval over tasks (over seeds where there is one task).
     Where it is told neither that one is higher nor that both are equivalent within the margin, the
-    command says about how many more tasks or seeds would do.
+    command says about how many tasks or seeds in all would do. Every pair is told by itself,
+    without a correction for the number of pairs.
 
     A contestant is one argument: a delta, or several in quotes, with a learning rate behind @ if
     it is to have another one than the recorded or default one.
 
     With --measure dimension it is the dimension of a random subspace of each delta's parameters
     that reaches 90 % of that delta's own score, as `deltacontrol dimension --baseline delta`
-    searches it; ratios are compared, and the margin is that of log10 d.
+    searches it; ratios are compared over the draws of these searches, and the margin is that of
+    log10 d. A search takes two to five seeds, whatever --seeds says beyond.
 
     For example
 
@@ -133,7 +137,16 @@ class Compare:
                 f"seeds is {self.seeds} and tasks {self.tasks}; expected at least one seed, and "
                 "different tasks"
             )
+        require_margin(self.margin)
+        if self.measure == "score" and self.seeds * len(self.tasks) < 2:
+            raise InputError("one seed of one task has no interval; take two seeds, or two tasks")
         chosen = [Contestant.parse(text) for text in self.contestants]
+        for c in chosen if self.measure == "dimension" else ():
+            if len(c.deltas) != 1 or c.rate is not None or self.tune:
+                raise InputError(
+                    f"{c.text!r}: a dimension is searched for one delta, with rates of its own; "
+                    "leave out further deltas, @ and --tune"
+                )
         if self.measure == "dimension":
             differences = self._dimensions(chosen)
         else:
@@ -141,6 +154,11 @@ class Compare:
         table = rows(differences)
         for line in lines(differences):
             print(line)
+        if len(differences) > 1:
+            print(
+                f"{len(differences)} pairs, each told at 95 %: of pairs that do not differ, up to "
+                f"{0.05 * len(differences):.2g} are expected to be told apart by chance"
+            )
         for path, text in ((self.csv, table.to_csv(index=False)),
                            (self.latex, table.to_latex(index=False, float_format="%.3g",
                                                        escape=True))):  # fmt: skip
@@ -240,10 +258,6 @@ class Compare:
 
         store, logs = RunStore(self.runs), {}
         for c in chosen:
-            if len(c.deltas) != 1 or c.rate is not None:
-                raise InputError(
-                    f"{c.text!r}: a dimension is searched for one delta, with rates of its own"
-                )
             for task in self.tasks:
                 search = FineTuningDimension(
                     model=self.model, task=task, method="did", delta=c.deltas[0],
@@ -263,8 +277,14 @@ class Compare:
                 both = [logs[a, t] - logs[b, t] for t in self.tasks]
             size = min(map(len, both))
             mean = np.mean([d[:size] for d in both], axis=0)
+            open_draws = int(np.isnan(mean).sum())  # each could be anything: at both ends
+            ends = np.repeat([-np.inf, np.inf], open_draws)
             evidence = Evidence.of_draws(
-                float(np.nanmedian(mean)), mean, "draw", size, details={"tasks": list(self.tasks)}
+                float(np.nanmedian(mean)) if open_draws < size else math.nan,
+                np.concatenate([mean[~np.isnan(mean)], ends]),
+                "draw",
+                size,
+                details={"tasks": list(self.tasks)},
             )
             found.append(Difference(a, b, evidence, self.margin, "log10 of the dimension"))
         return found

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tyro
 
+from deltacontrol.experiments import tasks
 from deltacontrol.experiments.claims import board, scoreboard
 from deltacontrol.experiments.measures.court import Statement
 from deltacontrol.experiments.runs import provenance
@@ -25,14 +26,14 @@ class Judge:
     The file says who is compared, on what, by how much, and what is to be equal:
 
         id = 951
-        name = "lora-beats-bitfit"
+        name = "lora-beats-bitfit"      # letters, digits, - and _
         title = "LoRA beats BitFit by a point"
         statement = "At equal steps and tuned rates LoRA is at least a point more accurate"
         source = "Authors, venue, year, table"
         first = "lora:rank=8"
         second = "bitfit"
         relation = "higher"             # or "equivalent"
-        by = 0.01                       # what the difference is to exceed, or the margin
+        by = 0.01                       # what it is to exceed, or the margin; above 0
         tasks = ["movie", "trec6", "rt"]
         seeds = 5
         equal = "steps"                 # or "parameters", or "time"
@@ -74,6 +75,10 @@ class Judge:
         statement = Statement.read(self.file)
         if statement.id in scoreboard.available():
             raise InputError(f"id {statement.id} is that of another claim; choose another number")
+        if statement.name in {claim.name for claim in scoreboard.available().values()}:
+            raise InputError(f"name {statement.name} is that of another claim; choose another one")
+        for task in statement.tasks:
+            tasks.load(task)  # a missing one is told before the first training
         store, searches = both_homes(self.runs), statement.searches()
         there = sum(record is not None for record in store.lookup(searches))
         cells = len(statement.tasks) * statement.seeds

@@ -3,14 +3,14 @@
 A statement is a TOML file:
 
     id = 951                        # a number above 900, of your own
-    name = "lora-beats-bitfit"
+    name = "lora-beats-bitfit"      # letters, digits, - and _: it names the file of the result
     title = "LoRA beats BitFit by a point"
     statement = "At equal steps and tuned rates LoRA is at least a point more accurate"
     source = "Authors, venue, year, table"
-    first = "lora:rank=8"           # contestants, as `deltacontrol compare` takes them
+    first = "lora:rank=8"           # a delta, or several with spaces between; rates are tuned
     second = "bitfit"
     relation = "higher"             # or "equivalent"
-    by = 0.01                       # δ: of the difference, or the margin of equivalence
+    by = 0.01                       # δ, above 0: of the difference, or the margin of equivalence
     tasks = ["movie", "trec6", "rt"]
     seeds = 5
     equal = "steps"                 # or "parameters", or "time"
@@ -22,7 +22,8 @@ How it is judged. The number is the mean over tasks of the paired difference of 
 Student's interval over tasks (over seeds, where there is one task). "higher": the whole interval is
 above δ. "equivalent": it is within ±δ.
 
-Assumptions as code: no chosen rate is at an end of its grid; with ``equal`` the trained parameters,
+Assumptions as code: no chosen rate is at an end of its grid; the differences that give the interval
+are not all the same, from which no spread can be told; with ``equal`` the trained parameters,
 or the seconds of a training, differ by a quarter at most.
 
 Negative control. "higher": the contestants do not differ, the second one is compared with itself,
@@ -33,6 +34,7 @@ seeds.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 FIRST_NUMBER = 900
 ALIKE = 1.25  # factor between parameters, or seconds, that count as equal
 METRICS = ("accuracy", "pearson")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
+_MANY = 10**9
 Relation = Literal["higher", "equivalent"]
 Equal = Literal["steps", "parameters", "time"]
 
@@ -74,7 +78,7 @@ class Statement:
     steps: int = 100
     batch_size: int = 16
     max_length: int = 64
-    eval_limit: int | None = 1000
+    eval_limit: int = 1000
 
     def __post_init__(self) -> None:
         """Check what can be checked before any training.
@@ -90,18 +94,49 @@ class Statement:
         for name in ("name", "title", "statement", "source", "first", "second", "model"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise InputError(f"{name} is {getattr(self, name)!r}; expected a text")
-        if self.first == self.second:
+        if not _NAME.fullmatch(self.name):
+            raise InputError(
+                f"name is {self.name!r}, which names the file of the result; expected at most 80 "
+                "letters a to z, digits, - and _, such as lora-beats-bitfit"
+            )
+        if self.id >= 10**9:
+            raise InputError(f"id is above {10**9}; expected a shorter number")
+        for name in ("first", "second"):
+            text = getattr(self, name)
+            if not text.split() or "@" in text:
+                raise InputError(
+                    f"{name} is {text!r}; expected deltas such as lora:rank=8, without a learning "
+                    "rate: it is tuned"
+                )
+        if self.first.split() == self.second.split():
             raise InputError(f"first and second are both {self.first!r}; expected different ones")
         tasks = self.tasks
-        if not isinstance(tasks, list | tuple) or not tasks or len(set(tasks)) < len(tasks):
+        if (
+            not isinstance(tasks, list | tuple)
+            or not tasks
+            or not all(isinstance(task, str) for task in tasks)
+            or len(set(tasks)) < len(tasks)
+        ):
             raise InputError(f"tasks is {tasks!r}; expected a list of different tasks")
         object.__setattr__(self, "tasks", tuple(tasks))
         if isinstance(self.by, bool) or not isinstance(self.by, int | float):
             raise InputError(f"by is {self.by!r}; expected a number, such as 0.01")
-        if self.relation == "equivalent" and not self.by > 0:
-            raise InputError(f"by is {self.by}; a margin of equivalence is positive")
-        if not isinstance(self.seeds, int) or self.seeds < 2:
-            raise InputError(f"seeds is {self.seeds!r}; expected a whole number, of at least 2")
+        if not 0 < self.by < 1:
+            raise InputError(
+                f"by is {self.by}; expected a number above 0 and below 1, such as 0.01: equal "
+                "contestants must lie wholly below it, or the control has no power, and scores do "
+                "not differ by more"
+            )
+        for name, least, most in (("seeds", 2, 1000), ("steps", 2, _MANY),
+                                  ("batch_size", 1, _MANY), ("max_length", 1, _MANY),
+                                  ("eval_limit", 1, _MANY)):  # fmt: skip
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or not least <= value <= most:
+                raise InputError(
+                    f"{name} is {value!r}; expected a whole number, of at least {least} and at "
+                    f"most {most}"
+                )
 
     @classmethod
     def read(cls, path: Path) -> Statement:
@@ -217,11 +252,13 @@ class _Court:
         s = self.statement
         first, second = (self._scores(records, c) for c in (s.first, s.second))
         more, sizes = self._alike(records)
+        pairs = paired(("first", "second"), first, second, margin=1.0, quantity="score")
+        spread = {"the differences are not all the same": not pairs.flat}
         rates_inside = {"no chosen rate is at an end of its grid": not self.at_end}
         return self._evidence(
             first,
             second,
-            assumptions=rates_inside | sizes,
+            assumptions=rates_inside | sizes | spread,
             details=more | {"rates at an end": list(self.at_end)},
             note=f"{s.model}, {s.steps} steps, rates tuned on validation rows",
         )

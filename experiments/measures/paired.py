@@ -5,6 +5,9 @@ a_{ts} - b_{ts} over the seeds that both have. The unit of replication is the ta
 two or more, else the seed; the interval is Student's over it. Two contestants are *equivalent*
 within a margin where the 90 % interval lies inside ±margin, which is the pair of one-sided tests at
 5 % (Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15, 1987).
+
+Scores on few rows take few values, so that all differences can be the same by chance. Nothing is
+then known of their spread: the interval is a point, and no verdict follows.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.evidence import CONFIDENCE, Evidence
 
 Scores = Mapping[tuple[str, int], float]  # by task and seed
+FARTHEST = 1e6  # half widths of an interval, beyond which no number of units is named
 EQUIVALENCE = 0.9  # of the interval that two one-sided tests at 5 % amount to
 
 
@@ -44,6 +48,12 @@ class Difference:
         return self.evidence.bounds(CONFIDENCE)
 
     @property
+    def flat(self) -> bool:
+        """Whether the differences of all units are the same, so that their spread is not known."""
+        interval = self.evidence.interval
+        return interval is not None and interval.method == "t" and len(set(interval.data)) == 1
+
+    @property
     def equivalent(self) -> bool:
         """Whether the 90 % interval lies within the margin."""
         low, high = self.evidence.bounds(EQUIVALENCE)
@@ -52,6 +62,8 @@ class Difference:
     @property
     def verdict(self) -> str:
         """Who is ahead, whether both are equivalent, or that it cannot be told."""
+        if self.flat:
+            return "cannot be told"
         low, high = self.sides
         ahead = self.first if low > 0 else self.second if high < 0 else ""
         equal = f"equivalent within {self.margin:g}" if self.equivalent else ""
@@ -63,14 +75,18 @@ class Difference:
         """How many units would tell, if mean and spread stayed as they are; empty where it does."""
         if self.verdict != "cannot be told" or self.evidence.interval is None:
             return ""
+        if self.flat:
+            return "all differences are the same: take more rows, tasks or seeds"
+        if self.evidence.interval.method != "t":  # draws, which no further training adds to
+            return ""
         center, unit = self.evidence.value, self.evidence.interval
         found = {}
         half = (self.sides[1] - self.sides[0]) / 2
-        if center and math.isfinite(half):
+        if half < FARTHEST * abs(center):
             found["tell them apart"] = math.ceil(unit.count * (half / abs(center)) ** 2)
         room = self.margin - abs(center)
         low, high = self.evidence.bounds(EQUIVALENCE)
-        if room > 0 and math.isfinite(high - low):
+        if (high - low) / 2 < FARTHEST * room:
             count = math.ceil(unit.count * ((high - low) / 2 / room) ** 2)
             found["show that they are equivalent"] = count
         if not found:
@@ -94,8 +110,7 @@ def paired(
     Raises:
         InputError: fewer than two units are shared, or the margin is not positive.
     """
-    if not margin > 0 or not math.isfinite(margin):
-        raise InputError(f"margin is {margin}; expected a positive number, such as 0.02")
+    require_margin(margin)
     by_task: dict[str, list[float]] = {}
     for task, seed in sorted(first.keys() & second.keys()):
         by_task.setdefault(task, []).append(first[task, seed] - second[task, seed])
@@ -114,3 +129,13 @@ def paired(
         details={"by task": dict(zip(by_task, tasks, strict=True)), "seeds of a task": seeds},
     )
     return Difference(*names, evidence, margin, quantity)
+
+
+def require_margin(margin: float) -> None:
+    """Refuse a margin that is no positive number.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not margin > 0 or not math.isfinite(margin):
+        raise InputError(f"margin is {margin}; expected a positive number, such as 0.02")

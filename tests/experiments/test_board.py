@@ -219,7 +219,62 @@ def test_the_quick_preset_takes_fewer_cases_and_leaves_nothing(
         Claims(action="judge", preset="quick").run()
 
 
-@pytest.mark.parametrize("name", ["my idea", "1st", "class", "a/b", ""])
+def test_a_quick_result_says_so_and_keeps_the_full_one(claim: Claim, tmp_path: Path) -> None:
+    folder, full = tmp_path / "own", scoreboard.evaluate(claim, RunStore(tmp_path / "runs"))
+    path = scoreboard.keep(claim, full, folder)
+    before = path.read_text()
+    quick = replace(full, provenance={**full.provenance, "preset": "quick"})
+    for _ in range(2):
+        scoreboard.keep(claim, quick, folder)
+        assert path.with_suffix(".paper.json").read_text() == before
+    assert "fewer cases" in board.page_of(claim, folder)
+    assert board.rows(folder)[0]["own"].endswith(", quick")
+
+
+@pytest.mark.parametrize(
+    ("measure", "words"),
+    [("lambda p: 1 / 0", "ZeroDivisionError"), ("lambda p: 0.5", "expected an Evidence")],
+)
+def test_a_claim_that_fails_is_a_message_and_the_others_are_measured(
+    measure: str, words: str, claim: Claim, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    space: dict = {}
+    exec(f"f = {measure}", space)
+    part = replace(claim.parts[0], measure=space["f"])
+    broken = replace(claim, id=91, name="broken", parts=(part,))
+    monkeypatch.setattr(scoreboard, "available", lambda: {91: broken, 90: claim})
+    assert Claims(action="run", runs=tmp_path / "mine").run() == 1
+    told = capsys.readouterr()
+    assert words in told.err and "not judged: 91" in told.out and "Part b" in told.out
+
+
+def test_the_whole_board_is_printed_in_other_formats(claim: Claim) -> None:
+    with pytest.raises(InputError, match="whole board"):
+        Claims(which=("90",), format="csv").run()
+    with pytest.raises(InputError, match="unknown claim"):
+        Claims(action="show", which=("9" * 5000,)).run()
+
+
+def test_a_name_is_one_of_a_file_and_of_one_claim(
+    claim: Claim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="names files"):
+        replace(claim, name="../x")
+    monkeypatch.undo()
+    taken = next(iter(scoreboard.available().values())).name
+    twin = replace(claim, id=999, name=taken)
+    monkeypatch.setattr(plugins, "values", lambda name: [("twin.py", twin)])
+    with pytest.raises(InputError, match="one name"):
+        scoreboard.available()
+
+
+def test_a_package_is_not_hidden_by_a_new_claim(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Python package"):
+        template.write("numpy", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["my idea", "1st", "class", "a/b", "", "a" * 300])
 def test_names_that_no_file_can_have_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no name of a Python file"):
         template.write(name, tmp_path)

@@ -97,6 +97,10 @@ def test_a_contestant_is_deltas_and_a_rate() -> None:
         ({"contestants": ("lora", "lora")}, "at least two different"),
         ({"contestants": ("lora", "bitfit"), "seeds": 0}, "seeds is 0"),
         ({"contestants": ("lora", "bitfit"), "tasks": ("movie", "movie")}, "different tasks"),
+        ({"contestants": ("lora", "bitfit"), "margin": float("nan")}, "margin is nan"),
+        ({"contestants": ("lora", "bitfit"), "tasks": ("movie",), "seeds": 1}, "no interval"),
+        ({"contestants": ("lora", "bitfit@0")}, "positive number"),
+        ({"contestants": ("lora", "bitfit@nan")}, "positive number"),
         (
             {"contestants": ("lora bitfit", "head"), "measure": "dimension"},
             "searched for one delta",
@@ -130,3 +134,16 @@ def test_the_command_trains_compares_and_writes(
     assert (tmp_path / "out.tex").read_text().startswith("\\begin{tabular}")
     command.run()
     assert "4 of them recorded" in capsys.readouterr().out
+
+
+def test_differences_that_are_all_the_same_tell_nothing() -> None:
+    """Two seeds on fifty rows agree by chance: a point is no interval."""
+    a, b = scores({"x": [0.75, 0.75]}), scores({"x": [0.5, 0.5]})
+    found = paired(NAMES, a, b, margin=0.02, quantity="accuracy")
+    assert found.verdict == "cannot be told" and "more rows" in found.needed
+
+
+def test_a_difference_next_to_nothing_names_no_number_of_units() -> None:
+    a, b = scores({"x": [5e-324, 0.1, -0.1]}), scores({"x": [0.0, 0.0, 0.0]})
+    found = paired(NAMES, a, b, margin=1e-9, quantity="accuracy")
+    assert found.verdict == "cannot be told" and found.needed == ""

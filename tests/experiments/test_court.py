@@ -74,9 +74,24 @@ def test_assumptions_are_checked() -> None:
 
 
 def test_a_margin_within_the_noise_of_seeds_has_no_power() -> None:
-    """The control compares a contestant with itself: above a bound below zero it passes too."""
-    part = judged(replace(BASE, by=-0.1), 0.05).part()
+    """The control compares a contestant with itself: its interval is not below so small a bound."""
+    part = judged(replace(BASE, by=1e-5), 0.05).part()
     assert part.verdict is Verdict.INCONCLUSIVE and "no power" in part.reason
+
+
+def test_differences_that_are_all_the_same_decide_nothing() -> None:
+    """On few rows that happens by chance, and the interval would be a point."""
+    rates = {(c, t): 1e-3 for c in (BASE.first, BASE.second) for t in BASE.tasks}
+
+    def records(training: Any) -> Any:
+        first = training.deltas[0]["name"] == "lora"
+        noise = 0.001 * (training.seed - 3) if training.seed >= BASE.seeds else 0.0
+        return SimpleNamespace(
+            result={"accuracy": 0.75 if first else 0.5 + noise, "majority_share": 0.5}
+        )
+
+    part = judge(BASE.claim(rates, ()), records).part()
+    assert part.verdict is Verdict.ASSUMPTION_NOT_MET and "all the same" in part.reason
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -122,6 +137,17 @@ tasks = ["movie", "rt"]
         (("by = 0.01", "by = 0.01\nseeds = 1"), "at least 2"),
         (("by = 0.01", "by = "), "no TOML"),
         (('"X"', "3"), "expected a text"),
+        (('"x"\ntitle', '"a/b"\ntitle'), "names the file"),
+        (("id = 960", "id = 99999999999999"), "shorter number"),
+        (("by = 0.01", "by = nan"), "above 0 and below 1"),
+        (("by = 0.01", "by = 0"), "above 0 and below 1"),
+        (("by = 0.01", "by = 2"), "above 0 and below 1"),
+        (('["movie", "rt"]', '[["movie"]]'), "different tasks"),
+        (('"head"', '"head@1e-3"'), "it is tuned"),
+        (('"head"', '" "'), "expected deltas"),
+        (('"head"', '"bitfit "'), "different ones"),
+        (("by = 0.01", "by = 0.01\nsteps = 'a'"), "steps is 'a'"),
+        (("by = 0.01", "by = 0.01\neval_limit = 0"), "eval_limit is 0"),
     ],
 )
 def test_what_is_no_statement_is_refused(
@@ -133,6 +159,19 @@ def test_what_is_no_statement_is_refused(
         Statement.read(path)
     with pytest.raises(InputError, match="cannot be read"):
         Statement.read(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(('"rt"', '"no-task"'), "no-task"), (('"x"\ntitle', '"turnpike"\ntitle'), "another claim")],
+)
+def test_the_plan_tells_what_cannot_be_judged(
+    change: tuple[str, str], words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "paper.toml"
+    path.write_text(TEXT.replace(*change))
+    with pytest.raises(InputError, match=words):
+        Judge(path, plan=True, runs=tmp_path / "runs").run()
 
 
 def test_the_command_says_its_plan_and_judges(

@@ -129,7 +129,7 @@ def test_evidence_survives_json() -> None:
         (lambda: Evidence.share(3, 2, "step"), "3 successes of 2"),
         (lambda: Evidence.geometric_mean([1.0, 0.0], "problem"), "positive finite"),
         (lambda: Evidence.worst({}), "no case"),
-        (lambda: Evidence.resampled(lambda a: 0.0, [[1.0]], "x"), "at least two"),
+        (lambda: Evidence.resampled(lambda a: 0.0, [[1.0]], "x"), "at least 5"),
         (lambda: Evidence.of_draws(0.0, [math.nan, math.nan, 1.0], "x", 3), "2 of 3 draws"),
         (lambda: Interval("normal", "x", 3, (1.0,)), "interval"),  # type: ignore[arg-type]
         (lambda: Interval("t", "x", 3, (1.0, 2.0, 3.0)).at(1.0), "between 0 and 1"),
@@ -139,3 +139,37 @@ def test_evidence_survives_json() -> None:
 def test_what_is_no_evidence_is_refused(make, words: str) -> None:
     with pytest.raises(InputError, match=words):
         make()
+
+
+def test_a_bootstrap_of_few_units_is_as_wide_as_students_interval():
+    """At a false bound as many samples pass as the interval says, not several times that."""
+    random, passed = np.random.default_rng(1), 0
+    for _ in range(400):
+        found = Evidence.resampled(np.mean, [random.normal(size=8)], "x", resamples=400)
+        passed += found.bounds()[1] < 0
+    assert passed <= 20  # 2.5 % are 10; plain percentiles give about 24
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "data"),
+    [
+        ("t", 100, (1.0, 2.0)),
+        ("geometric", 2, (1.0, -2.0)),
+        ("binomial", 4, (5.0,)),
+        ("binomial", 4, (2.5,)),
+        ("bootstrap", 5, (1.0, 3.0, 2.0)),
+    ],
+)
+def test_data_that_do_not_fit_their_interval_are_refused(method, count, data):
+    with pytest.raises(InputError, match=f"an interval by {method}"):
+        Interval(method, "x", count, data)
+
+
+def test_numbers_near_the_largest_have_an_interval():
+    assert Interval("t", "x", 2, (1e200, -1e200)).at()[1] > 1e200
+    assert Interval("geometric", "x", 2, (1e-300, 1e300)).at() == (0.0, math.inf)
+
+
+def test_five_rows_are_drawn_again_at_least():
+    with pytest.raises(InputError, match="at least 5"):
+        Evidence.resampled(np.mean, [[1.0, 2.0, 3.0, 4.0]], "x")

@@ -16,7 +16,7 @@ from scipy import stats
 
 from deltacontrol.theory.claims import Claim, Part, Threshold, Verdict
 from deltacontrol.theory.errors import InputError
-from deltacontrol.theory.evidence import Evidence
+from deltacontrol.theory.evidence import Evidence, Interval
 from deltacontrol.theory.judging import Outcome, holm, judge, needed, verdict_of
 
 SMALL = Threshold("<=", 1e-12, "relative difference")
@@ -268,3 +268,33 @@ def test_nothing_here_imports_torch() -> None:
     modules = ", ".join(f"deltacontrol.theory.{m}" for m in ("claims", "evidence", "judging"))
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_number_beside_its_own_interval_decides_nothing() -> None:
+    """A biased bootstrap can have all of its draws below a bound that the number exceeds."""
+    threshold = Threshold("<=", 1.0, "x")
+    beside = Evidence(1.5, Interval("bootstrap", "x", 9, (0.1, 0.2, 0.3)))
+    good, bad = Evidence(0.0), Evidence(9.0)
+    assert verdict_of(threshold, beside, bad, good)[0] is Verdict.INCONCLUSIVE
+    assert verdict_of(threshold, good, bad, beside)[0] is Verdict.INCONCLUSIVE
+    other = Evidence(0.5, Interval("bootstrap", "x", 9, (1.1, 1.2, 1.3)))
+    assert verdict_of(threshold, good, other, good)[0] is Verdict.INCONCLUSIVE
+
+
+def test_a_reason_names_the_confidence_that_decided() -> None:
+    found = Evidence.mean([0.1, 0.2, 0.3], "seed")
+    one = verdict_of(Threshold("<=", 1.0, "x"), found, Evidence(9.0), Evidence(0.0))
+    two = verdict_of(
+        Threshold("<=", 1.0, "x"), found, Evidence(9.0), Evidence(0.0), confidence=0.975
+    )
+    assert "%" not in one[1] and "at 97.5 %" in two[1]
+
+
+def test_a_threshold_that_nothing_meets_is_refused() -> None:
+    with pytest.raises(InputError, match="no number can meet"):
+        Threshold("within", (0.2, -0.2), "x")
+
+
+def test_a_number_next_to_its_bound_names_no_number_of_units() -> None:
+    found = Evidence.mean([5e-324, 1.0, -1.0], "seed")
+    assert "no number of units" in needed(Threshold("<=", 0.0, "x"), found)
