@@ -37,6 +37,7 @@ def rows(own: Path | None = None) -> list[dict[str, Any]]:
             row = {
                 "#": f"{claim.id}{part.name}",
                 "claim": _title(claim, part),
+                "part": part.title,
                 "source": claim.source,
                 "on": part.on,
                 "condition": str(part.threshold),
@@ -288,7 +289,8 @@ def update_readme(readme: Path | None = None) -> bool:
 def _committed() -> list[dict[str, Any]]:
     users = {claim.id for _, claim in plugins.values("CLAIM")}
     table = [row for row in rows() if claim_of(row).id not in users]
-    return [{name: cell for name, cell in row.items() if name != "bound"} for row in table]
+    hidden = ("bound", "part")
+    return [{name: cell for name, cell in row.items() if name not in hidden} for row in table]
 
 
 def claim_of(row: Mapping[str, Any]) -> Claim:

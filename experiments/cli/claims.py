@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -159,12 +160,13 @@ class Claims:
         if self.format != "text":
             print(board.FORMATS[self.format](), end="")
             return 0
+        both_homes(self.runs)  # which refuses a file in its place
         own, ids = self.runs / scoreboard.CLAIMS, {claim.id for claim in chosen}
         rows = board.rows(own if own.is_dir() else None)
         for line in _lines([row for row in rows if board.claim_of(row).id in ids]):
             print(line)
         if len(chosen) == len(scoreboard.available()):
-            print(f"\n{board.chance()}")
+            print(f"\n{textwrap.fill(f'* revised. {board.chance()}', 80)}")
         return 0
 
     def _show(self, chosen: list[Claim]) -> int:
@@ -214,22 +216,31 @@ def _told(seconds: Sequence[float | None], words: str = "") -> str:
 def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The scoreboard in the width of the terminal, of which 80 columns are enough.
 
-    The condition is the bound alone, where there is room; `deltacontrol claims show` has its words.
+    A part has its own title. Where there is room the bound and the interval are told too;
+    `deltacontrol claims show` has all. A revised row has a star.
     """
     width = max(80, shutil.get_terminal_size().columns)
-    cells = {name: [str(row.get(name, "")) for row in rows] for name in
-             ("#", "verdict", "measured", "own", "bound")}  # fmt: skip
+    cells = {
+        "#": [row["#"] for row in rows],
+        "verdict": [row["verdict"].replace(", revised", " *") for row in rows],
+        "measured": [row["measured"] for row in rows],
+        "own": [row.get("own", "") for row in rows],
+        "condition": [row["bound"] for row in rows],
+    }
     if not any(cells["own"]):
         del cells["own"]
-    if width < 110:  # the value alone: the interval is in `show`
-        cells["measured"] = [text.partition(" [")[0] for text in cells["measured"]]
-    sizes = {name: max(map(len, [name, *column])) for name, column in cells.items()}
-    if width - sum(sizes.values()) - 2 * len(sizes) < LEAST_TITLE:
-        del cells["bound"], sizes["bound"]
-    room = max(LEAST_TITLE, width - sum(sizes.values()) - 2 * len(sizes))
-    titles = [
-        t if len(t) <= room else t[: room - 1].rstrip() + "…" for t in (r["claim"] for r in rows)
-    ]
+    titles = [row["part"] for row in rows]
+    for leave_out in ("", "condition", " ["):
+        if leave_out == " [":  # the value alone
+            cells["measured"] = [text.partition(" [")[0] for text in cells["measured"]]
+        elif leave_out:
+            del cells[leave_out]
+        sizes = {name: max(map(len, [name, *column])) for name, column in cells.items()}
+        room = width - sum(sizes.values()) - 2 * len(sizes)
+        if room >= max(LEAST_TITLE, min(40, *map(len, titles))):
+            break
+    room = max(LEAST_TITLE, room)
+    titles = [t if len(t) <= room else t[: room - 1].rstrip() + "…" for t in titles]
     sizes = {"#": sizes.pop("#"), "claim": max(map(len, ["claim", *titles])), **sizes}
     columns = {**cells, "claim": titles}
     lines = [{name: name for name in sizes}]

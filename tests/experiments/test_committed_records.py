@@ -50,7 +50,7 @@ def test_committed_configurations_have_todays_fields(committed: list[Record]) ->
 def test_committed_grids_are_those_of_the_studies() -> None:
     for name in base.names():
         study = base.load(name).STUDY
-        if collect.is_benchmark(study):  # which has no grid
+        if collect.is_fixed(study):  # which has no grid
             continue
         wanted = [configuration(e) for e in studies.experiments(study, "paper")]
         assert [configuration(record) for record in collect.committed(study)] == wanted, study
