@@ -59,7 +59,7 @@ fixed = sp.solve([(1 - kp - ki) * mu * x - ki * mu * z + d - x, x], [x, z], dict
 assert fixed[x] == 0 and sp.simplify(fixed[z] - d / (ki * mu)) == 0
 
 # %% [markdown]
-# ## Numerically
+# ## Numerical check
 #
 # One direction, $\mu = 0.8$: the error under both laws.
 
@@ -84,6 +84,19 @@ ax.axhline(0, color="black", lw=0.5)
 ax.set_xlabel("step")
 ax.set_ylabel("error")
 ax.legend()
+
+# %% [markdown]
+# ## What breaks it (negative control)
+#
+# Without the integral the error stays at what A says. Where a step forgets the state, $k_p = 1$,
+# it does not matter which $A$ one takes in A: the error is $d$ either way. In the language model
+# each text is given the sum of errors of another one, with which the errors grow.
+
+# %%
+state = 0.0
+for _ in range(60):
+    state = 0.8 * (state - 1.0 * state) + 1.0
+assert state == 1.0  # d, whatever the eigenvalue
 
 # %% [markdown]
 # ## The claim

@@ -126,7 +126,7 @@ def test_a_claim(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*load, "run", "901") == 0
     assert "verdict           holds" in capsys.readouterr().out
     kept = json.loads((project / "runs" / "claims" / "901_harmonic_numbers.json").read_text())
-    assert kept["outcome"]["verdict"] == "holds" and kept["outcome"]["code"]
+    assert kept["outcome"]["parts"][0]["verdict"] == "holds" and kept["outcome"]["code"]
     assert call(*load) == 0
     row = next(r for r in capsys.readouterr().out.splitlines() if "H_n grows as log n" in r)
     assert "holds" in row and "stale" not in row

@@ -111,7 +111,6 @@ _HOME = {
     "deltacontrol.theory.feedback.correction": (
         "PIDCorrection",
         "PIDGains",
-        "Part",
         "ProjectionCorrection",
     ),
     "deltacontrol.theory.depth.continuous": ("ContinuousDepth",),

@@ -48,7 +48,10 @@ def rows(own: Path | None = None) -> list[dict[str, Any]]:
             }
             if own is not None:
                 found = None if mine is None else mine.part(part.name)
-                row["own"] = f"{shown(found.evidence, part)}, {found.verdict.text}" if found else ""
+                row["own"] = ""
+                if mine is not None and found is not None:
+                    row["own"] = f"{shown(found.evidence, part)}, {found.verdict.text}"
+                    row["own"] += ", stale" * scoreboard.is_stale(claim, mine)
                 if found and scoreboard.is_quick(claim, own):
                     row["own"] += ", quick"
             table.append(row)

@@ -11,7 +11,7 @@ import tyro
 
 from deltacontrol.experiments import tasks
 from deltacontrol.experiments.claims import board, scoreboard
-from deltacontrol.experiments.measures.court import Statement
+from deltacontrol.experiments.claims.court import Statement
 from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.store import both_homes, configuration

@@ -294,7 +294,7 @@ def test_inspect_prints_what_is_attached_where(
 def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("models") == run("tasks") == run("deltas") == run("claims") == 0
     text = capsys.readouterr().out
-    for word in ("minilm-l6", "movie", "houlsby", "Hamiltonian"):
+    for word in ("minilm-l6", "movie", "houlsby", "Fine-tuning's gradient"):
         assert word in text
     assert run("deltas", "--show", "lora") == 0
     assert "Hu et al." in capsys.readouterr().out

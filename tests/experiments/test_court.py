@@ -12,8 +12,8 @@ import pytest
 
 from deltacontrol.experiments import claims
 from deltacontrol.experiments.claims import scoreboard
+from deltacontrol.experiments.claims.court import Statement
 from deltacontrol.experiments.cli.judge import Judge
-from deltacontrol.experiments.measures.court import Statement
 from deltacontrol.theory.claims import Verdict
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.judging import Outcome, judge

@@ -122,7 +122,7 @@ def test_no_preset_measures_a_benchmark(
     Figures(preset=preset, only=("cost",), recompute=True, out=tmp_path / "out").run()
     assert [[r.id for r in records] for records in committed] == [["growth"]]
     printed = capsys.readouterr().out
-    assert "a committed benchmark" in printed
+    assert "committed evidence" in printed
     assert "python -m deltacontrol.experiments.benchmarks.growth --out" in printed
 
 
