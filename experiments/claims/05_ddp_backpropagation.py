@@ -1,4 +1,9 @@
-"""Claim 5: DDP without cross terms is a stage-wise Newton step, and in the end back-propagation."""
+"""Claim 5: DDP without cross terms is a stage-wise Newton step, and in the end back-propagation.
+
+The control takes the worst iterate of each problem, and of the problems the one that comes closest,
+as it always did. A first form of this file took the closest iterate as well and measured 1.6e-10,
+which is next to the bound; it was taken back after that.
+"""
 
 from __future__ import annotations
 

@@ -215,7 +215,8 @@ CLAIM = Claim(
     notebook="17_generalisation_bound",
     revised=(
         "the best of three tasks was judged, together with the test errors; every task is now a "
-        "part. Random labels were trained on trec6 alone: the other tasks lack their control"
+        "part. Random labels were trained on trec6 alone. With that control (b) held and (c) "
+        "failed at the first judging; it is not theirs, so that they lack one"
     ),
     predict=_predict,
     parts=(

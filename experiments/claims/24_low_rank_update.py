@@ -259,7 +259,8 @@ CLAIM = Claim(
     revised=(
         "a maximum joined three unlike numbers over four runs; what predicts is the update of a "
         "finished training, and LoRA was not trained to its least loss: five seeds of trainings "
-        "that converge, and a prediction from before them, need new runs"
+        "that converge, and a prediction from before them, need new runs. In the passing case of "
+        "(b) neighbouring ranks were exchanged for certain at the first judging, now at random"
     ),
     predict=_predict,
     parts=(

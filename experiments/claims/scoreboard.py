@@ -337,7 +337,7 @@ def _history(claim: Claim, outcome: Outcome) -> list[dict[str, Any]]:
     told = [(e["name"], e["condition"], e["verdict"]) for e in entries]
     known = list(document.get("history", ()))
     if told == [(p.name, str(p.threshold), p.verdict.value) for p in outcome.parts]:
-        return known
+        return [*known[:-1], {**known[-1], "why": claim.revised}] if known else []
     commit = document.get("project", {}).get("commit")
     return [*known, {"commit": commit, "why": claim.revised, "parts": entries}]
 

@@ -128,6 +128,9 @@ def test_a_changed_check_is_kept_as_history(claim: Claim, tmp_path: Path) -> Non
     again = scoreboard.evaluate(claim, runs)
     scoreboard.keep(claim, again)
     assert len(scoreboard.history(claim)) == 2
+    # The same again says why by its present words.
+    scoreboard.keep(replace(claim, revised="said better"), again)
+    assert [entry["why"] for entry in scoreboard.history(claim)][1:] == ["said better"]
 
 
 def test_a_result_of_an_earlier_form_becomes_history(claim: Claim, tmp_path: Path) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,30 +28,12 @@ from deltacontrol.experiments.models import fit
 from deltacontrol.experiments.setting import Setting
 from deltacontrol.theory.errors import InputError
 from tests import tiny_model
+from tests.experiments.model_folders import copied, edit, named
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return tiny_model.write(tmp_path_factory.mktemp("fit"))
-
-
-def copied(tiny: dict[str, str], folder: Path) -> Path:
-    return Path(shutil.copytree(tiny["model"], folder / "model"))
-
-
-def edit(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-
-
-def named(folder: Path, classes: list[str]) -> None:
-    """A checkpoint whose head was trained on these classes."""
-    model = BertForSequenceClassification.from_pretrained(
-        folder, num_labels=len(classes), ignore_mismatched_sizes=True
-    )
-    model.config.id2label = dict(enumerate(classes))
-    model.config.label2id = {name: i for i, name in enumerate(classes)}
-    model.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("kept", [(), ("tokenizer_config.json",), ("special_tokens_map.json",)])
