@@ -30,15 +30,20 @@ class FrozenStates:
     Args:
         delta_model: the controlled model, with its controls.
         batch: some arguments of the model, to see what depends on the controls.
+        strict: refuse a batch with padding before tokens; else it passes all blocks.
 
     Attributes:
         num_frozen: b, how many blocks a pass can leave out.
+        width: numbers in a state of one token.
 
     Raises:
         InputError: no block is free of controls, or the blocks hand more than the state on.
     """
 
-    def __init__(self, delta_model: DeltaModel, batch: Mapping[str, Any]) -> None:
+    def __init__(
+        self, delta_model: DeltaModel, batch: Mapping[str, Any], *, strict: bool = True
+    ) -> None:
+        self.strict = strict
         sites = delta_model.host.sites
         self.delta_model = delta_model
         if sites.num_stacks > 1:
@@ -62,6 +67,7 @@ class FrozenStates:
                 "while it is trained; train without cache_frozen, or give the deltas layers, such "
                 f"as layers={(len(outputs) - 1,)}."
             )
+        self.width = first_tensor(outputs[self.num_frozen - 1]).shape[-1]
         self._template = with_first_tensor(outputs[self.num_frozen - 1], torch.empty(0))
         self._states: dict[int, Tensor] = {}
         self._num_rows = 0  # of a prompt, in front of the tokens
@@ -77,6 +83,10 @@ class FrozenStates:
         """Memory of the states."""
         return sum(state.nbytes for state in self._states.values())
 
+    def forget(self) -> None:
+        """Begin anew, with no state."""
+        self._states.clear()
+
     @contextmanager
     def passing(self, examples: Tensor, mask: Tensor) -> Iterator[None]:
         """Passes of these examples: from their states where all are known, else learning them.
@@ -90,6 +100,9 @@ class FrozenStates:
         """
         self._check_controls()
         if bool((mask[:, 1:] > mask[:, :-1]).any()):
+            if not self.strict:
+                yield
+                return
             raise InputError(
                 "states are kept for examples that are padded on the right, but this batch has "
                 "padding before tokens; set tokenizer.padding_side = 'right', or train without "
@@ -113,6 +126,31 @@ class FrozenStates:
             yield
         finally:
             handle.remove()
+
+    @torch.no_grad()
+    def learn(self, examples: Tensor, batch: Mapping[str, Any]) -> None:
+        """Pass a batch through the frozen blocks, unless all its states are known.
+
+        Raises:
+            InputError: as in `passing`.
+        """
+        mask = batch["attention_mask"]
+        known = all(number in self._states for number in examples.tolist())
+        if known or (not self.strict and bool((mask[:, 1:] > mask[:, :-1]).any())):
+            return
+
+        def enough(*_: Any) -> None:
+            raise _EnoughError
+
+        with self.passing(examples, mask):
+            block = self.delta_model.host.sites.blocks[self.num_frozen - 1]
+            handle = block.register_forward_hook(enough)
+            try:
+                self.delta_model(**batch)
+            except _EnoughError:
+                pass
+            finally:
+                handle.remove()
 
     def _fixed_controls(self) -> dict[str, int]:
         """Controls that are not trained, each with the count of its changes in place."""
@@ -173,6 +211,10 @@ class FrozenStates:
             for handle in handles:
                 handle.remove()
         return outputs
+
+
+class _EnoughError(Exception):
+    """The states are there; the blocks above are not needed."""
 
 
 class _Given(nn.Module):

@@ -38,22 +38,10 @@ def accumulate(
     Raises:
         InputError: There are fewer examples than slices.
     """
-    rank, world = accelerator.process_index, accelerator.num_processes
-    parts, rows = slices, len(batch["labels"])
-    if rows < world * parts:
-        raise InputError(
-            f"a batch of {rows} examples cannot be shared by {world} processes in {parts} slices; "
-            f"choose batch_size >= {world * parts}"
-        )
+    rank, world, parts = accelerator.process_index, accelerator.num_processes, slices
     total, loss_sum = _weight(batch["labels"], kind), torch.zeros(())
-    for part in range(parts):
-        piece = _rows(batch, slice(rank * parts + part, None, world * parts), rows)
-        weight = _weight(piece["labels"], kind) / max(total, 1)
-        inputs = {
-            k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in piece.items()
-        }
-        if kind == "causal-lm":
-            inputs["use_cache"] = False
+    for part, inputs in enumerate(shares(accelerator, batch, kind, slices)):
+        weight = _weight(inputs["labels"], kind) / max(total, 1)
         torch.manual_seed(step_seed(seed, step, rank, part))
         local = accelerator.no_sync(model) if part + 1 < parts else nullcontext()
         known = nullcontext()
@@ -69,6 +57,30 @@ def accumulate(
             accelerator.backward((loss + share) * world)
         loss_sum = loss_sum.to(loss.device) + loss.detach()
     return float(accelerator.reduce(loss_sum, reduction="sum"))  # type: ignore[arg-type]
+
+
+def shares(
+    accelerator: Accelerator, batch: Mapping[str, Any], kind: str, slices: int
+) -> Iterator[dict[str, Any]]:
+    """This process's slices of a batch, as arguments of the model on its device.
+
+    Raises:
+        InputError: There are fewer examples than slices.
+    """
+    rank, world, rows = accelerator.process_index, accelerator.num_processes, len(batch["labels"])
+    if rows < world * slices:
+        raise InputError(
+            f"a batch of {rows} examples cannot be shared by {world} processes in {slices} slices; "
+            f"choose batch_size >= {world * slices}"
+        )
+    for part in range(slices):
+        piece = _rows(batch, slice(rank * slices + part, None, world * slices), rows)
+        inputs = {
+            k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in piece.items()
+        }
+        if kind == "causal-lm":
+            inputs["use_cache"] = False
+        yield inputs
 
 
 def examples(batch: Mapping[str, Any], kind: str) -> Iterator[dict[str, Any]]:

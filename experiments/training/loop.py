@@ -29,9 +29,10 @@ from tqdm.auto import tqdm
 from deltacontrol.deltas.dynamics.frozen_states import FrozenStates
 from deltacontrol.experiments.runs.experiment import PausedError
 from deltacontrol.experiments.runs.interrupts import deferred
-from deltacontrol.experiments.training import checkpoints
+from deltacontrol.experiments.training import checkpoints, kept_states
 from deltacontrol.experiments.training import devices as resources
-from deltacontrol.experiments.training.gradients import accumulate, examples, num_tokens
+from deltacontrol.experiments.training.devices import attention, autocast
+from deltacontrol.experiments.training.gradients import accumulate, examples, num_tokens, shares
 from deltacontrol.experiments.training.modes import training_mode
 from deltacontrol.experiments.training.results import TrainingResult, curve, divergence, summary
 from deltacontrol.experiments.training.schedules import learning_rate
@@ -119,6 +120,8 @@ def train(
     with bar, mode, once, guarded as interrupts:
         if loop.exhausted:
             status, message = "early_stopped", "stopped before this attempt"
+        elif run.step < settings.steps:
+            loop.keep_states()
         while run.step < settings.steps and status == "completed":
             if pause_after is not None and run.step >= pause_after:
                 assert checkpoint_dir is not None and evaluate is not None
@@ -160,6 +163,8 @@ def train(
         interrupts.stop(f"step {run.step} of {settings.steps}: {kept}")
     loop.finish()
     measures = summary(run, memory, precision, device)
+    if loop.frozen is not None:
+        measures["kept_blocks"] = loop.frozen.num_frozen
     return TrainingResult(
         status, message, curve(run), delta_model.state(), run.best, measures, earlier
     )
@@ -191,8 +196,7 @@ class _Loop:
         self.first = 0
         self.moved: set[str] = set()  # deltas of which a control has had a gradient
         self.frozen: FrozenStates | None = None
-        if settings.cache_frozen:
-            _check_cacheable(data, settings)
+        kept_states.check(data, settings)
         self.best_controls: dict[str, Tensor] | None = None
 
     def resume(self, folder: Path) -> None:
@@ -241,8 +245,7 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         batch = dict(self.data.batch(step))
-        if settings.cache_frozen:
-            self._frozen_states(batch)
+        if self.frozen is not None:
             batch["examples"] = self.data.examples(step)  # type: ignore[attr-defined]
         loss = accumulate(
             self.accelerator,
@@ -304,14 +307,22 @@ class _Loop:
                 "choose other sites or layers, or another delta"
             )
 
-    def _frozen_states(self, batch: dict[str, Any]) -> None:
-        """See on a first example what depends on the controls."""
-        if self.frozen is None:
-            one = next(examples(batch, self.settings.kind))
-            one = {k: v.to(self.accelerator.device) for k, v in one.items()}
-            if self.settings.kind == "causal-lm":
-                one["use_cache"] = False
-            self.frozen = FrozenStates(self.delta_model, one)
+    def keep_states(self) -> None:
+        """Keep the states below the lowest control, where that is asked for or pays."""
+
+        def replay(step: int, frozen: FrozenStates) -> None:
+            batch = dict(self.data.batch(step))
+            batch["examples"] = self.data.examples(step)  # type: ignore[attr-defined]
+            slices = settings.grad_accumulation
+            for inputs in shares(self.accelerator, batch, settings.kind, slices):
+                with autocast(precision, device.type), attention(inputs, precision, device.type):
+                    frozen.learn(inputs.pop("examples"), inputs)
+
+        settings, device = self.settings, self.accelerator.device
+        precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
+        self.frozen = kept_states.kept(
+            self.delta_model, self.data, settings, device, first=self.first, replay=replay
+        )
 
     def validate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> str:
         """Evaluate into the last row; returns a message if the patience is at its end."""
@@ -339,19 +350,6 @@ class _Loop:
         with torch.no_grad():
             for name, value in (self.best_controls or {}).items():
                 self.variables[name].copy_(value)
-
-
-def _check_cacheable(data: Batches, settings: Settings) -> None:
-    if settings.dropout:
-        raise InputError(
-            "with dropout the hidden states are other ones each time; train without cache_frozen, "
-            "or with dropout=False."
-        )
-    if not hasattr(data, "examples"):
-        raise InputError(
-            f"cache_frozen finds states by the numbers of the examples, but {type(data).__name__} "
-            "has no method examples(step)."
-        )
 
 
 def _accelerator(device: str, precision: str) -> Accelerator:

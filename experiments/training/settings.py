@@ -55,8 +55,9 @@ class Options:
     """Slices in which a batch is processed: less memory, the same update."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
-    cache_frozen: bool = False
-    """Keep the hidden states below the lowest control after the first epoch: less time."""
+    cache_frozen: bool | None = None
+    """Keep the hidden states below the lowest control after the first epoch: less time. None: where
+    the examples come often enough and the states take at most 2 GiB."""
     precision: str = "auto"
     """auto (bf16 where the hardware computes in it; float64 for a solver), fp32 or bf16."""
     device: str = "auto"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from deltacontrol.deltas import HeadTuning, LoRA, attach
+from deltacontrol.experiments.runs.experiment import PausedError
 from deltacontrol.experiments.training.evaluation import evaluate
 from deltacontrol.experiments.training.loop import train
 from deltacontrol.theory.errors import InputError
@@ -86,8 +87,8 @@ def test_cached_frozen_states_change_nothing(fixed, slices):
         calls.clear()
         chosen = settings(steps=9, cache_frozen=cached, grad_accumulation=slices)
         found[cached] = train(model, data, chosen, progress=False)
-        # One epoch, and the look at what depends on the controls.
-        assert len(calls) == (3 * slices + 1 if cached else 9 * slices)
+        # One epoch, the look at what depends on the controls, and that at two losses.
+        assert len(calls) == (3 * slices + 3 if cached else 9 * slices)
     same = torch.equal if fixed else lambda a, b: torch.allclose(a, b, rtol=1e-9, atol=1e-12)
     for name, value in found[False].controls.items():
         assert same(found[True].controls[name], value), name
@@ -103,3 +104,83 @@ def test_what_cannot_be_cached_is_refused():
     with pytest.raises(InputError, match="first block or before it"):
         whole = attach(bert(), LoRA(rank=2), HeadTuning())
         train(whole, NumberedTexts(True), settings(cache_frozen=True), progress=False)
+
+
+def test_states_are_kept_by_default_where_the_examples_come_again():
+    found = {}
+    for name, steps, cached in (("once", 4, None), ("often", 9, None), ("never", 9, False)):
+        model = attach(bert().double(), LoRA(rank=2, layers=(1,)), HeadTuning())
+        chosen = settings(steps=steps, cache_frozen=cached)
+        found[name] = train(model, NumberedTexts(False), chosen, progress=False)
+    assert "kept_blocks" not in found["once"].measures  # 4 steps show 12 examples 16 times
+    assert "kept_blocks" not in found["never"].measures
+    assert found["often"].measures["kept_blocks"] == 1
+    for name, value in found["never"].controls.items():
+        torch.testing.assert_close(found["often"].controls[name], value, rtol=1e-9, atol=1e-12)
+    below = attach(bert(), LoRA(rank=2), HeadTuning())
+    plain = train(below, NumberedTexts(True), settings(steps=9), progress=False)
+    assert "kept_blocks" not in plain.measures  # a control acts in the first block
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_a_training_with_kept_states_goes_on_to_the_last_bit(tmp_path, slices):
+    found = []
+    for pause in (None, 5):
+        model = attach(bert(), LoRA(rank=2, layers=(1,)), HeadTuning())
+        chosen = settings(steps=9, cache_frozen=True, grad_accumulation=slices)
+        more = {
+            "progress": False,
+            "evaluate": lambda _: {},
+            "checkpoint_dir": tmp_path / f"{pause}",
+        }
+        if pause is not None:
+            with pytest.raises(PausedError):
+                train(model, NumberedTexts(False), chosen, pause_after=pause, **more)
+            model = attach(bert(), LoRA(rank=2, layers=(1,)), HeadTuning())
+        found.append(train(model, NumberedTexts(False), chosen, **more))
+    whole, resumed = found
+    assert list(whole.curve["loss"]) == list(resumed.curve["loss"])
+    assert all(torch.equal(v, resumed.controls[n]) for n, v in whole.controls.items())
+
+
+class PaddedInFront(NumberedTexts):
+    """The same texts behind two rows of padding."""
+
+    def batch(self, step: int) -> dict:
+        given = super().batch(step)
+        rows = len(given["labels"])
+        for name, value in given.items():
+            if name != "labels":
+                given[name] = torch.cat([torch.zeros(rows, 2, dtype=value.dtype), value], 1)
+        return given
+
+
+def test_padding_in_front_passes_all_blocks_by_default():
+    found = []
+    for cached in (None, False):
+        model = attach(bert(), LoRA(rank=2, layers=(1,)), HeadTuning())
+        chosen = settings(steps=9, cache_frozen=cached)
+        found.append(train(model, PaddedInFront(True), chosen, progress=False))
+    assert list(found[0].curve["loss"]) == list(found[1].curve["loss"])
+
+
+def test_a_loss_that_uses_lower_states_keeps_none():
+    """The pooler reads the state between the blocks too, which a pass from kept states lacks."""
+
+    def built():
+        model = attach(bert(), LoRA(rank=2, layers=(1,)), HeadTuning())
+        blocks, seen = model.host.sites.blocks, []
+        blocks[0].register_forward_hook(lambda _m, _i, out: seen.append(_first(out)))
+        pooler = model.model.bert.pooler
+        pooler.register_forward_hook(lambda _m, _i, out: out + seen.pop()[:, 0] if seen else out)
+        return model
+
+    chosen = settings(steps=9, cache_frozen=True)
+    with pytest.raises(InputError, match="uses more than the last state"):
+        train(built(), NumberedTexts(True), chosen, progress=False)
+    found = train(built(), NumberedTexts(True), settings(steps=9), progress=False)
+    assert "kept_blocks" not in found.measures
+
+
+def _first(output):
+    return output[0] if isinstance(output, tuple) else output

@@ -85,7 +85,8 @@ def obstacle(settings: Settings) -> str:
     """The setting that asks for a training of its own; empty where there is none."""
     plain = Settings(steps=1, learning_rate=1.0)
     for name in ALONE:
-        if getattr(settings, name) != getattr(plain, name):
+        value = getattr(settings, name)
+        if value is not False and value != getattr(plain, name):
             return f"{name} is set"
     return ""
 
