@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,22 @@ from torch import Tensor, nn
 from deltacontrol.deltas.dynamics.frozen_states import FrozenStates
 from deltacontrol.experiments.training.devices import attention
 from deltacontrol.theory.errors import InputError
+
+
+class Batches(Protocol):
+    """Training data: a batch as a function of the step."""
+
+    def batch(self, step: int) -> dict[str, Any]:
+        """Arguments of the model for update `step`: tensors with the examples first, "labels"."""
+        ...
+
+
+class NumberedBatches(Batches, Protocol):
+    """Batches whose examples have numbers, by which their states are found again."""
+
+    def examples(self, step: int) -> Tensor:
+        """The numbers of the examples in `batch(step)`, (rows,)."""
+        ...
 
 
 def accumulate(

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deltacontrol.deltas.dynamics.frozen_states import FrozenStates
-from deltacontrol.experiments.training.gradients import examples, num_tokens
+from deltacontrol.experiments.training.gradients import Batches, examples, num_tokens
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
     from deltacontrol.deltas import DeltaModel
-    from deltacontrol.experiments.training.loop import Batches
     from deltacontrol.experiments.training.settings import Settings
 
 __all__ = ["check", "kept"]

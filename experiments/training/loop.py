@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -32,7 +32,13 @@ from deltacontrol.experiments.runs.interrupts import deferred
 from deltacontrol.experiments.training import checkpoints, kept_states
 from deltacontrol.experiments.training import devices as resources
 from deltacontrol.experiments.training.devices import attention, autocast
-from deltacontrol.experiments.training.gradients import accumulate, examples, num_tokens, shares
+from deltacontrol.experiments.training.gradients import (
+    Batches,
+    accumulate,
+    examples,
+    num_tokens,
+    shares,
+)
 from deltacontrol.experiments.training.modes import training_mode
 from deltacontrol.experiments.training.results import TrainingResult, curve, divergence, summary
 from deltacontrol.experiments.training.schedules import learning_rate
@@ -45,22 +51,6 @@ if TYPE_CHECKING:
 UNTIMED_STEPS = 5
 WATCHED_STEPS = 5  # after which every delta has to have had a gradient
 PREPARATION_BATCHES = 8
-
-
-class Batches(Protocol):
-    """Training data: a batch as a function of the step."""
-
-    def batch(self, step: int) -> dict[str, Any]:
-        """Arguments of the model for update `step`: tensors with the examples first, "labels"."""
-        ...
-
-
-class NumberedBatches(Batches, Protocol):
-    """Batches whose examples have numbers, by which their states are found again."""
-
-    def examples(self, step: int) -> Tensor:
-        """The numbers of the examples in `batch(step)`, (rows,)."""
-        ...
 
 
 def train(
