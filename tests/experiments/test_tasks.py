@@ -25,7 +25,13 @@ DOCUMENTED = {
     "trec6": (4306, 1076, 6, 0.231),
     "trec50": (4306, 1076, 50, 0.178),
     "sms": (3618, 904, 2, 0.875),
+    "tweets": (2949, 738, 2, 0.6865),
+    "bbc": (1699, 425, 5, 0.2368),
+    "r8": (5419, 2176, 8, 0.5155),
+    "r52": (6444, 2553, 52, 0.4351),
+    "20ng": (11266, 7521, 20, 0.0532),
 }
+OFFICIAL = ("r8", "r52", "20ng")  # whose splits differ in the shares of classes, as published
 
 
 def packaged(name: str) -> Task:
@@ -59,25 +65,50 @@ def test_a_packaged_task_is_as_its_file_says(name: str) -> None:
     task, stated = packaged(name), tasks.available()[name]
     assert len(task.test) == stated.test_rows and task.labels == stated.labels
     train_rows, classes = len(task.train) + len(task.validation), len(stated.labels)
-    assert 0.09 * train_rows < len(task.validation) <= min(1000, 0.1 * train_rows)
+    tenth = min(1000, 0.1 * train_rows)
+    assert 0.9 * tenth < len(task.validation) <= tenth
+    assert task.digest == tasks.digest(name)
+    for part in parts(task):
+        columns = {"text"} if stated.kind == "causal-lm" else {"text", "label"}
+        assert set(part) == columns and (part["text"].str.strip() != "").all()
+    if stated.kind != "classification":
+        assert stated.kind == "causal-lm" or task.test["label"].dtype == np.float64
+        return
     labels = pd.concat(parts(task))["label"]
     majority = labels.value_counts(normalize=True).max()
-    whole_documents = 0.02 if name in ("rt", "nyt", "amazon") else 0.002
+    whole_documents = 0.02 if name in ("rt", "nyt", "amazon", *OFFICIAL) else 0.002
     assert task.test["label"].value_counts(normalize=True).max() == pytest.approx(
         majority, abs=whole_documents
     )
-    for part in parts(task):
-        assert list(part) == ["label", "text"] or list(part) == ["text", "label"]
-        assert part["label"].dtype == np.int64
-        assert (part["text"].str.strip() != "").all()
+    assert all(part["label"].dtype == np.int64 for part in parts(task))
     assert set(task.train["label"]) == set(range(classes))
-    assert task.digest == tasks.digest(name)
 
 
 @pytest.mark.parametrize("name", tasks.available())
 def test_no_text_is_in_two_splits(name: str) -> None:
     train, validation, test = (set(splits.normalised(p["text"])) for p in parts(packaged(name)))
     assert not train & validation and not train & test and not validation & test
+
+
+def test_intensity_rates_the_snippets_of_movie() -> None:
+    """Twice the sign of the rating is the class, and every snippet of movie has a rating."""
+    rated, signed = (pd.concat(parts(packaged(name))) for name in ("intensity", "movie"))
+    rating = rated.drop_duplicates("text").set_index("text")["label"]
+    assert rating.between(-4, 4).all() and 0.5 < rating.std() < 3
+    both = signed.drop_duplicates("text").set_index("text")["label"]
+    assert len(both.index.intersection(rating.index)) == len(both)
+    assert ((rating[both.index] > 0) == (both == 1)).all()
+
+
+def test_official_test_rows_stay_test_rows() -> None:
+    """The eight topics are among the fifty-two, on the same side of the split."""
+    few, many = packaged("r8"), packaged("r52")
+    assert set(few.labels) <= set(many.labels)
+    train, test = (
+        set(splits.normalised(getattr(many, name)["text"])) for name in ("train", "test")
+    )
+    assert not set(splits.normalised(few.train["text"])) & test
+    assert not set(splits.normalised(few.test["text"])) & train
 
 
 def test_the_two_trec_tasks_share_their_questions() -> None:
