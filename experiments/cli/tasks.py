@@ -14,11 +14,13 @@ class Tasks:
 
     Attributes:
         show: A task to load, fetching it if needed: sizes, classes and a few rows.
+        study: List the tasks of the study of many tasks, with corpus and category.
         text_column: Column of the texts in a task file.
         label_column: Column of the labels in a task file.
     """
 
     show: str | None = None
+    study: bool = False
     text_column: str = "text"
     label_column: str = "label"
 
@@ -29,12 +31,22 @@ class Tasks:
             InputError: The task cannot be read, or an option goes with a task file and there is
                 none.
         """
+        if self.study:
+            if self.show is not None:
+                raise InputError("--study lists tasks and --show loads one; give one of them")
+            for task in tasks.study_tasks():
+                print(f"{task.category:15} {task.corpus:11} {task.name}")
+            return
         if self.show is None:
             if (self.text_column, self.label_column) != ("text", "label"):
                 raise InputError("--text-column and --label-column go with --show FILE; name one")
             for name, task in tasks.available().items():
-                print(f"{name:8} {task.description}")
+                print(f"{name:16} {task.description}")
             print(
+                "\nA corpus asks more questions, by a name of two parts:\n"
+                "  20ng:is-sci.space  20ng:sci.space-vs-rec.autos  trec6:same-class\n"
+                "  intensity:more-positive  intensity:beyond-1  bbc:text\n"
+                "and `deltacontrol tasks --study` lists those of the study of 120 tasks.\n"
                 "\nA file with a column of texts and one of labels is a task too:\n"
                 "  deltacontrol finetune --task FILE.csv --text-column TEXT --label-column LABEL"
             )

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -208,7 +209,8 @@ def _child(
     except BaseException as error:
         traceback.print_exc()
         end = End(failure=f"{type(error).__name__}: {error}")
-    send.send(end)
+    with suppress(BrokenPipeError):  # a parent that is gone is told nothing; the run is saved
+        send.send(end)
     send.close()
 
 

@@ -1,6 +1,7 @@
-"""Tasks: packaged ones, one file each, and the user's own files.
+"""Tasks: packaged ones, one file each, families of them, and the user's own files.
 
-`load("movie")` fetches and converts once; `load("reviews.csv")` reads a file of yours. `digest`
+`load("movie")` fetches and converts once; `load("20ng:sci.space-vs-rec.autos")` derives a task of
+it (see `families`); `load("reviews.csv")` reads a file of yours. `digest`
 identifies what `load` would give without fetching anything, so that finished runs are found without
 the data.
 """
@@ -11,12 +12,23 @@ from functools import cache
 
 from deltacontrol.experiments.tasks import packaged
 from deltacontrol.experiments.tasks.base import Kind, PackagedTask, Task
+from deltacontrol.experiments.tasks.families import Derived, chosen, derive
 from deltacontrol.experiments.tasks.files import file_digest, is_file_name, load_file
 from deltacontrol.theory import plugins
 from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError, unknown
 
-__all__ = ["Kind", "PackagedTask", "Task", "available", "digest", "load", "reading_of"]
+__all__ = [
+    "Derived",
+    "Kind",
+    "PackagedTask",
+    "Task",
+    "available",
+    "digest",
+    "load",
+    "reading_of",
+    "study_tasks",
+]
 
 
 def available() -> dict[str, PackagedTask]:
@@ -24,6 +36,11 @@ def available() -> dict[str, PackagedTask]:
     return plugins.merged(
         "task", _packaged_tasks(), ((x.name, x) for _, x in plugins.values("TASK"))
     )
+
+
+def study_tasks(count: int = 120) -> list[PackagedTask | Derived]:
+    """The tasks of the study of many tasks, as in `families.chosen`."""
+    return chosen(_packaged_tasks(), count)
 
 
 @cache
@@ -47,7 +64,8 @@ def load(
     """Return the packaged task `name`, or the task in the file of that path.
 
     Args:
-        name: one of `available()`, or a path to a file (see `reading`).
+        name: one of `available()`, one derived of it (see `families`), or a path to a file (see
+            `reading`).
         text_column: the file's column of texts.
         label_column: the file's column of labels.
         kind: what the file's labels are; inferred when not given (see `files.load_file`).
@@ -92,11 +110,17 @@ def digest(
     return _packaged(name, kind, text_column, label_column).digest
 
 
-def _packaged(name: str, kind: Kind | None, text_column: str, label_column: str) -> PackagedTask:
+def _packaged(
+    name: str, kind: Kind | None, text_column: str, label_column: str
+) -> PackagedTask | Derived:
     tasks = available()
-    if name not in tasks:
+    task: PackagedTask | Derived
+    if ":" in name:
+        task = derive(name, tasks)
+    elif name in tasks:
+        task = tasks[name]
+    else:
         raise unknown("task", name, [*tasks, "a path to a file such as reviews.csv"])
-    task = tasks[name]
     if (text_column, label_column) != ("text", "label"):
         raise InputError(
             f"{name} is a packaged task, whose columns are known; text_column and label_column go "

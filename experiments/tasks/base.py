@@ -91,6 +91,9 @@ class PackagedTask:
             official one into train and test, of which validation is carved.
         description: one line for listings.
         source: origin and rights.
+        kind: classification, regression or causal-lm.
+        corpus: whose texts these are; tasks of one corpus are not independent of each other.
+        category: what is asked, such as sentiment or topic.
     """
 
     name: str
@@ -101,6 +104,8 @@ class PackagedTask:
     description: str
     source: str
     kind: Kind = "classification"
+    corpus: str = ""
+    category: str = ""
 
     @property
     def digest(self) -> str:

