@@ -21,6 +21,7 @@ import numpy as np
 
 from deltacontrol.experiments import models, tasks
 from deltacontrol.experiments.models import fit
+from deltacontrol.experiments.tasks.splits import few, order_of
 from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class Setting:
             class shares of the whole; "shuffled": by `numpy.random.default_rng(order_seed)`;
             "sampled": by `pandas.DataFrame.sample` with ``order_seed``.
         order_seed: ``seed`` by default.
+        shots: so many training and validation rows of each class (without classes: in all), drawn
+            by ``order_seed``, as in Gao et al., ACL 2021; without the other two counts.
         strict_rows: refuse a task with fewer rows than asked for.
         expects: refuse a task of another kind.
         max_length: tokens of a text at most; longer ones are cut.
@@ -89,6 +92,7 @@ class Setting:
     test_rows: int | None = None
     order: Order = "given"
     order_seed: int | None = None
+    shots: int | None = None
     strict_rows: bool = False
     expects: Kind | None = None
     max_length: int = 64
@@ -109,16 +113,14 @@ class Setting:
         for name, options in (("order", get_args(Order)), ("head", get_args(Head))):
             if getattr(self, name) not in options:
                 raise unknown(name, str(getattr(self, name)), options)
-        for name, least in (
-            ("train_rows", 1), ("validation_rows", 0), ("test_rows", 0), ("head_rows", 1),
-        ):  # fmt: skip
-            count = getattr(self, name)
+        if self.shots is not None and (self.train_rows or self.validation_rows):
+            raise InputError("shots counts the rows: leave out train_rows and validation_rows")
+        for name in ("shots", "train_rows", "validation_rows", "test_rows", "head_rows"):
+            count, least = getattr(self, name), 0 if name in ("validation_rows", "test_rows") else 1
             if count is not None and count < least:
                 raise InputError(f"{name} is {count}; expected a whole number >= {least}")
         if self.task is None and self.model_kind is None:
-            raise InputError(
-                "a setting has a task, or says by model_kind which head its model has; give one"
-            )
+            raise InputError("a setting has a task, or says model_kind, its head; give one")
 
     def __repr__(self) -> str:
         """The fields that are not as by default."""
@@ -161,6 +163,9 @@ class Setting:
         if split not in SPLITS:
             raise unknown("split", split, SPLITS)
         rows, wanted = getattr(self.data, split), getattr(self, f"{split}_rows")
+        if self.shots is not None and split != "test":
+            keys, what = [self._order_seed, SPLITS.index(split)], f"{split} rows of {self._name}"
+            return few(rows, self.data.labels, self.shots, keys, what)
         if self.strict_rows and wanted is not None:
             needed = wanted + (self.head_rows if split == "train" and self.head == "ridge" else 0)
             if needed > len(rows):
@@ -363,15 +368,11 @@ class Setting:
     @cached_property
     def _order(self) -> np.ndarray:
         """Numbers of all training rows (rows,), the chosen ones first."""
-        count = len(self.data.train)
-        seed = self.seed if self.order_seed is None else self.order_seed
-        if self.order == "shuffled":
-            return np.random.default_rng(seed).permutation(count)
-        if self.order == "sampled":
-            # A sample of n rows is the head of a sample of all of them.
-            whole = self.data.train.reset_index(drop=True)
-            return whole.sample(frac=1, random_state=seed).index.to_numpy()
-        return np.arange(count)
+        return order_of(self.data.train, self.order, self._order_seed)
+
+    @property
+    def _order_seed(self) -> int:
+        return self.seed if self.order_seed is None else self.order_seed
 
     @cached_property
     def _read_out(self) -> tuple[PreTrainedModel, HeadFit | None]:

@@ -6,9 +6,12 @@ column says so. The seed is part of a task, never of a run: everyone sees the sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,6 +71,44 @@ def carve_validation(frame: pd.DataFrame) -> np.ndarray:
     wanted = min(int(VALIDATION_SHARE * len(frame)), VALIDATION_LIMIT)
     strata = frame["label"] if "label" in frame else None
     return _choose(groups, strata, wanted, seed=SPLIT_SEED + 1)
+
+
+def order_of(rows: pd.DataFrame, order: str, seed: int) -> np.ndarray:
+    """Numbers of all rows (rows,) in the order "given", "shuffled" or "sampled"."""
+    if order == "shuffled":
+        return np.random.default_rng(seed).permutation(len(rows))
+    if order == "sampled":
+        # A sample of n rows is the head of a sample of all of them.
+        return rows.reset_index(drop=True).sample(frac=1, random_state=seed).index.to_numpy()
+    return np.arange(len(rows))
+
+
+def few(
+    rows: pd.DataFrame, classes: Sequence[str], shots: int, seed: Sequence[int], what: str
+) -> pd.DataFrame:
+    """So many rows of each class (in all, where there are no classes), in random order.
+
+    Args:
+        rows: with the column `label`, numbers of the ``classes``, where there are some.
+        classes: names of the classes.
+        shots: rows of each.
+        seed: of `numpy.random.default_rng`.
+        what: the rows' name in an error.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    order = np.random.default_rng(seed).permutation(len(rows))
+    labels = rows["label"].to_numpy()[order] if classes else np.zeros(len(rows), dtype=int)
+    count = np.bincount(labels, minlength=max(len(classes), 1))
+    if count.min() < shots:
+        of_class = f" of the class {classes[int(count.argmin())]}" if classes else ""
+        raise InputError(
+            f"shots is {shots}, but there are {count.min()} {what}{of_class}; choose at most that "
+            "many"
+        )
+    kept = [np.flatnonzero(labels == c)[:shots] for c in range(len(count))]
+    return rows.iloc[order[np.sort(np.concatenate(kept))]]
 
 
 def normalised(text: pd.Series) -> pd.Series:

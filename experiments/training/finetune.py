@@ -113,12 +113,16 @@ class FineTuning(Options, Subject):
     """
 
     kind: ClassVar[str] = "fine-tuning"
-    younger: ClassVar[tuple[str, ...]] = ("cache_frozen", "sequential", "optimiser", "weights")
+    younger: ClassVar[tuple[str, ...]] = (
+        *("cache_frozen", "sequential", "optimiser", "weights", "shots"),
+    )
 
     batch_size: int = 16
     """Examples per update, over all processes and slices."""
     train_limit: int | None = None
     """Use only so many training rows."""
+    shots: int | None = None
+    """Train on so many rows of each class and validate on as many, drawn by the seed (few-shot)."""
     eval_limit: int | None = None
     """Evaluate on at most so many rows."""
     evaluate_on: Literal["test", "validation"] = "test"
@@ -136,8 +140,12 @@ class FineTuning(Options, Subject):
             rate = default_rate(self.model, self.task, self.deltas).value
             object.__setattr__(self, "learning_rate", rate)
         self.check()
-        for name in ("batch_size", "train_limit", "eval_limit"):
+        for name in ("batch_size", "train_limit", "eval_limit", "shots"):
             check_count(self, name, least=1)
+        if self.shots is not None and self.train_limit is not None:
+            raise InputError(
+                "shots and train_limit both say how many rows are trained on; give one"
+            )
         if self.evaluate_on not in ("test", "validation"):
             raise unknown("split", str(self.evaluate_on), ("test", "validation"))
         if self.weights not in WEIGHTS:
@@ -247,8 +255,9 @@ class FineTuning(Options, Subject):
         exact = self.solver() is not None and self.precision == "auto"
         given = {
             "train_rows": self.train_limit,
-            "validation_rows": self.eval_limit,
+            "validation_rows": None if self.shots else self.eval_limit,
             "test_rows": self.eval_limit,
+            "shots": self.shots,
             "dtype": "float64" if exact else self.weights,
         }
         return super().setting(**(given | rows))

@@ -280,3 +280,15 @@ def test_a_run_gives_back_its_model_and_its_control_problem(places, store):
     with torch.no_grad():
         before = model.detach()(**without_labels(batch)).logits
     assert (before - logits).abs().max() > 1e-3
+
+
+def test_few_shots_are_drawn_by_the_seed(places, store):
+    """Each class gives as many rows; runs that differ in seed share no pass, for their rows do."""
+    plain = tiny(places, deltas=("bitfit",), shots=4)
+    setting = plain.setting()
+    assert setting.data.labels and len(setting.split("train")) == 4 * len(setting.data.labels)
+    assert plain.company() is None and "shots" in plain.to_config()
+    assert "shots" not in tiny(places, deltas=("bitfit",)).to_config()
+    assert run(plain, store, progress=False).status == "completed"
+    with pytest.raises(InputError, match="give one"):
+        tiny(places, shots=4, train_limit=8)

@@ -117,6 +117,25 @@ def test_the_orders_of_training_rows(make: Any, places: dict) -> None:
     assert held["text"].tolist() == tasks.load(places["two"]).validation["text"].head(4).tolist()
 
 
+def test_few_shots_of_each_class(make: Any, places: dict) -> None:
+    def few(split: str, **options: Any) -> pd.DataFrame:
+        return make(shots=3, **options).frame(split)
+
+    counts = few("train")["label"].value_counts()
+    assert list(counts) == [3] * len(counts) and len(counts) == 2
+    assert len(few("validation")) == 6
+    assert few("train")["text"].tolist() == few("train")["text"].tolist()
+    assert few("train")["text"].tolist() != few("train", seed=1)["text"].tolist()
+    other = few("train", seed=1, order_seed=0)["text"].tolist()
+    assert other == few("train")["text"].tolist()
+    assert len(make(shots=3).frame("test")) == len(make().frame("test"))
+    with pytest.raises(InputError, match="shots is 1000, but there are .* of the class"):
+        make(shots=1000).frame("train")
+    with pytest.raises(InputError, match="shots counts the rows"):
+        make(shots=2, train_rows=4)
+    assert len(make(task="numbers", shots=4).frame("train")) == 4
+
+
 def test_more_rows_than_there_are(make: Any) -> None:
     there = len(make().data.test)
     assert len(make(test_rows=10**6).split("test")) == there

@@ -43,6 +43,7 @@ def company(run: Any) -> dict[str, Any] | None:
         alone
         or obstacle(training_settings(run, "classification", 30.0))
         or run.weights != "float32"
+        or run.shots is not None  # whose rows depend on the seed
     ):
         return None
     return {name: value for name, value in run.to_config().items() if name not in OWN}
