@@ -44,8 +44,7 @@ def _compiled(signature: Any, freedoms: set[str]) -> Callable[[Callable], Callab
     return compiled
 
 
-@intrinsic
-def _add_product(typingctx, Y, y, X, x, c, count):  # pragma: no cover - compiled
+def _product(typingctx, Y, y, X, x, c, count):  # pragma: no cover - compiled
     """``C += Y'X`` of ``count`` rows of four, an even number; all are places in ``Y`` and ``X``.
 
     ``Y`` starts at entry ``y`` of its array, ``X`` at ``x`` and the 4 x 4 block ``C`` at ``c`` of
@@ -91,6 +90,9 @@ def _add_product(typingctx, Y, y, X, x, c, count):  # pragma: no cover - compile
 
     place = types.int64
     return types.void(Y, place, X, place, place, place), code
+
+
+_add_product: Any = intrinsic(_product)
 
 
 @_compiled(
