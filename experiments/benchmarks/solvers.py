@@ -39,7 +39,6 @@ from torch import Tensor
 
 from deltacontrol.experiments.runs import provenance
 from deltacontrol.theory.lq import factorise, factorise_by_scan, riccati
-from deltacontrol.theory.lq.fused import PATIENCE
 
 Solve: TypeAlias = Callable[[], np.ndarray]  # the gain K_0
 
@@ -240,8 +239,6 @@ class Benchmark:
 
     def _single(self, n: int, m: int, horizon: int) -> dict[str, Any]:
         problem, solves, absent = Problem.random(n, m, horizon), {}, []
-        for _ in range(PATIENCE):
-            ours(problem)()
         for name, make in CONTESTANTS.items():
             try:
                 solves[name] = make(problem)

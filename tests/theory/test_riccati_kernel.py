@@ -16,12 +16,6 @@ from tests.theory.problems import normal
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel from the first problem on."""
-    monkeypatch.setattr(fused, "PATIENCE", 0)
-
-
 def problem(n: int, m: int, *, horizon: int = 6, cross: bool = True) -> dict[str, Tensor]:
     terms = batch_terms(horizon=horizon, n=n, m=m)
     for name in ("A", "B"):  # else states of many entries grow, and their rounding errors with them
@@ -31,7 +25,7 @@ def problem(n: int, m: int, *, horizon: int = 6, cross: bool = True) -> dict[str
 
 def plain(terms: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, **affine: Tensor) -> LQPolicy:
     with monkeypatch.context() as patch:
-        patch.setattr(fused, "PATIENCE", 10**9)
+        patch.setattr(fused, "kernels", lambda: None)
         policy = riccati(**terms, **affine)
         assert not isinstance(policy._found, fused.Solved)
     return policy
@@ -144,17 +138,14 @@ def batch_terms_of(batch: int) -> dict[str, Tensor]:
     return {name: batch_terms(batch)[name] for name in QUADRATIC}
 
 
-def test_the_first_problems_of_a_process_do_not_wait_for_a_compiler(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[bool] = []
-    known = fused.kernels()
-    monkeypatch.setattr(fused, "PATIENCE", 3)
-    monkeypatch.setattr(fused._Seen, "number", 0)
-    monkeypatch.setattr(fused, "kernels", lambda: asked.append(True) or known)
-    for _ in range(3):
-        assert not isinstance(riccati(**problem(4, 2))._found, fused.Solved) and not asked
-    assert isinstance(riccati(**problem(4, 2))._found, fused.Solved) and asked
+def test_a_problem_has_the_same_bits_whenever_it_is_solved() -> None:
+    terms = problem(4, 2)
+    first = riccati(**terms)
+    for size in range(1, 20):
+        riccati(**problem(size, 1))
+    assert isinstance(first._found, fused.Solved)
+    pairs = zip(first.gains, riccati(**terms).gains, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.fixture

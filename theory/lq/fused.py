@@ -5,10 +5,10 @@ more than their arithmetic. The kernel (`deltacontrol.theory.lq.kernels`) has th
 steps inside, and serves all sizes, so that it is compiled once; numba keeps it beside its file, or
 in the user's cache.
 
-Importing numba and loading the kernel takes about half a second, compiling it some seconds. Who
-solves one problem should not wait for that: the first `PATIENCE` problems of a process are solved
-by `deltacontrol.theory.lq.single`, which computes the same up to rounding, as it does without
-numba, where the kernel cannot be compiled, and for other problems.
+Importing numba and loading the kernel takes half a second to one second of the first solve in a
+process, compiling it some seconds, once a machine. It serves from the first problem on, so that a
+problem has the same bits whenever it is solved. Without numba, where the kernel cannot be compiled,
+and for other problems `deltacontrol.theory.lq.single` computes the same up to rounding.
 """
 
 from __future__ import annotations
@@ -25,20 +25,11 @@ from torch import Tensor
 
 from deltacontrol.theory.lq.terms import QuadraticTerms, QuickSteps, Steps, Terms, frobenius
 
-__all__ = ["PATIENCE", "Solved", "kernels", "serves", "simulate", "solve", "sweep"]
+__all__ = ["Solved", "kernels", "serves", "simulate", "solve", "sweep"]
 
 (_potrf,) = get_lapack_funcs(("potrf",), dtype=np.float64)
 
-PATIENCE = 16
-"""Problems that are solved without the kernel before it is loaded."""
-
 LARGEST = 96  # m + n, beyond which the matrices leave the cache, and LAPACK is as quick
-
-
-class _Seen:
-    """The problems so far that a kernel could have solved."""
-
-    number = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +68,6 @@ def solve(
     fails or a pivot of ``H_uu`` is within the rough bound of its rounding errors, and for the
     problems that `serves` refuses. So every refusal and every status is theirs.
     """
-    if _Seen.number < PATIENCE:
-        return None
     given = (A, B, Q, R, Qf) if N is None else (A, B, Q, R, Qf, N)
     try:
         arrays = [part.numpy() for part in given]  # pyright: ignore[reportAttributeAccessIssue]
@@ -107,16 +96,12 @@ def solve(
 
 
 def serves(terms: QuadraticTerms) -> bool:
-    """Whether this is one problem in float64 on the CPU, small, of equal steps, and not the first.
-
-    Every such question counts as a problem.
-    """
+    """Whether this is one problem in float64 on the CPU, small and of equal steps."""
     _, m, n = terms.sizes[0]
     small = terms.uniform and terms.lead.numel() == 1 and 0 < m and 0 < n and m + n <= LARGEST
     if not small or terms.Qf.dtype != torch.float64 or terms.Qf.device.type != "cpu":
         return False
-    _Seen.number += 1
-    return _Seen.number > PATIENCE and kernels() is not None
+    return kernels() is not None
 
 
 def sweep(terms: QuadraticTerms, stop: int, root: Tensor) -> QuickSteps:
