@@ -13,8 +13,9 @@ input. crocoddyl's is one backward and one forward pass of its DDP, in C++; mpc.
 iteration. Both are left out with a line where they are not installed: `pip install crocoddyl` and
 `pip install --no-deps mpc`, in an environment of their own.
 
-A batch is compared with a loop over its problems; it runs in compiled kernels where numba is
-installed (`pip install -e ".[fast]"`), else by torch. The parallel scan over time, which
+Small problems run in compiled kernels where numba is installed (`pip install -e ".[fast]"`); a
+process solves its first ones without, and they are no part of what is timed. A batch is compared
+with a loop over its problems. The parallel scan over time, which
 computes the gains only, is compared with the recursion over horizons.
 """
 
@@ -91,7 +92,7 @@ def ours(problem: Problem) -> Solve:
     def solve() -> np.ndarray:
         policy = riccati(*problem.quadratic)
         policy.simulate(problem.x0)
-        return policy.gains[0].numpy()
+        return policy.gain(0).numpy()
 
     return solve
 

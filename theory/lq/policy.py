@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.feedback.laws import FeedbackLaw, Trajectory
-from deltacontrol.theory.lq import single
+from deltacontrol.theory.lq import fused, single
 from deltacontrol.theory.lq.terms import (
     Layout,
     QuickSteps,
@@ -68,6 +68,23 @@ class LQFactor:
     _inverse: dict[int, Tensor]
     _quick: QuickSteps | None
 
+    @classmethod
+    def of(cls, solved: fused.Solved) -> LQFactor:
+        """That of one problem that the kernel solved."""
+        (horizon, n, m), quick = solved.B.shape, solved.quick
+        return cls(
+            lead=torch.Size(),
+            sizes=[(n, m, n)] * horizon,
+            A=torch.from_numpy(solved.A).unsqueeze(1),
+            B=torch.from_numpy(solved.B).unsqueeze(1),
+            gains=quick.gains,
+            null={},
+            conflicts=(),
+            _hessians={horizon: torch.from_numpy(solved.final).unsqueeze(0)},
+            _inverse={},
+            _quick=quick,
+        )
+
     @property
     def final_hessian(self) -> Tensor:
         """``P_L``, ``(batch, n_L, n_L)``."""
@@ -123,6 +140,8 @@ class LQFactor:
             UnboundedError: if ``r_t + B'g`` meets the null space of a singular ``H_uu``.
             InputError: if a term does not fit.
         """
+        if c is None and q is None and r is None and qf is None:
+            return LQPolicy(self, Layout(self.lead, self.lead))
         states, controls, like = self.state_sizes, self.control_sizes, self.final_hessian
         sizes = {"c": states[1:], "q": states[:-1], "r": controls, "qf": states[-1:]}
         ends = None if qf is None else [qf]
@@ -138,8 +157,7 @@ class LQFactor:
             ) from error
         layout = Layout(self.lead, full)
         arranged = {name: layout.arrange(terms) for name, terms in given.items()}
-        k, s, v = self._solve(layout, arranged) if arranged else (None, None, None)
-        return LQPolicy(self, layout, arranged.get("c"), k, s, v)
+        return LQPolicy(self, layout, arranged.get("c"), *self._solve(layout, arranged))
 
     def _solve(
         self, layout: Layout, terms: dict[str, Sequence[Tensor]]
@@ -194,17 +212,31 @@ class LQFactor:
 class LQPolicy(FeedbackLaw):
     """The optimal law ``u_t = K_t x + k_t`` and the cost to go ``1/2 x'P_t x + s_t'x + v_t``."""
 
-    _factor: LQFactor
-    _layout: Layout
-    _c: Sequence[Tensor] | None
-    _k: Sequence[Tensor] | None
-    _s: Sequence[Tensor] | None
-    _v: Sequence[Tensor] | None
+    _found: LQFactor | fused.Solved
+    _layout: Layout = Layout(torch.Size(), torch.Size())
+    _c: Sequence[Tensor] | None = None
+    _k: Sequence[Tensor] | None = None
+    _s: Sequence[Tensor] | None = None
+    _v: Sequence[Tensor] | None = None
+
+    @cached_property
+    def _factor(self) -> LQFactor:
+        """The recursion's matrices; of a solved problem they become tensors when first needed."""
+        found = self._found
+        return found if isinstance(found, LQFactor) else LQFactor.of(found)
 
     @cached_property
     def gains(self) -> tuple[Tensor, ...]:
         """``K_t`` for each step, ``(..., m_t, n_t)``."""
+        if isinstance(self._found, fused.Solved):
+            return torch.from_numpy(self._found.K).unbind()
         return matrices(self._factor.gains, self._factor.lead)
+
+    def gain(self, t: int) -> Tensor:
+        """``K_t`` alone, ``(..., m_t, n_t)``, without a tensor for each of the others."""
+        if isinstance(self._found, fused.Solved):
+            return torch.from_numpy(self._found.K[t])
+        return self.gains[t]
 
     @cached_property
     def feedforward(self) -> tuple[Tensor, ...]:
@@ -249,7 +281,7 @@ class LQPolicy(FeedbackLaw):
 
     def control(self, t: int, x: Tensor) -> Tensor:
         """``K_t x + k_t`` at a state ``(..., n_t)``."""
-        return _times(self.gains[t], x) + self.feedforward[t]
+        return _times(self.gain(t), x) + self.feedforward[t]
 
     def cost_to_go(self, t: int, x: Tensor) -> Tensor:
         """``V_t(x) = 1/2 x'P_t x + s_t'x + v_t`` of a state ``(..., n_t)``, one for each."""
@@ -263,8 +295,13 @@ class LQPolicy(FeedbackLaw):
         Raises:
             InputError: if the state does not fit.
         """
-        n = self._factor.state_sizes[0]
-        check_vectors("x0", [x0], [n], self._factor.final_hessian)
+        if isinstance(self._found, fused.Solved):
+            simulated = fused.simulate(self._found, x0)
+            if simulated is not None:
+                return Trajectory(list(simulated[0].unbind()), simulated[1].unbind())
+        factor, like = self._factor, self._factor.final_hessian
+        n = factor.state_sizes[0]
+        check_vectors("x0", [x0], [n], like)
         try:
             full = broadcast([self._layout.full, x0.shape[:-1]])
         except RuntimeError as error:
@@ -272,8 +309,7 @@ class LQPolicy(FeedbackLaw):
                 f"x0 has shape {tuple(x0.shape)}; expected ({n},), or batch axes before it that "
                 f"broadcast against {tuple(self._layout.full)}"
             ) from error
-        layout = Layout(self._factor.lead, full)
-        factor = self._factor
+        layout = Layout(factor.lead, full)
         k, c = (
             self._layout.rearrange(terms, layout) if terms is not None else None
             for terms in (self._k, self._c)

@@ -6,11 +6,11 @@ Two forms of the same step. The quick one needs ``P_{t+1} = S S'``, ``S`` lower 
 
 positive definite; its Cholesky factor ``[C 0; W' S_t]`` then holds all at once: ``H_uu = C C'``,
 ``W = C^{-1} H_ux`` and ``P_t = S_t S_t'``. That is three operations a step, by torch for a batch,
-by LAPACK (`deltacontrol.theory.lq.single`) for one problem on the CPU, and by kernels of numba,
-where it is installed, for many small ones (`deltacontrol.theory.lq.compiled`). The general one
-forms the ``P_t``, which may be singular or indefinite, and takes a spectral decomposition where
-``H_uu`` is singular. The quick form runs as far as it goes, and the general one takes over where a
-pivot of ``H_uu`` drowns in rounding errors or the factorisation breaks down.
+by LAPACK (`deltacontrol.theory.lq.single`) for one problem on the CPU, and by kernels of numba for
+small ones, where it is installed (`deltacontrol.theory.lq.fused`, and `.compiled` for many). The
+general form has the ``P_t``, which may be singular or indefinite, and takes a spectral
+decomposition where ``H_uu`` is singular. The quick form runs as far as it goes; the general one
+takes over where a pivot of ``H_uu`` drowns in rounding errors or the factorisation breaks down.
 
 Source: the quick form is the factorised recursion of Frison & Jorgensen, *Efficient implementation
 of the Riccati recursion for solving linear-quadratic control problems*, IEEE CCA, 2013.
@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from deltacontrol.theory.errors import InputError
-from deltacontrol.theory.lq import compiled, single
+from deltacontrol.theory.lq import compiled, fused, single
 from deltacontrol.theory.lq.policy import LQFactor, LQPolicy, UnboundedError, problem_number
 from deltacontrol.theory.lq.terms import (
     QuadraticTerms,
     QuickSteps,
     Steps,
     Terms,
+    are_dense,
     each,
     frobenius,
     gain,
@@ -83,6 +84,9 @@ def riccati(
         >>> round(policy.gains[0].item(), 12), round(policy.hessians[0].item(), 12)
         (-0.5, 0.5)
     """
+    bare = c is None and q is None and r is None and qf is None
+    if bare and (solved := fused.solve(A, B, Q, R, Qf, N)) is not None:
+        return LQPolicy(solved)
     try:
         factor = factorise(A, B, Q, R, Qf, N)
     except UnboundedError:
@@ -90,7 +94,7 @@ def riccati(
         raise
     except InputError:
         given = (A, B, Q, R, [Qf], [] if N is None else N)
-        if all(map(_are_dense, given)):
+        if all(map(are_dense, given)):
             require_finite(2, A=A, B=B, Q=Q, R=R, N=N, Qf=[Qf])
         raise
     if factor.conflicts:
@@ -168,7 +172,7 @@ class _Sweep:
         """The quick form from ``stop - 1`` on, as far as the factorisations succeed."""
         terms = self.terms
         if terms.lead.numel() == 1 and terms.Qf.device.type == "cpu":
-            return single.sweep(terms, stop, root)
+            return (fused if fused.serves(terms) else single).sweep(terms, stop, root)
         if compiled.serves(terms):
             return compiled.sweep(terms, stop, root)
         A, B, Q, R = (unbind(part) for part in (terms.A, terms.B, terms.Q, terms.R))
@@ -229,7 +233,7 @@ class _Sweep:
     def _trusted(self, stop: int, quick: QuickSteps) -> QuickSteps:
         """The steps since the pivots of ``H_uu`` last drowned in their rounding error."""
         first = quick.first
-        if first == stop:
+        if first == stop or quick.bounds is None:
             return quick
         R, B = self.terms.R[first:stop], self.terms.B[first:stop]
         pivots = each(_diagonal, quick.lower)
@@ -343,11 +347,6 @@ def require_precision(
 
 def _doubled(terms: Terms) -> Terms:
     return terms.double() if isinstance(terms, Tensor) else [term.double() for term in terms]
-
-
-def _are_dense(terms: object) -> bool:
-    items = terms if isinstance(terms, list | tuple) else [terms]
-    return all(isinstance(x, Tensor) and not x.is_meta and not x.is_sparse for x in items)
 
 
 def _root(P: Tensor) -> Tensor | None:

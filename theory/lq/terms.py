@@ -22,6 +22,7 @@ __all__ = [
     "QuickSteps",
     "Steps",
     "Terms",
+    "are_dense",
     "broadcast",
     "check_vectors",
     "each",
@@ -180,21 +181,21 @@ class QuickSteps:
         lower: ``C_t`` with ``H_uu = C_t C_t'``.
         gains: ``K_t``.
         roots: ``S_t`` with ``P_t = S_t S_t'``; empty where all ``P_t`` are known.
-        bounds: ``trace(P_{t+1}) ||B_t||^2``, which bounds ``|B'PB|``; ``(steps, batch)``.
+        bounds: ``trace(P_{t+1}) ||B_t||^2``, which bounds ``|B'PB|``; ``(steps, batch)``. None
+            where all pivots of ``H_uu`` are known to exceed their rounding errors.
     """
 
     first: int
     lower: Steps
     gains: Steps
     roots: Steps
-    bounds: Tensor
+    bounds: Tensor | None
 
     def since(self, first: int) -> QuickSteps:
         """The steps from a later one on."""
         skip = first - self.first
-        return QuickSteps(
-            first, self.lower[skip:], self.gains[skip:], self.roots[skip:], self.bounds[skip:]
-        )
+        bounds = None if self.bounds is None else self.bounds[skip:]
+        return QuickSteps(first, self.lower[skip:], self.gains[skip:], self.roots[skip:], bounds)
 
 
 @dataclass(frozen=True)
@@ -329,6 +330,12 @@ def require_tensors(name: str, terms: object) -> None:
         if item.is_meta or item.layout is not torch.strided:
             kind = "on meta, without values" if item.is_meta else "sparse"
             raise InputError(f"{name} is {kind}; expected a dense tensor with values")
+
+
+def are_dense(terms: object) -> bool:
+    """Whether this is a dense tensor with values, or a list of such."""
+    items = terms if isinstance(terms, list | tuple) else [terms]
+    return all(isinstance(x, Tensor) and not x.is_meta and not x.is_sparse for x in items)
 
 
 def require_finite(axes: int, **given: Terms | None) -> None:

@@ -45,32 +45,33 @@ def sweep_of_one(
     V[-1] = terminal.numpy()
     v = np.zeros(n, steps.dtype)
     potrf, potrs = get_lapack_funcs(("potrf", "potrs"), dtype=steps.dtype)
-    right, diagonal = np.empty((m, n + 1), steps.dtype), np.arange(m)
+    Q, VF = np.empty((n + m, n + m), steps.dtype), np.empty((n, n + m), steps.dtype)
+    Qxx, Qux, Quu = Q[:n, :n], Q[n:, :n], Q[n:, n:]
+    pivots = Q.reshape(-1)[n * (n + m + 1) :: n + m + 1]  # the diagonal of Q_uu
+    right = np.empty((m, n + 1), steps.dtype, order="F")  # as LAPACK solves in place
     least, unit = m * np.finfo(steps.dtype).eps, 0.0
     for t in range(horizon - 1, -1, -1):
-        F_t, V_t = steps[t], V[t + 1]
-        Q = F_t.T @ (V_t @ F_t)
+        F_t, k_t, K_t = steps[t], k[t], K[t]
+        np.matmul(V[t + 1], F_t, out=VF)
+        np.matmul(F_t.T, VF, out=Q)
         Q += weights[t]
-        Quu, Qux = Q[n:, n:], Q[n:, :n]
-        Quu = 0.5 * (Quu + Quu.T)
-        pivots = Quu[diagonal, diagonal]
         if damping:
-            unit = max(unit, float(np.abs(pivots).mean()))
-            Quu[diagonal, diagonal] += damping * (unit or 1.0)
-            pivots = Quu[diagonal, diagonal]
+            unit = max(unit, float(np.abs(pivots).sum()) / m)
+            pivots += damping * (unit or 1.0)
         q = v @ F_t
-        right[:, 0], right[:, 1:] = slopes[t] + q[n:], Qux
+        np.add(slopes[t], q[n:], out=right[:, 0])
+        right[:, 1:] = Qux
         factor, info = potrf(Quu, lower=1, clean=0)
-        found = factor[diagonal, diagonal]
-        if info or not found.min() ** 2 > least * pivots.max():
+        if info or not factor.diagonal().min() ** 2 > least * pivots.max():
             raise IndefiniteError(f"Q_uu is not positive definite at step {t}")
-        solved, _ = potrs(factor, right, lower=1)
-        np.negative(solved[:, 0], out=k[t])
-        np.negative(solved[:, 1:], out=K[t])
-        k_t, K_t = k[t], K[t]
-        v = q[:n] + (Quu @ k_t + right[:, 0]) @ K_t + k_t @ Qux
-        V_t = Q[:n, :n] + K_t.T @ (Quu @ K_t + 2.0 * Qux)
-        V[t] = 0.5 * (V_t + V_t.T)
+        potrs(factor, right, lower=1, overwrite_b=1)
+        np.negative(right[:, 0], out=k_t)
+        np.negative(right[:, 1:], out=K_t)
+        # Q_uu k = -Q_u and Q_uu K = -Q_ux leave of the update what follows.
+        v = q[:n] + k_t @ Qux
+        V_t = Qxx + K_t.T @ Qux
+        np.add(V_t, V_t.T, out=V[t])
+        V[t] *= 0.5
     return torch.from_numpy(k), torch.from_numpy(K), torch.from_numpy(V)
 
 

@@ -282,10 +282,10 @@ class _Search:
         states, controls = [x0.expand(number, *x0.shape).reshape(-1, x0.shape[-1])], []
         with torch.no_grad():
             for t, u_t in enumerate(self.u):
-                new = u_t + factors * policy.k[t]
+                new = torch.addcmul(u_t, factors, policy.k[t])
                 if t:
-                    moved = states[t].view(number, -1) - self.now.states[t].reshape(1, -1)
-                    new = new + moved @ policy.K[t][0].mT
+                    moved = states[t].view(number, -1) - self.now.states[t].view(-1)
+                    new = torch.addmm(new, moved, policy.K[t][0].mT)
                 controls.append(new)
                 spread = new if not rows else new.repeat_interleave(rows[0], 0)
                 states.append(step(t, states[t], spread))
