@@ -113,7 +113,10 @@ class FineTuning(Options, Subject):
     """
 
     kind: ClassVar[str] = "fine-tuning"
-    younger: ClassVar[tuple[str, ...]] = ("cache_frozen", "sequential", "optimiser", "weights")
+    younger: ClassVar[tuple[str, ...]] = (
+        *("cache_frozen", "sequential", "optimiser", "weights"),
+        "compile",
+    )
 
     batch_size: int = 16
     """Examples per update, over all processes and slices."""

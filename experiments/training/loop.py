@@ -31,6 +31,7 @@ from deltacontrol.experiments.runs.experiment import PausedError
 from deltacontrol.experiments.runs.interrupts import deferred
 from deltacontrol.experiments.training import checkpoints
 from deltacontrol.experiments.training import devices as resources
+from deltacontrol.experiments.training.compiling import CompiledPass, compiled_pass
 from deltacontrol.experiments.training.gradients import accumulate, examples, num_tokens
 from deltacontrol.experiments.training.modes import training_mode
 from deltacontrol.experiments.training.results import TrainingResult, curve, divergence, summary
@@ -93,7 +94,8 @@ def train(
         before it reaches the controls.
 
     Raises:
-        InputError: The checkpoint folder cannot be used; a batch smaller than its number of slices.
+        InputError: The checkpoint folder cannot be used; a batch smaller than its number of slices;
+            `settings.compile` is "always" and cannot be followed.
         PausedError: behind `pause_after`, with the metrics of the model there.
     """
     device = resources.choose_device(settings.device)
@@ -119,6 +121,8 @@ def train(
     with bar, mode, once, guarded as interrupts:
         if loop.exhausted:
             status, message = "early_stopped", "stopped before this attempt"
+        else:
+            loop.compile()
         while run.step < settings.steps and status == "completed":
             if pause_after is not None and run.step >= pause_after:
                 assert checkpoint_dir is not None and evaluate is not None
@@ -160,6 +164,8 @@ def train(
         interrupts.stop(f"step {run.step} of {settings.steps}: {kept}")
     loop.finish()
     measures = summary(run, memory, precision, device)
+    if loop.compiled is not None:
+        measures["compiled"] = True
     return TrainingResult(
         status, message, curve(run), delta_model.state(), run.best, measures, earlier
     )
@@ -191,6 +197,7 @@ class _Loop:
         self.first = 0
         self.moved: set[str] = set()  # deltas of which a control has had a gradient
         self.frozen: FrozenStates | None = None
+        self.compiled: CompiledPass | None = None
         if settings.cache_frozen:
             _check_cacheable(data, settings)
         self.best_controls: dict[str, Tensor] | None = None
@@ -222,6 +229,26 @@ class _Loop:
 
         self.delta_model.prepare(losses)
 
+    def compile(self) -> None:
+        """Compile the model's pass where the settings ask for it, or where it pays."""
+        settings, run = self.settings, self.run
+        if settings.compile == "never" or run.step >= settings.steps:
+            return
+        batch = dict(self.data.batch(0))
+
+        def trial() -> None:
+            self._gradient(batch, 0)
+            self.optimizer.zero_grad(set_to_none=True)
+
+        self.compiled = compiled_pass(
+            self.delta_model,
+            settings,
+            batch,
+            "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32",
+            self.accelerator.device.type,
+            trial,
+        )
+
     @property
     def exhausted(self) -> bool:
         """Whether the patience was at its end already when this attempt began."""
@@ -244,17 +271,8 @@ class _Loop:
         if settings.cache_frozen:
             self._frozen_states(batch)
             batch["examples"] = self.data.examples(step)  # type: ignore[attr-defined]
-        loss = accumulate(
-            self.accelerator,
-            self.model,
-            batch,
-            kind=settings.kind,
-            seed=settings.seed,
-            step=step,
-            slices=settings.grad_accumulation,
-            penalty=self.delta_model.penalty if self.delta_model.is_penalised else None,
-            frozen=self.frozen,
-        )
+        with self.compiled.acting() if self.compiled is not None else nullcontext():
+            loss = self._gradient(batch, step)
         self._require_gradients(step)
         bound = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
         clipped = self.accelerator.clip_grad_norm_(self.controls.values(), bound)
@@ -282,6 +300,20 @@ class _Loop:
             }
         )
         return "" if finite else divergence(step + 1, loss, norm, rate)
+
+    def _gradient(self, batch: dict[str, Any], step: int) -> float:
+        """Accumulate the gradient of a batch; returns its loss."""
+        return accumulate(
+            self.accelerator,
+            self.model,
+            batch,
+            kind=self.settings.kind,
+            seed=self.settings.seed,
+            step=step,
+            slices=self.settings.grad_accumulation,
+            penalty=self.delta_model.penalty if self.delta_model.is_penalised else None,
+            frozen=self.frozen,
+        )
 
     def _require_gradients(self, step: int) -> None:
         """Refuse a delta of which no control takes part in the loss of the first batches.

@@ -87,7 +87,7 @@ def obstacle(settings: Settings) -> str:
     for name in ALONE:
         if getattr(settings, name) != getattr(plain, name):
             return f"{name} is set"
-    return ""
+    return "compile is always" if settings.compile == "always" else ""
 
 
 def _one_after_another(
