@@ -145,7 +145,8 @@ def pays(
     tokens = num_places(batch)
     if device != "cpu" or precision != "fp32" or not tokens:
         return False
-    return steps * tokens * num_weights(delta_model.model) >= WORK_THAT_PAYS
+    weights, maps = sizes(delta_model.model)
+    return steps * tokens * weights >= WORK_THAT_PAYS * maps
 
 
 def num_places(batch: Mapping[str, Any]) -> int:
@@ -156,10 +157,11 @@ def num_places(batch: Mapping[str, Any]) -> int:
     return max((value.numel() for value in tensors if value.dim() == 2), default=0)
 
 
-def num_weights(base: nn.Module) -> int:
-    """Parameters of a model's maps and norms: every one but those of its embeddings."""
+def sizes(base: nn.Module) -> tuple[int, int]:
+    """Number of parameters of a model but those of its embeddings, and of matrices among them."""
     tables = {id(p) for m in base.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    return sum(p.numel() for p in base.parameters() if id(p) not in tables)
+    others = [p for p in base.parameters() if id(p) not in tables]
+    return sum(p.numel() for p in others), sum(p.dim() > 1 for p in others)
 
 
 def obstacle(delta_model: DeltaModel, settings: Settings) -> str:

@@ -237,8 +237,10 @@ class _Loop:
         batch = dict(self.data.batch(0))
 
         def trial() -> None:
-            self._gradient(batch, 0)
-            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                self._gradient(batch, 0)
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
 
         self.compiled = compiled_pass(
             self.delta_model,

@@ -159,18 +159,18 @@ class Failing(compiling.CompiledPass):
 def test_auto_decides_by_the_work_alone(monkeypatch) -> None:
     model = attach(bert(), LoRA(rank=2))
     batch = Lengths().batch(1)
-    weights = compiling.num_weights(model.model)
+    weights, maps = compiling.sizes(model.model)
     embedded = sum(p.numel() for n, p in model.model.named_parameters() if "embeddings.weight" in n)
-    assert weights == model.num_total - embedded
+    assert weights == model.num_total - embedded and maps == 2 * 6 + 2  # pooler and classifier
     assert compiling.num_places(batch) == 8 * 9
     assert compiling.num_places({"pixels": torch.ones(2, 3, 4, 4)}) == 0
-    monkeypatch.setattr(compiling, "WORK_THAT_PAYS", 10 * 72 * weights)
+    monkeypatch.setattr(compiling, "WORK_THAT_PAYS", 10 * 72 * weights / maps)
     pays = compiling.pays
     assert pays(model, 10, batch, "fp32", "cpu") and not pays(model, 9, batch, "fp32", "cpu")
     assert not pays(model, 10, batch, "bf16", "cpu")
     assert not pays(model, 10, batch, "fp32", "cuda")
     monkeypatch.setattr(compiling, "CompiledPass", Ordinary)
-    monkeypatch.setattr(compiling, "WORK_THAT_PAYS", 5 * 48 * weights)
+    monkeypatch.setattr(compiling, "WORK_THAT_PAYS", 5 * 48 * weights / maps)
     assert "compiled" in trained(DELTAS["lora"], 5).measures
     assert "compiled" not in trained(DELTAS["lora"], 4).measures
     assert "compiled" not in trained(DELTAS["lora"], 5, compile="never").measures
