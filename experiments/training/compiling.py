@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 BACKEND = "inductor"
 FOLDER_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-WORK_THAT_PAYS = 1e14
+WORK_THAT_PAYS = 2e12  # multiply-adds of a training in each matrix of its model
 
 
 class CompiledPass:
@@ -138,9 +138,18 @@ def pays(
 ) -> bool:
     """Whether the time that a compilation takes is won back by the steps of a training.
 
-        steps · tokens · parameters >= 1e14
+        steps · tokens · parameters / matrices >= 2e12
 
-    with the tokens of the first batch, padding included, and the base's parameters but embeddings.
+    with the tokens of the first batch, padding included, and what the base has but embeddings. The
+    gain grows with the left side but for its last factor, and the cost with the matrices, whose
+    products inductor leaves to the library; it saves what lies between them.
+
+    Measured in fp32 (torch 2.13, LoRA on 6 blocks of width 384, batch 16 x 64, two cores with AVX2
+    that others used too): a compiled step took 0.976 of the ordinary one with two threads, and 0.88
+    to 0.91 with one. To compile took the processor 66 steps' time with an empty cache, and 9 with a
+    full one, and it has no use for a second thread. So the first training gains from 740 steps
+    (0.91, one thread) or 5,500 (0.976, two) on; the rule says 6,900. bf16, GPUs, images and sounds
+    were not measured and are never compiled unless asked for.
     """
     tokens = num_places(batch)
     if device != "cpu" or precision != "fp32" or not tokens:

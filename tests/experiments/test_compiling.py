@@ -113,9 +113,11 @@ def test_the_pass_is_compiled_once_for_all_lengths(counted: Counted) -> None:
 @needs_compiler
 @pytest.mark.parametrize("name", sorted(DELTAS))
 def test_machine_code_trains_as_the_ordinary_pass(name: str) -> None:
-    compiled = trained(DELTAS[name], compile="always")
+    # The loss does not depend on a bias of the keys; Adam would divide its rounding by itself.
+    options = {"optimiser": "sgd", "learning_rate": 0.1} if name == "bitfit" else {}
+    compiled = trained(DELTAS[name], compile="always", **options)
     assert compiled.measures["compiled"] is True
-    assert_close(compiled, trained(DELTAS[name]))
+    assert_close(compiled, trained(DELTAS[name], **options))
 
 
 class Stop(Exception):
