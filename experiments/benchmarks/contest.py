@@ -7,6 +7,8 @@ backward pass and the peak of what torch allocates; neither depends on the machi
 from __future__ import annotations
 
 import json
+import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from deltacontrol.experiments.training.compiling import CompiledPass
 from deltacontrol.experiments.training.devices import attention, autocast
 
 Name = TypeVar("Name", str, int)
+LEAST_TURNS = 4
 
 
 def training_step(
@@ -53,15 +57,43 @@ def training_step(
     return step
 
 
+def compiled_step(base: nn.Module, step: Callable[[], None]) -> tuple[Callable[[], None], float]:
+    """A training step with the pass of its base model compiled, and the seconds that it took.
+
+    Args:
+        base: the model inside of the deltas, ours or those of peft.
+        step: of `training_step`.
+    """
+    step()  # the first pass is watched, which is no part of the code
+    made = CompiledPass(base)
+    start = time.perf_counter()
+    with made.acting(first=True):
+        step()
+    seconds = time.perf_counter() - start
+
+    def compiled() -> None:
+        with made.acting():
+            step()
+
+    return compiled, seconds
+
+
 def alternate(
     steps: Mapping[Name, Callable[[], object]],
     turns: int,
     warmup: int,
     now: Callable[[], float] = time.perf_counter,
+    limit: float = math.inf,
 ) -> dict[Name, list[float]]:
-    """Seconds of each step by name; in every turn each runs once, in changing order."""
+    """Seconds of each step by name; in every turn each runs once, in changing order.
+
+    There are fewer turns, but at least `LEAST_TURNS`, where they would take more than ``limit``
+    seconds together.
+    """
     seconds: dict[Name, list[float]] = {name: [] for name in steps}
     for turn in range(warmup + turns):
+        if turn - warmup >= LEAST_TURNS and sum(map(sum, seconds.values())) > limit:
+            break
         for name in sorted(steps, reverse=bool(turn % 2)):
             start = now()
             steps[name]()
@@ -82,6 +114,7 @@ def peak_allocated(step: Callable[[], None], device: str) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler prints when it starts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:

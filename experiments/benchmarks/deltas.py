@@ -2,19 +2,24 @@
 
     python -m deltacontrol.experiments.benchmarks.deltas
     python -m deltacontrol.experiments.benchmarks.deltas --parts peft memory
+    python -m deltacontrol.experiments.benchmarks.deltas --parts compiled --turns 40 --limit 120
 
     peft      LoRA, DoRA, VeRA, (IA)³, prefix and prompt: ratios to peft, same model and batch
+    compiled  LoRA's step as it is and compiled, ours and peft's, in the same turns
     memory    state-based control of whole blocks against LoRA at all linear maps: what autograd
               keeps, beside an account by module
     caching   adapters in the last two blocks, with the states below kept and without
     together  K LoRA trainings in one pass against one after another
 
-Contestants take turns; see `contest`.
+Contestants take turns; see `contest`. A contest ends after `limit` seconds of steps, so that all
+parts take about five minutes on two cores. Compiling takes a minute or two where inductor's cache
+is empty.
 """
 
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,74 +32,36 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltacontrol.deltas import (
-    IA3,
     Delta,
-    DoRA,
     HeadTuning,
     HoulsbyAdapter,
     LoRA,
-    PrefixTuning,
-    PromptTuning,
     StateBasedTuning,
-    VeRA,
     attach,
     attach_many,
 )
 from deltacontrol.deltas.dynamics.frozen_states import FrozenStates
 from deltacontrol.experiments.benchmarks.contest import (
     alternate,
+    compiled_step,
     peak_allocated,
     quartiles,
     saved_bytes,
     training_step,
 )
+from deltacontrol.experiments.benchmarks.rivals import OURS, RANK, peft_config
 from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.setting import Setting
 from deltacontrol.experiments.training.devices import choose_device, choose_precision
 from deltacontrol.experiments.training.settings import Settings
 from deltacontrol.experiments.training.together.loop import Loop
-from deltacontrol.theory.errors import InputError
 
-Part = Literal["peft", "memory", "caching", "together"]
-RANK, LENGTH, VERA_RANK = 8, 16, 64
+Part = Literal["peft", "compiled", "memory", "caching", "together"]
 EVERY_MAP = (
     "attention.query", "attention.key", "attention.value", "attention.output", "mlp.up", "mlp.down",
 )  # fmt: skip
-OURS: dict[str, Delta] = {
-    "lora": LoRA(rank=RANK, alpha=2.0 * RANK),
-    "dora": DoRA(rank=RANK, alpha=2.0 * RANK),
-    "vera": VeRA(rank=VERA_RANK),
-    "ia3": IA3(),
-    "prefix": PrefixTuning(length=LENGTH),
-    "prompt": PromptTuning(length=LENGTH),
-}
 # K, examples, tokens: many small batches, a middle one, and one that fills the machine alone.
 TOGETHER = ((16, 4, 16), (8, 8, 32), (8, 16, 64))
-
-
-def peft_config(name: str) -> Any:
-    """The configuration of ``peft`` for the same controls of BERT.
-
-    Raises:
-        InputError: peft is not installed.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise InputError("this benchmark compares with peft: pip install peft") from error
-    task, sites = peft.TaskType.SEQ_CLS, ["query", "value"]
-    lora = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": sites, "task_type": task}
-    down = r".*layer\.\d+\.output\.dense"
-    return {
-        "lora": lambda: peft.LoraConfig(**lora),
-        "dora": lambda: peft.LoraConfig(**lora, use_dora=True),
-        "vera": lambda: peft.VeraConfig(r=VERA_RANK, target_modules=sites, task_type=task),
-        "ia3": lambda: peft.IA3Config(
-            target_modules=rf".*(key|value)|{down}", feedforward_modules=down, task_type=task
-        ),
-        "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=LENGTH, task_type=task),
-        "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=LENGTH, task_type=task),
-    }[name]()
 
 
 @dataclass(frozen=True)
@@ -110,13 +77,14 @@ class Benchmark:
         length: tokens of every example.
         turns: timed steps of each contestant.
         warmup: untimed steps of each.
+        limit: seconds of timed steps of one contest, behind which it ends with fewer turns.
         threads: threads of torch; on the CPU only.
         precision: auto, fp32 or bf16.
         device: auto, cpu or cuda.
         out: also write the result to this JSON file.
     """
 
-    parts: tuple[Part, ...] = ("peft", "memory", "caching", "together")
+    parts: tuple[Part, ...] = ("peft", "compiled", "memory", "caching", "together")
     methods: tuple[str, ...] = field(default_factory=lambda: tuple(OURS))
     model: str = "minilm-l6"
     decoder: str = "smollm2-135m"
@@ -124,6 +92,7 @@ class Benchmark:
     length: int = 64
     turns: int = 20
     warmup: int = 3
+    limit: float = 20.0
     threads: int = 2
     precision: str = "auto"
     device: str = "auto"
@@ -134,6 +103,7 @@ class Benchmark:
         torch.set_num_threads(self.threads)
         measures: dict[str, Callable[[], Any]] = {
             "peft": self.against_peft,
+            "compiled": self.compiled,
             "memory": self.memory,
             "caching": self.caching,
             "together": self.together,
@@ -145,12 +115,16 @@ class Benchmark:
             "device": device,
             "threads": self.threads,
             "turns": self.turns,
+            "limit": self.limit,
             "batch": [self.batch_size, self.length],
             "hardware": provenance.hardware(),
             "packages": provenance.package_versions(),
         }
-        for part in self.parts:
+        for number, part in enumerate(self.parts, start=1):
+            began = time.perf_counter()
+            print(f"\npart {number} of {len(self.parts)}: {part}", flush=True)
             result[part] = measures[part]()
+            print(f"  {time.perf_counter() - began:.0f} s", flush=True)
         if self.out is not None:
             self.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return result
@@ -174,7 +148,7 @@ class Benchmark:
                 w: sum(p.numel() for p in m.parameters() if p.requires_grad)
                 for w, m in contestants.items()
             }
-            seconds = alternate(steps, self.turns, self.warmup)
+            seconds = alternate(steps, self.turns, self.warmup, limit=self.limit)
             peaks = {who: peak_allocated(step, device) for who, step in steps.items()}
             ratio = quartiles([a / b for a, b in zip(*seconds.values(), strict=True)])
             found[name] = {
@@ -187,7 +161,8 @@ class Benchmark:
             print(
                 f"  {name:7} time {ratio['median']:.3f} ({ratio['q25']:.3f}-{ratio['q75']:.3f}), "
                 f"kept {kept['ours'] / kept['peft']:.3f}, peak {peaks['ours'] / peaks['peft']:.3f}"
-                f"; {sizes['ours']} controls, peft {sizes['peft']}"
+                f"; {sizes['ours']} controls, peft {sizes['peft']}",
+                flush=True,
             )
         return found
 
@@ -200,6 +175,39 @@ class Benchmark:
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about peft's calls
             theirs = get_peft_model(self._base(self.model), peft_config(name))
         return theirs.to(self._setting()[1]).eval()
+
+    def compiled(self) -> dict[str, Any]:
+        """Time and peak memory of LoRA's step, ours and peft's, compiled and not, over peft's."""
+        precision, device = self._setting()
+        batch = self._batch(self.model, self.batch_size, self.length)
+        print(f"{self.model}, LoRA, batch {self.batch_size} x {self.length}: ratios to peft")
+        steps, spent = {}, {}
+        for who in ("ours", "peft"):
+            steps[who] = training_step(self._contestant(who, "lora"), batch, precision, device)
+            other: Any = self._contestant(who, "lora")
+            base = other.model if who == "ours" else other.get_base_model()
+            plain = training_step(other, batch, precision, device)
+            name = f"{who} compiled"
+            steps[name], spent[name] = compiled_step(base, plain)
+            print(f"  {name} in {spent[name]:.1f} s", flush=True)
+        seconds = alternate(steps, self.turns, self.warmup, limit=self.limit)
+        peaks = {who: peak_allocated(step, device) for who, step in steps.items()}
+        found = {}
+        for who, values in seconds.items():
+            ratio = quartiles([a / b for a, b in zip(values, seconds["peft"], strict=True)])
+            found[who] = {
+                "seconds": quartiles(values),
+                "time_ratio": ratio,
+                "peak_bytes": peaks[who],
+                "peak_ratio": peaks[who] / peaks["peft"],
+                "compile_seconds": spent.get(who),
+            }
+            print(
+                f"  {who:13} time {ratio['median']:.3f} ({ratio['q25']:.3f}-{ratio['q75']:.3f}), "
+                f"peak {found[who]['peak_ratio']:.3f}",
+                flush=True,
+            )
+        return found
 
     # -- memory ----------------------------------------------------------------------------------
 
@@ -254,7 +262,9 @@ class Benchmark:
                     plain()
 
             cached()  # the first epoch, in which the states become known
-            seconds = alternate({"cached": cached, "plain": plain}, self.turns, self.warmup)
+            seconds = alternate(
+                {"cached": cached, "plain": plain}, self.turns, self.warmup, limit=self.limit
+            )
             ratio = quartiles([p / c for c, p in zip(*seconds.values(), strict=True)])
             share = frozen.num_bytes / self.batch_size
             found[model] = {
@@ -303,6 +313,7 @@ class Benchmark:
                 },
                 self.turns,
                 self.warmup,
+                limit=self.limit,
             )
             ratio = quartiles([a / t for a, t in zip(*seconds.values(), strict=True)])
             found.append(

@@ -114,7 +114,7 @@ class FineTuning(Options, Subject):
 
     kind: ClassVar[str] = "fine-tuning"
     younger: ClassVar[tuple[str, ...]] = (
-        *("cache_frozen", "sequential", "optimiser", "weights", "shots"),
+        *("cache_frozen", "sequential", "optimiser", "weights", "shots", "compile"),
     )
 
     batch_size: int = 16

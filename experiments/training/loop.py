@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +31,7 @@ from deltacontrol.experiments.runs.experiment import PausedError
 from deltacontrol.experiments.runs.interrupts import deferred
 from deltacontrol.experiments.training import checkpoints, kept_states
 from deltacontrol.experiments.training import devices as resources
+from deltacontrol.experiments.training.compiling import CompiledPass, compiled_pass
 from deltacontrol.experiments.training.devices import attention, autocast
 from deltacontrol.experiments.training.gradients import (
     Batches,
@@ -84,7 +85,8 @@ def train(
         before it reaches the controls.
 
     Raises:
-        InputError: The checkpoint folder cannot be used; a batch smaller than its number of slices.
+        InputError: The checkpoint folder cannot be used; a batch smaller than its number of slices;
+            `settings.compile` is "always" and cannot be followed.
         PausedError: behind `pause_after`, with the metrics of the model there.
     """
     device = resources.choose_device(settings.device)
@@ -112,6 +114,7 @@ def train(
             status, message = "early_stopped", "stopped before this attempt"
         elif run.step < settings.steps:
             loop.keep_states()
+            loop.compile()
         while run.step < settings.steps and status == "completed":
             if pause_after is not None and run.step >= pause_after:
                 assert checkpoint_dir is not None and evaluate is not None
@@ -155,6 +158,8 @@ def train(
     measures = summary(run, memory, precision, device)
     if loop.frozen is not None:
         measures["kept_blocks"] = loop.frozen.num_frozen
+    if loop.compiled is not None:
+        measures["compiled"] = True
     return TrainingResult(
         status, message, curve(run), delta_model.state(), run.best, measures, earlier
     )
@@ -187,6 +192,7 @@ class _Loop:
         self.moved: set[str] = set()  # deltas of which a control has had a gradient
         self.frozen: FrozenStates | None = None
         kept_states.check(data, settings)
+        self.compiled: CompiledPass | None = None
         self.best_controls: dict[str, Tensor] | None = None
 
     def resume(self, folder: Path) -> None:
@@ -216,6 +222,28 @@ class _Loop:
 
         self.delta_model.prepare(losses)
 
+    def compile(self) -> None:
+        """Compile the model's pass where the settings ask for it, or where it pays."""
+        settings = self.settings
+        if settings.compile == "never" or (self.frozen is not None and settings.compile == "auto"):
+            return  # kept states leave out blocks of some passes
+        batch = dict(self.data.batch(0))
+
+        def trial() -> None:
+            try:
+                self._gradient(batch, 0)
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+
+        self.compiled = compiled_pass(
+            self.delta_model,
+            settings,
+            batch,
+            "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32",
+            self.accelerator.device.type,
+            trial,
+        )
+
     @property
     def exhausted(self) -> bool:
         """Whether the patience was at its end already when this attempt began."""
@@ -237,17 +265,8 @@ class _Loop:
         batch = dict(self.data.batch(step))
         if self.frozen is not None:
             batch["examples"] = self.data.examples(step)  # type: ignore[attr-defined]
-        loss = accumulate(
-            self.accelerator,
-            self.model,
-            batch,
-            kind=settings.kind,
-            seed=settings.seed,
-            step=step,
-            slices=settings.grad_accumulation,
-            penalty=self.delta_model.penalty if self.delta_model.is_penalised else None,
-            frozen=self.frozen,
-        )
+        with self.compiled.acting() if self.compiled is not None else nullcontext():
+            loss = self._gradient(batch, step)
         self._require_gradients(step)
         bound = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
         clipped = self.accelerator.clip_grad_norm_(self.controls.values(), bound)
@@ -275,6 +294,20 @@ class _Loop:
             }
         )
         return "" if finite else divergence(step + 1, loss, norm, rate)
+
+    def _gradient(self, batch: dict[str, Any], step: int) -> float:
+        """Accumulate the gradient of a batch; returns its loss."""
+        return accumulate(
+            self.accelerator,
+            self.model,
+            batch,
+            kind=self.settings.kind,
+            seed=self.settings.seed,
+            step=step,
+            slices=self.settings.grad_accumulation,
+            penalty=self.delta_model.penalty if self.delta_model.is_penalised else None,
+            frozen=self.frozen,
+        )
 
     def _require_gradients(self, step: int) -> None:
         """Refuse a delta of which no control takes part in the loss of the first batches.

@@ -31,7 +31,8 @@ class TrainingResult:
         measures: final_train_loss (mean of the last 10 steps), seconds_per_step (median; the first
             5 steps of each attempt left out), seconds_per_step_iqr, tokens_per_second,
             peak_memory_bytes, baseline_memory_bytes, memory_method, precision, device; kept_blocks,
-            the number of blocks whose states were kept, where they were.
+            the number of blocks whose states were kept, where they were; compiled, where the pass
+            was.
         earlier_seconds: Time spent by interrupted attempts.
     """
 

@@ -62,6 +62,9 @@ class Options:
     """auto (bf16 where the hardware computes in it; float64 for a solver), fp32 or bf16."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    compile: str = "auto"
+    """Machine code of the model's pass by torch.compile: always, never, or (auto) in trainings so
+    long that it saves time."""
     dropout: bool = False
     """Whether the base model's own dropout acts during training."""
     eval_every: int | None = None
@@ -88,6 +91,7 @@ class Options:
             ("schedule", self.schedule, SCHEDULES),
             ("precision", self.precision, ("auto", "fp32", "bf16")),
             ("device", self.device, ("auto", "cpu", "cuda")),
+            ("compile", self.compile, ("auto", "always", "never")),
         ):
             if value not in options:
                 raise unknown(name, str(value), options)

@@ -9,8 +9,9 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from deltacontrol.deltas import HeadTuning, LoRA, attach
-from deltacontrol.experiments.benchmarks import deltas
+from deltacontrol.experiments.benchmarks import contest, deltas
 from deltacontrol.experiments.benchmarks.contest import alternate, peak_allocated, saved_bytes
+from deltacontrol.experiments.training import compiling
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,7 @@ def tiny(tmp_path_factory) -> str:
 def test_every_part_gives_its_numbers(tiny, tmp_path, monkeypatch, capsys) -> None:
     pytest.importorskip("peft")
     monkeypatch.setattr(deltas, "TOGETHER", ((3, 2, 8),))
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
     out = tmp_path / "result.json"
     benchmark = deltas.Benchmark(
         methods=("lora", "ia3"), model=tiny, decoder="", batch_size=2, length=8, turns=2, warmup=1,
@@ -46,6 +48,10 @@ def test_every_part_gives_its_numbers(tiny, tmp_path, monkeypatch, capsys) -> No
         assert sizes["ours"] == sizes["peft"]
         assert min(entry["peak_bytes"].values()) > 0
         assert 0 < entry["time_ratio"]["q25"] <= entry["time_ratio"]["q75"]
+    compiled = result["compiled"]
+    assert set(compiled) == {"ours", "peft", "ours compiled", "peft compiled"}
+    assert compiled["peft"]["time_ratio"]["median"] == compiled["peft"]["peak_ratio"] == 1
+    assert compiled["ours compiled"]["compile_seconds"] > 0
     memory = result["memory"][tiny]
     ours, lora = (sum(memory["kept_bytes"][n].values()) for n in ("state-based", "lora"))
     assert memory["ratio"] == ours / lora < 1
@@ -65,6 +71,12 @@ def test_the_peak_is_that_of_what_is_alive_at_one_time() -> None:
         del second
 
     assert peak_allocated(step, "cpu") == 4 * 1500
+
+
+def test_the_profiler_prints_nothing(capfd) -> None:
+    peak_allocated(lambda: torch.empty(10), "cpu")
+    printed = capfd.readouterr()
+    assert printed.out == printed.err == ""
 
 
 def test_what_is_kept_is_counted_once_and_without_parameters() -> None:
@@ -96,3 +108,12 @@ def test_contestants_alternate() -> None:
     seconds = alternate({n: lambda n=n: order.append(n) for n in ("a", "b")}, turns=2, warmup=1)
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_a_contest_ends_behind_its_limit() -> None:
+    clock = iter(range(1000))  # every step takes a second
+    steps = {name: lambda: None for name in ("a", "b")}
+    seconds = alternate(steps, turns=50, warmup=1, now=lambda: next(clock), limit=11.0)
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 6, "b": 6}
+    seconds = alternate(steps, turns=50, warmup=1, now=lambda: next(clock), limit=0.0)
+    assert len(seconds["a"]) == contest.LEAST_TURNS

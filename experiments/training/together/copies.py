@@ -88,7 +88,7 @@ def obstacle(settings: Settings) -> str:
         value = getattr(settings, name)
         if value is not False and value != getattr(plain, name):
             return f"{name} is set"
-    return ""
+    return "compile is always" if settings.compile == "always" else ""
 
 
 def _one_after_another(
