@@ -56,7 +56,8 @@ class Benchmark:
         threads: threads of each job.
         precision: fp32, or bf16 where the hardware computes in it; auto takes the faster one.
         rival: run the rival's job of this kind in this process, and nothing else.
-        out: also write the result to this JSON file.
+        out: also write the result to this JSON file, after each kind; other kinds of the same
+            setting that it has stay.
     """
 
     kinds: tuple[Kind, ...] = ("lora", "houlsby", "last-layers")
@@ -87,13 +88,23 @@ class Benchmark:
             "hardware": provenance.hardware(),
             "packages": provenance.package_versions(),
         }
-        print(f"{self.model} on {self.task}, {self.steps} steps, {result['precision']}")
+        print(f"{self.model} on {self.task}, {self.steps} steps, {result['precision']}", flush=True)
+        result |= self._measured(result)
         for kind in self.kinds:
             result[kind] = self._contest(kind)
-        if self.out is not None:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            if self.out is not None:
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                self.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return result
+
+    def _measured(self, setting: dict[str, Any]) -> dict[str, Any]:
+        """Kinds that the file has already, of the same setting on the same machine."""
+        try:
+            found = json.loads(self.out.read_text(encoding="utf-8")) if self.out else {}
+        except (OSError, ValueError):
+            return {}
+        alike = all(found.get(name) == value for name, value in setting.items())
+        return {kind: found[kind] for kind in DELTAS if kind in found} if alike else {}
 
     def settled_precision(self) -> str:
         """The number format of all contestants."""

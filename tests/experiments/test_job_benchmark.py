@@ -27,3 +27,14 @@ def test_a_small_contest_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert record["last-layers"]["ratio"]["median"] > 0
     assert all(0 <= a <= 1 for each in record["last-layers"]["accuracy"].values() for a in each)
     assert "ratio" in capsys.readouterr().out
+
+
+def test_kinds_that_were_measured_stay_in_the_file(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Benchmark, "_contest", lambda self, kind: {"kind": kind, "t": self.turns})
+    out = tmp_path / "jobs.json"
+    Benchmark(kinds=("lora",), turns=1, out=out).run()
+    Benchmark(kinds=("houlsby",), turns=2, out=out).run()
+    found = json.loads(out.read_text())
+    assert found["lora"]["t"] == 1 and found["houlsby"]["t"] == 2
+    Benchmark(kinds=("houlsby",), steps=7, out=out).run()  # another setting
+    assert "lora" not in json.loads(out.read_text())
