@@ -88,7 +88,10 @@ def _rows(batch: Mapping[str, Any], rows: slice, count: int) -> dict[str, Any]:
 
 
 def _weight(labels: Tensor, kind: str) -> int:
-    return int((labels[:, 1:] != -100).sum()) if kind == "causal-lm" else len(labels)
+    if kind in ("causal-lm", "masked-lm"):
+        predicted = labels[:, 1:] if kind == "causal-lm" else labels
+        return int((predicted != -100).sum())
+    return len(labels)
 
 
 def num_tokens(batch: Mapping[str, Any]) -> int:
