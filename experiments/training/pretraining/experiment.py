@@ -94,7 +94,7 @@ class Pretraining(Experiment):
     def execute(self, workspace: Workspace) -> Outcome:
         """Pre-train the model and put it into the cache, or tell what the cache keeps of it.
 
-        The result holds loss and perplexity on held-out rows, num_total, num_layers, the digests
+        The result holds the model's name, loss and perplexity on held-out rows, num_total, num_layers, the digests
         weights_sha256 and tokens_sha256, tokens_seen, learning_rate, num_evaluated (rows), and the
         measures of `TrainingResult`. After a divergence nothing is kept, and loss is None.
 
@@ -114,7 +114,7 @@ class Pretraining(Experiment):
                 model.save_pretrained(folder)
             texts.tokenizer(member).save_pretrained(folder)
             found["weights_sha256"] = sha256_of(folder / "model.safetensors")
-            document = {"model": member.name, "config": self.to_config(), "result": found}
+            document = {"config": self.to_config(), "result": found}
             (folder / RESULT).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
             trained.curve.to_parquet(folder / CURVE, index=False)
 
@@ -191,6 +191,7 @@ class Pretraining(Experiment):
             with autocast(trained.measures["precision"], trained.measures["device"]):
                 final = look(model, ROWS_AT_THE_END)
         result = {
+            "model": self.member.name,
             **final,
             "num_evaluated": min(len(texts.rows["held_out"]), ROWS_AT_THE_END),
             "num_total": sum(p.numel() for p in model.parameters()),
