@@ -11,7 +11,15 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from deltacontrol.experiments.models.family import FAMILIES, PRESETS, SIZES, Member, told_time
+from deltacontrol.experiments.models.family import (
+    BATCH_ROWS,
+    FAMILIES,
+    LENGTH,
+    PRESETS,
+    SIZES,
+    Member,
+    told_time,
+)
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.runs.store import RunStore
@@ -128,7 +136,8 @@ def _plan(found: Sequence[Pretraining]) -> str:
             f"{member.rate:8.2g} {there:>12}"
         )
     left = [one.member.seconds for one in found if not one.member.path.is_dir()]
-    steps, tokens = found[0].steps, found[0].steps * 1024
+    steps = found[0].steps
+    tokens = steps * BATCH_ROWS * LENGTH
     lines.append(f"{steps:,d} updates each, {tokens:,d} tokens with [CLS] and [SEP]")
     if left:
         together = max(sum(left) / 2, max(left))
@@ -140,12 +149,14 @@ def _plan(found: Sequence[Pretraining]) -> str:
 
 
 def _report_text(counts: dict[str, Any]) -> None:
+    from deltacontrol.experiments.training.pretraining.tokens import BODY
+
     left_out = sum(one["with_tested_rows"] for one in counts["corpora"].values())
     documents, rows = counts["documents"], counts["rows"]
     print(
         f"text: {documents['training']:,d} documents ({', '.join(counts['corpora'])}), "
-        f"{rows['training']:,d} rows of 126 tokens; {documents['held_out']:,d} documents held out; "
-        f"{left_out:,d} left out, for they contain rows that tasks are tested on"
+        f"{rows['training']:,d} rows of {BODY} tokens; {documents['held_out']:,d} documents held "
+        f"out; {left_out:,d} left out, for they contain rows that tasks are tested on"
     )
 
 

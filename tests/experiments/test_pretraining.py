@@ -206,7 +206,7 @@ def test_a_masked_loss_is_the_mean_over_masked_tokens(made: RunStore, text: toke
 # ---- the pre-training
 
 
-@pytest.mark.parametrize("kind", family.FAMILIES)
+@pytest.mark.parametrize("kind", ["encoder", pytest.param("decoder", marks=pytest.mark.slow)])
 def test_two_pre_trainings_are_equal(
     kind: family.FamilyName, made: RunStore, other_cache: Path
 ) -> None:
@@ -368,6 +368,15 @@ def test_finetune_takes_a_model_of_the_family(
     assert "accuracy" in capsys.readouterr().out
     (record,) = RunStore(tmp_path).records()
     assert record.config["model"] == words[1] and record.result["num_evaluated"] == 20
+
+
+def test_a_missing_one_is_said_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", "family/encoder-288@quick", "--task", "small", "--runs", str(tmp_path)]
+    assert call("finetune", *words) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "`deltacontrol pretrain --family encoder --sizes 288 --preset quick`" in said
 
 
 @pytest.mark.slow

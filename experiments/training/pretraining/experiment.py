@@ -94,9 +94,10 @@ class Pretraining(Experiment):
     def execute(self, workspace: Workspace) -> Outcome:
         """Pre-train the model and put it into the cache, or tell what the cache keeps of it.
 
-        The result holds the model's name, loss and perplexity on held-out rows, num_total, num_layers, the digests
-        weights_sha256 and tokens_sha256, tokens_seen, learning_rate, num_evaluated (rows), and the
-        measures of `TrainingResult`. After a divergence nothing is kept, and loss is None.
+        The result holds the model's name, loss and perplexity on held-out rows, num_total,
+        num_layers, the digests weights_sha256 and tokens_sha256, tokens_seen, learning_rate,
+        num_evaluated (rows), and the measures of `TrainingResult`. After a divergence nothing is
+        kept, and loss is None.
 
         Raises:
             InputError: the text cannot be had, or the cache cannot be written.
