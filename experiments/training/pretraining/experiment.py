@@ -253,8 +253,8 @@ def experiments(
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     number = PRESETS[preset] if steps is None else steps
-    pairs = dict.fromkeys((family, width) for family in families for width in sizes)
-    made = [Pretraining(family, width, number, seed) for family, width in pairs]
+    found = {(f, width): Pretraining(f, width, number, seed) for f in families for width in sizes}
+    made = list(found.values())
     return sorted(made, key=lambda one: -one.member.seconds)
 
 
