@@ -59,7 +59,7 @@ class Pretrain:
     """Encoders, decoders, or both."""
     sizes: tuple[int, ...] = SIZES
     """Widths, multiples of 16. A width d has max(2, round(d/48)) layers, heads of size 16, and the
-    learning rate 0.25/d."""
+    learning rate 0.5/d."""
     preset: Literal["quick", "paper"] = "paper"
     """How many updates: quick 60, to try it out, or paper 2000. Every size has the same."""
     steps: int | None = None

@@ -7,7 +7,7 @@
 An encoder is a BERT with a masked language model's head, a decoder a Llama with a causal one. Of
 width d, a multiple of `HEAD`, each has
 
-    L = max(2, round(d/48)) blocks,   d/16 heads of 16,   a rate of pre-training of 0.25/d,
+    L = max(2, round(d/48)) blocks,   d/16 heads of 16,   a rate of pre-training of 0.5/d,
 
 weights drawn with the standard deviation (0.02² · 768/d)^½ (BERT's own at its own width), and the
 embedding as output map. All have one vocabulary and see the same rows of text in the same order.
@@ -101,7 +101,7 @@ class Member:
     @property
     def rate(self) -> float:
         """Peak learning rate of the pre-training."""
-        return 0.25 / self.width
+        return 0.5 / self.width
 
     @property
     def num_parameters(self) -> int:
