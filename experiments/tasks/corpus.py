@@ -8,8 +8,8 @@ anywhere, by whole documents and whole lines. Held-out rows are
     the official test rows of 20 Newsgroups, Reuters R52 and R8,
     the rows that `splits.carve_validation` takes out of their official training rows.
 
-What no task is tested on is not held out. One document in `HELD_OUT_SHARE`, by its digest, is kept
-for measuring the loss.
+One document in `HELD_OUT_SHARE`, by its digest, is kept for measuring the loss. It is equal to none
+for training, but letters of a newsgroup quote one another, so that parts of it may occur there.
 """
 
 from __future__ import annotations
