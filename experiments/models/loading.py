@@ -26,6 +26,7 @@ _CLASSES = {
     "classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
     "backbone": "AutoModel",
 }
 
@@ -295,7 +296,7 @@ def _from_checkpoint(
     prefix = f"{built.base_model_prefix}."
 
     def may_be_new(weight: str) -> bool:
-        if kind == "causal-lm":
+        if kind in ("causal-lm", "masked-lm"):
             return False
         # Pooling layers belong to heads; many checkpoints are saved without.
         return "pooler." in weight or (kind != "backbone" and not weight.startswith(prefix))

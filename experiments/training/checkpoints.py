@@ -93,6 +93,15 @@ def read(folder: Path) -> tuple[Progress, dict[str, Tensor]]:
         raise unusable(folder, error) from error
 
 
+def steps_done(folder: Path) -> int:
+    """Updates that the checkpoint of a folder holds; 0 where there is none to be read."""
+    try:
+        with safe_open(folder / FILE, framework="pt") as file:
+            return int(json.loads(file.metadata()["progress"])["step"])
+    except Exception:  # none yet, or just being replaced
+        return 0
+
+
 def unusable(folder: Path, error: Exception) -> InputError:
     """The error of a checkpoint that cannot be put in place."""
     return InputError(

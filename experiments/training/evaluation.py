@@ -3,6 +3,7 @@
     classification  accuracy, macro_f1
     regression      pearson, mse
     causal-lm       loss (nats per token), perplexity = exp(loss)
+    masked-lm       the same, over the tokens to be filled in
 
 and, for classification, loss: the mean cross-entropy.
 """
@@ -28,6 +29,7 @@ MONITORED = {
     "classification": ("accuracy", True),
     "regression": ("pearson", True),
     "causal-lm": ("loss", False),
+    "masked-lm": ("loss", False),
 }
 
 
@@ -65,9 +67,10 @@ def evaluate(model: nn.Module, batches: Iterable[dict[str, Any]], kind: str) -> 
 
 def _reduce(logits: Tensor, labels: Tensor, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Predictions, targets and losses of one batch, as small arrays."""
-    if kind == "causal-lm":
-        targets = labels[:, 1:].flatten()
-        logits = logits[:, -labels.shape[1] : -1].flatten(0, 1)
+    if kind in ("causal-lm", "masked-lm"):
+        if kind == "causal-lm":
+            labels, logits = labels[:, 1:], logits[:, -labels.shape[1] : -1]
+        targets, logits = labels.flatten(), logits.flatten(0, 1)
         loss = cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
         tokens = (targets != -100).sum().reshape(1)
         return tokens.cpu().numpy(), tokens.cpu().numpy(), loss.reshape(1).cpu().numpy()
@@ -103,11 +106,18 @@ def regression(outputs: np.ndarray, targets: np.ndarray, losses: np.ndarray) -> 
     return {"pearson": pearson, "mse": float(losses.mean(dtype=np.float64))}
 
 
-def causal_lm(outputs: np.ndarray, targets: np.ndarray, losses: np.ndarray) -> dict[str, float]:
+def language_model(
+    outputs: np.ndarray, targets: np.ndarray, losses: np.ndarray
+) -> dict[str, float]:
     """Loss in nats, averaged over all predicted tokens, and perplexity."""
     del outputs
     loss = float(losses.sum(dtype=np.float64) / targets.sum())
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
-METRICS = {"classification": classification, "regression": regression, "causal-lm": causal_lm}
+METRICS = {
+    "classification": classification,
+    "regression": regression,
+    "causal-lm": language_model,
+    "masked-lm": language_model,
+}

@@ -46,7 +46,8 @@ class Subject(Experiment):
     in_full: ClassVar[tuple[str, ...]] = ("deltas",)
 
     model: str = "minilm-l6"
-    """A packaged model's name, a local folder, or an id on the hub."""
+    """A packaged model's name, one of the family (family/encoder-192, see `deltacontrol pretrain`),
+    a local folder, or an id on the hub."""
     task: str = "movie"
     """A packaged task's name, or the path of a file (CSV, TSV, JSON Lines, Parquet, text)."""
     deltas: Annotated[tuple[Any, ...], _TEXTS, tyro.conf.arg(name="delta")] = ("lora",)

@@ -109,14 +109,18 @@ def examples(batch: Mapping[str, Any], kind: str) -> Iterator[dict[str, Any]]:
 
 
 def _rows(batch: Mapping[str, Any], rows: slice, count: int) -> dict[str, Any]:
+    # Contiguous, because some models reshape their labels by `view`.
     return {
-        k: v[rows] if isinstance(v, Tensor) and v.dim() and len(v) == count else v
+        k: v[rows].contiguous() if isinstance(v, Tensor) and v.dim() and len(v) == count else v
         for k, v in batch.items()
     }
 
 
 def _weight(labels: Tensor, kind: str) -> int:
-    return int((labels[:, 1:] != -100).sum()) if kind == "causal-lm" else len(labels)
+    if kind in ("causal-lm", "masked-lm"):
+        predicted = labels[:, 1:] if kind == "causal-lm" else labels
+        return int((predicted != -100).sum())
+    return len(labels)
 
 
 def num_tokens(batch: Mapping[str, Any]) -> int:

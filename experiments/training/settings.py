@@ -115,7 +115,7 @@ class Settings(Options):
     """What the training loop takes: the options, and what depends on the task.
 
     Attributes:
-        kind: "classification", "regression" or "causal-lm".
+        kind: "classification", "regression", "causal-lm" or "masked-lm".
         monitor, larger_is_better: the metric that decides when the patience is at its end.
         checkpoint_seconds: time between checkpoints.
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from deltacontrol.experiments import tasks
-from deltacontrol.experiments.tasks import splits
+from deltacontrol.experiments.tasks import corpus, splits
 from deltacontrol.experiments.tasks.base import Task
 from deltacontrol.theory.errors import InputError
 
@@ -120,6 +120,22 @@ def test_the_two_trec_tasks_share_their_questions() -> None:
     )
     columns = ["text", "name"]
     assert sorted(map(tuple, both[columns].values)) == sorted(map(tuple, other[columns].values))
+
+
+@pytest.mark.slow
+def test_no_task_is_tested_on_text_that_the_family_is_pre_trained_on() -> None:
+    """A task whose rows are found here has to be added to `corpus.TASKS`, in a new recipe."""
+    try:
+        text = corpus.text()
+    except InputError as error:
+        pytest.skip(f"the text cannot be had here: {error}")
+    joined = "\n".join(corpus.key(document) for document in (*text.training, *text.held_out))
+    for name in tasks.available():
+        task = tasks.load(name)
+        rows = {corpus.key(r) for part in (task.validation, task.test) for r in part["text"]}
+        long = sorted(row for row in rows if len(row) >= corpus.SHORT)
+        leaks = [row for row in long[:: max(1, len(long) // 300)] if row in joined]
+        assert long and not leaks, (name, len(leaks), leaks[:2])
 
 
 def test_an_unknown_task_names_the_nearest() -> None:

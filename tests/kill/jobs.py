@@ -17,11 +17,15 @@ import torch
 from deltacontrol.experiments.measures.solving import Solve
 from deltacontrol.experiments.runs.store import Experiment, Record, RunStore
 from deltacontrol.experiments.runs.sweep import run, run_all
+from deltacontrol.experiments.sources import CACHE_VARIABLE
 from deltacontrol.experiments.studies.d90.fine_tuning import FineTuningDimension
 from deltacontrol.experiments.training.finetune import FineTuning
+from deltacontrol.experiments.training.pretraining.experiment import Pretraining
+from deltacontrol.theory import plugins
 from deltacontrol.theory.solvers import solving
+from tests.experiments import tiny_text
 
-JOBS = ("finetune", "solve", "dimension", "sweep")
+JOBS = ("finetune", "solve", "dimension", "sweep", "pretrain")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 WAIT_SECONDS = 180.0  # for a process that was asked to stop, and for one that resumes
 CLOCKED = ("seconds", "memory", "per_second", "bytes")  # what no two runs have in common
@@ -47,6 +51,8 @@ def experiments(job: str) -> list[Experiment]:
     """What a piece of work records; paths are those of the present folder."""
     common: dict[str, Any] = {"model": "tiny", "task": "task.csv", "max_length": 8}
     trained = common | {"batch_size": 4, "learning_rate": 0.01, "eval_every": 50, "steps": 150}
+    if job == "pretrain":
+        return [Pretraining("encoder", width=16, steps=40)]
     if job == "finetune":
         return [FineTuning(deltas=("lora:rank=2",), **trained)]
     if job == "solve":
@@ -158,6 +164,9 @@ def _start(job: str, root: Path) -> int:
         for stream, target in enumerate((null, null, said)):
             os.dup2(target, stream)
         torch.set_num_threads(1)
+        if job == "pretrain":  # in a cache of its own: a model that is there is not made again
+            os.environ[CACHE_VARIABLE] = f"{root}-cache"
+            plugins.load(tiny_text.__file__)
         solving.CHECKPOINT_SECONDS = 0.0
         store = RunStore(root)
         wanted = experiments(job)

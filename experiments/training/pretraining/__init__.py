@@ -1,0 +1,1 @@
+"""Pre-training of the family of models: its tokens, its batches, and the run that is recorded."""
