@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deltacontrol.theory.control.problem import ControlProblem, Controls
-    from deltacontrol.theory.solvers.quadratic_model import QuadraticModel
+    from deltacontrol.theory.solvers.quadratic_model import Policy, QuadraticModel
 
 # Each text is a problem of its own: all layers of the model, few gains a layer, and the class that
 # the text does not have as the target, so that the costates are far from zero.
@@ -23,7 +23,7 @@ WEIGHT = 0.01  # λ of the running cost λ/2 ‖u_t‖²
 RADIUS, SMALL = 1e-2, 1e-3
 TOLERANCE = 1e-10  # of the gradient of J, absolute
 STEPS = 60  # of Newton's method
-PROPORTIONAL = (0.8, 1.2)  # the slope of log error against log radius
+PROPORTIONAL = 0.8  # the slope of log error against log radius is at least this
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,24 +137,31 @@ def _answer(row: int, radius: float, linear: bool) -> tuple[Tensor, float]:
     return torch.cat(new) - torch.cat(of.controls), residual
 
 
-def _foretold(of: _Optimum, dx: Tensor, cross: bool) -> Tensor:
-    """``du_t = K_t dx_t`` along ``dx_{t+1} = A_t dx_t + B_t du_t``.
+@cache
+def _policy(row: int, cross: bool, linear: bool) -> Policy:
+    """Gains and value functions of the expansion.
 
     Without ``cross`` the second derivatives of the Hamiltonian in control and state are dropped.
-    """
-    import torch
 
+    Raises:
+        IndefiniteError: the expansion has no minimum.
+    """
     from deltacontrol.theory.solvers.quadratic_model import sweep
 
-    model = of.model
+    model = (_linear if linear else _optimum)(row).model
     if not cross:
-        model = replace(
-            model, W=[_without_cross(W, A) for W, A in zip(model.W, model.A, strict=True)]
-        )
-    K = sweep(model).K
+        steps = zip(model.W, model.A, strict=True)
+        model = replace(model, W=[_without_cross(W, A) for W, A in steps])
+    return sweep(model)
+
+
+def _foretold(of: _Optimum, policy: Policy, dx: Tensor) -> Tensor:
+    """``du_t = K_t dx_t`` along ``dx_{t+1} = A_t dx_t + B_t du_t``."""
+    import torch
+
     dx, answer = dx.reshape(-1), []
-    for A, B, gain in zip(model.A, model.B, K, strict=True):
-        answer.append(gain[0] @ dx)
+    for A, B, K in zip(of.model.A, of.model.B, policy.K, strict=True):
+        answer.append(K[0] @ dx)
         dx = A[0] @ dx + B[0] @ answer[-1]
     return torch.cat(answer)
 
@@ -170,7 +177,8 @@ def _error(row: int, radius: float, cross: bool, linear: bool) -> float:
     """The relative error of what the gains foretell."""
     of = (_linear if linear else _optimum)(row)
     true, _ = _answer(row, radius, linear)
-    return float((_foretold(of, radius * _change(row), cross) - true).norm() / true.norm())
+    policy = _policy(row, cross, linear)
+    return float((_foretold(of, policy, radius * _change(row)) - true).norm() / true.norm())
 
 
 def _assumptions(radii: tuple[float, ...], linear: bool) -> dict[str, Any]:
@@ -179,7 +187,7 @@ def _assumptions(radii: tuple[float, ...], linear: bool) -> dict[str, Any]:
     for row in range(EXAMPLES):
         of = (_linear if linear else _optimum)(row)
         residuals.append(of.residual)
-        least.append(_least_curvature(of))
+        least.append(_least_curvature(row, linear))
         for radius in radii:
             answer, residual = _answer(row, radius, linear)
             residuals.append(residual)
@@ -197,18 +205,19 @@ def _assumptions(radii: tuple[float, ...], linear: bool) -> dict[str, Any]:
     }
 
 
-def _least_curvature(of: _Optimum) -> float:
-    """The least eigenvalue of ``Q_uu`` over all steps that have controls."""
+@cache
+def _least_curvature(row: int, linear: bool) -> float:
+    """The least eigenvalue of ``Q_uu`` over the steps; -1 where a sweep finds it indefinite."""
     import torch
 
-    from deltacontrol.theory.solvers.quadratic_model import IndefiniteError, sweep
+    from deltacontrol.theory.solvers.quadratic_model import IndefiniteError
 
     try:
-        V = sweep(of.model).V
+        V = _policy(row, True, linear).V
     except IndefiniteError:
         return -1.0
-    least = []
-    for W, B, after in zip(of.model.W, of.model.B, V[1:], strict=True):
+    model, least = (_linear if linear else _optimum)(row).model, []
+    for W, B, after in zip(model.W, model.B, V[1:], strict=True):
         if m := B.shape[-1]:
             Q = W[0, -m:, -m:] + B[0].mT @ after[0] @ B[0]
             least.append(float(torch.linalg.eigvalsh(Q)[0]))
@@ -255,7 +264,7 @@ CLAIM = Claim(
         "the second derivatives H_ux of the Hamiltonian in Q_ux = H_ux + B'VA, gives the change of "
         "the optimal controls with the state, du_t = K_t dx_t, to first order: on a real model's "
         "layers within 10 % at a change of one per cent of the state's norm (a), with an error "
-        "that is proportional to the change (b)"
+        "that falls at least in proportion to the change (b)"
     ),
     source="ours; the expansion is Jacobson & Mayne, Differential Dynamic Programming, 1970",
     notebook="27_riccati_response",
@@ -274,8 +283,8 @@ CLAIM = Claim(
         ),
         Part(
             name="b",
-            title="Their error is proportional to the change",
-            threshold=Threshold("within", PROPORTIONAL, "slope of log error against log radius"),
+            title="Their error falls with the change",
+            threshold=Threshold(">=", PROPORTIONAL, "slope of log error against log radius"),
             measure=lambda prediction: _slopes(cross=True),
             negative_control=lambda prediction: _slopes(cross=False),
             passing_control=lambda prediction: _slopes(cross=False, linear=True),
