@@ -174,10 +174,18 @@ def _without_cross(W: Tensor, A: Tensor) -> Tensor:
 
 
 def _error(row: int, radius: float, cross: bool, linear: bool) -> float:
-    """The relative error of what the gains foretell."""
+    """The relative error of what the gains foretell; 1 where the expansion has no minimum.
+
+    Such an expansion foretells nothing, hence no change.
+    """
+    from deltacontrol.theory.solvers.quadratic_model import IndefiniteError
+
     of = (_linear if linear else _optimum)(row)
     true, _ = _answer(row, radius, linear)
-    policy = _policy(row, cross, linear)
+    try:
+        policy = _policy(row, cross, linear)
+    except IndefiniteError:
+        return 1.0
     return float((_foretold(of, policy, radius * _change(row)) - true).norm() / true.norm())
 
 
