@@ -328,7 +328,6 @@ def _between(size: float, trained: bool = True) -> Evidence:
             **kinds,
             "ranks": [end.rank(REAL_DEFICIENT) for end in ends],
             "norms": [end.norm for end in ends],
-            "rank of the least": best.rank(REAL_DEFICIENT),
             "largest gradient at an end over that at its start": max(gradients),
         },
         assumptions={
@@ -341,7 +340,6 @@ def _between(size: float, trained: bool = True) -> Evidence:
     )
 
 
-# For `claims run --preset quick`.
 QUICK = {"DRAWS": range(12), "MANY": range(100), "STARTS": range(6)}
 
 CLAIM = Claim(
