@@ -12,7 +12,7 @@ from deltacontrol.theory.claims import Claim, Evidence, Part, Threshold
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltacontrol.deltas import LoRA
+    from deltacontrol.deltas import DeltaModel, LoRA
     from deltacontrol.experiments.measures.margins import MarginData
 
 # LoRA on some layers: one choice a row of LAYER_SETS. The kernel of a choice is the sum of those of
@@ -41,9 +41,11 @@ class _Choices:
     counts: tuple[int, ...]
 
 
-def _lora(layers: Sequence[int]) -> LoRA:
+def _lora() -> LoRA:
+    """LoRA in all layers that some choice has; B = 0 wherever it is not trained, no change."""
     from deltacontrol.deltas import LoRA
 
+    layers = sorted({layer for chosen in LAYER_SETS for layer in chosen})
     return LoRA(rank=RANK, sites=SITES, layers=tuple(layers))
 
 
@@ -67,34 +69,42 @@ def _condition(K: Tensor) -> float:
     return float(values[-1] / values[0].clamp_min(1e-9 * values[-1]))
 
 
+def _chosen(controlled: DeltaModel, layers: Sequence[int]) -> list[str]:
+    """The names of the controls in these layers."""
+    host = controlled.host
+    return [
+        name
+        for name in controlled.trainable()
+        if host.sites.layer_of(host.state_path[name]) in layers
+    ]
+
+
 @cache
 def _conditions(task: str, pretrained: bool) -> tuple[float, ...]:
-    """The condition number of each choice's kernel, at the start of LoRA on all layers."""
+    """The condition number of each choice's kernel, at the start that all choices share."""
     from deltacontrol.deltas import attach
     from deltacontrol.experiments.measures.kernel_regime import kernel_of
 
     data = _data(task, pretrained)
-    layers = sorted({layer for chosen in LAYER_SETS for layer in chosen})
-    kernels = {}
-    for layer in layers:
-        controlled = attach(data.model, _lora([layer]), seed=SEED)
-        try:
-            kernels[layer] = kernel_of(data, controlled).total()
-        finally:
-            controlled.detach()
-    return tuple(_condition(sum(kernels[i] for i in chosen)) for chosen in LAYER_SETS)
+    controlled = attach(data.model, _lora(), seed=SEED)
+    try:
+        kernel = kernel_of(data, controlled)
+        return tuple(_condition(kernel.total(_chosen(controlled, s))) for s in LAYER_SETS)
+    finally:
+        controlled.detach()
 
 
 def _trained(data: MarginData, layers: Sequence[int]) -> tuple[float, int]:
-    """The loss after training LoRA on these layers, and its number of parameters."""
+    """The loss after training LoRA in these layers alone, and its number of parameters."""
     import torch
 
     from deltacontrol.deltas import attach
     from deltacontrol.experiments.measures.margins import logistic_loss
 
-    controlled = attach(data.model, _lora(layers), seed=SEED)
+    controlled = attach(data.model, _lora(), seed=SEED).eval()
     try:
-        parameters = list(controlled.trainable().values())
+        trainable = controlled.trainable()
+        parameters = [trainable[name] for name in _chosen(controlled, layers)]
         optimiser = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
         batch = data.batch(data.examples)
 
@@ -102,7 +112,6 @@ def _trained(data: MarginData, layers: Sequence[int]) -> tuple[float, int]:
             logits = controlled(**batch).logits
             return logistic_loss(data.margins(logits, batch["attention_mask"]), data.signs)
 
-        controlled.eval()
         for _ in range(STEPS):
             optimiser.zero_grad()
             loss().backward()
