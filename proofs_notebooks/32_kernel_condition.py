@@ -16,9 +16,9 @@
 #
 # ## Statement
 #
-# LoRA may act in some layers of a model. With $J_S$ the derivatives of the outputs by the controls
-# in a choice $S$ of layers, at the start, the tangent kernel is $K_S = J_S J_S'$, a sum over layers,
-# and its condition number $\kappa_S = \lambda_{\max}(K_S) / \lambda_{\min}(K_S)$.
+# LoRA may act in some layers of a model. With $J_S$ the derivatives of the outputs by the
+# controls in a choice $S$ of layers, at the start, the tangent kernel is $K_S = J_S J_S'$, a sum
+# over layers, and its condition number $\kappa_S = \lambda_{\max}(K_S) / \lambda_{\min}(K_S)$.
 #
 # **A.** Over choices $S$, the rank correlation of $\kappa_S$ with the training loss at the end has
 # a magnitude of at least 0.6.
@@ -26,8 +26,8 @@
 # **B.** That is more than the number of parameters has.
 #
 # Both are empirical. The abstract of the source says that there is "a strong correlation between
-# the eigenvalue spectrum of the NTK and the performance of model adaptation"; the number 0.6 and the
-# baseline are ours.
+# the eigenvalue spectrum of the NTK and the performance of model adaptation"; the number 0.6 and
+# the baseline are ours.
 #
 # ## Assumptions
 #

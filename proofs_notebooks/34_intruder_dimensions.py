@@ -28,9 +28,10 @@
 # **C.** It costs at most five points of test accuracy.
 #
 # The source's abstract says that intruder dimensions do not appear in full fine-tuning, that they
-# cause forgetting, and that scaling them down "significantly improves modeling of the pre-training
-# distribution with a minimal drop in downstream task performance". Its algorithm 1 is the definition
-# above; that ten vectors are looked at and the cosine is 0.5, and the thresholds, are ours.
+# cause forgetting, and that scaling them down "significantly improves modeling of the
+# pre-training distribution with a minimal drop in downstream task performance". Its algorithm 1
+# is the definition above; that ten vectors are looked at and the cosine is 0.5, and the
+# thresholds, are ours.
 #
 # ## Assumptions
 #
@@ -41,14 +42,14 @@
 # %% [markdown]
 # ## Derivation
 #
-# Why low rank makes intruders. Let $W = W_0 + \sigma\, a b'$ with unit vectors $a, b$. If
-# $\sigma > \|W_0\|_2$ by far, the leading left singular vector of $W$ tends to $a$ (Wedin: its angle
-# to $a$ is at most of the order $\|W_0\|_2 / \sigma$), and $a$ is like no $u_i^0$ if it was not made of
-# them: a random $a$ in dimension $n$ has cosines of the order $\sqrt{2 \log n / n}$ with all $n$ of
-# them. The same Frobenius norm $\sigma$ spread over $k$ directions has singular values
-# $\sigma / \sqrt{k}$; for full rank these are below the leading ones of $W_0$, whose vectors they only
-# turn a little. So a low rank is what is needed, and a large update. Neither follows from training:
-# A is empirical, as are B and C. $\blacksquare$
+# Why low rank makes intruders. Let $W = W_0 + \sigma\, a b'$ with unit vectors $a, b$. If $\sigma
+# > \|W_0\|_2$ by far, the leading left singular vector of $W$ tends to $a$ (Wedin: its angle to
+# $a$ is at most of the order $\|W_0\|_2 / \sigma$), and $a$ is like no $u_i^0$ if it was not made
+# of them: a random $a$ in dimension $n$ has cosines of the order $\sqrt{2 \log n / n}$ with all
+# $n$ of them. The same Frobenius norm $\sigma$ spread over $k$ directions has singular values
+# $\sigma / \sqrt{k}$; for full rank these are below the leading ones of $W_0$, whose vectors they
+# only turn a little. So a low rank is what is needed, and a large update. Neither follows from
+# training: A is empirical, as are B and C. $\blacksquare$
 
 # %%
 import sympy as sp
@@ -73,7 +74,7 @@ torch.set_default_dtype(torch.float64)
 random = torch.Generator().manual_seed(0)
 n = 200
 before = torch.linalg.qr(torch.randn(n, n, generator=random)).Q
-W0 = (before * torch.linspace(1, 0, n).square()) @ before.mT
+W0 = (before * 0.7 ** torch.arange(n)) @ before.mT
 
 
 def update(rank: int) -> torch.Tensor:
@@ -85,7 +86,7 @@ def update(rank: int) -> torch.Tensor:
 sizes, counts = [0.3, 1.0, 3.0], {1: [], n: []}
 for size in sizes:
     for rank, found in counts.items():
-        leading = Leading.of(W0 + size * update(rank), before, 10, 0.5)
+        leading = Leading.of(W0 + size * update(rank), before, 3, 0.5)
         found.append(int(leading.intruders.sum()))
 assert counts[1][-1] == 1 and counts[n][-1] == 0
 
@@ -93,7 +94,7 @@ figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
 for rank, found in counts.items():
     ax.plot(sizes, found, "o-", label=f"rank {rank}")
 ax.set_xlabel("size of the update")
-ax.set_ylabel("intruders among ten")
+ax.set_ylabel("intruders among three")
 ax.legend()
 
 # %% [markdown]
@@ -101,7 +102,7 @@ ax.legend()
 
 # %%
 W = W0 + 3.0 * update(1)
-leading = Leading.of(W, before, 10, 0.5)
+leading = Leading.of(W, before, 3, 0.5)
 assert (leading.scaled(W, leading.intruders, 0.0) - W0).norm() < 0.5 * (W - W0).norm()
 
 # %% [markdown]
@@ -109,13 +110,13 @@ assert (leading.scaled(W, leading.intruders, 0.0) - W0).norm() < 0.5 * (W - W0).
 #
 # A: random updates as large as LoRA's and of full rank have no intruders; of rank one they have
 # them. B and C: as many of the leading directions are scaled down, intruders or not, which takes
-# from the pre-trained matrix. Where an update is so large that all leading directions are intruders,
-# it is the same.
+# from the pre-trained matrix. Where an update is so large that all leading directions are
+# intruders, it is the same.
 
 # %%
-many = torch.arange(10) < 1
+many = torch.arange(3) < 1
 W = W0 + 0.3 * update(1)  # too small to lead
-leading = Leading.of(W, before, 10, 0.5)
+leading = Leading.of(W, before, 3, 0.5)
 assert (leading.scaled(W, many, 0.5) - W0).norm() > (W - W0).norm()
 
 # %% [markdown]
