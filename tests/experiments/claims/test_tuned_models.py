@@ -154,7 +154,7 @@ def test_claim_34_finds_low_rank_updates_and_no_others(
 
     tuned = {task: made(task) for task in ("one", "two")}
     monkeypatch.setattr(intruders, "_tuned", tuned.__getitem__)
-    assert intruders._more().bounds()[0] >= intruders.MORE
+    assert intruders._more().value >= intruders.MORE
     for part in intruders._after("removed").details.values():
         assert part["intruders"] > 0 and part["scaled"] != part["tuned"]
     # The mutated system: LoRA's update is one of full rank.
