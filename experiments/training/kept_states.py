@@ -102,9 +102,7 @@ def kept(
 
 def _repeats(data: Batches, settings: Settings) -> bool:
     """Whether nothing is random, and the examples come often enough."""
-    if settings.dropout or settings.gradient_checkpointing or settings.compile == "always":
-        return False
-    if not hasattr(data, "examples"):
+    if settings.dropout or settings.gradient_checkpointing or not hasattr(data, "examples"):
         return False
     visits, different = _visits(data, settings)
     return visits >= REPEATS * different

@@ -42,8 +42,7 @@ from deltacontrol.experiments.training.gradients import (
 )
 from deltacontrol.experiments.training.modes import training_mode
 from deltacontrol.experiments.training.results import TrainingResult, curve, divergence, summary
-from deltacontrol.experiments.training.schedules import learning_rate
-from deltacontrol.experiments.training.settings import Settings
+from deltacontrol.experiments.training.settings import Settings, learning_rate
 from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
@@ -113,8 +112,7 @@ def train(
         if loop.exhausted:
             status, message = "early_stopped", "stopped before this attempt"
         elif run.step < settings.steps:
-            loop.keep_states()
-            loop.compile()
+            loop.begin()
         while run.step < settings.steps and status == "completed":
             if pause_after is not None and run.step >= pause_after:
                 assert checkpoint_dir is not None and evaluate is not None
@@ -222,11 +220,17 @@ class _Loop:
 
         self.delta_model.prepare(losses)
 
-    def compile(self) -> None:
-        """Compile the model's pass where the settings ask for it, or where it pays."""
+    def begin(self) -> None:
+        """Keep states, or else compile the pass, where that is asked for or pays."""
+        if self.settings.compile != "always":
+            self._keep_states()
+        if self.frozen is None:  # kept states leave out blocks of some passes
+            self._compile()
+
+    def _compile(self) -> None:
         settings = self.settings
-        if settings.compile == "never" or (self.frozen is not None and settings.compile == "auto"):
-            return  # kept states leave out blocks of some passes
+        if settings.compile == "never":
+            return
         batch = dict(self.data.batch(0))
 
         def trial() -> None:
@@ -330,7 +334,7 @@ class _Loop:
                 "choose other sites or layers, or another delta"
             )
 
-    def keep_states(self) -> None:
+    def _keep_states(self) -> None:
         """Keep the states below the lowest control, where that is asked for or pays."""
 
         def replay(step: int, frozen: FrozenStates) -> None:

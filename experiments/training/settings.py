@@ -7,11 +7,11 @@ to know.
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
-from deltacontrol.experiments.training.schedules import SCHEDULES
 from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -19,9 +19,20 @@ if TYPE_CHECKING:
 
     from deltacontrol.theory.solvers import Solver
 
-__all__ = ["ADAMW", "METRICS", "Options", "Settings", "check_count", "check_number", "on_batches"]
+__all__ = [
+    "ADAMW",
+    "METRICS",
+    "SCHEDULES",
+    "Options",
+    "Settings",
+    "check_count",
+    "check_number",
+    "learning_rate",
+    "on_batches",
+]
 
 ADAMW = "adamw"
+SCHEDULES = ("linear", "cosine", "constant")
 METRICS = {
     "classification": ("accuracy", "macro_f1", "loss"),
     "regression": ("pearson", "mse"),
@@ -255,3 +266,33 @@ def check_count(owner: object, name: str, least: int) -> None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(f"{name} is {value!r}; expected a whole number >= {least}")
+
+
+def learning_rate(step: int, *, peak: float, steps: int, warmup: float, schedule: str) -> float:
+    """The rate of update `step` = 0..steps-1.
+
+    With w = round(warmup·steps), the rate rises linearly to `peak` over the first w updates. After
+    that, with s = (step - w)/(steps - w), it is
+
+        linear:   peak·(1 - s)
+        cosine:   peak·(1 + cos πs)/2
+        constant: peak
+
+    Raises:
+        InputError: Unknown schedule.
+
+    Example:
+        >>> [learning_rate(t, peak=1.0, steps=4, warmup=0.5, schedule="linear") for t in range(4)]
+        [0.5, 1.0, 1.0, 0.5]
+    """
+    warm = round(warmup * steps)
+    if step < warm:
+        return peak * (step + 1) / warm
+    s = (step - warm) / max(steps - warm, 1)
+    if schedule == "linear":
+        return peak * (1 - s)
+    if schedule == "cosine":
+        return peak * (1 + math.cos(math.pi * s)) / 2
+    if schedule == "constant":
+        return peak
+    raise unknown("schedule", schedule, SCHEDULES)

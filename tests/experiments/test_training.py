@@ -29,7 +29,7 @@ from deltacontrol.experiments.training import devices as resources
 from deltacontrol.experiments.training.evaluation import evaluate
 from deltacontrol.experiments.training.gradients import step_seed
 from deltacontrol.experiments.training.loop import train
-from deltacontrol.experiments.training.schedules import learning_rate
+from deltacontrol.experiments.training.settings import learning_rate
 from deltacontrol.theory.errors import InputError
 from tests.experiments.training_models import (
     VOCABULARY,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from deltacontrol.experiments.runs.experiment import Digests, Experiment, Outcome, Workspace
 from deltacontrol.experiments.sources import PackageFile, read
 from deltacontrol.experiments.studies.d90.dimension import DimensionSearch, Reading
-from deltacontrol.experiments.training.schedules import learning_rate
+from deltacontrol.experiments.training.settings import learning_rate
 from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:

@@ -310,7 +310,7 @@ def _tuned(
     from deltacontrol.experiments.heads import loss_and_accuracy
     from deltacontrol.experiments.studies.selection.frozen_model import logits
     from deltacontrol.experiments.tasks.encoding import without_labels
-    from deltacontrol.experiments.training.schedules import learning_rate
+    from deltacontrol.experiments.training.settings import learning_rate
 
     delta = BitFit(sites=tuple(f"^{sites[name].path}$" for name in names))
     controlled = attach(frozen.real, delta, seed=run.seed)

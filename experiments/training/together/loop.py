@@ -35,8 +35,7 @@ from deltacontrol.experiments.training.gradients import num_tokens
 from deltacontrol.experiments.training.loop import Batches
 from deltacontrol.experiments.training.modes import training_mode
 from deltacontrol.experiments.training.results import TrainingResult, curve, divergence, summary
-from deltacontrol.experiments.training.schedules import learning_rate
-from deltacontrol.experiments.training.settings import Settings
+from deltacontrol.experiments.training.settings import Settings, learning_rate
 from deltacontrol.experiments.training.together.groups import Groups
 from deltacontrol.theory.errors import InputError
 
