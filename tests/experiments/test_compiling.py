@@ -183,7 +183,8 @@ def test_a_compiler_that_fails_is_told_of(monkeypatch) -> None:
     monkeypatch.setattr(compiling, "WORK_THAT_PAYS", 0.0)
     with pytest.warns(UserWarning, match="torch.compile failed on BertFor.*goes on") as told:
         found = trained(DELTAS["lora"], 2)
-    assert len(told) == 1 and "compiled" not in found.measures
+    assert sum("torch.compile failed" in str(w.message) for w in told) == 1
+    assert "compiled" not in found.measures
     assert_close(found, trained(DELTAS["lora"], 2, compile="never"), 0.0)
     with pytest.raises(InputError, match=r"torch.compile failed.*C\+\+ compiler.*auto or never"):
         trained(DELTAS["lora"], 2, compile="always")
