@@ -166,7 +166,7 @@ def _said(delta: str) -> Evidence:
 
 @cache
 def _far(decay: float) -> Evidence:
-    """The same of BitFit with another weight decay, which holds the minimisers less near, or more."""
+    """The same of BitFit with another weight decay: it holds the minimisers less near, or more."""
     import math
 
     values = []
