@@ -145,7 +145,7 @@ def pays(
     matrices. Their products inductor leaves to the library; it saves time between them.
 
     Measured in fp32 (torch 2.13, LoRA on 6 blocks of width 384, batch 16 x 64, two cores with AVX2
-    that others used too): a compiled step took 0.97 to 0.98 of the ordinary one with two threads, and
+    that others used too): a compiled step took 0.97 to 0.98 of a plain one with two threads, and
     0.88 to 0.98 with one. To compile took the processor 66 steps' time with an empty cache, and 9
     with a full one, and it has no use for a second thread. By these numbers the first training
     gains from some hundred to 6,600 steps on; the rule says 6,900. At 4 x 16 the ratio was 0.85,
