@@ -21,9 +21,9 @@ from deltacontrol.theory.errors import InputError
 class Figures:
     """Draw the figures, each with its table and its caption.
 
-    `quick` runs a small grid on this machine, skipping what is finished. `paper` redraws from the
-    records that come with the package and computes nothing. Figures of a benchmark and of the
-    claims are always drawn from what is committed; a command of its own measures that anew.
+    The preset quick runs a small grid on this machine, skipping what is finished; paper redraws
+    from the records that come with the package and computes nothing. Figures of a benchmark and of
+    the claims are always drawn from what is committed; a command of its own measures that anew.
 
     Attributes:
         preset: The grid: quick (minutes on two cores) or paper (hours).

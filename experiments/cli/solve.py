@@ -19,8 +19,8 @@ class SolveCommand(Solve):
     of the task, with a running cost of the control, is minimised in float64. Printed is the
     residual of Pontryagin's condition, the norm of grad_u H, of every layer before and after.
 
-    newton-cg, gauss-newton, shooting and lbfgs serve states of any size, ddp and ilqr small ones
-    (a few rows of a small model), adamw, sgd and the other optimisers of torch any.
+    newton-cg, gauss-newton, shooting and lbfgs serve states of any size, ddp and ilqr small ones,
+    of a few rows of a small model, and adamw, sgd and the other optimisers of torch any.
 
     The run is recorded; the same command again prints the record, and a killed one goes on.
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from dataclasses import dataclass
 
 from deltacontrol.experiments import tasks
 from deltacontrol.theory.errors import InputError
 
+_WITHOUT_CLASSES = {"regression": "a number", "causal-lm": "the text", "classification": "?"}
+
 
 @dataclass(frozen=True)
 class Tasks:
-    """List the packaged tasks; a file of CSV, TSV, JSON Lines, Parquet, Arrow or text is one too.
+    """List the packaged tasks and their sizes.
+
+    A file of CSV, TSV, JSON Lines, Parquet, Arrow or text is a task too.
 
     Attributes:
         show: A task to load, fetching it if needed: sizes, classes and a few rows.
@@ -40,8 +46,8 @@ class Tasks:
         if self.show is None:
             if (self.text_column, self.label_column) != ("text", "label"):
                 raise InputError("--text-column and --label-column go with --show FILE; name one")
-            for name, task in tasks.available().items():
-                print(f"{name:16} {task.description}")
+            for line in _lines(list(tasks.available().values())):
+                print(line)
             print(
                 "\nA corpus asks more questions, by a name of two parts:\n"
                 "  20ng:is-sci.space  20ng:sci.space-vs-rec.autos  trec6:same-class\n"
@@ -66,6 +72,33 @@ class Tasks:
             print(
                 f"  {task.labels[int(label)] if task.labels else label!s:>10}  {row['text'][:90]}"
             )
+
+
+def _lines(listed: list[tasks.PackagedTask]) -> list[str]:
+    """A table of the tasks in the width of the terminal, descriptions wrapped."""
+    rows = [("task", "classes", "train", "test", "MB")]
+    for task in listed:
+        sizes = task.rows_of_splits()
+        train = f"{sizes['train']:,d}" if "train" in sizes else ""
+        kinds = f"{len(task.labels)}" if task.labels else _WITHOUT_CLASSES[task.kind]
+        size = f"{task.package.megabytes}"
+        rows.append((task.name, kinds, train, f"{sizes['test']:,d}", size))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    room = max(20, shutil.get_terminal_size().columns - sum(widths) - 2 * len(widths))
+    found = []
+    texts = ["what it asks", *(task.description for task in listed)]
+    for row, text in zip(rows, texts, strict=True):
+        name, *numbers = (
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        start = "  ".join([name, *numbers])
+        for line in textwrap.wrap(text, room):
+            found.append(f"{start}  {line}")
+            start = " " * len(start)
+    if any(row[2] == "" for row in rows):
+        found.append("\nThe rows for training are known once a task is fetched (--show TASK).")
+    return found
 
 
 COMMAND = Tasks

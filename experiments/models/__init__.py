@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from deltacontrol.experiments.models import family, packaged
+from deltacontrol.experiments.models import family, hub, packaged
 from deltacontrol.experiments.models.base import PackagedModel, ResolvedModel, folder_digest
 from deltacontrol.experiments.models.loading import build
 from deltacontrol.theory import plugins
@@ -116,8 +117,11 @@ def load(
         InputError: as in `resolve`; the hub cannot be reached; weights of the backbone (or of the
             language-model head) are missing or have other shapes; no tokenizer.
     """
+    found = resolve(name)
+    if found.digest is None:
+        found = replace(found, location=hub.located(name))
     return build(
-        resolve(name),
+        found,
         kind=kind,
         num_labels=num_labels,
         pretrained=pretrained,

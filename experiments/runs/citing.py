@@ -40,6 +40,7 @@ ARTICLE = """
       doi = {10.1038/s42256-023-00626-4},
     }
 """
+_SUBSPACES = {"said": "said", "did": "subspace"}
 # An entry begins at the start of a line; what stands inside of it is indented.
 _ENTRY = re.compile(r"^@\w+\{([^,\s]+),.*?^\}", re.MULTILINE | re.DOTALL)
 
@@ -86,6 +87,18 @@ def _entries(bibtex: str) -> dict[str, str]:
     return {match[1]: match[0] for match in _ENTRY.finditer(cleandoc(bibtex))}
 
 
+def _deltas_of(record: Record) -> list[Any]:
+    """The deltas that a record names, if any: it may be of anything.
+
+    Of an adapter of peft the result names them. A search of a dimension names its subspace by its
+    method, beside the delta whose parameters that is of.
+    """
+    config = record.config
+    named = record.result.get("deltas") or config.get("deltas") or config.get("delta") or []
+    subspace = _SUBSPACES.get(str(config.get("method")))
+    return [*filter(None, [subspace]), *(named if isinstance(named, list | tuple) else [named])]
+
+
 def _methods(given: Any, *, within: bool = False) -> list[type[Delta]]:
     """The classes of the deltas, and of the deltas that a delta holds; ``within`` a list."""
     if given is None and not within:
@@ -94,8 +107,7 @@ def _methods(given: Any, *, within: bool = False) -> list[type[Delta]]:
     from deltacontrol.deltas.registry import available  # imports torch
 
     if isinstance(given, Record):
-        # Of a peft adapter, the result names the deltas; other records may have none.
-        return _methods(given.config.get("deltas") or given.result.get("deltas") or ())
+        return _methods(_deltas_of(given))
     if isinstance(given, str):
         given = parse(given)
     if isinstance(given, Delta):

@@ -15,7 +15,7 @@ from deltacontrol.theory.arguments import typed
 if TYPE_CHECKING:
     import pandas as pd
 
-_PLAIN = (bool, int, float, str)
+PLAIN = (bool, int, float, str)
 
 
 @typed
@@ -48,7 +48,7 @@ def table(records: Sequence[Record], root: Path) -> pd.DataFrame:
 
 
 def _rows(records: Sequence[Record], root: Path) -> list[dict[str, Any]]:
-    configs = [_flat(record.config) for record in records]
+    configs = [flat(record.config) for record in records]
     first: dict[str, Any] = {}
     different: set[str] = set()
     for config in configs:
@@ -68,28 +68,28 @@ def _rows(records: Sequence[Record], root: Path) -> list[dict[str, Any]]:
         head = set(row)
         row |= {n: config[n] for n in differing if n in config and n not in head}
         for name, value in record.result.items():
-            if value is None or isinstance(value, _PLAIN):
+            if value is None or isinstance(value, PLAIN):
                 row[f"result.{name}" if name in head or name in first else name] = value
         rows.append(row)
     return rows
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration by columns; deltas by their names, and each of their fields by itself."""
-    flat: dict[str, Any] = {}
+    cells: dict[str, Any] = {}
     for name, value in config.items():
-        if value is None or isinstance(value, _PLAIN):
-            flat[name] = value
+        if value is None or isinstance(value, PLAIN):
+            cells[name] = value
             continue
         parts: list[Any] = value if isinstance(value, list) and value else [value]
         if all(isinstance(part, dict) and "name" in part for part in parts):
-            flat[name] = "+".join(part["name"] for part in parts)
+            cells[name] = "+".join(part["name"] for part in parts)
             for part in parts:
                 fields = {k: v for k, v in part.items() if k != "name"}
-                flat |= {f"{part['name']}.{k}": _cell(v) for k, v in fields.items()}
+                cells |= {f"{part['name']}.{k}": _cell(v) for k, v in fields.items()}
         else:
-            flat[name] = _cell(value)
-    return flat
+            cells[name] = _cell(value)
+    return cells
 
 
 def _cell(value: Any) -> Any:

@@ -113,6 +113,16 @@ class PackagedTask:
         identity = [self.name, self.package.sha256, *self.package.members, CONVERSION, SPLIT_SEED]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
+    def rows_of_splits(self) -> dict[str, int]:
+        """Rows of each split, as far as they are known without fetching: all, or the test's."""
+        import pandas as pd
+
+        file = self._place() / "data.parquet"
+        if not file.is_file():
+            return {"test": self.test_rows}
+        counts = pd.read_parquet(file, columns=["split"])["split"].value_counts()
+        return {name: int(counts.get(name, 0)) for name in ("train", "validation", "test")}
+
     def load(self) -> Task:
         """Read the task from the cache, fetching and converting it the first time.
 
@@ -121,10 +131,12 @@ class PackagedTask:
         """
         import pandas as pd
 
-        folder = cache_dir() / "tasks" / f"{self.name}-{self.digest[:8]}"
-        frame = pd.read_parquet(build_once(folder, self._convert) / "data.parquet")
+        frame = pd.read_parquet(build_once(self._place(), self._convert) / "data.parquet")
         parts = parts_of(frame)
         return Task(self.name, self.kind, self.labels, *parts, self.digest, self.source)
+
+    def _place(self) -> Path:
+        return cache_dir() / "tasks" / f"{self.name}-{self.digest[:8]}"
 
     def _convert(self, folder: Path) -> None:
         import numpy as np

@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from deltacontrol.experiments import models, tasks
 from deltacontrol.experiments.cli import main as cli
 
 
@@ -77,7 +80,7 @@ def test_finetune_records_once_and_is_listed(
     assert finetune(tiny, reviews, store, "--delta", "lora:rank=2", "bitfit") == 0
     assert "found" in capsys.readouterr().out
     csv = tmp_path / "list.csv"
-    assert run("runs", "--runs", str(store), "--csv", str(csv)) == 0
+    assert run("runs", "--runs", str(store), "--export", str(csv)) == 0
     assert "lora+bitfit" in capsys.readouterr().out and "lora+bitfit" in csv.read_text()
     (folder,) = [p for p in store.iterdir() if p.name[0] != "."]
     assert run("runs", "--runs", str(store), "--show", folder.name[:6]) == 0
@@ -299,3 +302,87 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("deltas", "--show", "lora") == 0
     assert "Hu et al." in capsys.readouterr().out
     assert run("claims", "show", "999") == 2
+
+
+def test_the_short_help_has_a_line_a_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    named = [line.split()[0] for line in lines[lines.index("commands:") + 1 :] if line[:2] == "  "]
+    assert named[: len(cli.available())] == sorted(cli.available())
+    assert len(lines) <= len(cli.available()) + 12 and max(map(len, lines)) <= 80
+    assert not any(line.endswith("…") for line in lines)
+    assert run() == 2  # no command: the same, and it is not done
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+@pytest.mark.parametrize("command", sorted(cli.available()))
+@pytest.mark.parametrize("width", [60, 100])
+def test_help_is_wrapped_at_the_width_of_the_terminal(
+    command: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert run(command, "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert not any(not a.strip() and not b.strip() for a, b in zip(lines, lines[1:], strict=False))
+
+
+def test_a_wrapped_example_can_be_copied() -> None:
+    line = "    deltacontrol compare lora:rank=2 lora:rank=16 --tasks movie --margin 0.01"
+    parts = cli.wrap(line, 50)
+    assert len(parts) == 2 and max(map(len, parts)) <= 50
+    assert parts[0].endswith(" \\") and parts[1].startswith("        ")
+    assert " ".join(" ".join(parts).replace("\\", "").split()) == line.strip()
+    assert cli.wrap("words " * 20, 40)[1].startswith("words") and cli.wrap("", 40) == [""]
+
+
+def test_completion_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    for shell in ("bash", "zsh", "fish"):
+        assert run("--tyro-print-completion", shell) == 0
+        script = capsys.readouterr().out
+        assert "deltacontrol" in script and "finetune" in script and "--learning-rate" in script
+    assert run("--tyro-print-completion", "csh") == 2
+    assert "bash, zsh, fish" in capsys.readouterr().err
+    if shutil.which("bash"):
+        assert run("--tyro-print-completion", "bash") == 0
+        script = capsys.readouterr().out
+        done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_models_have_sizes_and_licences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("models") == 0
+    text = capsys.readouterr().out
+    for model in models.available().values():
+        assert model.description in text and f"licence: {model.license_note}" in text
+        assert f"download {sum(p.megabytes for p in model.packages)} MB" in text
+
+
+def test_tasks_have_sizes_that_cost_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError("nothing may be fetched for a list")
+
+    monkeypatch.setattr("deltacontrol.experiments.sources.fetch", never)
+    monkeypatch.setenv("DELTACONTROL_CACHE", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "90")
+    assert run("tasks") == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split() for line in lines if line[:1].strip()}
+    assert rows["trec6"][1:3] == ["6", "1,076"]
+    assert rows["intensity"][1:3] == ["a", "number"]
+    assert max(map(len, lines[: 1 + len(tasks.available())])) <= 90
+    # Once it is converted here, the rows for training are known too.
+    task = tasks.available()["trec6"]
+    folder = task._place()
+    folder.mkdir(parents=True)
+    split = ["train"] * 5 + ["validation"] * 2 + ["test"] * 3
+    pd.DataFrame({"split": split}).to_parquet(folder / "data.parquet")
+    assert task.rows_of_splits() == {"train": 5, "validation": 2, "test": 3}
+    assert run("tasks") == 0
+    (row,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("trec6 ")]
+    assert row.split()[:4] == ["trec6", "6", "5", "3"]

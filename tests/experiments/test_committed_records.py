@@ -186,12 +186,12 @@ def test_the_list_is_filtered_sorted_and_limited(
         Runs(runs=store.root, **options).run()  # type: ignore[arg-type]
         return capsys.readouterr().out.splitlines()
 
-    assert len(printed()) == 6
-    lines = printed(sort="accuracy", limit=2, csv=tmp_path / "all.csv")
-    assert len(lines) == 4 and "2 of 5" in lines[-1]
+    assert len(printed()) == 7  # with what all have in common
+    lines = printed(sort="accuracy", limit=2, export=tmp_path / "all.csv")
+    assert len(lines) == 6 and "2 of 5" in lines[-2] and "wrote" in lines[-1]
     written = pd.read_csv(tmp_path / "all.csv")
-    assert written["seed"].tolist() == [4, 3, 2, 1, 0] and written["id"][1] in lines[2]
-    assert len(printed(where=("loss=1", "kind=toy"))) == 4
+    assert written["seed"].tolist() == [4, 3, 2, 1, 0] and written["id"][1][:8] in lines[2]
+    assert len(printed(where=("loss=1", "kind=toy"))) == 5
     assert len(printed(where=("rate=0.10", "seed=3"))) == 3
     assert "0 of 0" in printed(where=("task=movie",))[-1]
     assert len(printed(committed=True, limit=0)) > 600

@@ -70,7 +70,7 @@ def test_columns_do_not_go_with_a_packaged_task() -> None:
         (["inspect", "--depth", "0"], "depth is 0"),
         (["tasks", "--text-column", "review"], "--show FILE"),
         (["runs", "--runs", __file__], "is a file"),
-        (["runs", "--show", "abc", "--csv", "x.csv"], "--csv goes with the list"),
+        (["runs", "--show", "abc", "--export", "x.csv"], "--export goes with the list"),
     ],
 )
 def test_an_option_that_would_be_ignored_is_refused(

@@ -173,3 +173,9 @@ def test_numbers_near_the_largest_have_an_interval():
 def test_five_rows_are_drawn_again_at_least():
     with pytest.raises(InputError, match="at least 5"):
         Evidence.resampled(np.mean, [[1.0, 2.0, 3.0, 4.0]], "x")
+
+
+@pytest.mark.parametrize("draws", [[], [0.5]])
+def test_what_was_not_repeated_says_so(draws: list[float]) -> None:
+    with pytest.raises(InputError, match=r"draws of the unit 'training' give no interval.*add"):
+        Evidence.of_draws(0.5, draws, "training", 1)
