@@ -35,10 +35,14 @@ def gap(records, first_share, second_share, note):
     a, b = records(search(FIRST)), records(search(SECOND))
     first, second = log_dimensions(a, first_share), log_dimensions(b, second_share)
     size = min(len(first), len(second))
-    with np.errstate(invalid="ignore"):  # beyond the searched range on both sides: no number
+    with np.errstate(invalid="ignore"):
         difference = first[:size] - second[:size]
+        unknown = np.isnan(difference)  # both beyond the searched range: it could be anything
+        ends = np.repeat([-np.inf, np.inf], unknown.sum())
+        draws = np.concatenate([difference[~unknown], ends])
+        value = np.median(draws)
     count = int(a.curve()["used"].sum() + b.curve()["used"].sum())
-    return Evidence.of_draws(np.median(difference), difference, "training", count, note=note)
+    return Evidence.of_draws(value, draws, "training", count, note=note)
 
 
 CLAIM = Claim(
