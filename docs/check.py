@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from html.parser import HTMLParser
+from html import unescape
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -34,58 +34,59 @@ IN_STYLE = re.compile(r"""url\(\s*['"]?([^'")]+)|@import\s+['"]([^'"]+)""")
 MACHINE = re.compile(r"(?<![\w.])/(?:root|home|work|Users|tmp|opt)/[\w.-]+")
 
 
-@dataclass
-class Page(HTMLParser):
-    """What one page links to, loads, and can be linked at."""
+TAG = re.compile(r"<([a-zA-Z][\w:-]*)((?:[^>\"']|\"[^\"]*\"|'[^']*')*)>")
+ATTRIBUTE = re.compile(r"""([\w:-]+)\s*=\s*(?:"([^"]*)"|'([^']*)')""")
+STYLE = re.compile(r"<style[^>]*>(.*?)</style>", re.DOTALL)
+NO_TEXT = re.compile(r"<(script|style)[^>]*>.*?</\1>|<[^>]*>", re.DOTALL)
 
-    anchors: set[str] = field(default_factory=set)
-    links: list[str] = field(default_factory=list)
-    loads: list[str] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        """Begin to read."""
-        super().__init__()
-        self._style = False
+@dataclass(frozen=True)
+class Page:
+    """What one page links to, loads, and can be linked at; and its text."""
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note the addresses of a tag."""
-        values = {name: value or "" for name, value in attrs}
-        self.anchors |= {values[name] for name in ("id", "name") if name in values}
-        self._style = tag == "style"
+    anchors: set[str]
+    links: list[str]
+    loads: list[str]
+    text: str
+
+
+@cache
+def read(path: Path) -> Page:
+    """A page of the site."""
+    source = path.read_text(encoding="utf-8")
+    page = Page(set(), [], [], NO_TEXT.sub(" ", source))
+    page.loads.extend(a for style in STYLE.findall(source) for a in _in_style(style))
+    for tag, rest in TAG.findall(source):
+        if not rest:
+            continue
+        values = {name: unescape(a or b) for name, a, b in ATTRIBUTE.findall(rest)}
+        page.anchors.update(values[name] for name in ("id", "name") if name in values)
         if tag == "a" and "href" in values:
-            self.links.append(values["href"])
+            page.links.append(values["href"])
         elif tag == "link" and set(values.get("rel", "").split()) & NAMED:
-            self.links.append(values.get("href", ""))
-        else:
-            for name in LOADED.get(tag, ()):
+            page.links.append(values.get("href", ""))
+        elif tag in LOADED:
+            for name in LOADED[tag]:
                 if name in values:
                     parts = values[name].split(",") if name == "srcset" else [values[name]]
-                    self.loads += [part.split()[0] for part in parts if part.strip()]
-        self.loads += _in_style(values.get("style", ""))
-
-    def handle_data(self, data: str) -> None:
-        """Note the text, and what a style sheet within the page loads."""
-        if self._style:
-            self.loads += _in_style(data)
-        self.text.append(data)
+                    page.loads.extend(part.split()[0] for part in parts if part.strip())
+        if "style" in values:
+            page.loads.extend(_in_style(values["style"]))
+    return page
 
 
 def _in_style(text: str) -> list[str]:
     return [a or b for a, b in IN_STYLE.findall(text)]
 
 
-@cache
-def read(path: Path) -> Page:
-    """A page of the site."""
-    page = Page()
-    page.feed(path.read_text(encoding="utf-8"))
-    return page
+def pages(site: Path) -> list[Path]:
+    """The pages of a site; what lies among the theme's files are templates."""
+    return [p for p in sorted(site.rglob("*.html")) if p.relative_to(site).parts[0] != "_static"]
 
 
 def problems(site: Path) -> Iterator[str]:
     """What is wrong with a site, a line each."""
-    for path in sorted(site.rglob("*.html")):
+    for path in pages(site):
         page, name = read(path), path.relative_to(site).as_posix()
         for address in page.loads:
             if _is_far(address):
@@ -95,7 +96,7 @@ def problems(site: Path) -> Iterator[str]:
         for address in page.links:
             if not _is_far(address) and not address.startswith(("mailto:", "javascript:")):
                 yield from _missing(site, path, address, name)
-        for found in set(MACHINE.findall("".join(page.text))):
+        for found in set(MACHINE.findall(page.text)):
             yield f"{name} has a path of a machine: {found}"
     for path in sorted(site.rglob("*.css")):
         for address in _in_style(path.read_text(encoding="utf-8")):
@@ -116,7 +117,6 @@ def _missing(site: Path, page: Path, address: str, name: str) -> Iterator[str]:
     if not target.is_file() or not target.is_relative_to(site.resolve()):
         yield f"{name} links to {address}, which is not there"
     elif parts.fragment and target.suffix == ".html":
-        # MathJax and the theme's own scripts make no anchors, so all are in the page's text.
         if unquote(parts.fragment) not in read(target).anchors:
             yield f"{name} links to {address}, and that page has no such place"
 
@@ -127,7 +127,7 @@ def main() -> None:
     found = list(problems(site))
     for line in found[:50]:
         print(line)
-    count = sum(1 for _ in site.rglob("*.html"))
+    count = len(pages(site))
     if found or not count:
         sys.exit(f"{len(found)} problems in {count} pages")
     print(f"{count} pages: every internal link is there, and nothing is loaded from elsewhere")

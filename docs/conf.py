@@ -11,8 +11,9 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["_extra", "_static"]
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
-# Lists of changes and of rules begin below the first level, as their formats want.
-suppress_warnings = ["myst.header"]
+# Headings of notebooks may skip a level; a type in a signature may be the name of two classes.
+# Names in texts are full ones, and a wrong one is a warning.
+suppress_warnings = ["myst.header", "ref.python"]
 
 # Everything that a reader's browser loads is in the site.
 mathjax_path = "mathjax/tex-svg-full.js"
@@ -27,6 +28,7 @@ toc_object_entries_show_parents = "hide"
 pygments_style = "tango"
 html_theme = "pydata_sphinx_theme"
 html_title = "deltacontrol"
+html_context = {"default_mode": "auto"}
 html_static_path = ["_static"]
 html_extra_path = ["_extra"]
 html_css_files = ["site.css"]

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +23,6 @@ from docs import pictures
 from docs.generators import (
     api,
     claims,
-    code_pages,
     commands,
     deltas,
     figures,
@@ -33,6 +35,12 @@ from docs.generators.markdown import ROOT, Pages
 HERE = Path(__file__).parent
 HAND = HERE / "pages"
 MATHJAX = "tex-svg-full.js"  # one file with all of TeX, which draws letters and needs no fonts
+VERDICTS = {
+    "holds": "parts hold",
+    "fails": "fail",
+    "inconclusive": "are inconclusive",
+    "assumption not met": "have an assumption that is not met",
+}
 # Files of the checkout that are pages as they are.
 WHOLE = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 
@@ -74,6 +82,7 @@ def _by_hand(path: Path) -> str:
     return text
 
 
+@cache
 def _values() -> Mapping[str, str]:
     from deltacontrol.deltas import registry
     from deltacontrol.experiments.claims import board
@@ -82,7 +91,9 @@ def _values() -> Mapping[str, str]:
     return {
         "num_deltas": str(len(registry.available())),
         "num_solvers": str(len(solvers.own())),
-        "verdicts": ", ".join(f"{count} {name}" for name, count in sorted(verdicts.items())),
+        "verdicts": ", ".join(
+            f"{verdicts.get(verdict, 0)} {words}" for verdict, words in VERDICTS.items()
+        ),
         "chance": markdown.escape(board.chance()),
         "my_delta": _user_file("my_delta.py"),
         "my_solver": _user_file("my_solver.py"),
@@ -104,9 +115,12 @@ def write(out: Path, *, execute: bool = False) -> int:
     """
     out.mkdir(parents=True, exist_ok=True)
     executed = out / "notebooks" if execute else None
-    files: dict[str, bytes] = {
-        page: draw().encode() for page, draw in pages(executed).items()
-    } | {"conf.py": (HERE / "conf.py").read_bytes()}
+    # On the second core, meanwhile.
+    code = [sys.executable, "-m", "docs.generators.code_pages", str(out.resolve() / "_extra/code")]
+    colouring = subprocess.Popen(code, cwd=ROOT)
+    files: dict[str, bytes] = {page: draw().encode() for page, draw in pages(executed).items()} | {
+        "conf.py": (HERE / "conf.py").read_bytes()
+    }
     files |= {name: path.read_bytes() for name, path in figures.pictures().items()}
     files |= {f"concepts/{name}": data for name, data in pictures.drawn().items()}
     files |= {f"_static/{p.name}": p.read_bytes() for p in sorted((HERE / "static").iterdir())}
@@ -116,7 +130,8 @@ def write(out: Path, *, execute: bool = False) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_bytes() != data:
             path.write_bytes(data)
-    code_pages.write(out / "_extra" / "code")
+    if colouring.wait():
+        raise SystemExit("the pages of code could not be written")
     _clean(out, set(files), executed)
     return sum(name.endswith(".md") for name in files)
 

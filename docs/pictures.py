@@ -62,8 +62,13 @@ def _figure(panels: int = 1, height: float = 2.8) -> tuple[Figure, Any]:
 
 def _steered() -> Any:
     """Six frozen layers, whose biases are the controls, with the controls that reach a target."""
-    from deltacontrol.theory import ControlProblem, NewtonCG, ResidualNetwork, SquaredErrorCost
-    from deltacontrol.theory import solve
+    from deltacontrol.theory import (
+        ControlProblem,
+        NewtonCG,
+        ResidualNetwork,
+        SquaredErrorCost,
+        solve,
+    )
 
     network = ResidualNetwork.random(6, 2, 8, 8, seed=4)
     start = torch.tensor([[-1.0, 0.2], [-0.6, -0.5], [-0.9, 0.7]], dtype=F64)
@@ -163,9 +168,14 @@ def riccati() -> Figure:
 
 
 def gramian() -> Figure:
-    """What a unit of energy reaches: the ellipse of the Gramian and the ends of random controls."""
-    from deltacontrol.theory import ControlProblem, LinearDynamics, QuadraticCost, Reachability
-    from deltacontrol.theory import Linearisation
+    """What a unit of energy reaches: the Gramian's ellipse and the ends of random controls."""
+    from deltacontrol.theory import (
+        ControlProblem,
+        LinearDynamics,
+        Linearisation,
+        QuadraticCost,
+        Reachability,
+    )
 
     A = torch.tensor([[1.0, 0.4], [0.0, 0.9]], dtype=F64)
     B = torch.tensor([[0.0], [0.4]], dtype=F64)
@@ -196,10 +206,9 @@ def gramian() -> Figure:
 
 def d90() -> Figure:
     """One committed search: accuracy over the dimension, target, and where the fit reaches it."""
-    from deltacontrol.paper_figures import base, collect
+    from docs.generators import figures
 
-    module = base.load("d90")
-    rows = module.table(collect.committed(module.STUDY))
+    rows = figures.loaded("d90")[1]
     mine = rows[(rows.model == "minilm-l3") & (rows.start == "pre-trained")
                 & (rows.method == "said") & rows.d90.notna()]  # fmt: skip
     task = sorted(mine.task.unique())[0]

@@ -6,7 +6,6 @@ anywhere on the site become links to it.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -113,8 +112,9 @@ def resolver(module: str) -> Resolve:
         name = text.removesuffix("()")
         if not re.fullmatch(r"[A-Za-z_][\w.]*", name):
             return None
-        nested = _short().get(name)
-        for full in (name, f"{module}.{name}", nested):
+        exported = vars(importlib.import_module(module)).get(name) if module else None
+        taken = f"{getattr(exported, '__module__', '')}.{getattr(exported, '__name__', '')}"
+        for full in (name, f"{module}.{name}", taken, _short().get(name)):
             if full in known:
                 return f"{{py:{known[full]}}}`{text} <{full}>`"
         return None

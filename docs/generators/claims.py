@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from docs.generators import markdown
-from docs.generators.markdown import ROOT, Pages, code, escape, inline, table, toctree
+from docs.generators.markdown import ROOT, Pages, escape, inline, table, toctree
 
 STATEMENTS = "experiments/claims/statements"
 
@@ -38,12 +38,19 @@ def by_notebook() -> dict[str, Any]:
     return {claim.notebook: claim for claim in _available() if claim.notebook}
 
 
+@cache
+def _rows() -> list[dict[str, Any]]:
+    from deltacontrol.experiments.claims import board
+
+    return board.rows()
+
+
 def _index() -> str:
     from deltacontrol.experiments.claims import board
 
     pages = {claim.id: stem(claim) for claim in _available()}
     rows = []
-    for row in board.rows():
+    for row in _rows():
         page = pages[board.claim_of(row).id]
         rows.append((
             f"[{row['#']}]({page}.md)", f"[{escape(row['claim'])}]({page}.md)", escape(row["on"]),
@@ -129,9 +136,9 @@ def _evidence(evidence: Any) -> str:
 def _statements() -> str:
     out = [
         "# Statements of papers",
-        "Each file is a statement of the form \"A beats B by so much\", with the tasks, the seeds and "
-        "the margin fixed before any training. `deltacontrol judge FILE` trains what is missing and "
-        "gives the verdict; [`judge`](../commands/judge.md) has the options.",
+        "Each file is a statement of the form \"A beats B by so much\", with the tasks, the seeds "
+        "and the margin fixed before any training. `deltacontrol judge FILE` trains what is "
+        "missing and gives the verdict; [`judge`](../commands/judge.md) has the options.",
     ]  # fmt: skip
     for path in sorted((ROOT / STATEMENTS).glob("*.toml")):
         out += [
@@ -144,13 +151,8 @@ def _statements() -> str:
 
 def parts_by_verdict() -> dict[str, int]:
     """How many parts have each verdict, for the front page."""
-    from deltacontrol.experiments.claims import board
-
     counts: dict[str, int] = {}
-    for row in board.rows():
+    for row in _rows():
         told = row["verdict"].partition(",")[0]
         counts[told] = counts.get(told, 0) + 1
     return counts
-
-
-__all__ = ["by_notebook", "code", "pages", "parts_by_verdict", "stem"]

@@ -1,9 +1,10 @@
-"""The files of the checkout as pages, with lines to link to; they are not in the search."""
+"""The files of the checkout as pages; they are not in the search."""
 
 from __future__ import annotations
 
 import hashlib
 import html
+import sys
 from pathlib import Path
 
 from docs.generators.markdown import ROOT
@@ -55,7 +56,7 @@ def _coloured(place: Path, text: str) -> str:
     from pygments.lexers import JsonLexer, PythonLexer
 
     lexer = JsonLexer() if place.suffix == ".json" else PythonLexer()
-    return highlight(text, lexer, HtmlFormatter(lineanchors="L", anchorlinenos=True))
+    return highlight(text, lexer, HtmlFormatter())
 
 
 _PAGE = """<!doctype html>
@@ -67,3 +68,7 @@ _PAGE = """<!doctype html>
 </head><body><p><a href="{up}index.html">deltacontrol</a> / <code>{title}</code></p>
 {body}</body></html>
 """
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

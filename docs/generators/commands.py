@@ -14,8 +14,7 @@ from unittest import mock
 from docs.generators import markdown
 from docs.generators.markdown import Pages, code, escape, inline, table, toctree
 
-_BOX = re.compile(r"^│ (.*?) *│$")
-_TITLE = re.compile(r"^╭─ (.+?) ─*╮$")
+_RULE = re.compile(r" -{9,}$")  # below the title of a part
 _DEFAULT = re.compile(r"\s*\((default|repeatable|required|optional)(?:: (.*))?\)$")
 
 
@@ -67,21 +66,20 @@ def _page(name: str, kind: Any) -> str:
 
 def _boxes(name: str, kind: Any) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
     """Each frame of the help: its title, and (option, meaning, default) of its rows."""
-    title: str | None = None
-    rows: list[list[str]] = []
-    for line in help_of(name, kind).splitlines():
-        if match := _TITLE.match(line):
-            title, rows = match[1], []
-        elif line.startswith("╰") and title is not None:
-            yield title, [_split(*row) for row in rows]
-            title = None
-        elif title is not None and (match := _BOX.match(line)):
-            text = match[1]
-            if text.startswith(" "):
+    lines = [line.rstrip() for line in help_of(name, kind).splitlines()]
+    for place, line in enumerate(lines):
+        if not _RULE.match(line):
+            continue
+        rows: list[list[str]] = []
+        for text in lines[place + 1 :]:
+            if not text.strip():
+                break
+            if text.startswith("   ") and rows:
                 rows[-1][1] += f" {text.strip()}"
-            elif text:
-                option, _, meaning = text.partition("  ")
+            else:
+                option, _, meaning = text.strip().partition("  ")
                 rows.append([option, meaning.strip()])
+        yield lines[place - 1].strip(), [_split(*row) for row in rows]
 
 
 def _split(option: str, text: str) -> tuple[str, str, str]:

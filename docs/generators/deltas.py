@@ -8,13 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from docs.generators import api, markdown
+from docs.generators import api, figures, markdown
 from docs.generators.markdown import ROOT, Pages, code, escape, inline, table, toctree
 
 CATEGORIES = {
     "addition": "Addition: new modules or tokens beside the frozen ones",
     "specification": "Specification: some of the model's own parameters are trained",
-    "reparametrisation": "Reparametrisation: the change of the parameters is written with few numbers",
+    "reparametrisation": "Reparametrisation: the change of the weights is written with few numbers",
     "combined": "Combined: several at once",
 }
 
@@ -35,9 +35,9 @@ def _index() -> str:
     methods = registry.available()
     out = [
         "# Delta methods",
-        f"{len(methods)} methods, each one file. A method is a control law: it says how numbers that "
-        "are trained act on the states of a model that stays frozen. The categories are those of "
-        "Ding *et al.* (2023). Which method works on which architecture is in the "
+        f"{len(methods)} methods, each one file. A method is a control law: it says how numbers "
+        "that are trained act on the states of a model that stays frozen. The categories are those "
+        "of Ding *et al.* (2023). Which method works on which architecture is in the "
         "[matrix of architectures](support.md).",
     ]
     for category, title in CATEGORIES.items():
@@ -73,12 +73,14 @@ def _page(name: str, kind: Any) -> str:
         "Architectures": f"{works} of {of} families ([matrix](support.md))" if of else "",
         "Code": markdown.code_link(page, file),
     }  # fmt: skip
-    text = markdown.without_sections(kind.__doc__, "Attributes", "Class attributes")
+    text = markdown.without_sections(
+        markdown.after_first(kind.__doc__), "Attributes", "Class attributes"
+    )
     parts = [
         f"# {name}",
         f"`{kind.__name__}`: {inline(markdown.first_line(kind.__doc__), resolve)}",
         markdown.facts(told),
-        "## How it acts",
+        "## How it acts" if text.strip() else "",
         markdown.docstring(text, resolve),
         "## Use",
         markdown.fenced(
@@ -90,7 +92,8 @@ def _page(name: str, kind: Any) -> str:
         if _exported(kind)
         else "",
         markdown.fenced(
-            f"deltacontrol inspect --delta {name}\ndeltacontrol finetune --task movie --delta {name}",
+            f"deltacontrol inspect --delta {name}\n"
+            f"deltacontrol finetune --task movie --delta {name}",
             "shell",
         ),
         "## Fields",
@@ -192,10 +195,7 @@ def _recorded(name: str, kind: Any) -> str:
 @cache
 def _runs(figure: str) -> dict[str, list[tuple[tuple[str, str], Any]]]:
     """The rows of a figure's table by method, then by model and task."""
-    from deltacontrol.paper_figures import base, collect
-
-    module = base.load(figure)
-    rows = module.table(collect.committed(module.STUDY))
+    rows = figures.loaded(figure)[1]
     return {
         str(method): [(key, group) for key, group in mine.groupby(["model", "task"], sort=False)]
         for method, mine in rows.groupby("method", sort=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,23 +52,33 @@ def _gallery() -> str:
     return "\n\n".join(out)
 
 
+@cache
+def loaded(name: str) -> tuple[int, Any]:
+    """How many committed records a figure has, and its table."""
+    from deltacontrol.paper_figures import base, collect
+
+    module = base.load(name)
+    records = collect.committed(module.STUDY)
+    return len(records), module.table(records)
+
+
 def _figure(name: str) -> str:
     from deltacontrol.paper_figures import base, collect
 
     module, page = base.load(name), f"figures/{name}.md"
-    records = collect.committed(module.STUDY)
-    table = module.table(records)
+    count, table = loaded(name)
     summary = module.summary(table)
     rows = ([escape(str(cell)) for cell in row] for row in summary.itertuples(index=False))
     told = {
-        "Drawn from": _drawn_from(module.STUDY, len(records), page),
+        "Drawn from": _drawn_from(module.STUDY, count, page),
         "Code": markdown.code_link(page, Path(module.__file__).resolve()),
     }
     command = f"deltacontrol figures --only {name} --preset paper"
-    if not collect.is_fixed(module.STUDY):
-        command += f"    # from the records\ndeltacontrol figures --only {name}    # a small grid, here"
+    command += "    # from the records\n"
+    if collect.is_fixed(module.STUDY):
+        command += f"{collect.how_to_measure(module.STUDY)}    # measure anew"
     else:
-        command += f"    # from the records\n{collect.how_to_measure(module.STUDY)}    # measure anew"
+        command += f"deltacontrol figures --only {name}    # a small grid, here"
     return "\n\n".join([
         f"# {escape(module.TITLE)}",
         f"[![{name}]({name}.png)]({name}.png)",
@@ -105,8 +116,8 @@ def _studies() -> str:
     ]  # fmt: skip
     return "\n\n".join([
         "# Studies",
-        "A study is one question and a grid of runs. `quick` takes minutes on two cores; `paper` is "
-        "what the committed records hold.",
+        "A study is one question and a grid of runs. `quick` takes minutes on two cores; `paper` "
+        "is what the committed records hold.",
         markdown.table(("study", "question", "figures"), rows),
         toctree(studies.available(), hidden=True),
         "",

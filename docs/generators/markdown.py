@@ -37,15 +37,20 @@ def code(text: str) -> str:
     return f"{fence}{pad}{text}{pad}{fence}"
 
 
+def _plain(text: str) -> str:
+    """Text without code, its *emphasis* kept."""
+    return re.sub(r"(?<![\w\\])\\\*(\w[^*]*?[\w.)])\\\*(?!\w)", r"*\1*", escape(text))
+
+
 def inline(text: str, resolve: Resolve | None = None) -> str:
     """Text with code in single or double backticks; names that are known become links."""
     pieces, last = [], 0
     for match in _CODE.finditer(text):
-        pieces.append(escape(text[last : match.start()]))
+        pieces.append(_plain(text[last : match.start()]))
         inner = " ".join(match[1].strip("`").split())
         pieces.append((resolve(inner) if resolve else None) or code(inner))
         last = match.end()
-    return "".join([*pieces, escape(text[last:])])
+    return "".join([*pieces, _plain(text[last:])])
 
 
 def fenced(text: str, language: str = "text", css: str = "") -> str:
@@ -55,18 +60,19 @@ def fenced(text: str, language: str = "text", css: str = "") -> str:
     return f":::{{div}} {css}\n{block}\n:::" if css else block
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], css: str = "") -> str:
     """A table of cells that are Markdown already, which scrolls by itself on a narrow screen."""
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
         cells = (re.sub(r"(?<!\\)\|", r"\\|", " ".join(cell.split())) for cell in row)
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([":::{div} wide-table", *lines, ":::"])
+    return "\n".join([f":::{{div}} wide-table {css}".rstrip(), *lines, ":::"])
 
 
 def facts(rows: Mapping[str, str]) -> str:
     """A table of two columns without a heading of its own; rows without a value are left out."""
-    return table(("", ""), [(f"**{name}**", value) for name, value in rows.items() if value])
+    cells = [(f"**{name}**", value) for name, value in rows.items() if value]
+    return table(("", ""), cells, "facts")
 
 
 def toctree(pages: Iterable[str], *, hidden: bool = False, caption: str = "") -> str:
@@ -79,13 +85,18 @@ def code_link(page: str, file: Path | str, text: str = "") -> str:
     """A link from a page to the page that shows a file of the checkout."""
     place = Path(file).resolve().relative_to(ROOT) if Path(file).is_absolute() else Path(file)
     target = posixpath.relpath(f"code/{place.as_posix()}.html", posixpath.dirname(page) or ".")
-    shown = (text or place.as_posix()).replace("<", "&lt;")
+    shown = escape(text or place.as_posix())  # between tags Markdown reads on
     return f'<a class="code-link" href="{target}"><code>{shown}</code></a>'
 
 
 def docstring(text: str | None, resolve: Resolve | None = None) -> str:
     """A docstring as Markdown: paragraphs, lists, formulas, tables, examples, sections."""
     return _blocks(inspect.cleandoc(text or "").splitlines(), resolve)
+
+
+def after_first(text: str | None) -> str:
+    """A docstring without its first paragraph."""
+    return inspect.cleandoc(text or "").partition("\n\n")[2]
 
 
 def first_line(text: str | None) -> str:
@@ -128,7 +139,7 @@ def _indented(lines: Sequence[str], start: int) -> list[str]:
 
 
 def _entries(lines: Sequence[str]) -> list[tuple[str, str]]:
-    """Name and text of each entry of a section; the first letter's column tells where one begins."""
+    """Name and text of each entry of a section; an entry begins in the first column."""
     found: list[tuple[str, list[str]]] = []
     for line in textwrap.dedent("\n".join(lines)).splitlines():
         match = _ENTRY.match(line)

@@ -46,8 +46,8 @@ def _index() -> str:
     return "\n\n".join([
         "# Solvers",
         "A solver improves the controls step by step. `solve(problem, solver)` measures each "
-        "iterate, decides when to stop, and says with which status: a solver never says itself that "
-        "it converged.",
+        "iterate, decides when to stop, and says with which status: a solver never says itself "
+        "that it converged.",
         table(("solver", "what it does"), rows),
         "## Which one",
         markdown.docstring(solvers.__doc__, api.resolver(solvers.__name__)),

@@ -39,10 +39,10 @@ def test_everything_has_a_page() -> None:
 
 
 def test_every_page_is_in_a_table_of_contents() -> None:
-    """Of the pages by hand and the indices, which are quick to draw."""
-    listed = {"index.md"}
+    """The reference is left out: to draw its index imports every module."""
+    listed = {"index.md", *(page for page in PAGES if page.startswith("api/"))}
     for page, draw in PAGES.items():
-        if Path(page).stem == "index" or page == "index.md":
+        if Path(page).stem == "index" and page != "api/index.md":
             for block in re.findall(r"```\{toctree\}\n(.*?)```", draw(), re.DOTALL):
                 for line in block.splitlines():
                     if line.strip() and not line.startswith(":"):
@@ -110,9 +110,9 @@ def test_a_page_of_a_figure_has_picture_table_caption_and_command() -> None:
 @pytest.mark.one_in(4)
 def test_a_page_of_a_command_has_every_option_of_its_help(name: str) -> None:
     kind, text = cli.available()[name], PAGES[f"commands/{name}.md"]()
-    shown = set(re.findall(r"^│ (--[\w-]+)", commands.help_of(name, kind), re.MULTILINE))
+    shown = set(re.findall(r"^  (--[\w-]+)", commands.help_of(name, kind), re.MULTILINE))
     rows = set(re.findall(r"^\| `(--[\w-]+)", text, re.MULTILINE))
-    assert rows == shown
+    assert rows == shown and shown
     for line in re.findall(r"^deltacontrol .*", text, re.MULTILINE):
         parse(line)
 
@@ -154,7 +154,7 @@ def test_written_commands_are_those_of_the_command_line(page: str) -> None:
 
 @pytest.mark.parametrize("page", by_hand())
 def test_links_between_pages_by_hand_lead_somewhere(page: str) -> None:
-    text = PAGES[page]()
+    text = (generate.HAND / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#:]+\.md)\)", text):
         target = (Path("/") / Path(page).parent / link).as_posix()
         parts: list[str] = []
@@ -203,7 +203,7 @@ def test_docstrings_become_markdown() -> None:
             2
         """
     )
-    assert r"A \*sum\* of `a_t` and `b`." in text
+    assert "A *sum* of `a_t` and `b`." in text
     assert "```text\nx = a * b\n```" in text
     assert "| one | two |" in text and "| a | b c d |" in text
     assert "**Arguments**\n\n- `x`: the first, of two lines.\n- `y`: the other." in text
