@@ -53,7 +53,7 @@ def test_python_blocks_run(page: str, tmp_path: Path) -> None:
             continue
         code = code.replace('"minilm-l6"', repr(small["model"]))
         code = code.replace('task="movie"', f"task={small['task']!r}")
-        code = code.replace("steps=20", "steps=20, max_length=8")  # which the small model has
+        code = code.replace(" steps=20)", " steps=20, max_length=8)")  # which the small model has
         with warnings.catch_warnings():
             # The Trainer warns of its own settings.
             warnings.simplefilter("ignore")
