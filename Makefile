@@ -1,4 +1,4 @@
-# make figures | test | slow | lint | clean.  Needs make and Python >= 3.11 with pip and venv.
+# make figures | test | slow | lint | docs | clean.  Needs make and Python >= 3.11 with pip and venv.
 
 VENV ?= .venv
 PRESET ?= quick
@@ -13,13 +13,14 @@ test slow: export OMP_NUM_THREADS = 1
 test slow: export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help install figures test slow lint clean
+.PHONY: help install figures test slow lint docs clean
 
 help:
 	@echo "make figures   compute what is missing and draw every figure (PRESET=quick|paper)"
 	@echo "make test      the quick test suite, about six minutes on two cores"
 	@echo "make slow      the tests that train or solve for minutes"
 	@echo "make lint      ruff and pyright"
+	@echo "make docs      the documentation site, in build/docs/html (EXECUTE=1 runs the notebooks)"
 	@echo "make clean     remove $(VENV), figures/ and caches; runs/ stays"
 
 install: $(STAMP)
@@ -54,6 +55,19 @@ lint: $(STAMP)
 	"$(BIN)/python" -m ruff check .
 	"$(BIN)/python" -m ruff format --check .
 	"$(BIN)/python" -m pyright --pythonpath "$(BIN)/python"
+
+# Nothing of the site is loaded from elsewhere; docs.check looks at every link of it.
+docs: export OMP_NUM_THREADS = 1
+docs: $(VENV)/.docs-installed
+	"$(BIN)/python" -m docs.generate build/docs/source $(if $(EXECUTE),--execute)
+	"$(BIN)/python" -m sphinx -q -W --keep-going -j $(WORKERS) -d build/docs/doctrees \
+	  build/docs/source build/docs/html
+	"$(BIN)/python" -m docs.check build/docs/html
+	@echo "open build/docs/html/index.html"
+
+$(VENV)/.docs-installed: $(STAMP)
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch "$@"
 
 clean:
 	rm -rf "$(VENV)" figures .pytest_cache .ruff_cache .hypothesis build dist

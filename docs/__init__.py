@@ -1,0 +1,1 @@
+"""The documentation site: pages written by hand, and what is generated from the code."""
