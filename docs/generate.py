@@ -42,7 +42,11 @@ VERDICTS = {
     "assumption not met": "have an assumption that is not met",
 }
 # Files of the checkout that are pages as they are.
-WHOLE = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+WHOLE = {
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "guide.md": "docs/guide.md",
+}
 
 
 def pages(executed: Path | None = None) -> Pages:
