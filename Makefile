@@ -17,7 +17,7 @@ test slow: export PYTHONDONTWRITEBYTECODE =
 
 help:
 	@echo "make figures   compute what is missing and draw every figure (PRESET=quick|paper)"
-	@echo "make test      the quick test suite, about six minutes on two cores"
+	@echo "make test      the quick test suite, about ten minutes on two cores"
 	@echo "make slow      the tests that train or solve for minutes"
 	@echo "make lint      ruff and pyright"
 	@echo "make docs      the documentation site, in build/docs/html (EXECUTE=1 runs the notebooks)"
