@@ -81,7 +81,14 @@ def kept(
     batch = data.batch(first)
     if wanted is None and "attention_mask" not in batch:
         return None
-    one = next(examples(batch, settings.kind))
+    one = next(examples(batch, settings.kind), None)
+    if one is None:  # without a target there is no loss to compare
+        if wanted:
+            raise InputError(
+                "the first batch has no target, so kept states cannot be held against a whole "
+                "pass; train without cache_frozen."
+            )
+        return None
     one = {k: v.to(device) for k, v in one.items() if isinstance(v, torch.Tensor)}
     if settings.kind == "causal-lm":
         one["use_cache"] = False  # type: ignore[assignment]

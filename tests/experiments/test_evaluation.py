@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -184,3 +185,23 @@ def test_a_loss_that_uses_lower_states_keeps_none():
 
 def _first(output):
     return output[0] if isinstance(output, tuple) else output
+
+
+class WithoutTargets(NumberedTexts):
+    """Texts of which nothing is to be predicted."""
+
+    def __init__(self) -> None:
+        super().__init__(True)
+        self.rows = [ParityBatches(rows=1, kind="causal-lm").batch(row) for row in range(12)]
+        for row in self.rows:
+            row["labels"] = torch.full_like(row["labels"], -100)
+
+
+def test_a_first_batch_without_a_target_keeps_no_states():
+    model = attach(llama(), LoRA(rank=2, layers=(1,)))
+    chosen = settings(steps=9, kind="causal-lm", monitor="loss", larger_is_better=False)
+    found = train(model, WithoutTargets(), chosen, progress=False)
+    assert found.status == "completed" and "kept_blocks" not in found.measures
+    asked = replace(chosen, cache_frozen=True)
+    with pytest.raises(InputError, match="first batch has no target"):
+        train(attach(llama(), LoRA(rank=2, layers=(1,))), WithoutTargets(), asked, progress=False)

@@ -81,7 +81,6 @@ def _results(first: Record, second: Record) -> list[Cells]:
     for name in dict.fromkeys([*sides[0], *sides[1]]):
         a, b = (side.get(name) for side in sides)
         if is_number(a) and is_number(b):
-            assert a is not None and b is not None
             rows.append((f"  {name}", _text(a), _text(b), f"{b - a:+.4g}" if a != b else "0"))
         elif _is_plain(a) and _is_plain(b):
             rows.append((f"  {name}", _text(a), _text(b), "" if a == b else "differs"))

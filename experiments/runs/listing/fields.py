@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.runs.table import PLAIN, flat
@@ -128,7 +128,7 @@ def _meets(found: Any, wanted: str) -> bool:
         return False
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a field is a number; a truth value is none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
