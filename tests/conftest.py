@@ -56,6 +56,17 @@ def seeded() -> None:
         torch.default_generator.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def unchanged() -> Iterator[None]:
+    """Fail a test that leaves the defaults of torch changed, and not one that runs after it."""
+    before = torch.get_default_dtype(), torch.is_grad_enabled()
+    yield
+    after = torch.get_default_dtype(), torch.is_grad_enabled()
+    torch.set_default_dtype(before[0])
+    torch.set_grad_enabled(before[1])
+    assert after == before, "the test has changed torch's default dtype or grad mode for all others"
+
+
 @pytest.fixture
 def float64() -> Iterator[None]:
     """Make float64 the default of new tensors: identities are tested to 1e-9 and below."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import runpy
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / "proofs_notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.py"))
@@ -38,6 +40,14 @@ def test_is_a_percent_script_with_the_agreed_sections(path: Path) -> None:
     assert "assert " in code
 
 
+@pytest.fixture
+def own_defaults() -> Iterator[None]:
+    """Let a notebook set the default dtype of its own process, which is this one here."""
+    before = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(before)
+
+
 # Of many seconds; `make slow` runs them too.
 SLOW = ("01_", "02_", "03_", "04_", "05_", "07_", "11_", "16_")
 SLOW += ("12_", "19_", "20_", "21_", "22_", "24_", "25_")
@@ -49,5 +59,6 @@ SLOW += ("12_", "19_", "20_", "21_", "22_", "24_", "25_")
     ids=lambda path: path.stem,
 )
 @pytest.mark.one_in(3)
+@pytest.mark.usefixtures("own_defaults")
 def test_runs(path: Path) -> None:
     runpy.run_path(str(path), run_name="__main__")
