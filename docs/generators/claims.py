@@ -88,7 +88,7 @@ def _page(claim: Any) -> str:
         "Source": escape(claim.source),
         "Derivation": f"[notebook {claim.notebook}](../notebooks/{claim.notebook}.md)"
         if claim.notebook else "",
-        "Code": markdown.code_link(page, f"experiments/claims/{stem(claim)}.py"),
+        "Code": markdown.code_link(page, _file(claim)),
         "Record": markdown.code_link(page, f"experiments/records/claims/{result}")
         if outcome else "not measured yet",
         "Runs": str(len(outcome.runs)) if outcome and outcome.runs else "",
@@ -122,6 +122,13 @@ def _page(claim: Any) -> str:
         markdown.fenced(board.page_of(claim), "text", "wrapped"),
     ]
     return "\n\n".join([*out, ""])
+
+
+def _file(claim: Any) -> str:
+    from deltacontrol.experiments.claims import scoreboard
+
+    file = scoreboard.source(claim)
+    return f"{STATEMENTS if file.suffix == '.toml' else 'experiments/claims'}/{file.name}"
 
 
 def _evidence(evidence: Any) -> str:

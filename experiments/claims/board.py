@@ -119,12 +119,19 @@ def markdown() -> str:
         claim = claim_of(row)
         told, _, remark = row["verdict"].partition(", ")
         row = row | {
-            "claim": f"[{row['claim']}](proofs_notebooks/{claim.notebook}.py)",
+            "claim": f"[{row['claim']}]({_derivation(claim)})",
             "verdict": f"**{told}**" + (f", {remark}" if remark else ""),
         }
         cells = (str(value).replace("|", r"\|") for value in row.values())
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + f"\n\n{chance()}\n"
+
+
+def _derivation(claim: Claim) -> str:
+    """The file that a row opens: the notebook, or the statement as it was written down."""
+    if claim.notebook:
+        return f"proofs_notebooks/{claim.notebook}.py"
+    return scoreboard.source(claim).relative_to(COMMITTED.parents[1]).as_posix()
 
 
 def latex() -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,12 +30,19 @@ def code_digest(claim: Path, folder: Path = FOLDER) -> str:
     """SHA-256 of the normalised code that measures for the claim in this file.
 
     Args:
-        claim: The claim's file.
+        claim: The claim's file, or that of a statement, which `court` measures.
         folder: The folder of the package `experiments` that it imports from.
     """
-    files = measuring(claim, folder)
-    digests = {hashlib.sha256(normalised(path).encode()).hexdigest() for path in files}
+    files = measuring(folder / "claims" / "court.py" if _is_statement(claim) else claim, folder)
+    texts = [normalised(path) for path in files]
+    if _is_statement(claim):
+        texts.append(repr(sorted(tomllib.loads(claim.read_text(encoding="utf-8")).items())))
+    digests = {hashlib.sha256(text.encode()).hexdigest() for text in texts}
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+
+
+def _is_statement(claim: Path) -> bool:
+    return claim.suffix == ".toml"
 
 
 def measuring(claim: Path, folder: Path = FOLDER) -> list[Path]:

@@ -16,7 +16,8 @@ A statement is a TOML file:
     equal = "steps"                 # or "parameters", or "time"
 
 and, where the defaults are not wanted, ``model``, ``steps``, ``batch_size``, ``max_length``,
-``eval_limit``. Rates are tuned for each contestant on each task by a search on validation rows.
+``eval_limit``, ``search_seeds``. Rates are tuned for each contestant on each task by a search on
+validation rows, with that many trainings of each rate.
 
 How it is judged. The number is the mean over tasks of the paired difference of test scores, with
 Student's interval over tasks (over seeds, where there is one task). "higher": the whole interval is
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from deltacontrol.experiments.studies.learning_rates.search import RateSearch
     from deltacontrol.experiments.training.finetune import FineTuning
 
+STATEMENTS = Path(__file__).parent / "statements"
+RATES, AT_END = "rates", "rates at an end"  # where a result keeps them
 FIRST_NUMBER = 900
 ALIKE = 1.25  # factor between parameters, or seconds, that count as equal
 METRICS = ("accuracy", "pearson")
@@ -79,6 +82,7 @@ class Statement:
     batch_size: int = 16
     max_length: int = 64
     eval_limit: int = 1000
+    search_seeds: int = 3
 
     def __post_init__(self) -> None:
         """Check what can be checked before any training.
@@ -129,7 +133,7 @@ class Statement:
             )
         for name, least, most in (("seeds", 2, 1000), ("steps", 2, _MANY),
                                   ("batch_size", 1, _MANY), ("max_length", 1, _MANY),
-                                  ("eval_limit", 1, _MANY)):  # fmt: skip
+                                  ("eval_limit", 1, _MANY), ("search_seeds", 1, 1000)):  # fmt: skip
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             if not whole or not least <= value <= most:
@@ -175,6 +179,7 @@ class Statement:
             model=self.model,
             task=task,
             deltas=tuple(contestant.split()),  # type: ignore[arg-type]
+            seeds=self.search_seeds,
             steps=self.steps,
             batch_size=self.batch_size,
             max_length=self.max_length,
@@ -202,6 +207,24 @@ class Statement:
             max_length=self.max_length,
             eval_limit=self.eval_limit,
         )
+
+    def judged(self, document: Mapping[str, Any]) -> Claim:
+        """The claim as a kept result has it: at the rates that were searched for it.
+
+        Raises:
+            InputError: the result is of another statement, or has no such rates.
+        """
+        try:
+            (part,) = document["outcome"]["parts"]
+            kept = part["evidence"]["details"]
+            both = (self.first, self.second)
+            rates = {(c, t): float(kept[RATES][c][t]) for c in both for t in self.tasks}
+            return self.claim(rates, kept[AT_END])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"the kept result of {self.name} has not the rates of what the statement compares "
+                f"({error}); judge the statement anew"
+            ) from error
 
     def claim(self, rates: Mapping[tuple[str, str], float], at_end: Sequence[str]) -> Claim:
         """The claim, once rates are chosen.
@@ -259,7 +282,7 @@ class _Court:
             first,
             second,
             assumptions=rates_inside | sizes | spread,
-            details=more | {"rates at an end": list(self.at_end)},
+            details=more | {AT_END: list(self.at_end), RATES: self._chosen()},
             note=f"{s.model}, {s.steps} steps, rates tuned on validation rows",
         )
 
@@ -282,6 +305,10 @@ class _Court:
             return self._evidence(first, guessing, note=f"{s.first} against guessing")
         second, other = (self._scores(records, s.second, shift=x) for x in (0, s.seeds))
         return self._evidence(other, second, note=f"{s.second} against itself, other seeds")
+
+    def _chosen(self) -> dict[str, dict[str, float]]:
+        both = (self.statement.first, self.statement.second)
+        return {c: {t: self.rates[c, t] for t in self.statement.tasks} for c in both}
 
     def _cells(self) -> list[tuple[str, int]]:
         s = self.statement

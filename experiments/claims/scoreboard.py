@@ -26,6 +26,7 @@ from typing import Any
 
 from deltacontrol.experiments import claims
 from deltacontrol.experiments.claims.code_digest import code_digest
+from deltacontrol.experiments.claims.court import STATEMENTS, Statement
 from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.runs.publishing import publish as publish_records
 from deltacontrol.experiments.runs.record import Record, digest_of, sealed
@@ -46,7 +47,8 @@ def available() -> dict[int, Claim]:
         InputError: a user's claim has the number or the name of another one.
     """
     added = ((f"{c.id:04d}", c) for _, c in plugins.values("CLAIM"))
-    found = plugins.merged("claim", {f"{n:04d}": c for n, c in _own().items()}, added)
+    own = _own() | _statements()
+    found = plugins.merged("claim", {f"{n:04d}": c for n, c in own.items()}, added)
     names: dict[str, Claim] = {}
     for claim in found.values():
         if names.setdefault(claim.name, claim) is not claim:
@@ -62,6 +64,23 @@ def _own() -> dict[int, Claim]:
     modules = (i.name for i in pkgutil.iter_modules(claims.__path__) if i.name[0].isdigit())
     found = (importlib.import_module(f"{claims.__name__}.{name}").CLAIM for name in modules)
     return {claim.id: claim for claim in sorted(found, key=lambda claim: claim.id)}
+
+
+@cache
+def _statements() -> dict[int, Claim]:
+    """The statements of papers that are judged: those of this project with a committed result."""
+    found = {}
+    for path in sorted(STATEMENTS.glob("*.toml")):
+        statement = Statement.read(path)
+        document = _document(RESULTS / f"{_named(statement.id, statement.name)}.json")
+        if document is not None:
+            found[statement.id] = statement.judged(document)
+    return dict(sorted(found.items()))
+
+
+def forget_statements() -> None:
+    """Look again which statements are judged, after one was."""
+    _statements.cache_clear()
 
 
 def find(number: int) -> Claim:
@@ -84,6 +103,8 @@ def source(claim: Claim) -> Path:
     for module in plugins.modules():
         if getattr(module, "CLAIM", None) is claim and module.__file__ is not None:
             return Path(module.__file__)
+    if _statements().get(claim.id) is claim:
+        return STATEMENTS / f"{claim.name}.toml"
     return Path(claims.__path__[0]) / f"{_stem(claim)}.py"
 
 
@@ -279,7 +300,11 @@ def records_of(claim: Claim, store: RunStore) -> dict[str, Record]:
 
 
 def _stem(claim: Claim) -> str:
-    return f"{claim.id:02d}_{claim.name.replace('-', '_')}"
+    return _named(claim.id, claim.name)
+
+
+def _named(number: int, name: str) -> str:
+    return f"{number:02d}_{name.replace('-', '_')}"
 
 
 def _judged(claim: Claim, store: RunStore, began: float, worked: float) -> Judged:
@@ -354,7 +379,10 @@ def document_of(claim: Claim, folder: Path | None) -> dict[str, Any] | None:
     Raises:
         InputError: the file is damaged.
     """
-    path = result_path(claim, folder)
+    return _document(result_path(claim, folder))
+
+
+def _document(path: Path) -> dict[str, Any] | None:
     try:
         if not path.exists():
             return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +10,11 @@ import tyro
 
 from deltacontrol.experiments import tasks
 from deltacontrol.experiments.claims import board, scoreboard
-from deltacontrol.experiments.claims.court import Statement
+from deltacontrol.experiments.claims.code_digest import code_digest
+from deltacontrol.experiments.claims.court import STATEMENTS, Statement
 from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
+from deltacontrol.experiments.runs.publishing import publish as publish_records
 from deltacontrol.experiments.runs.store import both_homes, configuration
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.judging import judge
@@ -38,7 +39,8 @@ class Judge:
         seeds = 5
         equal = "steps"                 # or "parameters", or "time"
 
-    and, if it wants others than by default, model, steps, batch_size, max_length and eval_limit.
+    and, if it wants others than by default, model, steps, batch_size, max_length, eval_limit and
+    search_seeds.
     Rates are tuned on validation rows for each contestant and task, trainings are paired by task
     and seed, an interval over tasks decides, with a control that must fail and a case in which it
     must pass. Keep the file under version control before you run it: the result names the commit.
@@ -54,6 +56,8 @@ class Judge:
         runs: Your folder of runs; the result is kept in its folder claims.
         workers: Processes at a time; by default one a core.
         limit_minutes: How long one run may take.
+        publish: For a statement of this project, from a clean checkout only: put the result and the
+            records behind it among the committed ones, and its row on the scoreboard.
     """
 
     file: tyro.conf.Positional[Path]
@@ -61,6 +65,7 @@ class Judge:
     runs: Path = Path("runs")
     workers: int | None = None
     limit_minutes: float = LIMIT_MINUTES
+    publish: bool = False
 
     def run(self) -> int:
         """Tune, train, judge, print; exit code 1 where it does not hold.
@@ -73,10 +78,20 @@ class Judge:
 
         require_minutes(self.limit_minutes)
         statement = Statement.read(self.file)
-        if statement.id in scoreboard.available():
-            raise InputError(f"id {statement.id} is that of another claim; choose another number")
-        if statement.name in {claim.name for claim in scoreboard.available().values()}:
-            raise InputError(f"name {statement.name} is that of another claim; choose another one")
+        for other in scoreboard.available().values():
+            if scoreboard.source(other) == self.file.resolve():
+                continue  # the statement itself, which was judged before
+            if statement.id == other.id:
+                raise InputError(f"id {other.id} is that of another claim; choose another number")
+            if statement.name == other.name:
+                raise InputError(f"name {other.name} is that of another claim; choose another one")
+        if self.publish:
+            if self.file.resolve().parent != STATEMENTS:
+                raise InputError(
+                    f"{self.file} is a statement of your own, and only those of this project are "
+                    "published with it; leave out --publish: its result is kept beside your runs"
+                )
+            provenance.require_clean()
         for task in statement.tasks:
             tasks.load(task)  # a missing one is told before the first training
         store, searches = both_homes(self.runs), statement.searches()
@@ -103,10 +118,9 @@ class Judge:
         trainings = claim.runs() if claim.runs is not None else []
         found = run_all(trainings, store, self.workers, limit_minutes=self.limit_minutes)
         records = {configuration(t): r for t, r in zip(trainings, found, strict=True)}
-        text = self.file.read_bytes()
         outcome = replace(
             judge(claim, lambda experiment: records[configuration(experiment)]),
-            code=hashlib.sha256(text).hexdigest(),
+            code=code_digest(self.file),
             runs=tuple(dict.fromkeys(record.id for record in found)),
         )
         judged = scoreboard.Judged(
@@ -126,6 +140,12 @@ class Judge:
         if judged.provenance["protocol"] is None:
             print("the file is under no version control: nothing shows that it was written first")
         print(f"kept {path}")
+        if self.publish:
+            scoreboard.publish(claim, judged, store)
+            publish_records([r for r in store.lookup(searches) if r], scoreboard.RUNS)
+            scoreboard.forget_statements()
+            if board.update_readme():
+                print("the scoreboard in README.md is up to date")
         return 0 if outcome.holds else 1
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from deltacontrol.experiments import claims
 from deltacontrol.experiments.claims import scoreboard
+from deltacontrol.experiments.claims.code_digest import code_digest
 from deltacontrol.experiments.claims.court import Statement
 from deltacontrol.experiments.cli.judge import Judge
 from deltacontrol.theory.claims import Verdict
@@ -191,3 +192,47 @@ def test_the_command_says_its_plan_and_judges(
     assert "negative control" in out and "no version control" in out
     (kept,) = (tmp_path / "runs" / scoreboard.CLAIMS).glob("960_x.json")
     assert kept.is_file()
+
+
+def test_a_judged_statement_is_a_row_of_the_board(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its rates come with the committed result, and what it is judged by is its file and court."""
+    text = TEXT.replace('"x"\ntitle', '"made-up"\ntitle').replace("by = 0.01", "by = 0.01\nseeds=3")
+    file = tmp_path / "made-up.toml"
+    file.write_text(text)
+    monkeypatch.setattr(scoreboard, "STATEMENTS", tmp_path)
+    monkeypatch.setattr(scoreboard, "RESULTS", tmp_path / "results")
+    scoreboard.forget_statements()
+    try:
+        assert 960 not in scoreboard.available()
+        statement = Statement.read(file)
+        outcome = judged(replace(BASE, **vars(statement)), 0.05)
+        outcome = replace(outcome, code=code_digest(file))
+        claim = statement.claim(
+            {(c, t): 1e-3 for c in ("head", "bitfit") for t in statement.tasks}, ()
+        )
+        scoreboard.keep(claim, scoreboard.Judged(outcome, {}))
+        scoreboard.forget_statements()
+        found = scoreboard.find(960)
+        assert (
+            scoreboard.source(found) == file and found.runs is not None and claim.runs is not None
+        )
+        assert [run.label for run in found.runs()] == [run.label for run in claim.runs()]
+        assert scoreboard.stored(found) == outcome and not scoreboard.is_stale(found, outcome)
+        file.write_text(text.replace("seeds=3", "seeds=3\nsteps = 7"))
+        assert scoreboard.is_stale(found, outcome)
+        file.write_text(text.replace('"bitfit"', '"ia3"'))
+        scoreboard.forget_statements()
+        with pytest.raises(InputError, match="judge the statement anew"):
+            scoreboard.available()
+    finally:
+        monkeypatch.undo()
+        scoreboard.forget_statements()
+
+
+def test_only_statements_of_this_project_are_published(tmp_path: Path) -> None:
+    path = tmp_path / "paper.toml"
+    path.write_text(TEXT)
+    with pytest.raises(InputError, match="of your own"):
+        Judge(path, publish=True, runs=tmp_path / "runs").run()
