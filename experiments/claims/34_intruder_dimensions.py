@@ -1,0 +1,318 @@
+"""Claim 34: LoRA's update has intruder dimensions, and scaling them down lowers forgetting.
+
+The last layers alone are trained: the states that enter them are computed once. LoRA and full
+fine-tuning act on the same matrices; the full one ends where its training loss is LoRA's. Much
+smaller than in the source: two layers, a few rows, tens of steps.
+
+Before the measurement the parts were run on a seed that they do not use, for the time that they
+take and for faults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from deltacontrol.theory.claims import Claim, Evidence, Part, Threshold
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltacontrol.experiments.measures.tuning.low_and_full import LowAndFull
+    from deltacontrol.experiments.measures.tuning.top_layers import Leading, TopLayers, Weights
+
+MODEL, TASKS, HELD = "smollm2-135m", ("movie", "rt", "sms", "amazon", "nyt"), "trec6"
+LAYERS, SITES = 2, ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")
+TRAIN, TOKENS = 16, 10
+HELD_ROWS, HELD_TOKENS = 24, 12
+RANK, SCALING = 4, 2.0  # LoRA's rank and s in W + s B A
+LORA_RATE, FULL_RATE, STEPS = 2e-3, 1e-4, 40
+SEED = 10  # of the rows and of A
+# As in the source: a leading singular vector of the tuned matrix is an intruder where no singular
+# vector of the pre-trained one has this cosine with it.
+LEADING, COSINE = 10, 0.5
+SCALE = 0.5  # of the intruders' singular values
+GENTLE = 0.99  # the same, where it does no harm
+ALIKE = 0.05  # the training losses of both may differ by this, nats
+# Fixed before the measurement: intruders a matrix, shares of forgetting and of the task's gain.
+MORE, REMOVED, COST = 0.1, 0.1, 0.2
+
+
+@cache
+def _text() -> Any:
+    """The language model and held text: texts of a task whose labels nobody looks at."""
+    from deltacontrol.experiments.setting import Setting
+
+    return Setting(
+        MODEL, HELD, test_rows=HELD_ROWS, strict_rows=True, max_length=HELD_TOKENS,
+        model_kind="causal-lm",
+    )  # fmt: skip
+
+
+@cache
+def _top() -> TopLayers:
+    from deltacontrol.experiments.measures.tuning.top_layers import TopLayers
+
+    return TopLayers.of(_text().base, LAYERS, SITES)
+
+
+@cache
+def _held() -> Mapping[str, Tensor]:
+    return _top().entered(_text().batch("test"))
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """A task's rows at the entry of the trained layers, and the two words that are the answers."""
+
+    batch: Mapping[str, Tensor]
+    words: tuple[int, int]
+
+    def loss(self, weights: Weights) -> Tensor:
+        """The mean loss of the answers."""
+        from torch.nn.functional import softplus
+
+        signs = 2.0 * self.batch["labels"] - 1
+        return softplus(-signs * _top().margins(self.batch, weights, self.words)).mean()
+
+
+@cache
+def _rows(task: str) -> _Rows:
+    from deltacontrol.experiments.setting import Setting
+
+    setting = Setting(
+        MODEL, task, train_rows=TRAIN, test_rows=0, order="shuffled", strict_rows=True,
+        max_length=TOKENS, head="words", seed=SEED,
+    )  # fmt: skip
+    words = setting.words
+    assert words is not None
+    return _Rows(_top().entered(setting.batch()), words)
+
+
+@cache
+def _tuned(task: str) -> LowAndFull:
+    """Both fine-tunings of one task."""
+    from deltacontrol.experiments.measures.tuning.low_and_full import LowAndFull
+
+    return LowAndFull.of(
+        _rows(task).loss,
+        _top().weights,
+        rank=RANK,
+        scaling=SCALING,
+        rates=(LORA_RATE, FULL_RATE),
+        steps=STEPS,
+        seed=SEED,
+    )
+
+
+# -- a: intruders ------------------------------------------------------------------------------
+
+
+@cache
+def _before(name: str) -> Tensor:
+    """The left singular vectors of a pre-trained matrix."""
+    import torch
+
+    return torch.linalg.svd(_top().weights[name].double(), full_matrices=False).U
+
+
+def _leading(weights: Weights) -> dict[str, Leading]:
+    from deltacontrol.experiments.measures.tuning.top_layers import Leading
+
+    return {n: Leading.of(W, _before(n), LEADING, COSINE) for n, W in weights.items()}
+
+
+@cache
+def _of_lora(task: str) -> dict[str, Leading]:
+    return _leading(_tuned(task).low)
+
+
+def _number(leading: Mapping[str, Leading]) -> float:
+    """How many intruders a matrix has on average."""
+    return sum(int(x.intruders.sum()) for x in leading.values()) / len(leading)
+
+
+def _random(task: str, rank: int) -> dict[str, Tensor]:
+    """Random updates with equal singular values, each as large as LoRA's update of its matrix."""
+    import torch
+
+    found, random = {}, torch.Generator().manual_seed(SEED + 1)
+    for name, W in _top().weights.items():
+        left, right = (
+            torch.linalg.qr(torch.randn(n, min(rank, *W.shape), generator=random)).Q
+            for n in W.shape
+        )
+        update = left @ right.mT
+        found[name] = W + update * ((_tuned(task).low[name] - W).norm() / update.norm())
+    return found
+
+
+def _more(rank: int | None = None) -> Evidence:
+    """Intruders a matrix of LoRA, or of random updates of a rank, less those of the full one."""
+    low, full, losses = [], [], {}
+    for task in TASKS:
+        tuned = _tuned(task)
+        low.append(_number(_of_lora(task) if rank is None else _leading(_random(task, rank))))
+        full.append(_number(_leading(tuned.full)))
+        losses[task] = [tuned.before, tuned.low_loss, tuned.full_loss]
+    apart = max(abs(a - b) for _, a, b in losses.values())
+    return Evidence.mean(
+        [a - b for a, b in zip(low, full, strict=True)],
+        "task",
+        details={
+            "intruders a matrix, of the low-rank update": low,
+            "intruders a matrix, of the full one": full,
+            "training losses: before, LoRA, full": losses,
+        },
+        assumptions={
+            "both reach one training loss": apart <= ALIKE,
+            "the training loss falls": all(a < start for start, a, _ in losses.values()),
+        },
+        note=f"{MODEL}, {len(SITES)} matrices of each of the last {LAYERS} layers, {TRAIN} rows a "
+        f"task, the leading {LEADING} singular vectors of a matrix, cosine {COSINE:g}",
+    )
+
+
+# -- b and c: scaling them down ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """What scaling does.
+
+    Attributes:
+        base: loss on held text, before tuning.
+        tuned: after it.
+        scaled: after scaling.
+        task: the training loss, before tuning, after it, and after scaling.
+        intruders: a matrix.
+    """
+
+    base: float
+    tuned: float
+    scaled: float
+    task: tuple[float, float, float]
+    intruders: float
+
+    @property
+    def removed(self) -> float:
+        """The share of the rise of the held loss that scaling removes."""
+        return (self.tuned - self.scaled) / (self.tuned - self.base)
+
+    @property
+    def cost(self) -> float:
+        """The share of the fall of the training loss that scaling takes back."""
+        before, after, scaled = self.task
+        return (scaled - after) / (before - after)
+
+
+@cache
+def _base_loss() -> float:
+    return _top().text_loss(_held(), _top().weights)
+
+
+@cache
+def _scaled(task: str, intruders: bool, scale: float, doubled: bool = False) -> _Scaled:
+    """Scale the intruders down, or as many of the other leading directions.
+
+    ``doubled``: not of LoRA, but of the pre-trained matrices with as many leading singular values
+    twice as large.
+    """
+    counts = {name: int(found.intruders.sum()) for name, found in _of_lora(task).items()}
+    tuned, leading = _tuned(task).low, _of_lora(task)
+    if doubled:
+        own = _leading(_top().weights)
+        tuned = {
+            n: own[n].scaled(W, own[n].first(counts[n], intruders=False), 2.0)
+            for n, W in _top().weights.items()
+        }
+        leading = _leading(tuned)
+    less = {
+        n: found.scaled(tuned[n], found.first(counts[n], intruders=intruders), scale)
+        for n, found in leading.items()
+    }
+    return _Scaled(
+        _base_loss(),
+        *(_top().text_loss(_held(), weights) for weights in (tuned, less)),
+        task=(_tuned(task).before, _task_loss(task, tuned), _task_loss(task, less)),
+        intruders=_number(_of_lora(task)),
+    )
+
+
+def _task_loss(task: str, weights: Weights) -> float:
+    import torch
+
+    with torch.no_grad():
+        return float(_rows(task).loss(weights))
+
+
+def _after(what: str, intruders: bool, scale: float = SCALE, doubled: bool = False) -> Evidence:
+    """``removed`` or ``cost`` of all tasks."""
+    found = {task: _scaled(task, intruders, scale, doubled) for task in TASKS}
+    return Evidence.mean(
+        [getattr(x, what) for x in found.values()],
+        "task",
+        details={task: vars(x) for task, x in found.items()},
+        assumptions={
+            "the model forgets": all(x.tuned > x.base for x in found.values()),
+            "there are intruders": all(x.intruders > 0 for x in found.values()),
+        },
+        note=f"singular values times {scale:g}, loss on {HELD_ROWS} texts of {HELD}, and on the "
+        f"{TRAIN} rows a task that were tuned on",
+    )
+
+
+QUICK = {"TASKS": ("movie", "sms"), "STEPS": 20}
+
+CLAIM = Claim(
+    id=34,
+    name="intruder-dimensions",
+    title="LoRA has intruder dimensions, and scaling them down lowers forgetting",
+    statement=(
+        "at equal training loss LoRA's matrices have more leading singular vectors that are like "
+        "none of the pre-trained matrix than those of full fine-tuning (a); halving the singular "
+        "values of these vectors removes a tenth or more of what the loss on held text had risen "
+        "by (b), and gives back at most a fifth of what the training loss had fallen by (c)"
+    ),
+    source=(
+        "Shuttleworth, Andreas, Torralba & Sharma, LoRA vs full fine-tuning: an illusion of "
+        "equivalence, arXiv 2410.21228"
+    ),
+    notebook="34_intruder_dimensions",
+    predict=dict,
+    parts=(
+        Part(
+            name="a",
+            title="LoRA has more intruders than full fine-tuning",
+            threshold=Threshold(">=", MORE, "intruders a matrix, LoRA less full fine-tuning"),
+            measure=lambda prediction: _more(),
+            # Updates as large as LoRA's that are not of low rank, and such that are.
+            negative_control=lambda prediction: _more(rank=10**6),
+            passing_control=lambda prediction: _more(rank=1),
+            on="real fine-tuning",
+        ),
+        Part(
+            name="b",
+            title="Scaling intruders down lowers forgetting",
+            threshold=Threshold(">=", REMOVED, "share of the held loss's rise that is removed"),
+            measure=lambda prediction: _after("removed", intruders=True),
+            # As many leading directions that are no intruders,
+            negative_control=lambda prediction: _after("removed", intruders=False),
+            # and these where they are what has changed.
+            passing_control=lambda prediction: _after("removed", intruders=False, doubled=True),
+            on="real fine-tuning",
+        ),
+        Part(
+            name="c",
+            title="Scaling intruders down costs little of the task",
+            threshold=Threshold("<=", COST, "share of the training loss's fall that is lost"),
+            measure=lambda prediction: _after("cost", intruders=True),
+            negative_control=lambda prediction: _after("cost", intruders=False),
+            # The same by a hundredth.
+            passing_control=lambda prediction: _after("cost", intruders=False, scale=GENTLE),
+            on="real fine-tuning",
+        ),
+    ),
+)
