@@ -62,8 +62,7 @@ class Ending:
         reason: what happened, and what to try.
         gains: feedback gains ``K_t`` around the last iterate, ``(m_t, n_t)``, from solvers that
             have them.
-        convex: whether the whole second-order model that the method sees there is known to be
-            positive definite; a few products need not look for negative curvature then.
+        convex: whether the second-order model there was found to be positive definite, whole.
     """
 
     failure: Status | None = None
@@ -203,8 +202,8 @@ def solve(
     controls = recorder.best if recorder.best is not None else u
     final = problem.evaluate(controls)
     status, falls = recorder.status(ending), None
-    seen = solver.curvature is not None and problem.box is None and not ending.convex
-    if status is Status.CONVERGED and seen and solver.curvature is not None:
+    unsure = status is Status.CONVERGED and problem.box is None and not ending.convex
+    if unsure and solver.curvature is not None:
         keep = getattr(solver, "keep", False)
         falls = falling_curvature(solver.curvature(problem, controls, final, keep=keep))
         status = status if falls is None else Status.STATIONARY
