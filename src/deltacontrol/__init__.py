@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         attach,
         load,
         save,
+        serve,
     )
     from deltacontrol.deltas.dynamics.transformer import control_problem
     from deltacontrol.experiments.interactive import claims, estimate_dimension, finetune
@@ -75,6 +76,7 @@ _PLACES = {
     "load_task": "experiments.tasks:load",
     "runs": "experiments.runs.table",
     "save": "deltas",
+    "serve": "deltas",
     "solve": "theory.solvers",
 }
 __all__ = [
@@ -104,6 +106,7 @@ __all__ = [
     "paper_figures",
     "runs",
     "save",
+    "serve",
     "solve",
     "theory",
 ]
