@@ -1,9 +1,9 @@
 """Claim 32: the tangent kernel's condition number orders choices of layers by their final loss.
 
 Before the measurement three tasks were trained with a seed that the claim does not use, for the
-time that they take and for faults: the rows were learnt by heart in 20 steps, hence 10. No order was
-looked at. The source was not read: it is cited as in the project's list of claims. The
-number 0.6 and the baseline are this project's.
+time that they take and for faults: the rows were learnt by heart in 20 steps, hence 10. No order
+was looked at. The source was not read: it is cited as in the project's list of claims. The number
+0.6 and the baseline are this project's.
 """
 
 from __future__ import annotations
