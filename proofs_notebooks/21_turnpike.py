@@ -158,7 +158,19 @@ for t in range(1, depth):
 print(f"linear-quadratic: formula to {worst:.1e}, predicted rate {steady.rate:.3f}")
 assert worst <= 1e-9
 
+# %%
+import matplotlib.pyplot as plt
 
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+distances = [float(d.norm()) for d in dx]
+ax.semilogy(distances, label="distance of the state to the turnpike")
+ax.semilogy(
+    [distances[0] * steady.rate**t for t in range(depth // 2)], "k--", label="predicted rate"
+)
+ax.set_xlabel("layer")
+ax.legend()
+
+# %%
 K = normal(width, width)
 strength = torch.diag(0.5 + torch.rand(width, generator=generator, dtype=torch.float64))
 

@@ -65,6 +65,12 @@ def test_the_quick_start_has_ten_cells_and_each_shows_something() -> None:
         assert prints(source) or draws(source), source
 
 
+@each
+def test_a_notebook_prints_and_draws(path: Path) -> None:
+    code = cells(path, "code")
+    assert any(map(prints, code)) and any(map(draws, code))
+
+
 @pytest.fixture
 def own_defaults() -> Iterator[None]:
     """Let a notebook set the default dtype of its own process, which is this one here."""
