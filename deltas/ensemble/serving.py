@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltacontrol.deltas import saved_folder
+from deltacontrol.deltas import hub, saved_folder
 from deltacontrol.deltas.editing.copies import Copies
 from deltacontrol.deltas.ensemble.stack import DeltaStack, UnstackableError, tensors_of, unstackable
 from deltacontrol.deltas.loading import load
@@ -106,7 +106,7 @@ def serve(model: PreTrainedModel, folders: Mapping[str, str | Path]) -> Server:
 
     Args:
         model: the base that they were saved with, without deltas.
-        folders: that `DeltaModel.save` wrote, by the name of the adapter.
+        folders: that `DeltaModel.save` wrote, by the name of the adapter; ids of the hub serve too.
 
     Raises:
         UnstackableError: such deltas cannot act row by row.
@@ -131,6 +131,7 @@ def serve(model: PreTrainedModel, folders: Mapping[str, str | Path]) -> Server:
     """
     if not folders:
         raise InputError('serve needs a folder of deltas at least, such as {"film": "runs/film"}')
+    folders = {name: hub.folder(place, saved_folder.FILES) for name, place in folders.items()}
     _require_one_kind(folders)
     states: list[dict[str, Tensor]] = []
     for place, (name, folder) in enumerate(folders.items()):
