@@ -118,6 +118,8 @@ import matplotlib.pyplot as plt
 
 figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
 ax.loglog(list(drifts), list(drifts.values()), "o-")
+ax.set_xticks(list(drifts), [f"{scale:g}" for scale in drifts])
+ax.minorticks_off()
 ax.set_xlabel("scale s")
 ax.set_ylabel("growth of the kernel")
 

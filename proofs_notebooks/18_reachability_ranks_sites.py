@@ -213,7 +213,7 @@ import matplotlib.pyplot as plt
 figure, ax = plt.subplots(figsize=(4, 3.5), layout="constrained")
 for weight_decay, pairs in gains.items():
     ax.loglog(*zip(*pairs, strict=True), "o", label=f"decay {weight_decay:g}")
-ax.axline((0.1, 0.1), (1.0, 1.0), color="black", lw=0.5)
+ax.axline((1e-3, 1e-3), (1e-2, 1e-2), color="black", lw=0.5)
 ax.set_xlabel("predicted gain of a layer")
 ax.set_ylabel("real gain")
 ax.legend()
