@@ -164,9 +164,12 @@ import matplotlib.pyplot as plt
 figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
 distances = [float(d.norm()) for d in dx]
 ax.semilogy(distances, label="distance of the state to the turnpike")
-ax.semilogy(
-    [distances[0] * steady.rate**t for t in range(depth // 2)], "k--", label="predicted rate"
+t = torch.arange(depth + 1)
+ends = (
+    distances[0] * torch.exp(-steady.rate * t),
+    distances[-1] * torch.exp(-steady.rate * (depth - t)),
 )
+ax.semilogy(ends[0] + ends[1], "k--", label="predicted rate, from both ends")
 ax.set_xlabel("layer")
 ax.legend()
 
