@@ -1,8 +1,9 @@
 """Claim 32: the tangent kernel's condition number orders choices of layers by their final loss.
 
-Before the measurement the parts were run on a seed that they do not use, for the time that they
-take and for faults. The source was not read: it is cited as in the project's list of claims. The
-number 0.6 and the baseline are this project's.
+Before the measurement three tasks were trained with a seed that the claim does not use, for the
+time that they take and for faults: the rows were learnt by heart in 20 steps, hence 10. No order
+was looked at. The source was not read: it is cited as in the project's list of claims. The number
+0.6 and the baseline are this project's.
 """
 
 from __future__ import annotations
@@ -117,18 +118,22 @@ def _correlations(choices: Choices, orders: Sequence[Order]) -> list[float]:
     ]
 
 
-def _ordered(choices: Sequence[Choices], orders: Sequence[Sequence[Order]]) -> Evidence:
+def _ordered(
+    choices: Sequence[Choices], orders: Sequence[Sequence[Order]], unit: str = "task"
+) -> Evidence:
     """The magnitude of the mean rank correlation of condition number and final loss."""
     import numpy as np
 
     pairs = zip(choices, orders, strict=True)
     found = [float(np.mean(_correlations(c, of))) for c, of in pairs]
     return Evidence.resampled(
-        lambda rhos: abs(float(rhos.mean())), [found], "task", **_told(choices, found)
+        lambda rhos: abs(float(rhos.mean())), [found], unit, **_told(choices, found, unit)
     )
 
 
-def _above(choices: Sequence[Choices], orders: Sequence[Sequence[Order]]) -> Evidence:
+def _above(
+    choices: Sequence[Choices], orders: Sequence[Sequence[Order]], unit: str = "task"
+) -> Evidence:
     """By how much the condition number orders better than the number of parameters."""
     import numpy as np
 
@@ -136,10 +141,14 @@ def _above(choices: Sequence[Choices], orders: Sequence[Sequence[Order]]) -> Evi
     found = [float(np.mean(np.abs(_correlations(c, of)))) for c, of in pairs]
     counts = [abs(_rank_correlation(c.counts, c.losses)) for c in choices]
     gains = [a - b for a, b in zip(found, counts, strict=True)]
-    return Evidence.mean(gains, "task", **_told(choices, found))
+    return Evidence.mean(gains, unit, **_told(choices, found, unit))
 
 
-def _told(choices: Sequence[Choices], found: Sequence[float]) -> dict[str, Any]:
+def _told(choices: Sequence[Choices], found: Sequence[float], unit: str) -> dict[str, Any]:
+    notes = {
+        "task": f"{MODEL}, {ROWS} rows a task, LoRA of rank {RANK}, {STEPS} steps of AdamW",
+        "draw": f"linear models of {KNOWN_ROWS} rows and known kernels",
+    }
     return {
         "details": {
             "rank correlations of the condition number": list(found),
@@ -152,8 +161,7 @@ def _told(choices: Sequence[Choices], found: Sequence[float]) -> dict[str, Any]:
             "final losses differ": all(max(c.losses) > APART * min(c.losses) for c in choices),
             "the losses fell": all(max(c.losses) < c.start for c in choices),
         },
-        "note": f"{len(LAYER_SETS)} choices of layers, {ROWS} rows a task, LoRA of rank {RANK}, "
-        f"{STEPS} steps of AdamW",
+        "note": f"{len(LAYER_SETS)} choices of layers; {notes[unit]}",
     }
 
 
@@ -169,7 +177,7 @@ def _controls(of: Any) -> dict[str, Any]:
         "negative_control": lambda prediction: of(_tasks(), [_drawn(i) for i in range(len(TASKS))]),
         # Known kernels, and exchanges between neighbours, whose condition numbers are alike.
         "passing_control": lambda prediction: of(
-            [_known(i) for i in range(len(TASKS))], [_neighbours() for _ in TASKS]
+            [_known(i) for i in range(len(TASKS))], [_neighbours() for _ in TASKS], "draw"
         ),
     }
 

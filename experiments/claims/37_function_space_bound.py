@@ -1,7 +1,7 @@
 """Claim 37: an objective that is close everywhere has a minimiser that is nearly as good.
 
 Before the measurement the parts were run on seeds that they do not use, for the time that they take
-and for faults.
+and for faults: 25 evaluations did not minimise F of a prompt, hence 100 at most.
 """
 
 from __future__ import annotations

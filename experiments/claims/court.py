@@ -16,8 +16,9 @@ A statement is a TOML file:
     equal = "steps"                 # or "parameters", or "time"
 
 and, where the defaults are not wanted, ``model``, ``steps``, ``batch_size``, ``max_length``,
-``eval_limit``, ``search_seeds``. Rates are tuned for each contestant on each task by a search on
-validation rows, with that many trainings of each rate.
+``eval_limit``, ``rates``, ``search_seeds``. Rates are tuned for each contestant on each task by a
+search on validation rows: among these rates, by default those that the delta's own file names, with
+that many trainings of each.
 
 How it is judged. The number is the mean over tasks of the paired difference of test scores, with
 Student's interval over tasks (over seeds, where there is one task). "higher": the whole interval is
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from deltacontrol.experiments.studies.learning_rates.search import RateSearch
     from deltacontrol.experiments.training.finetune import FineTuning
 
-STATEMENTS = Path(__file__).parent / "statements"
+STATEMENTS = Path(__file__).resolve().parent / "statements"
 RATES, AT_END = "rates", "rates at an end"  # where a result keeps them
 FIRST_NUMBER = 900
 ALIKE = 1.25  # factor between parameters, or seconds, that count as equal
@@ -82,6 +83,7 @@ class Statement:
     batch_size: int = 16
     max_length: int = 64
     eval_limit: int = 1000
+    rates: tuple[float, ...] = ()
     search_seeds: int = 3
 
     def __post_init__(self) -> None:
@@ -123,6 +125,13 @@ class Statement:
         ):
             raise InputError(f"tasks is {tasks!r}; expected a list of different tasks")
         object.__setattr__(self, "tasks", tuple(tasks))
+        rates = self.rates
+        if not isinstance(rates, list | tuple) or not all(
+            isinstance(rate, float | int) and not isinstance(rate, bool) and 0 < rate < _MANY
+            for rate in rates
+        ):
+            raise InputError(f"rates is {rates!r}; expected learning rates, such as [1e-3, 1e-2]")
+        object.__setattr__(self, "rates", tuple(float(rate) for rate in rates))
         if isinstance(self.by, bool) or not isinstance(self.by, int | float):
             raise InputError(f"by is {self.by!r}; expected a number, such as 0.01")
         if not 0 < self.by < 1:
@@ -179,6 +188,7 @@ class Statement:
             model=self.model,
             task=task,
             deltas=tuple(contestant.split()),  # type: ignore[arg-type]
+            rates=self.rates,
             seeds=self.search_seeds,
             steps=self.steps,
             batch_size=self.batch_size,

@@ -39,8 +39,8 @@ class Judge:
         seeds = 5
         equal = "steps"                 # or "parameters", or "time"
 
-    and, if it wants others than by default, model, steps, batch_size, max_length, eval_limit and
-    search_seeds.
+    and, if it wants others than by default, model, steps, batch_size, max_length, eval_limit,
+    rates (to search among) and search_seeds.
     Rates are tuned on validation rows for each contestant and task, trainings are paired by task
     and seed, an interval over tasks decides, with a control that must fail and a case in which it
     must pass. Keep the file under version control before you run it: the result names the commit.

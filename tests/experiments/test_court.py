@@ -149,6 +149,8 @@ tasks = ["movie", "rt"]
         (('"head"', '"bitfit "'), "different ones"),
         (("by = 0.01", "by = 0.01\nsteps = 'a'"), "steps is 'a'"),
         (("by = 0.01", "by = 0.01\neval_limit = 0"), "eval_limit is 0"),
+        (("by = 0.01", "by = 0.01\nrates = [0.1, -1.0]"), "expected learning rates"),
+        (("by = 0.01", "by = 0.01\nsearch_seeds = 0"), "search_seeds is 0"),
     ],
 )
 def test_what_is_no_statement_is_refused(

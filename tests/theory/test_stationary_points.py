@@ -15,7 +15,7 @@ from deltacontrol.theory import (
 )
 from deltacontrol.theory.control.problem import Cost
 from deltacontrol.theory.linear.minimum import falling_curvature
-from deltacontrol.theory.solvers import Status, registry
+from deltacontrol.theory.solvers import Status, registry, solving
 
 F64 = torch.float64
 SECOND = ("newton-cg", "gauss-newton", "ilqr", "ddp")
@@ -99,3 +99,27 @@ def test_the_curvature_is_that_of_the_hessian(size: int) -> None:
     u = given.zero_controls(dtype=F64)
     assert abs(falling_curvature(HessianCurvature(given, u)) + 5.0) < 1e-9
     assert falling_curvature(HessianCurvature(falling(size, 5.0), u)) is None
+
+
+@pytest.mark.parametrize("name", ["ilqr", "ddp"])
+def test_a_model_that_was_factorised_needs_no_search(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its curvatures are positive: a Krylov space of the Hessian can find no other."""
+    looked: list[Tensor] = []
+
+    def look(curvature: HessianCurvature) -> float | None:
+        dense = curvature @ torch.eye(curvature.shape[0], dtype=F64)
+        looked.append(torch.linalg.eigvalsh(dense))
+        return falling_curvature(curvature)
+
+    monkeypatch.setattr(solving, "falling_curvature", look)
+    strict = ControlProblem(
+        LinearDynamics([eye(2)] * 2, [eye(2)] * 2),
+        QuadraticCost([eye(2, 0.0)] * 2, [eye(2, 0.1)] * 2, eye(2)),
+        torch.ones(2, dtype=F64),
+    )
+    assert solve(strict, registry.parse(name)).status == "converged" and not looked
+    for case in ("saddle", "wells"):
+        solve(CASES[case][0], registry.parse(name))
+    assert len(looked) == 2 and all(float(values[0]) < 0 for values in looked)

@@ -62,11 +62,13 @@ class Ending:
         reason: what happened, and what to try.
         gains: feedback gains ``K_t`` around the last iterate, ``(m_t, n_t)``, from solvers that
             have them.
+        convex: whether the second-order model there was found to be positive definite, whole.
     """
 
     failure: Status | None = None
     reason: str = ""
     gains: tuple[Tensor, ...] | None = None
+    convex: bool = False
 
 
 class Solver(ABC):
@@ -200,7 +202,8 @@ def solve(
     controls = recorder.best if recorder.best is not None else u
     final = problem.evaluate(controls)
     status, falls = recorder.status(ending), None
-    if status is Status.CONVERGED and solver.curvature is not None and problem.box is None:
+    unsure = status is Status.CONVERGED and problem.box is None and not ending.convex
+    if unsure and solver.curvature is not None:
         keep = getattr(solver, "keep", False)
         falls = falling_curvature(solver.curvature(problem, controls, final, keep=keep))
         status = status if falls is None else Status.STATIONARY
