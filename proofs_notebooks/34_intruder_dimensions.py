@@ -33,7 +33,8 @@
 # ## Assumptions
 #
 # Both fine-tunings reach one training loss; B and C need intruders and forgetting. Here the last
-# two layers of SmolLM2-135M are tuned, three matrices of each, on a few rows and for tens of steps:
+# two layers of SmolLM2-135M are tuned, three matrices of each, on a few rows until these are known
+# by heart, at the largest rate at which the loss of another task falls steadily: tens of steps,
 # much less than in the source.
 
 # %% [markdown]

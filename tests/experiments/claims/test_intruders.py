@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deltacontrol.experiments.measures.tuning.low_and_full import LowAndFull
+from deltacontrol.experiments.measures.tuning.low_and_full import LowAndFull, Tuned, steady_rate
 from deltacontrol.experiments.measures.tuning.top_layers import Leading, TopLayers
+from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.judging import judge
 
 SITES = ("self_attn.q_proj", "mlp.up_proj")
@@ -71,22 +72,53 @@ def test_an_intruder_is_found_and_scaled() -> None:
     assert int(others.sum()) == 1 and not (others & found.intruders).any()
 
 
-def test_low_rank_and_full_reach_one_loss() -> None:
-    random = torch.Generator().manual_seed(0)
-    base = {"W": torch.randn(6, 5, generator=random)}
+@pytest.fixture
+def base() -> dict[str, torch.Tensor]:
+    return {"W": torch.randn(6, 5, generator=torch.Generator().manual_seed(0))}
+
+
+def _loss(weights: Any) -> torch.Tensor:
+    """Of a least-squares problem in the one matrix."""
+    random = torch.Generator().manual_seed(1)
     x, y = torch.randn(5, 9, generator=random), torch.randn(6, 9, generator=random)
+    return (weights["W"] @ x - y).square().mean()
 
-    def loss(weights: Any) -> torch.Tensor:
-        return (weights["W"] @ x - y).square().mean()
 
-    found = LowAndFull.of(loss, base, rank=2, scaling=2.0, rates=(1e-2, 1e-2), steps=30, seed=0)
-    assert found.low_loss < found.before == pytest.approx(float(loss(base)))
+def test_low_rank_and_full_reach_one_loss(base: dict[str, torch.Tensor]) -> None:
+    start = float(_loss(base))
+    low, full = Tuned.low(base, rank=2, scaling=2.0, seed=0), Tuned.full(base)
+    found = LowAndFull.of(_loss, low, full, (1e-2, 1e-2), steps=90, until=0.9 * start)
+    assert found.before == pytest.approx(start)
+    assert 0.8 * start < found.low_loss <= 0.9 * start  # it ends where its loss is small enough
     assert found.low_loss - 0.05 < found.full_loss <= found.low_loss
+    assert all(1 < steps < 90 for steps in found.steps)
     ranks = [
         torch.linalg.matrix_rank(w["W"] - base["W"], rtol=1e-4) for w in (found.low, found.full)
     ]
     assert [int(r) for r in ranks] == [2, 5]
-    assert found.low_loss == pytest.approx(float(loss(found.low)))
+    assert found.low_loss == pytest.approx(float(_loss(found.low)))
+    few = LowAndFull.of(_loss, low, Tuned.full(base), (1e-2, 1e-2), steps=3, until=0.0)
+    assert few.steps[0] == 3
+
+
+def test_the_rate_is_the_largest_at_which_the_loss_falls_steadily(
+    base: dict[str, torch.Tensor],
+) -> None:
+    until = 0.6 * float(_loss(base))
+
+    def losses(rate: float) -> list[float]:
+        return [*Tuned.full(base).descent(_loss, rate, steps=80, until=until)]
+
+    def rate(*rates: float) -> float:
+        return steady_rate(_loss, lambda: Tuned.full(base), rates, steps=80, until=until)
+
+    assert rate(1e-2, 2e-2, 5.0) == 2e-2
+    assert losses(2e-2)[-1] <= until and max(losses(5.0)) > 1.1 * losses(5.0)[0]
+    with pytest.raises(InputError, match="smaller rates"):
+        rate(5.0, 1e-5)  # too large, and too small for so many steps
+    with pytest.raises(InputError, match="smaller rates"):
+        steady_rate(lambda w: _loss(w) * float("nan"), lambda: Tuned.full(base), [1e-2], steps=3,
+                    until=until)  # fmt: skip
 
 
 @pytest.fixture
@@ -99,8 +131,8 @@ def intruders(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> Any:
     for function in cached:
         function.cache_clear()
     for name, value in {
-        "_top": lambda: top, "_held": lambda: held, "_rows": lambda task: rows,
-        "TASKS": ("one", "two"), "LEADING": 3, "COSINE": 0.8, "STEPS": 4,
+        "_top": lambda: top, "_held": lambda: held, "_rows": lambda task, seed: rows,
+        "TASKS": ("one", "two"), "LEADING": 3, "COSINE": 0.8, "STEPS": 40, "UNTIL": 0.5,
     }.items():  # fmt: skip
         monkeypatch.setattr(module, name, value)
     yield module
@@ -118,12 +150,13 @@ def test_claim_34_finds_low_rank_updates_and_no_others(
         full = {n: W + 1e-3 * torch.randn(W.shape, generator=random) for n, W in base.items()}
         pairs = {n: [torch.randn(k, generator=random) for k in W.shape] for n, W in base.items()}
         lora = {n: W + 2.0 * torch.outer(*pairs[n]) for n, W in base.items()}
-        return LowAndFull(lora if low else full, full, 0.9, 0.5, 0.5)
+        return LowAndFull(lora if low else full, full, 0.9, 0.5, 0.5, (1, 1))
 
     monkeypatch.setattr(intruders, "_tuned", lambda task: made(low=True))
     assert intruders._more().value >= intruders.MORE
     for part in intruders._after("removed", intruders=True).details.values():
         assert part["intruders"] > 0 and part["scaled"] != part["tuned"]
+    assert not any(x.intruders.any() for x in intruders._own().values())
     # Where the leading directions are what has changed, scaling them takes all of it back.
     back = intruders._after("removed", intruders=False, doubled=True)
     assert back.value == pytest.approx(1.0, abs=1e-3)
@@ -132,7 +165,7 @@ def test_claim_34_finds_low_rank_updates_and_no_others(
     assert gentle.value == pytest.approx(same.value)
     # The mutated system: LoRA's update is one of full rank.
     monkeypatch.setattr(intruders, "_tuned", lambda task: made(low=False))
-    for name in ("_of_lora", "_scaled"):
+    for name in ("_of_lora", "_of_full", "_scaled"):
         getattr(intruders, name).cache_clear()
     assert intruders._more().value < intruders.MORE
     assert not intruders._after("removed", intruders=True).assumption_met
@@ -146,4 +179,5 @@ def test_claim_34_trains_both(intruders: Any) -> None:
         assert rank <= intruders.RANK
     outcome = judge(replace(intruders.CLAIM, parts=intruders.CLAIM.parts[:1]))
     told = outcome.part("a").evidence.details["training losses: before, LoRA, full"]
-    assert told["one"][1] < told["one"][0]
+    assert told["one"][1] <= intruders.UNTIL < told["one"][0]
+    assert told["one"][2] <= told["one"][1]
