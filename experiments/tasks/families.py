@@ -132,9 +132,9 @@ def derive(name: str, parents: Mapping[str, PackagedTask]) -> Derived:
 def _rules(parent: PackagedTask) -> list[str]:
     """Names of rules, for a message."""
     if parent.kind == "classification":
-        first, second = parent.labels[:2]
-        several = ["same-class", f"{first}-vs-{second}"]
-        return [*(f"is-{label}" for label in parent.labels), *several, "text"]
+        first, second, *more = parent.labels
+        of_one = [*(f"is-{label}" for label in parent.labels), f"{first}-vs-{second}"]
+        return [*(of_one if more else ()), "same-class", "text"]  # two classes ask that themselves
     return ["more-positive", "beyond-1", "text"] if parent.kind == "regression" else ["text"]
 
 
