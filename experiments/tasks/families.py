@@ -11,8 +11,9 @@ A derived task has a name of two parts, its parent and a rule, and nothing to fe
 
 Every split is derived from that split of the parent, so that no test row of one task is a training
 row of another one of the family. The classes of a derived classification are of equal size in each
-split: rows of the larger one are left out, by a seed that belongs to the task. A text occurs in one
-pair at most. Tasks of one corpus share their texts: the corpus is the unit of independence.
+split: rows of the larger one are left out, by a seed that belongs to the task. A row occurs in one
+pair at most, and so does its text, unless the parent has that text in several rows. Tasks of one
+corpus share their texts: the corpus is the unit of independence.
 
 `chosen` is the study's list of tasks. It is drawn by a seeded rule from the sizes alone.
 """
