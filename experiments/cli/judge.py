@@ -74,9 +74,10 @@ class Judge:
             InputError: the file is no statement, or a training fails.
         """
         from deltacontrol.experiments.runs.running import run
-        from deltacontrol.experiments.runs.sweep import run_all
+        from deltacontrol.experiments.runs.sweep import require_workers, run_all
 
         require_minutes(self.limit_minutes)
+        require_workers(self.workers)
         statement = Statement.read(self.file)
         for other in scoreboard.available().values():
             if scoreboard.source(other) == self.file.resolve():

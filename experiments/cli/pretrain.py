@@ -83,12 +83,14 @@ class Pretrain:
 
     def run(self) -> int:
         """Pre-train, record, print; exit code 1 where one diverged."""
+        from deltacontrol.experiments.runs.sweep import require_workers, run_all
+
         require_minutes(self.limit_minutes)
+        require_workers(self.workers)
         found = self._experiments()
         print(_plan(found))
         if self.plan:
             return 0
-        from deltacontrol.experiments.runs.sweep import run_all
         from deltacontrol.experiments.training.pretraining.tokens import tokens
 
         store = RunStore(self.runs)

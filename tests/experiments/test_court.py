@@ -181,6 +181,13 @@ def test_the_plan_tells_what_cannot_be_judged(
         Judge(path, plan=True, runs=tmp_path / "runs").run()
 
 
+def test_a_number_of_processes_that_cannot_be_is_told_before_the_searches(tmp_path: Path) -> None:
+    path = tmp_path / "paper.toml"
+    path.write_text(TEXT)
+    with pytest.raises(InputError, match="workers is 0"):
+        Judge(path, plan=True, workers=0, runs=tmp_path / "runs").run()
+
+
 def test_the_command_says_its_plan_and_judges(
     minilm_l6: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
