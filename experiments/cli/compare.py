@@ -126,7 +126,10 @@ class Compare:
         Raises:
             InputError: fewer than two different contestants, or a training fails.
         """
+        from deltacontrol.experiments.runs.sweep import require_workers
+
         require_minutes(self.limit_minutes)
+        require_workers(self.workers)
         if len(set(self.contestants)) < max(2, len(self.contestants)):
             raise InputError(
                 f"{len(self.contestants)} contestants, {len(set(self.contestants))} of them "

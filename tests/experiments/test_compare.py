@@ -105,6 +105,7 @@ def test_a_contestant_is_deltas_and_a_rate() -> None:
             {"contestants": ("lora bitfit", "head"), "measure": "dimension"},
             "searched for one delta",
         ),
+        ({"contestants": ("lora", "bitfit"), "tune": True, "workers": 0}, "workers is 0"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_any_training(
