@@ -270,7 +270,13 @@ class Compare:
                 )  # fmt: skip
                 record = run(search, store, limit_minutes=self.limit_minutes)
                 assert record is not None
-                print(f"  {c.text} on {task}: {record.result['text']} ({record.result['verdict']})")
+                result = record.result
+                print(f"  {c.text} on {task}: {result['text']} ({result['verdict']})")
+                if not result["num_runs"]:
+                    raise InputError(
+                        f"no dimension of {c.text} on {task} was tried, for {result['reason']}; "
+                        "give more --steps, another task, or another model"
+                    )
                 logs[c.text, task] = np.log10(np.maximum(draws(record), 1.0))
         found = []
         for a, b in combinations([c.text for c in chosen], 2):
