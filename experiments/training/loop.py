@@ -350,7 +350,13 @@ class _Loop:
         settings, device = self.settings, self.accelerator.device
         precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
         self.frozen = kept_states.kept(
-            self.delta_model, self.data, settings, device, first=self.first, replay=replay
+            self.delta_model,
+            self.data,
+            settings,
+            device,
+            precision=precision,
+            first=self.first,
+            replay=replay,
         )
 
     def validate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> str:

@@ -202,10 +202,10 @@ def solve(
     controls = recorder.best if recorder.best is not None else u
     final = problem.evaluate(controls)
     status, falls = recorder.status(ending), None
-    unsure = status is Status.CONVERGED and problem.box is None and not ending.convex
+    unsure = status is Status.CONVERGED and not (ending.convex and problem.box is None)
     if unsure and solver.curvature is not None:
-        keep = getattr(solver, "keep", False)
-        falls = falling_curvature(solver.curvature(problem, controls, final, keep=keep))
+        seen = solver.curvature(problem, controls, final, keep=getattr(solver, "keep", False))
+        falls = falling_curvature(seen, problem.box and problem.box.inside(controls))
         status = status if falls is None else Status.STATIONARY
     import pandas as pd
 
