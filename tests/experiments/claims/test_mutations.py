@@ -188,7 +188,7 @@ def test_a_broken_adjoint_turns_claim_16(tiny: Tiny, tmp_path: Path, monkeypatch
     from deltacontrol.experiments.studies.threshold.measurement import ModelThreshold
 
     places = tiny_model.write(tmp_path, classes=3)
-    model = BertModel.from_pretrained(places["model"])
+    model: Any = BertModel.from_pretrained(places["model"])
     with torch.no_grad():
         for value in model.pooler.dense.parameters():
             value /= torch.arange(1.0, 17.0).view(-1, *[1] * (value.ndim - 1))

@@ -112,7 +112,7 @@ def test_the_exact_problem_has_the_slopes_of_the_formula(claim: Any) -> None:
 
 
 @pytest.fixture
-def study(places: dict[str, str]) -> RankRates:
+def study(places: Any) -> RankRates:
     return RankRates(
         **places, ranks=(1, 2), rates=(1e-3, 1e-2), reference=2, multiplier=2.0, rows=16,
         head_rows=32, max_length=8, batch_size=4, steps=6,
