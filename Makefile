@@ -1,4 +1,4 @@
-# make figures | test | slow | lint | docs | clean.  Needs make and Python >= 3.11 with pip and venv.
+# make figures | test | slow | lint | docs | notebooks | clean.  Needs make and Python >= 3.11 with pip and venv.
 
 VENV ?= .venv
 PRESET ?= quick
@@ -13,7 +13,7 @@ test slow: export OMP_NUM_THREADS = 1
 test slow: export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help install figures test slow lint docs clean
+.PHONY: help install figures test slow lint docs notebooks clean
 
 help:
 	@echo "make figures   compute what is missing and draw every figure (PRESET=quick|paper)"
@@ -21,6 +21,7 @@ help:
 	@echo "make slow      the tests that train or solve for minutes"
 	@echo "make lint      ruff and pyright"
 	@echo "make docs      the documentation site, in build/docs/html (EXECUTE=1 runs the notebooks)"
+	@echo "make notebooks the notebooks with their outputs, as .ipynb and HTML, in build/notebooks"
 	@echo "make clean     remove $(VENV), figures/ and caches; runs/ stays"
 
 install: $(STAMP)
@@ -64,6 +65,11 @@ docs: $(VENV)/.docs-installed
 	  build/docs/source build/docs/html
 	"$(BIN)/python" -m docs.check build/docs/html
 	@echo "open build/docs/html/index.html"
+
+# Those whose text is as when they were executed are left alone; ANEW=1 executes all, in an hour.
+notebooks: export OMP_NUM_THREADS = 1
+notebooks: $(VENV)/.docs-installed
+	"$(BIN)/python" -m docs.notebooks build/notebooks --workers $(WORKERS) $(if $(ANEW),--anew)
 
 $(VENV)/.docs-installed: $(STAMP)
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"

@@ -16,6 +16,7 @@ Feedback laws, which look at each example's states at inference, are another typ
 
 from deltacontrol.deltas.attaching import attach
 from deltacontrol.deltas.base import Delta
+from deltacontrol.deltas.ensemble.serving import Server, serve
 from deltacontrol.deltas.ensemble.stack import DeltaStack, attach_many
 from deltacontrol.deltas.loading import load, save
 from deltacontrol.deltas.methods.adalora import AdaLoRA
@@ -115,6 +116,7 @@ __all__ = [
     "RandomMask",
     "RoAd",
     "SelectedModules",
+    "Server",
     "StateBasedTuning",
     "StructuredSubspace",
     "Subspace",
@@ -129,4 +131,5 @@ __all__ = [
     "load",
     "parse",
     "save",
+    "serve",
 ]

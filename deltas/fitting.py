@@ -53,3 +53,9 @@ def require_fit(
             raise InputError(
                 f"{key} is {state[key].tolist()}, but this model has {own[key].tolist()}: {remedy}"
             )
+
+
+def is_fixed(name: str) -> bool:
+    """Whether a buffer is a constant of the attached delta, such as the seed of a projection."""
+    leaf = name.rpartition(".")[2]
+    return leaf == "seed" or leaf.startswith("fixed_")

@@ -48,8 +48,8 @@ def guard(edits: Edits) -> None:
 
     saved = (
         f"this {name} carries deltas, and its own files would leave their controls out. Save the "
-        "DeltaModel that attach() returned (tuned.save(folder)); or merge() or detach() first, and "
-        "save the plain model."
+        "DeltaModel that attach() returned (tuned.save(folder), or for the hub deltas.save(tuned, "
+        "folder, push_to=...)); or merge() or detach() first, and save the plain model."
     )
     edits.override("train", train)
     edits.override("save_pretrained", _refuse(saved))

@@ -1,4 +1,4 @@
-"""``load`` lays saved deltas on the base that they were saved with."""
+"""Deltas into a folder or onto the hub, and back onto the base that they were saved with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltacontrol.deltas import saved_folder
+from deltacontrol.deltas import hub, saved_folder
 from deltacontrol.deltas.attaching import attach
 from deltacontrol.deltas.model import DeltaModel
 from deltacontrol.deltas.registry import from_dict
@@ -17,9 +17,32 @@ from deltacontrol.theory.errors import InputError
 
 
 @typed
-def save(controlled: DeltaModel, folder: str | Path) -> None:
-    """Write the deltas, their controls and the base's identity; see `DeltaModel.save`."""
-    controlled.save(folder)
+def save(
+    controlled: DeltaModel,
+    folder: str | Path,
+    *,
+    card: str = "",
+    push_to: str | None = None,
+    private: bool | None = None,
+) -> None:
+    """Write the deltas, their controls and the base's identity, and put them on the hub if wanted.
+
+    Args:
+        controlled: the model with its deltas.
+        folder: as in `DeltaModel.save`.
+        card: as in `DeltaModel.save`.
+        push_to: an id of the hub, ``owner/name``, to which the files of the folder go as well.
+        private: as in `deltacontrol.deltas.hub.push`.
+
+    Raises:
+        InputError: as in `DeltaModel.save`; or nothing can be put on the hub, which is told before
+            anything is written where it is known.
+    """
+    if push_to is not None:
+        hub.require(push_to)
+    controlled.save(folder, card=card or controlled.card(push_to or Path(folder).name or ".").text)
+    if push_to is not None:
+        hub.push(Path(folder), push_to, saved_folder.FILES, private=private)
 
 
 @typed
@@ -29,25 +52,26 @@ def load(model: PreTrainedModel, folder: str | Path) -> DeltaModel:
     Args:
         model: the same base model, without deltas. Parameters that a control stands for, such as
             those of a trained head, may have any values.
-        folder: that `DeltaModel.save` wrote.
+        folder: that `DeltaModel.save` wrote, or the id of one on the hub, ``owner/name``.
 
     Returns:
         The controlled model, with the outputs of the one that was saved.
 
     Raises:
-        InputError: the folder is damaged or of another kind, the base is another one, a delta is
-            unknown, or the controls' names, sizes or dtypes are others. The model is then as
-            before.
+        InputError: the folder is damaged or of another kind, the hub has no such id or cannot
+            be reached, the base is another one, a delta is unknown, or the controls' names, sizes
+            or dtypes are others. The model is then as before.
     """
+    folder = hub.folder(folder, saved_folder.FILES)
     saved = saved_folder.read(folder)
     try:
         deltas = [from_dict(config) for config in saved.deltas]
     except InputError as error:
-        raise InputError(f"{Path(folder) / saved_folder.DESCRIPTION}: {error}") from error
-    saved_folder.check_same_base(saved.base, saved_folder.architecture(model), Path(folder))
+        raise InputError(f"{folder / saved_folder.DESCRIPTION}: {error}") from error
+    saved_folder.check_same_base(saved.base, saved_folder.architecture(model), folder)
     tuned = attach(model, *deltas, seed=saved.seed)
     try:
-        saved_folder.check_same_base(saved.base, tuned.base_identity, Path(folder))
+        saved_folder.check_same_base(saved.base, tuned.base_identity, folder)
         _take_dtype(tuned.controls, saved.controls)
         tuned.load(saved.controls)
     except BaseException:

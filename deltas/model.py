@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deltacontrol.deltas import card as cards
 from deltacontrol.deltas import fitting, guards, saved_folder
 from deltacontrol.deltas.base import Delta
 from deltacontrol.deltas.editing.host import Host
@@ -237,7 +238,7 @@ class DeltaModel(nn.Module):
 
     def variables(self) -> dict[str, Tensor]:
         """What training may change: the controls, and buffers such as masks that it sets."""
-        fixed = {name for name, _ in self.controls.named_buffers() if _is_fixed(name)}
+        fixed = {name for name, _ in self.controls.named_buffers() if fitting.is_fixed(name)}
         state = self.controls.state_dict(keep_vars=True)
         return {name: value for name, value in state.items() if name not in fixed}
 
@@ -339,7 +340,7 @@ class DeltaModel(nn.Module):
         fitting.require_fit(
             state,
             own,
-            [name for name in fixed if _is_fixed(name)],
+            [name for name in fixed if fitting.is_fixed(name)],
             [attachment.namespace for attachment in self.attachments],
         )
         with torch.no_grad():
@@ -368,18 +369,24 @@ class DeltaModel(nn.Module):
         with self.disable():
             return saved_folder.identity(self.model, self.host.queries.originals)
 
-    def save(self, folder: str | Path) -> None:
+    def card(self, place: str) -> cards.Card:
+        """What a README.md says of the deltas at `place`, a folder's name or an id of the hub."""
+        return cards.described(self.attachments, self.model, self.num_base, place)
+
+    def save(self, folder: str | Path, *, card: str = "") -> None:
         """Write the deltas and their controls into a folder, for `deltacontrol.deltas.load`.
 
         Args:
             folder: a new or empty one, or one that was written by `save`, which is replaced.
+            card: text of its README.md; by default what is known without a record, `card`.
 
         Raises:
             InputError: there is something else at that place.
         """
         deltas = [delta.to_dict() for delta in self.deltas]
         saved = saved_folder.Saved(deltas, self.host.seed, self.base_identity, self.state())
-        saved_folder.write(folder, saved)
+        text = card or self.card(Path(folder).name or ".").text
+        saved_folder.write(folder, saved, text)
 
     def __deepcopy__(self, memo: dict) -> DeltaModel:
         """Refused: the copy's hooks would act with the original's controls."""
@@ -390,9 +397,3 @@ class DeltaModel(nn.Module):
         self.host.undo()
         self._host = None
         return self.model
-
-
-def _is_fixed(name: str) -> bool:
-    """Whether a buffer is a constant of the attached delta, such as the seed of a projection."""
-    leaf = name.rpartition(".")[2]
-    return leaf == "seed" or leaf.startswith("fixed_")

@@ -1,8 +1,9 @@
 """A folder with the deltas of one model: what they are, their controls, and their base.
 
 ``deltas.json`` holds the configurations of the deltas, the seed, the identity of the base, a digest
-of the controls and the versions of the packages; ``controls.safetensors`` holds the controls.
-Nothing is pickled, and no path of the machine that wrote it is named.
+of the controls and the versions of the packages; ``controls.safetensors`` holds the controls;
+``README.md`` is a model card (`deltacontrol.deltas.card`), which nothing reads. Nothing is pickled,
+and no path of the machine that wrote it is named.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import hashlib
 import json
 import math
 import platform
-import re
 import shutil
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
@@ -26,9 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deltacontrol.deltas import card, hub
 from deltacontrol.theory.errors import InputError
 
 DESCRIPTION, CONTROLS = "deltas.json", "controls.safetensors"
+FILES = (DESCRIPTION, CONTROLS, card.FILE)
 FORMAT = "deltacontrol deltas 1"
 _KEYS = ("format", "deltas", "seed", "base", "controls", "versions")
 _BASE_KEYS = ("class", "name", "dtype", "config", "weights")
@@ -73,7 +75,7 @@ def architecture(model: PreTrainedModel) -> dict[str, Any]:
     config = json.loads(json.dumps(model.config.to_dict(), default=str))
     return {
         "class": type(model).__name__,
-        "name": _public_name(model.name_or_path),
+        "name": hub.public_name(model.name_or_path),
         "dtype": str(model.dtype).removeprefix("torch."),
         "config": _identifying(config),
     }
@@ -124,14 +126,6 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _public_name(name: str | None) -> str:
-    """A name of the hub as it is; of a path the last part, because the rest is private."""
-    name = name or ""
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and not Path(name).exists():
-        return name
-    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-
-
 def check_same_base(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> None:
     """Refuse deltas that were saved with another base.
 
@@ -165,7 +159,7 @@ def check_same_base(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Pa
         )
 
 
-def write(folder: str | Path, saved: Saved) -> None:
+def write(folder: str | Path, saved: Saved, readme: str) -> None:
     """Write such a folder, whole or not at all; an earlier one of the kind is replaced.
 
     It is made beside the place and then renamed; where an earlier one stands there, it is moved
@@ -190,7 +184,7 @@ def write(folder: str | Path, saved: Saved) -> None:
         ) from error
     new, old = beside / "new", beside / "old"
     try:
-        _fill(new, saved)
+        _fill(new, saved, readme)
         if had_one:
             target.rename(old)
         new.rename(target)
@@ -201,7 +195,7 @@ def write(folder: str | Path, saved: Saved) -> None:
             shutil.rmtree(beside, ignore_errors=True)
 
 
-def _fill(folder: Path, saved: Saved) -> None:
+def _fill(folder: Path, saved: Saved, readme: str) -> None:
     folder.mkdir()
     tensors = {name: value.contiguous() for name, value in saved.controls.items()}
     save_file(tensors, folder / CONTROLS, metadata={"format": "pt"})
@@ -215,6 +209,7 @@ def _fill(folder: Path, saved: Saved) -> None:
     }
     text = json.dumps(description, indent=2, allow_nan=False)
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+    (folder / card.FILE).write_text(readme, encoding="utf-8")
 
 
 def read(folder: str | Path) -> Saved:
@@ -311,7 +306,7 @@ def _check_free(target: Path) -> None:
     if not target.is_dir():
         raise InputError(f"{target} is a file; give save() a folder.")
     names = {path.name for path in target.iterdir()}
-    others = sorted(names - {DESCRIPTION, CONTROLS})
+    others = sorted(names - set(FILES))
     if others:
         raise InputError(
             f"{target} holds other files ({', '.join(others[:3])}), which save() would delete; "
@@ -321,6 +316,13 @@ def _check_free(target: Path) -> None:
         if DESCRIPTION not in names:
             raise InputError(f"{target} was not written by save(); give it a folder of its own.")
         _description(target)
+    if card.FILE in names:
+        text = (target / card.FILE).read_text(encoding="utf-8", errors="replace")
+        if not card.is_own(text):
+            raise InputError(
+                f"{target / card.FILE} was changed since save() wrote it, or is not from it, "
+                "and would be replaced; move it away, or give save() another folder."
+            )
 
 
 def _digest(file: Path) -> str:

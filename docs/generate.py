@@ -128,7 +128,7 @@ def write(out: Path, *, execute: bool = False) -> int:
     files |= {name: path.read_bytes() for name, path in figures.pictures().items()}
     files |= {f"concepts/{name}": data for name, data in pictures.drawn().items()}
     files |= {f"_static/{p.name}": p.read_bytes() for p in sorted((HERE / "static").iterdir())}
-    files[f"_static/mathjax/{MATHJAX}"] = _mathjax()
+    files[f"_static/mathjax/{MATHJAX}"] = mathjax()
     for name, data in files.items():
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ def _clean(out: Path, known: set[str], executed: Path | None) -> None:
                 path.unlink()
 
 
-def _mathjax() -> bytes:
+def mathjax() -> bytes:
     """MathJax, from the package that brings its files along."""
     spec = find_spec("mathjax")
     for folder in (spec.submodule_search_locations or ()) if spec else ():

@@ -241,6 +241,18 @@ unmoved = relative_difference(problem.adjoint(problem.rollout(controls), control
 print("states that are not stale", f"{unmoved:.1e}", sep=", ")
 assert unmoved <= 1e-12
 
+# %%
+import matplotlib.pyplot as plt
+
+shown = {", ".join(key): value for key, value in measured.items()} | controls_of_the_check
+colours = ["C0"] * len(measured) + ["C3"] * len(controls_of_the_check)
+figure, ax = plt.subplots(figsize=(6, 3), layout="constrained")
+ax.barh(list(shown), list(shown.values()), color=colours)
+ax.axvline(1e-12, color="black", lw=0.5)
+ax.set_xscale("log")
+ax.set_xlim(1e-17, 10)
+ax.set_xlabel("relative difference to automatic differentiation; no bar: none at all")
+
 # %% [markdown]
 # Together, as a claim that judges itself:
 

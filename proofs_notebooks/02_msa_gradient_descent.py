@@ -248,6 +248,7 @@ def with_factor(problem, factor):
     return ControlProblem(problem.dynamics, scaled, problem.x0)
 
 
+paths = {}
 for factor in (0.9, 1.1):
     problem = with_factor(random_linear_quadratic(), factor)
     zeros = problem.zero_controls()
@@ -255,10 +256,21 @@ for factor in (0.9, 1.1):
     assert torch.linalg.eigvalsh(H)[0] > 0, "the objective is strictly convex"
     optimum = -torch.linalg.solve(H, flat(problem.gradient(zeros)))
     errors = [float((flat(c) - optimum).norm()) for c in exact_msa(problem, zeros, 120)]
+    paths[factor] = errors
     observed = (errors[-1] / errors[-11]) ** 0.1
     print(f"predicted factor {factor}, observed {observed:.4f}, final error {errors[-1]:.1e}")
     assert abs(observed - factor) < 1e-3 * factor
     assert (errors[-1] < errors[0]) == (factor < 1)
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+for factor, errors in paths.items():
+    ax.semilogy(errors, label=f"predicted factor {factor}")
+ax.set_xlabel("iteration of MSA")
+ax.set_ylabel("distance to the optimum")
+ax.legend()
 
 # %% [markdown]
 # The scalar example at $q = r = b = 1$: with one layer exact MSA oscillates for ever, with more it

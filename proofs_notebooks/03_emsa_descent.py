@@ -232,11 +232,11 @@ for horizon in (2, 6):
     assert ascents(history(problem, zeros, fixed(1.02 * rho_star, ExactArgmin()), 5)) == 0
 
 # %% [markdown]
-# **A, B.** Two residual layers, where notebook 4 gives a $C$ for all controls: with $\Lambda_1 = 1
-# + \|W_1\| \|W_2\|$ and $K_1 \le \frac{4}{3 \sqrt 3} \|W_1\|^2 \|W_2\|\, |p_2|$ of the second
-# layer, $C_f = \frac12 (1 + K_1) + \frac12 (1 + \Lambda_1^2)$. At $\rho = 2C$ the majorant must lie
-# above $J$ everywhere and an *inexact* minimiser, three iterations of L-BFGS, must descend in every
-# step.
+# **A, B.** Two residual layers, where notebook 4 gives a $C$ for all controls: with
+# $\Lambda_1 = 1 + \|W_1\| \|W_2\|$ and $K_1 \le \frac{4}{3 \sqrt 3} \|W_1\|^2 \|W_2\|\, |p_2|$ of
+# the second layer, $C_f = \frac12 (1 + K_1) + \frac12 (1 + \Lambda_1^2)$. At $\rho = 2C$ the
+# majorant must lie above $J$ everywhere and an *inexact* minimiser, three iterations of L-BFGS,
+# must descend in every step.
 
 # %%
 network = ResidualNetwork.random(2, width=3, hidden=5, control_size=2, seed=1)
@@ -281,6 +281,16 @@ print(f"basic: {basic.history['residual'].iloc[-1]:.1e}; extended: {extended.mes
 assert basic.history["residual"].iloc[-1] > 100 * basic.history["residual"].iloc[0]
 assert extended.status is Status.CONVERGED and ascents(extended.history["objective"].tolist()) == 0
 assert float((flat(extended.controls) - optimum).norm()) < 1e-7
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+ax.semilogy(basic.history["residual"], "o-", label="basic MSA")
+ax.semilogy(extended.history["residual"], label="extended MSA")
+ax.set_xlabel("iteration")
+ax.set_ylabel("residual")
+ax.legend()
 
 # %% [markdown]
 # **D.** A bilinear layer without weight decay: along the singular direction of notebook 2 the

@@ -224,6 +224,16 @@ worst = max(abs(ratio) for ratio in used)
 print(f"derived C_f = {C_f:.1f}; part of the bound in use: {min(used):.4f} to {max(used):.4f}")
 assert worst <= 1
 
+# %%
+import matplotlib.pyplot as plt
+
+sizes = [size for size in (1e-3, 1e-2, 0.1, 1.0, 10.0) for _ in range(30)]
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+ax.loglog(sizes, [abs(ratio) for ratio in used], ".")
+ax.axhline(1, color="black", lw=0.5)
+ax.set_xlabel("size of the change of the controls")
+ax.set_ylabel("part of the bound in use")
+
 # %% [markdown]
 # The constant is far from tight, as products of norms are. The smallest one that these steps need:
 

@@ -190,6 +190,16 @@ for name, problem in problems.items():
     assert departure > 1e-2
     assert relative(torch.cat(step), dense) <= 1e-9
 
+# %%
+import matplotlib.pyplot as plt
+
+# The blocks beside the diagonal are what the cross terms carry from one layer to the next.
+figure, axes = plt.subplots(1, 2, figsize=(6, 3), layout="constrained")
+for ax, (name, problem) in zip(axes, problems.items(), strict=True):
+    picture = ax.imshow(whole_hessian(problem, controls[name]).abs().clamp_min(1e-4).log10())
+    ax.set_title(name)
+figure.colorbar(picture, ax=axes, label="log₁₀ of |∇²J|")
+
 # %% [markdown]
 # With one layer there is no later one: $Q_{ux}$ enters the feedback $K_0$ alone, and keeping it
 # does no harm.

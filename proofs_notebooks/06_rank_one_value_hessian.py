@@ -167,3 +167,14 @@ for name, Vs in broken.items():
 assert [rank(V) for V in value_hessians(linear, one_logit(size, tracking=0.0))] == [1] * (depth + 1)
 no_second_order = value_hessians(lora, one_logit(2 * width, weight=100.0), second_order=False)
 assert [rank(V) for V in no_second_order] == [1] * (depth + 1)
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+for line, (name, Vs) in zip((6, 3.5, 1), broken.items(), strict=True):  # the three coincide
+    ax.plot([rank(V) for V in Vs], lw=line, label=name)
+ax.plot([1] * (depth + 1), "k--", label="one logit, linear layers")
+ax.set_xlabel("layer")
+ax.set_ylabel("rank of the value function's Hessian")
+ax.legend()

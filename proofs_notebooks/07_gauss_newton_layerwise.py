@@ -21,8 +21,8 @@
 # $\mu \ge 0$ let $d$ minimise
 # $$\sum_t \Big[ \ell_x^\top \delta x_t + \ell_u^\top d_t + \tfrac12
 # \begin{pmatrix} \delta x_t \\ d_t \end{pmatrix}^{\!\top} \nabla^2 \ell_t
-# \begin{pmatrix} \delta x_t \\ d_t \end{pmatrix} + \tfrac\mu2 \|d_t\|^2 \Big]
-# + \Phi_x^\top \delta x_L + \tfrac12 \delta x_L^\top \nabla^2 \Phi\, \delta x_L$$
+# \begin{pmatrix} \delta x_t \\ d_t \end{pmatrix} + \tfrac\mu2 \|d_t\|^2 \Big] +
+# \Phi_x^\top \delta x_L + \tfrac12 \delta x_L^\top \nabla^2 \Phi\, \delta x_L$$
 # subject to $\delta x_{t+1} = A_t \delta x_t + B_t d_t$, $\delta x_0 = 0$.
 #
 # **A.** $d$ is the damped Gauss-Newton step: $(G + \mu I)\, d = -\nabla J(u)$, with $G$ the
@@ -255,6 +255,17 @@ for name, problem in problems.items():
     harmless[name] = averaged_difference(first(problem, 1), controls, 0.1)
 print(f"whole batches: {broken}, one example: {harmless}")
 assert min(broken.values()) > 1e-2 and max(harmless.values()) <= 1e-9
+
+# %%
+import matplotlib.pyplot as plt
+
+shown = {f"{name}, damping {damping}": value for (name, damping), value in measured.items()}
+shown |= {f"{name}, mean of single examples": value for name, value in broken.items()}
+figure, ax = plt.subplots(figsize=(6, 3), layout="constrained")
+ax.barh(list(shown), list(shown.values()), color=["C0"] * len(measured) + ["C3"] * len(broken))
+ax.axvline(1e-9, color="black", lw=0.5)
+ax.set_xscale("log")
+ax.set_xlabel("relative difference of the steps")
 
 # %%
 claim = Claim(

@@ -146,13 +146,14 @@ def order(values):
     return float(np.polyfit(np.log(STEPS), np.log(np.abs(values)), 1)[0])
 
 
-misses = {}
+misses, lines = {}, {}
 for name, problem in problems.items():
     controls = tuple(0.5 * normal(m) for m in problem.dynamics.control_sizes)
     rows, coefficient, bend = errors(problem, controls)
     found = rows[-1, 0] / STEPS[-1] ** 2
     ratios = rows[:, 0] / rows[:, 2] + 1
     misses[name] = abs(found / coefficient - 1)
+    lines[name] = rows
     print(
         f"{name}: coefficient {found:.5f}, predicted {coefficient:.5f}; orders "
         f"{order(rows[:, 0]):.3f} and {order(rows[:, 1]):.3f}; predicted/actual {ratios[0]:.4f} "
@@ -161,6 +162,17 @@ for name, problem in problems.items():
     assert 1.8 < order(rows[:, 0]) < 2.2 and 2.8 < order(rows[:, 1]) < 3.2
     assert abs(order(ratios - 1) - 1) < 0.2
 assert max(misses.values()) < 0.01
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+for colour, (name, rows) in zip(("C0", "C1"), lines.items(), strict=True):
+    ax.loglog(STEPS, np.abs(rows[:, 0]), "o-", color=colour, label=f"{name}, Gauss-Newton")
+    ax.loglog(STEPS, np.abs(rows[:, 1]), "o--", color=colour, label=f"{name}, exact Hessian")
+ax.set_xlabel("step size s")
+ax.set_ylabel("error of the predicted drop")
+ax.legend()
 
 # %% [markdown]
 # **D.** On affine steps with quadratic costs the model is $J$ itself.

@@ -87,6 +87,7 @@ def head(h, maps, prefix=None):
 n, d, w = 9, 8, 6
 h, maps = normal(n, d), [normal(d, w) / 2 for _ in range(3)]
 plain, output = head(h, maps)
+spectra = {}
 for length in (1, 2, 3, 4):
     prefix = normal(length, w), normal(length, w)
     weights, moved = head(h, maps, prefix)
@@ -94,8 +95,19 @@ for length in (1, 2, 3, 4):
     assert float((weights[:, length:] - (1 - gate) * plain).abs().max()) < 1e-14
     added = moved - (1 - gate) * output
     sizes = torch.linalg.svdvals(added)
+    spectra[length] = sizes
     assert int((sizes > 1e-13 * sizes[0]).sum()) == length
     print(f"{length} positions: {length} dimensions, gate {gate.min():.2g} to {gate.max():.2g}")
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+for length, sizes in spectra.items():
+    ax.semilogy(range(1, len(sizes) + 1), sizes / sizes[0], "o-", label=f"{length} positions")
+ax.set_xlabel("number of the singular value")
+ax.set_ylabel("of what the prefix adds")
+ax.legend()
 
 # %% [markdown]
 # ## What breaks it (negative control)

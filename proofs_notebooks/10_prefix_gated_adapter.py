@@ -18,8 +18,8 @@
 #
 # One attention head, $\mathrm{Attn}(h) = \mathrm{softmax}(h W_q K^\top) V$ at a state $h$ (a row).
 # With $l$ prefix keys $P_k$ and values $P_v$ in front,
-# $$\boxed{\; \mathrm{Attn}'(h) = (1 - \lambda(h))\, \mathrm{Attn}(h)
-# + \lambda(h)\, \phi(h W_d)\, W_u \;}, \qquad W_d = W_q P_k^\top,\; W_u = P_v,\;
+# $$\boxed{\; \mathrm{Attn}'(h) = (1 - \lambda(h))\, \mathrm{Attn}(h) +
+# \lambda(h)\, \phi(h W_d)\, W_u \;}, \qquad W_d = W_q P_k^\top,\; W_u = P_v,\;
 # \phi = \mathrm{softmax},$$
 # $\lambda(h)$ being the softmax mass on the prefix. This is an adapter of bottleneck $l$, parallel
 # to the attention, with a gate that depends on the state; an adapter proper has no gate.
@@ -38,8 +38,8 @@
 #
 # Let $Z = \sum_j e^{h W_q k_j^\top}$ and $P = \sum_m e^{h W_q p_m^\top}$. Then
 # $$\mathrm{Attn}'(h) = \frac{\sum_j e^{h W_q k_j^\top} v_j + \sum_m e^{h W_q p_m^\top} w_m}{Z + P}
-# = \frac{Z}{Z+P} \cdot \frac{\sum_j e^{h W_q k_j^\top} v_j}{Z}
-# + \frac{P}{Z+P} \cdot \frac{\sum_m e^{h W_q p_m^\top} w_m}{P},$$
+# = \frac{Z}{Z+P} \cdot \frac{\sum_j e^{h W_q k_j^\top} v_j}{Z} +
+# \frac{P}{Z+P} \cdot \frac{\sum_m e^{h W_q p_m^\top} w_m}{P},$$
 # and $P/(Z+P) = 1/(1 + e^{\log Z - \log P}) = \sigma(\log P - \log Z)$. $\blacksquare$
 
 # %%
@@ -101,3 +101,12 @@ each = (towards * moved).sum(-1, keepdim=True) / towards.square().sum(-1, keepdi
 error = float((prefixed - attention - each * towards).norm() / prefixed.norm())
 print(f"best gate of each token: relative difference {error:.1e}")
 assert error <= 1e-12
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+ax.bar(range(n), gate[:, 0], label="gate of the token")
+ax.axhline(float(best), color="black", lw=0.8, label="best constant gate")
+ax.set_xlabel("token")
+ax.legend()

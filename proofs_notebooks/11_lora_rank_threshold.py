@@ -27,8 +27,8 @@
 #
 # *ReLU.* A target network $h \mapsto \mathrm{ReLU}(\bar W_i h + \bar b_i)$, $i = 1 \dots \bar L$,
 # and a frozen one of the same width with $L = M \bar L$ layers, whose biases may be chosen. If
-# $$\boxed{\; R \;\ge\; \left\lceil \max_i\, \mathrm{rank}\big(\bar W_i
-#   - \textstyle\prod_{l \in \text{group } i} W_l\big) / M \right\rceil \;}$$
+# $$\boxed{\; R \;\ge\; \left\lceil \max_i\, \mathrm{rank}\big(\bar W_i -
+#   \textstyle\prod_{l \in \text{group } i} W_l\big) / M \right\rceil \;}$$
 # then there are changes of rank $R$ and biases with which the frozen network computes the target
 # exactly on any given ball. A generic target has full-rank differences, so the threshold is
 # $n \bar L / L$: width times the ratio of the depths.
@@ -57,8 +57,8 @@
 # most $R$. After layer $M$ the product is $T_M$, at the distance $\sigma_{MR+1}(E)$.
 #
 # *ReLU.* In a group take $V_l$ from the linear case for $\bar W_i$. On $\|z\| \le \rho$ choose
-# $\beta_l \ge \rho \max_k \|(V_l \cdots V_1)_{k,:}\|$ and $b_l = \beta_l \mathbb{1}
-# - \beta_{l-1} V_l \mathbb{1}$ with $\beta_0 = 0$. By induction
+# $\beta_l \ge \rho \max_k \|(V_l \cdots V_1)_{k,:}\|$ and $b_l = \beta_l \mathbb{1} -
+# \beta_{l-1} V_l \mathbb{1}$ with $\beta_0 = 0$. By induction
 # $h_l = V_l \cdots V_1 z + \beta_l \mathbb{1} \ge 0$ for $l < M$: every ReLU is active. The last
 # layer takes $b_M = \bar b_i - \beta_{M-1} V_M \mathbb{1}$, and gives
 # $\mathrm{ReLU}(\bar W_i z + \bar b_i)$. The next group sees
@@ -161,6 +161,16 @@ for rank in range(4):
     errors.append(float((network(z) - target(z)).norm() / target(z).norm()))
     print(f"rank {rank}: relative error {errors[-1]:.2e}")
 assert errors[2] <= 1e-9 and errors[3] <= 1e-9
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+ax.semilogy(range(4), errors, "o-")
+ax.axvline(threshold, color="black", lw=0.5)
+ax.set_xticks(range(4))
+ax.set_xlabel("rank of each change; the line is the predicted threshold")
+ax.set_ylabel("relative error")
 
 # %% [markdown]
 # ## What breaks it (negative control)

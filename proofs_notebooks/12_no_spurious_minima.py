@@ -141,3 +141,13 @@ for _ in range(3):
     just_below += [(end.objective - bound) / (problem.start - bound) for end in runs]
 print(f"rank {needed - 1}: {sum(gap > 1e-6 for gap in just_below)} of {len(just_below)} above")
 assert min(just_below) > -1e-9
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+for rank, gaps in {**problem_gaps, needed - 1: just_below}.items():
+    ax.semilogy([rank] * len(gaps), [max(gap, 1e-16) for gap in gaps], "o", alpha=0.5)
+ax.set_xticks(range(1, needed + 1))
+ax.set_xlabel(f"rank; {needed} suffices for {N} examples")
+ax.set_ylabel("gap above the convex bound")

@@ -113,6 +113,16 @@ for scale in (0.25, 1.0, 4.0):
     print(f"scale {scale:g}: the kernel grows by {drifts[scale]:.2f} of itself")
 assert drifts[0.25] > 2 * drifts[1.0] > 4 * drifts[4.0]
 
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+ax.loglog(list(drifts), list(drifts.values()), "o-")
+ax.set_xticks(list(drifts), [f"{scale:g}" for scale in drifts])
+ax.minorticks_off()
+ax.set_xlabel("scale s")
+ax.set_ylabel("growth of the kernel")
+
 # %% [markdown]
 # *Descent.* Two layers, a network that is linear in its last one and not in its first.
 

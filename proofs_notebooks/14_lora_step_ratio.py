@@ -109,3 +109,14 @@ assert abs(of_a) < 0.1 and abs(of_b) < 0.1
 of_a, of_b = exponents(lambda width: width // 2)
 print(f"half as many inputs as outputs: {of_a:.3f} (A), {of_b:.3f} (B)")
 assert abs(of_a - 1) < 0.1 and abs(of_b) < 0.1
+
+# %%
+import matplotlib.pyplot as plt
+
+found = [effects(width, width) for width in widths]
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+for place, name in enumerate(("A", "B")):
+    ax.loglog(widths, [effect[place] for effect in found], "o-", label=f"a step of {name}")
+ax.set_xlabel("width")
+ax.set_ylabel("effect on the output")
+ax.legend()

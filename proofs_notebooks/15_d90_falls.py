@@ -93,7 +93,7 @@ def thresholds(values, start):
     return predicted, found
 
 
-measured = []
+measured, foretold = [], []
 for c in (1.0, 0.7, 0.5, 0.4):
     predicted, found = thresholds(values, c * start)
     low, high = found.interval()
@@ -102,7 +102,18 @@ for c in (1.0, 0.7, 0.5, 0.4):
     )
     assert abs(found.median - predicted) < 0.2 * predicted + 2
     measured.append(found.median)
+    foretold.append(predicted)
 assert measured == sorted(measured, reverse=True) and measured[-1] < 0.5 * measured[0]
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+ax.plot((1.0, 0.7, 0.5, 0.4), foretold, "k--", label="predicted d*")
+ax.plot((1.0, 0.7, 0.5, 0.4), measured, "o", label="solved, median")
+ax.set_xlabel("distance of the start to the minimum")
+ax.set_ylabel("dimension")
+ax.legend()
 
 # %% [markdown]
 # Three parameters in place of each: other eigenvalues, many flat directions, the same dimension.

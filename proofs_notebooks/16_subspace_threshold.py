@@ -83,9 +83,9 @@ assert sp.simplify(share - lam / (lam + kappa)) == 0
 # $d = d(\kappa)$ (Derezinski et al.): the same $\kappa$, the same $F$.
 #
 # *Width.* The intrinsic volumes of $C$, as a distribution, have the variance
-# $\operatorname{Var}\|\Pi_C h\|^2 - 2\delta(C)$. From $\|x\|^2 = h^\top x$: $x_v^2 = \sum_i (1-a_i)
-# - \sum_i (1-a_i)^2$. The gradient of $\|\Pi_C h\|^2$ is $2x$, so its variance is
-# $2\sum_i(1-a_i)^2 + 4x_v^2$ to leading order.
+# $\operatorname{Var}\|\Pi_C h\|^2 - 2\delta(C)$. From $\|x\|^2 = h^\top x$:
+# $x_v^2 = \sum_i (1-a_i) - \sum_i (1-a_i)^2$. The gradient of $\|\Pi_C h\|^2$ is $2x$, so its
+# variance is $2\sum_i(1-a_i)^2 + 4x_v^2$ to leading order.
 
 # %%
 a = sp.symbols("a")  # of one direction; the sums over directions follow
@@ -113,6 +113,8 @@ assert sp.simplify((1 - r2 / (R**2 + r2)) - lam_i / (lam_i + 2 * eps / R**2)) ==
 # Exact solves in nested Gaussian subspaces against $d^*$ and $s$.
 
 # %%
+import math
+
 import torch
 
 from deltacontrol.theory.dimension.gaussian_width import QuadraticLoss, published_threshold
@@ -146,6 +148,18 @@ for sign in (-1, 0, 1):
     print(f"d = {d:.0f}: predicted {predicted.probability(d):.2f}, measured {share:.2f}")
     # Four standard errors of 100 draws, and what one dimension changes.
     assert abs(share - predicted.probability(d)) < 0.2 + 0.4 / predicted.width
+
+# %%
+import matplotlib.pyplot as plt
+
+reach = math.ceil(3 * predicted.width)
+dimensions = range(max(1, round(predicted.dimension) - reach), round(predicted.dimension) + reach)
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+ax.plot(dimensions, [predicted.probability(d) for d in dimensions], "k--", label="predicted")
+ax.plot(dimensions, [measured.share(d) for d in dimensions], "o", label=f"of {draws} draws")
+ax.set_xlabel("dimension of the subspace")
+ax.set_ylabel("share that reaches the loss")
+ax.legend()
 
 # %% [markdown]
 # ## Without the quadratic

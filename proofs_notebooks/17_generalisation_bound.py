@@ -139,11 +139,21 @@ total = sum(
 )
 assert abs(total - 1) < 1e-12
 z = torch.randn(300, generator=torch.Generator().manual_seed(0))
+costs = []
 for levels in (3, 5, 9, 17):
     rounded = quantise(z, levels)
     error = float((rounded.vector - z).square().mean())
+    costs.append((rounded.code / 300, error))
     print(f"{levels} levels: {rounded.code / 300:.2f} nats a coefficient, mean error {error:.3f}")
     assert rounded.code <= 300 * math.log(levels) + levels * math.log(301) + math.log(128)
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+ax.semilogy(*zip(*costs, strict=True), "o-")
+ax.set_xlabel("nats a coefficient")
+ax.set_ylabel("mean squared error of rounding")
 
 # %% [markdown]
 # ## On a problem whose error is known

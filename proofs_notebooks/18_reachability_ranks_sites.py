@@ -197,14 +197,26 @@ def real_gain(t, weight_decay):
     return start - float(solution.objective)
 
 
-distances = []
+distances, gains = [], {}
 for weight_decay in (0.1, 1.0, 10.0):
     pairs = [
         (predicted(t, weight_decay).objective_drop, real_gain(t, weight_decay)) for t in range(L)
     ]
     distances.append(max(abs(p - m) / p for p, m in pairs))
+    gains[weight_decay] = pairs
     print(f"decay {weight_decay}: largest relative distance {distances[-1]:.1e}")
 assert distances[0] > distances[1] > distances[2] and distances[2] < 0.05
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(4, 3.5), layout="constrained")
+for weight_decay, pairs in gains.items():
+    ax.loglog(*zip(*pairs, strict=True), "o", label=f"decay {weight_decay:g}")
+ax.axline((1e-3, 1e-3), (1e-2, 1e-2), color="black", lw=0.5)
+ax.set_xlabel("predicted gain of a layer")
+ax.set_ylabel("real gain")
+ax.legend()
 
 # %% [markdown]
 # B: the whole gains at least as much as any layer, and the two limits of the weight decay.

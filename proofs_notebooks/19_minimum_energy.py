@@ -147,6 +147,16 @@ for name in ("gradient descent", "momentum and decay"):
 assert min(found["AdamW"][1]) > 1.01
 assert ratio(random_controls, lin.tangent(random_controls)[-1]) > 1.01
 
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+for (name, (_, ratios)), line in zip(found.items(), ("-", "--", "-"), strict=True):
+    ax.plot(range(1, len(ratios) + 1), ratios, line, label=name)
+ax.set_xlabel("step")
+ax.set_ylabel("energy spent over the least")
+ax.legend()
+
 # %% [markdown]
 # The surplus of Adam is the energy of the part that moves no output.
 

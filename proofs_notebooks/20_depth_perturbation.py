@@ -19,8 +19,8 @@
 # Let $x_{t+1} = f_t(x_t)$, $t = 0, \dots, L-1$, and let $y_0, \dots, y_L$ be *any* other sequence
 # of states, with defects $d_t = y_{t+1} - f_t(y_t)$. With
 # $$\mathrm{Lip}_t = \sup_{0 \le s \le 1} \big\| Df_t(x_t + s (y_t - x_t)) \big\|_2 ,$$
-# $$\boxed{\; \|y_L - x_L\| \;\le\; \Big(\prod_t \mathrm{Lip}_t\Big) \|y_0 - x_0\|
-# + \sum_t \Big(\prod_{s>t} \mathrm{Lip}_s\Big) \|d_t\| .\;}$$
+# $$\boxed{\; \|y_L - x_L\| \;\le\; \Big(\prod_t \mathrm{Lip}_t\Big) \|y_0 - x_0\| +
+# \sum_t \Big(\prod_{s>t} \mathrm{Lip}_s\Big) \|d_t\| .\;}$$
 #
 # Two uses. *A delta*: $f_t$ is the frozen layer, $y$ the states with the delta, so that
 # $d_t = f_t(y_t, u_t) - f_t(y_t)$ is what the delta adds to its own layer, at the states where it
@@ -164,6 +164,16 @@ ratio = {
 slack = (growth_bound(sampled, defects, initial) / actual)[1:].median(1).values
 print(ratio, "median slack by depth", [f"{s:.2f}" for s in slack])
 assert ratio["rigorous"] <= ratio["sampled"] <= 1
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+for name, values in (("actual", actual), ("bound", growth_bound(sampled, defects, initial))):
+    ax.semilogy(range(1, DEPTH + 1), values[1:].median(1).values, "o-", label=name)
+ax.set_xlabel("layer")
+ax.set_ylabel("change of the state, median")
+ax.legend()
 
 # %% [markdown]
 # The largest sampled norm is not at an end of the segment for some examples, so that constants from

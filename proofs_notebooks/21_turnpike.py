@@ -158,7 +158,22 @@ for t in range(1, depth):
 print(f"linear-quadratic: formula to {worst:.1e}, predicted rate {steady.rate:.3f}")
 assert worst <= 1e-9
 
+# %%
+import matplotlib.pyplot as plt
 
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+distances = [float(d.norm()) for d in dx]
+ax.semilogy(distances, label="distance of the state to the turnpike")
+t = torch.arange(depth + 1)
+ends = (
+    distances[0] * torch.exp(-steady.rate * t),
+    distances[-1] * torch.exp(-steady.rate * (depth - t)),
+)
+ax.semilogy(ends[0] + ends[1], "k--", label="predicted rate, from both ends")
+ax.set_xlabel("layer")
+ax.legend()
+
+# %%
 K = normal(width, width)
 strength = torch.diag(0.5 + torch.rand(width, generator=generator, dtype=torch.float64))
 

@@ -186,3 +186,18 @@ assert inside(u) == len(u) > width
 u, solution = optimum(affine_problem(16, 0.3))
 print(f"target reached, as the solver finds it: {inside(u)} of {len(u)} inside")
 assert inside(u) > width
+
+# %%
+import matplotlib.pyplot as plt
+
+cases = {
+    "target out of reach": affine_problem(16, 30.0),
+    "target reached": affine_problem(16, 0.3),
+    "with weight decay": affine_problem(16, 0.3, weight=1.0),
+}
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+for name, problem in cases.items():
+    ax.plot((optimum(problem)[0] / bound).sort().values, "o-", ms=3, label=name)
+ax.set_xlabel("control, in order of size")
+ax.set_ylabel("control over its bound")
+ax.legend()

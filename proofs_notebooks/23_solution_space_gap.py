@@ -88,7 +88,7 @@ def F(theta):
     return 0.5 * (theta - best) @ H @ (theta - best)
 
 
-ratios = []
+ratios, shown = [], []
 for d in (1, 5, 15, 29):
     basis, _ = torch.linalg.qr(normal(D, d))
     z = torch.linalg.solve(basis.T @ H @ basis, basis.T @ H @ best)
@@ -98,9 +98,21 @@ for d in (1, 5, 15, 29):
     constant = max(float((H @ (p - best)).norm()) for p in points)
     bound = constant * float((nearest - best).norm())
     ratios.append(gap / bound)
+    shown.append((gap, float(F(nearest)), bound))
     print(f"d = {d}: gap {gap:.3g}, F at the nearest point {F(nearest):.3g}, bound {bound:.3g}")
     assert 0 <= gap <= float(F(nearest)) <= bound
 assert max(ratios) <= 0.5
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+for name, values in zip(
+    ("gap", "F at the nearest point", "bound"), zip(*shown, strict=True), strict=True
+):
+    ax.semilogy((1, 5, 15, 29), values, "o-", label=name)
+ax.set_xlabel("dimension of the subspace")
+ax.legend()
 
 # %% [markdown]
 # ## What breaks it (negative control)

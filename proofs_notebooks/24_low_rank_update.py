@@ -144,3 +144,13 @@ large = normal(400, 1600)
 yardstick = 400 * 1600 / (400**0.5 + 1600**0.5) ** 2
 assert abs(stable_rank(singular_values(large)) / yardstick - 1) < 0.05
 assert stable_rank(singular_values(D)) < 0.6 * stable_rank(singular_values(G))
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+ax.semilogy(right[:5], "o-", label="the update")
+ax.semilogy(wrong[:9], "o-", label="a Gaussian matrix of its size")
+ax.set_xlabel("rank")
+ax.set_ylabel("share of the energy in the tail")
+ax.legend()

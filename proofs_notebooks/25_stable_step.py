@@ -280,6 +280,18 @@ assert abs(table[0][1] - 1) < 0.02
 assert all(measured > flat - 1e-3 for _, measured, flat in table)
 assert table[-1][1] < 0.6, "the prediction at the start fails where the residual dominates"
 
+# %%
+import matplotlib.pyplot as plt
+
+targets, thresholds, flats = zip(*table, strict=True)
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+ax.semilogx(targets, thresholds, "o-", label="measured")
+ax.semilogx(targets, flats, "k--", label="1/sqrt(1 + 4y²): the minimum repels above")
+ax.axhline(1, color="black", lw=0.5)
+ax.set_xlabel("residual at the start, y")
+ax.set_ylabel("largest stable step over 2/λ_max(G)")
+ax.legend()
+
 # %% [markdown]
 # **The real model.** The claim's measurement on MiniLM-L3: each delta's ratio over seeds, and the
 # product of the largest stable step and the largest eigenvalue of $G$ after the run with it. By C

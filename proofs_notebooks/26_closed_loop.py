@@ -284,3 +284,16 @@ shares = [
 ]
 print(f"a random subspace removes {sum(shares) / 20:.3f} of the signal, 1 - k/n is {5 / 8:.3f}")
 assert abs(sum(shares) / 20 - (1 - RANK / WIDTH)) < 0.01
+
+# %%
+import matplotlib.pyplot as plt
+
+first = means[0] + normal(WIDTH)
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+for gain in (0.0, 0.5, 0.9):
+    states = closed_loop(dynamics, ProjectionCorrection(subspaces, gain), first).states
+    distances = [float(s.error(x).norm()) for s, x in zip(subspaces, states, strict=False)]
+    ax.semilogy(distances, "o-", label=f"gain {gain}")
+ax.set_xlabel("layer")
+ax.set_ylabel("distance to the subspace")
+ax.legend()

@@ -107,6 +107,15 @@ print(f"optimum {solution.objective:.6f}, random bounds up to {max(bounds):.6f}"
 print(f"gap of the solution's own dual point: {solution.gap:.1e}")
 
 # %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+ax.hist(bounds, bins=30, label="bounds from random feasible points")
+ax.axvline(solution.objective, color="C3", label="optimum")
+ax.set_xlabel("objective")
+ax.legend()
+
+# %%
 # B: the conjugate of cross-entropy against a maximisation by Newton's method.
 a = torch.softmax(torch.randn(K, dtype=F64), 0) - onehot[0]
 z = torch.zeros(K, dtype=F64)

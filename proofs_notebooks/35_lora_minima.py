@@ -133,6 +133,17 @@ def minima(values: np.ndarray) -> int:
 
 assert minima(straight) == 2 and minima(bent) == 3
 
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+ax.plot(a, straight, label="squared error: two minima, both global")
+ax.plot(a, bent, label="bent: a third at zero")
+ax.set_ylim(0, 1)
+ax.set_xlabel("a, with x = a²")
+ax.set_ylabel("loss and decay")
+ax.legend()
+
 # %% [markdown]
 # ## The claim
 

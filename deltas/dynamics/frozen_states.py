@@ -35,6 +35,8 @@ class FrozenStates:
     Attributes:
         num_frozen: b, how many blocks a pass can leave out.
         width: numbers in a state of one token.
+        steady: whether all batches had the same number of rows beside their tokens, those of a
+            prompt; a model that pads by itself has other ones, and no state is kept any more then.
 
     Raises:
         InputError: no block is free of controls, or the blocks hand more than the state on.
@@ -57,6 +59,11 @@ class FrozenStates:
                 f"the blocks of {sites.model_type} hand more than the state to the next one, so "
                 "they cannot be left out; train without cache_frozen."
             )
+        if len(outputs) != len(sites.blocks):
+            raise InputError(
+                f"a pass of {sites.model_type} has {len(outputs)} calls of its {len(sites.blocks)} "
+                "blocks, so that a block has not one state; train without cache_frozen."
+            )
         layers = [sites.layer_of(path) for path in delta_model.host.state_path.values()]
         lowest = min((layer for layer in layers if layer is not None), default=len(outputs))
         free = [not first_tensor(output).requires_grad for output in outputs]
@@ -70,7 +77,8 @@ class FrozenStates:
         self.width = first_tensor(outputs[self.num_frozen - 1]).shape[-1]
         self._template = with_first_tensor(outputs[self.num_frozen - 1], torch.empty(0))
         self._states: dict[int, Tensor] = {}
-        self._num_rows = 0  # of a prompt, in front of the tokens
+        self._num_rows: int | None = None  # of a prompt, in front of the tokens
+        self.steady = True
         self._trained = frozenset(delta_model.trainable())
         self._versions = self._fixed_controls()
 
@@ -96,9 +104,13 @@ class FrozenStates:
             mask: the batch's attention mask, (rows, tokens), padded on the right.
 
         Raises:
-            InputError: the padding is not on the right, or more controls are trained than before.
+            InputError: more controls are trained than before; and where it is `strict`, the padding
+                is not on the right, or the rows beside the tokens are not `steady`.
         """
         self._check_controls()
+        if not self.steady:
+            yield
+            return
         if bool((mask[:, 1:] > mask[:, :-1]).any()):
             if not self.strict:
                 yield
@@ -117,9 +129,13 @@ class FrozenStates:
 
         def learn(_module: nn.Module, _args: tuple, output: Any) -> None:
             states = first_tensor(output).detach()
-            self._num_rows = states.shape[1] - mask.shape[1]
+            rows = states.shape[1] - mask.shape[1]
+            if self._num_rows not in (None, rows):
+                self._give_up()
+                return
+            self._num_rows = rows
             for number, state, length in zip(numbers, states, mask.sum(1).tolist(), strict=True):
-                self._states[number] = state[: self._num_rows + length].clone()
+                self._states[number] = state[: rows + length].clone()
 
         handle = block.register_forward_hook(learn)
         try:
@@ -136,7 +152,8 @@ class FrozenStates:
         """
         mask = batch["attention_mask"]
         known = all(number in self._states for number in examples.tolist())
-        if known or (not self.strict and bool((mask[:, 1:] > mask[:, :-1]).any())):
+        in_front = not self.strict and bool((mask[:, 1:] > mask[:, :-1]).any())
+        if known or in_front or not self.steady:
             return
 
         def enough(*_: Any) -> None:
@@ -151,6 +168,20 @@ class FrozenStates:
                 pass
             finally:
                 handle.remove()
+
+    def _give_up(self) -> None:
+        """Keep no state any more, as the rows beside the tokens are other ones than before.
+
+        Raises:
+            InputError: where that is `strict`.
+        """
+        self.steady = False
+        self.forget()
+        if self.strict:
+            raise InputError(
+                f"{self.delta_model.host.sites.model_type} pads by itself, so that its states are "
+                "not those of the tokens alone; train without cache_frozen."
+            )
 
     def _fixed_controls(self) -> dict[str, int]:
         """Controls that are not trained, each with the count of its changes in place."""
@@ -176,7 +207,7 @@ class FrozenStates:
     def _padded(self, numbers: list[int], mask: Tensor) -> Tensor:
         first = self._states[numbers[0]]
         rows, tokens = mask.shape
-        states = first.new_zeros(rows, self._num_rows + tokens, first.shape[-1])
+        states = first.new_zeros(rows, (self._num_rows or 0) + tokens, first.shape[-1])
         for row, number in zip(states, numbers, strict=True):
             state = self._states[number]
             row[: len(state)] = state

@@ -64,6 +64,8 @@ class DeltaStack(nn.Module):
         model: the base model.
         controls: the controls of all copies, each (K, …), under the names of a `DeltaModel`.
         seeds: of the copies.
+        places: where modules keep the controls of one copy, by name.
+        used: which of them each law uses, as far as a pass has shown.
     """
 
     single: DeltaModel
@@ -84,8 +86,8 @@ class DeltaStack(nn.Module):
                 self.controls.place(name, nn.Parameter(values))
             else:
                 self._constants[name] = values
-        self._places = _places(single)
-        self._used: dict[Any, list[str]] = {}
+        self.places = _places(single)
+        self.used: dict[Any, list[str]] = {}
         self._wrap_trained_modules(single.host)
 
     @property
@@ -96,6 +98,10 @@ class DeltaStack(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The stacked controls, each (K, …), by name."""
         return dict(self.controls.named_parameters())
+
+    def constants(self) -> dict[str, Tensor]:
+        """What no training changes and no file keeps alone, each (K, …), by name."""
+        return dict(self._constants)
 
     @property
     def fixed_names(self) -> set[str]:
@@ -138,7 +144,7 @@ class DeltaStack(nn.Module):
         """As ``forward``, with other values (copies, …) of the controls."""
         constants = {name: value[start:stop] for name, value in self._constants.items()}
         values = {**controls, **constants}
-        copies = Copies(values, self._places, stop - start, _rows(batch), self._used)
+        copies = Copies(values, self.places, stop - start, _rows(batch), self.used)
         with copies.acting(self.single.host.edits):
             return self.single(**batch)
 

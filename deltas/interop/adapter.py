@@ -1,4 +1,4 @@
-"""The two files of a peft adapter: adapter_config.json and adapter_model.safetensors."""
+"""The files of a peft adapter: configuration, weights in safetensors, maybe a README.md."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deltacontrol.deltas import card, hub
 from deltacontrol.theory.errors import InputError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FILES = (CONFIG, WEIGHTS, card.FILE)
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,13 @@ class Adapter:
 
 
 def read(path: str | Path) -> Adapter:
-    """Read an adapter's folder.
+    """Read an adapter's folder, or one on the hub by its id, ``owner/name``.
 
     Raises:
-        InputError: a file is missing, is damaged, or is a pickle.
+        InputError: a file is missing, is damaged, or is a pickle; or as
+            `deltacontrol.deltas.hub.folder`.
     """
-    folder = Path(path).expanduser()
+    folder = hub.folder(path, FILES).expanduser()
     config, weights = folder / CONFIG, folder / WEIGHTS
     if not config.is_file():
         inside = (
@@ -78,15 +81,16 @@ def read(path: str | Path) -> Adapter:
     return Adapter(values, tensors)
 
 
-def write(path: str | Path, adapter: Adapter) -> None:
-    """Write an adapter's folder, as peft lays it out.
+def write(path: str | Path, adapter: Adapter, readme: str = "") -> None:
+    """Write an adapter's folder, as peft lays it out, with a model card where one is given.
 
     Raises:
         InputError: the folder cannot be written, or holds an adapter already.
     """
     folder = Path(path).expanduser()
     try:
-        present = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
+        wanted = FILES if readme else (CONFIG, WEIGHTS)
+        present = [name for name in wanted if (folder / name).exists()]
     except (OSError, ValueError) as error:
         raise InputError(
             f"the folder {folder} cannot be written ({error}); name another one."
@@ -101,6 +105,8 @@ def write(path: str | Path, adapter: Adapter) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(text, encoding="utf-8")
+        if readme:
+            (folder / card.FILE).write_text(readme, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write the adapter to {folder}: {error}.") from error
 

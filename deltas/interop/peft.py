@@ -55,7 +55,8 @@ def import_peft(path: str | Path, model: PreTrainedModel) -> DeltaModel:
     trainable; ``detach()`` restores the model.
 
     Args:
-        path: folder with adapter_config.json and adapter_model.safetensors.
+        path: folder with adapter_config.json and adapter_model.safetensors, or the id of one on the
+            hub, ``owner/name``.
         model: the model that the adapter was made for, free of deltas.
 
     Raises:
@@ -81,7 +82,13 @@ def import_peft(path: str | Path, model: PreTrainedModel) -> DeltaModel:
 
 
 @typed
-def export_peft(controlled: DeltaModel, path: str | Path, *, base_model: str | None = None) -> None:
+def export_peft(
+    controlled: DeltaModel,
+    path: str | Path,
+    *,
+    base_model: str | None = None,
+    card: str = "",
+) -> None:
     """Write the deltas of a model as an adapter that peft loads, with the same outputs.
 
     Args:
@@ -89,12 +96,13 @@ def export_peft(controlled: DeltaModel, path: str | Path, *, base_model: str | N
         path: folder to write; it must not hold an adapter yet.
         base_model: name or folder of the base model, kept in the configuration; None takes the one
             that the model was loaded from.
+        card: text of a README.md beside the adapter; none by default.
 
     Raises:
         InputError: peft has no format for a delta, or for these deltas together; nothing is written
             then.
     """
-    write(path, to_adapter(controlled, base_model=base_model))
+    write(path, to_adapter(controlled, base_model=base_model), card)
 
 
 def to_adapter(controlled: DeltaModel, *, base_model: str | None = None) -> Adapter:

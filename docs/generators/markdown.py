@@ -9,11 +9,13 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from deltacontrol.theory.markdown import code, escape, rows_table
+from deltacontrol.theory.markdown import fenced as _fenced
+
 ROOT = Path(__file__).resolve().parents[2]
 Pages = dict[str, Callable[[], str]]
 Resolve = Callable[[str], str | None]  # from a name in backticks to a reference, if it is known
 
-_SPECIAL = re.compile(r"([\\`*_\[\]<>$#|~{}^])")
 _CODE = re.compile(r"(?::[\w:]+:)?(``.+?``|`[^`]+`)", re.DOTALL)
 _SECTION = re.compile(
     r"(Args|Attributes|Class attributes|Returns|Raises|Yields|Examples?|References?|Notes?):$"
@@ -22,19 +24,6 @@ _FIELDS = ("Args", "Attributes", "Class attributes", "Raises")
 _ENTRY = re.compile(r"(\*{0,2}[\w., ]+?):(?:\s+(.*))?$")
 _ITEM = re.compile(r"(- |\* |\d+\. )")
 _RULE = re.compile(r"=+(?:\s+=+)+\s*$")
-
-
-def escape(text: str) -> str:
-    """Plain text, so that Markdown shows it as it is."""
-    return _SPECIAL.sub(r"\\\1", text)
-
-
-def code(text: str) -> str:
-    """A code span that holds any text."""
-    text = " ".join(text.split())
-    fence = "``" if "`" in text else "`"
-    pad = " " if "`" in text else ""
-    return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def _plain(text: str) -> str:
@@ -55,18 +44,13 @@ def inline(text: str, resolve: Resolve | None = None) -> str:
 
 def fenced(text: str, language: str = "text", css: str = "") -> str:
     """A code block; with a class of the style sheet where one is named."""
-    fence = "`" * max([2, *(len(run) for run in re.findall("`{3,}", text))]) + "`"
-    block = f"{fence}{language}\n{text.rstrip()}\n{fence}"
+    block = _fenced(text, language)
     return f":::{{div}} {css}\n{block}\n:::" if css else block
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], css: str = "") -> str:
     """A table of cells that are Markdown already, which scrolls by itself on a narrow screen."""
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for row in rows:
-        cells = (re.sub(r"(?<!\\)\|", r"\\|", " ".join(cell.split())) for cell in row)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([f":::{{div}} wide-table {css}".rstrip(), *lines, ":::"])
+    return "\n".join([f":::{{div}} wide-table {css}".rstrip(), rows_table(head, rows), ":::"])
 
 
 def facts(rows: Mapping[str, str]) -> str:

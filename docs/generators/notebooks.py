@@ -1,4 +1,4 @@
-"""The proof notebooks as pages: text, code and, where asked for, what the code prints and draws."""
+"""The notebooks as pages: text, code and, where asked for, what the code prints and draws."""
 
 from __future__ import annotations
 
@@ -61,10 +61,11 @@ def _index() -> str:
         link = f"[{claim.id}](../claims/{claims.stem(claim)}.md)" if claim else ""
         rows.append((f"[{inline(title(path))}]({path.stem}.md)", link))
     return "\n\n".join([
-        "# Proof notebooks",
-        "Each derives a statement, checks it with numbers, and shows what breaks it. They are "
-        "scripts that run: `python proofs_notebooks/09_prefix_bias.py`; jupytext opens them in "
-        "Jupyter.",
+        "# Notebooks",
+        "The quick start shows the whole product in ten cells. Each of the others is a proof: it "
+        "derives a statement, checks it with numbers, and shows what breaks it. They are scripts "
+        "that run: `python proofs_notebooks/09_prefix_bias.py`; jupytext opens them in Jupyter. "
+        "`make notebooks` writes all of them with what they print and draw, as `.ipynb` and HTML.",
         markdown.table(("notebook", "claim"), rows),
         toctree([path.stem for path in files()], hidden=True),
         "",
@@ -122,7 +123,8 @@ def executed(path: Path, pictures: Path) -> dict[int, tuple[str, list[str]]]:
         except subprocess.TimeoutExpired as error:
             raise RuntimeError(f"{path.name} takes longer than {MINUTES} minutes") from error
     if done.returncode:
-        raise RuntimeError(f"{path.name} fails: {done.stderr.splitlines()[-1]}")
+        told = done.stderr.splitlines() or [f"it ended by {done.returncode}"]
+        raise RuntimeError(f"{path.name} fails: {told[-1]}")
     found = {}
     for number, text in enumerate(done.stdout.split(mark)[: len(sources)]):
         names = sorted(p.name for p in pictures.glob(f"{path.stem}-{number}-*.png"))

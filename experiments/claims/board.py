@@ -6,6 +6,7 @@ Importing this module does not import torch.
 from __future__ import annotations
 
 import html
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from deltacontrol.experiments.claims import scoreboard
 from deltacontrol.experiments.runs.store import COMMITTED
 from deltacontrol.theory import plugins
 from deltacontrol.theory.claims import Claim, Part, Verdict
+from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.evidence import CONFIDENCE, Evidence
-from deltacontrol.theory.judging import Judgement
+from deltacontrol.theory.judging import Judgement, Outcome
 
 README = COMMITTED.parents[1] / "README.md"
 BEGIN, END = "<!-- scoreboard:begin -->\n", "<!-- scoreboard:end -->"
@@ -26,12 +28,13 @@ def rows(own: Path | None = None) -> list[dict[str, Any]]:
     """One row a part: number, title, ground, condition, measured, control, verdict.
 
     Args:
-        own: A folder of the user's results, shown beside the committed ones as ``own``.
+        own: A folder of the user's results, shown beside the committed ones as ``own``; of a
+            damaged one the others tell, with a warning.
     """
     table = []
     for claim in scoreboard.available().values():
         outcome = scoreboard.stored(claim)
-        mine = None if own is None else scoreboard.stored(claim, own)
+        mine, damaged = _own(claim, own)
         for part in claim.parts:
             judged = None if outcome is None else outcome.part(part.name)
             row = {
@@ -48,7 +51,7 @@ def rows(own: Path | None = None) -> list[dict[str, Any]]:
             }
             if own is not None:
                 found = None if mine is None else mine.part(part.name)
-                row["own"] = ""
+                row["own"] = "damaged" if damaged else ""
                 if mine is not None and found is not None:
                     row["own"] = f"{shown(found.evidence, part)}, {found.verdict.text}"
                     row["own"] += ", stale" * scoreboard.is_stale(claim, mine)
@@ -56,6 +59,15 @@ def rows(own: Path | None = None) -> list[dict[str, Any]]:
                     row["own"] += ", quick"
             table.append(row)
     return table
+
+
+def _own(claim: Claim, folder: Path | None) -> tuple[Outcome | None, bool]:
+    """The user's own result, and whether there is one that is damaged."""
+    try:
+        return None if folder is None else scoreboard.stored(claim, folder), False
+    except InputError as error:
+        warnings.warn(str(error), stacklevel=3)
+        return None, True
 
 
 def _title(claim: Claim, part: Part) -> str:

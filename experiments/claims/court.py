@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from deltacontrol.experiments.studies.learning_rates.search import RateSearch
     from deltacontrol.experiments.training.finetune import FineTuning
 
-STATEMENTS = Path(__file__).parent / "statements"
+STATEMENTS = Path(__file__).resolve().parent / "statements"
 RATES, AT_END = "rates", "rates at an end"  # where a result keeps them
 FIRST_NUMBER = 900
 ALIKE = 1.25  # factor between parameters, or seconds, that count as equal

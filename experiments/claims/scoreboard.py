@@ -15,16 +15,17 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from deltacontrol.experiments import claims
+from deltacontrol.experiments.claims import quick as quick_preset
 from deltacontrol.experiments.claims.code_digest import code_digest
 from deltacontrol.experiments.claims.court import STATEMENTS, Statement
 from deltacontrol.experiments.runs import provenance
@@ -47,7 +48,7 @@ def available() -> dict[int, Claim]:
         InputError: a user's claim has the number or the name of another one.
     """
     added = ((f"{c.id:04d}", c) for _, c in plugins.values("CLAIM"))
-    own = _own() | _statements()
+    own = _own() | {number: claim for number, (_, claim) in _statements().items()}
     found = plugins.merged("claim", {f"{n:04d}": c for n, c in own.items()}, added)
     names: dict[str, Claim] = {}
     for claim in found.values():
@@ -67,14 +68,26 @@ def _own() -> dict[int, Claim]:
 
 
 @cache
-def _statements() -> dict[int, Claim]:
-    """The statements of papers that are judged: those of this project with a committed result."""
-    found = {}
+def _statements() -> dict[int, tuple[Path, Claim]]:
+    """The statements of papers that are judged: those of this project with a committed result.
+
+    One that cannot be read, or whose result is damaged or of another statement, is left out with a
+    warning, so that the others have their rows, and it can be judged anew.
+    """
+    found: dict[int, tuple[Path, Claim]] = {}
     for path in sorted(STATEMENTS.glob("*.toml")):
-        statement = Statement.read(path)
-        document = _document(RESULTS / f"{_named(statement.id, statement.name)}.json")
-        if document is not None:
-            found[statement.id] = statement.judged(document)
+        try:
+            statement = Statement.read(path)
+            document = _document(RESULTS / f"{_named(statement.id, statement.name)}.json")
+            if document is None:
+                continue
+            claim = statement.judged(document)
+            if (other := found.get(statement.id)) is not None:
+                raise InputError(f"{path} has the number {statement.id} of {other[0]}")
+        except InputError as error:
+            warnings.warn(f"no row for the statement {path.stem}: {error}", stacklevel=3)
+        else:
+            found[statement.id] = path, claim
     return dict(sorted(found.items()))
 
 
@@ -103,8 +116,9 @@ def source(claim: Claim) -> Path:
     for module in plugins.modules():
         if getattr(module, "CLAIM", None) is claim and module.__file__ is not None:
             return Path(module.__file__)
-    if _statements().get(claim.id) is claim:
-        return STATEMENTS / f"{claim.name}.toml"
+    path, statement = _statements().get(claim.id, (None, None))
+    if path is not None and statement is claim:
+        return path
     return Path(claims.__path__[0]) / f"{_stem(claim)}.py"
 
 
@@ -153,52 +167,13 @@ def evaluate(claim: Claim, store: RunStore, *, quick: bool = False) -> Judged:
         quick: By fewer cases: with the constants that the claim's module names in ``QUICK``.
     """
     began, worked = time.perf_counter(), time.process_time()
-    with _sizes(claim) if quick else nullcontext():
+    with quick_preset.acting(claim) if quick else nullcontext():
         if claim.runs is not None:
             _train(claim, store)
         found = _judged(claim, store, began, worked)
-    if not (quick and quick_sizes(claim)):
+    if not (quick and quick_preset.sizes(claim)):
         return found
     return replace(found, provenance={**found.provenance, "preset": "quick"})
-
-
-def quick_sizes(claim: Claim) -> dict[str, Any]:
-    """The constants of the quick preset by name; empty where a claim has none."""
-    return dict(getattr(_module(claim), "QUICK", {}))
-
-
-def _module(claim: Claim) -> Any:
-    module: Any = sys.modules[claim.predict.__module__]
-    for part in claim.parts:  # `predict` may be of another module, such as `dict`
-        found = getattr(getattr(part.measure, "func", part.measure), "__module__", "")
-        module = sys.modules.get(found, module)
-    return module
-
-
-@contextmanager
-def _sizes(claim: Claim) -> Iterator[None]:
-    """The constants of the quick preset in the place of the claim's own, inside."""
-    module, chosen = _module(claim), quick_sizes(claim)
-    unknown_names = [name for name in chosen if not hasattr(module, name)]
-    if unknown_names:
-        raise InputError(f"QUICK of claim {claim.id} names {unknown_names[0]}, which is not there")
-    kept = {name: getattr(module, name) for name in chosen}
-    _forget(module)
-    try:
-        for name, value in chosen.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(module, name, value)
-        _forget(module)
-
-
-def _forget(module: Any) -> None:
-    """Empty what the functions of a module remember."""
-    for value in list(vars(module).values()):
-        if hasattr(value, "cache_clear") and getattr(value, "__module__", "") == module.__name__:
-            value.cache_clear()
 
 
 def rejudge(claim: Claim, store: RunStore) -> Judged:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import tyro
 
 from deltacontrol.experiments.claims import board, scoreboard, template
+from deltacontrol.experiments.claims import quick as quick_preset
 from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.runs.store import RunStore, both_homes
 from deltacontrol.theory.claims import Claim
@@ -134,7 +135,7 @@ class Claims:
     def _judged(self, claim: Claim, store: RunStore) -> scoreboard.Judged:
         if self.action == "run":
             quick = self.preset == "quick"
-            if quick and not scoreboard.quick_sizes(claim):
+            if quick and not quick_preset.sizes(claim):
                 print(f"claim {claim.id} has no quick sizes: it is measured in full")
             try:
                 found = scoreboard.evaluate(claim, store, quick=quick)

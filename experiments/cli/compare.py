@@ -126,7 +126,10 @@ class Compare:
         Raises:
             InputError: fewer than two different contestants, or a training fails.
         """
+        from deltacontrol.experiments.runs.sweep import require_workers
+
         require_minutes(self.limit_minutes)
+        require_workers(self.workers)
         if len(set(self.contestants)) < max(2, len(self.contestants)):
             raise InputError(
                 f"{len(self.contestants)} contestants, {len(set(self.contestants))} of them "
@@ -267,7 +270,13 @@ class Compare:
                 )  # fmt: skip
                 record = run(search, store, limit_minutes=self.limit_minutes)
                 assert record is not None
-                print(f"  {c.text} on {task}: {record.result['text']} ({record.result['verdict']})")
+                result = record.result
+                print(f"  {c.text} on {task}: {result['text']} ({result['verdict']})")
+                if not result["num_runs"]:
+                    raise InputError(
+                        f"no dimension of {c.text} on {task} was tried, for {result['reason']}; "
+                        "give more --steps, another task, or another model"
+                    )
                 logs[c.text, task] = np.log10(np.maximum(draws(record), 1.0))
         found = []
         for a, b in combinations([c.text for c in chosen], 2):

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import tyro
 
-from deltacontrol.experiments import models
-from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.runs.store import both_homes
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -17,11 +16,13 @@ class ExportPeft:
     """Write what a run trained as an adapter that peft loads, with the same outputs.
 
     What peft has no word for is rewritten where that is exact (LoRA on a slice of a fused matrix,
-    several ranks, a principal start), and refused with the reason where it is not.
+    several ranks, a principal start), and refused with the reason where it is not. A README.md
+    beside it is the model card: task, scores, method, settings, what to cite.
 
     For example
 
         deltacontrol export-peft 3f2a --out adapter/
+        deltacontrol export-peft 3f2a --push me/lora-movie
 
     Attributes:
         run_id: Id of a run, or its beginning.
@@ -29,30 +30,33 @@ class ExportPeft:
         runs: Your folder of records; those that come with the package are found too, and say so
             where they were published without their trained controls.
         base_model: Base model named in the adapter, an id on the hub or a folder; by default that
-            of the run, a packaged one by the folder it was unpacked to.
+            of the run, a packaged one by the folder it was unpacked to (with --push by its name).
+        push: Put the adapter on the hub as well, at this owner/name. It needs a token: `hf auth
+            login`, or HF_TOKEN.
+        private: With --push, make a new place there private; by default as your account says.
     """
 
     run_id: tyro.conf.Positional[str]
     out: Path | None = None
     runs: Path = Path("runs")
     base_model: str | None = None
+    push: str | None = None
+    private: bool = False
 
     def run(self) -> None:
         """Restore the model, write the adapter."""
-        from deltacontrol.deltas.interop import export_peft
+        from deltacontrol.experiments.sharing import export_peft
 
+        if self.private and self.push is None:
+            raise InputError("--private goes with --push; give both, or leave it out")
         record = both_homes(self.runs).get(self.run_id)
         out = self.out or Path(f"{record.id}-adapter")
-        controlled = record.model()
-        export_peft(controlled, out, base_model=self.base_model or _base(record))
+        controlled = export_peft(
+            record, out, base_model=self.base_model, push_to=self.push, private=self.private or None
+        )
         names = " + ".join(delta.name for delta in controlled.deltas)
-        print(f"wrote {out}: {names}, {controlled.num_trainable:,d} parameters")
-
-
-def _base(record: Record) -> str:
-    """What peft finds the base by: an id on the hub, or a folder, also of a packaged model."""
-    found = models.resolve(record.config["model"])
-    return str(Path(found.location).resolve()) if found.digest else str(found.location)
+        there = f" and {self.push} on the hub" if self.push else ""
+        print(f"wrote {out}{there}: {names}, {controlled.num_trainable:,d} parameters")
 
 
 COMMAND = ExportPeft

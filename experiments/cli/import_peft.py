@@ -40,7 +40,7 @@ class ImportPeft(ImportedAdapter):
     """
 
     adapter: tyro.conf.Positional[Path]
-    """Folder with adapter_config.json and adapter_model.safetensors."""
+    """Folder with adapter_config.json and adapter_model.safetensors, or owner/name on the hub."""
     runs: Path = Path("runs")
     """Folder in which the run is recorded."""
 

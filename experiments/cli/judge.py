@@ -11,7 +11,7 @@ import tyro
 from deltacontrol.experiments import tasks
 from deltacontrol.experiments.claims import board, scoreboard
 from deltacontrol.experiments.claims.code_digest import code_digest
-from deltacontrol.experiments.claims.court import STATEMENTS, Statement
+from deltacontrol.experiments.claims.court import METRICS, STATEMENTS, Statement
 from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.publishing import publish as publish_records
@@ -74,9 +74,10 @@ class Judge:
             InputError: the file is no statement, or a training fails.
         """
         from deltacontrol.experiments.runs.running import run
-        from deltacontrol.experiments.runs.sweep import run_all
+        from deltacontrol.experiments.runs.sweep import require_workers, run_all
 
         require_minutes(self.limit_minutes)
+        require_workers(self.workers)
         statement = Statement.read(self.file)
         for other in scoreboard.available().values():
             if scoreboard.source(other) == self.file.resolve():
@@ -93,7 +94,7 @@ class Judge:
                 )
             provenance.require_clean()
         for task in statement.tasks:
-            tasks.load(task)  # a missing one is told before the first training
+            _require_scores(task)  # what cannot be compared is told before the first training
         store, searches = both_homes(self.runs), statement.searches()
         there = sum(record is not None for record in store.lookup(searches))
         cells = len(statement.tasks) * statement.seeds
@@ -147,6 +148,18 @@ class Judge:
             if board.update_readme():
                 print("the scoreboard in README.md is up to date")
         return 0 if outcome.holds else 1
+
+
+def _require_scores(task: str) -> None:
+    """Refuse a task that is not there, or whose results hold no score that more of is better."""
+    from deltacontrol.experiments.training import settings
+
+    kind = tasks.load(task).kind
+    if not set(METRICS) & set(settings.METRICS[kind]):
+        raise InputError(
+            f"{task} is a {kind} task, and the scores that are compared are "
+            f"{' and '.join(METRICS)}; give tasks of classes or of numbers"
+        )
 
 
 COMMAND = Judge

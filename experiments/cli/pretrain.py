@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,12 +83,14 @@ class Pretrain:
 
     def run(self) -> int:
         """Pre-train, record, print; exit code 1 where one diverged."""
+        from deltacontrol.experiments.runs.sweep import require_workers, run_all
+
         require_minutes(self.limit_minutes)
+        require_workers(self.workers)
         found = self._experiments()
         print(_plan(found))
         if self.plan:
             return 0
-        from deltacontrol.experiments.runs.sweep import run_all
         from deltacontrol.experiments.training.pretraining.tokens import tokens
 
         store = RunStore(self.runs)
@@ -194,10 +197,10 @@ def _table(found: Sequence[Pretraining], records: Sequence[Record]) -> str:
 
 
 def _copy(member: Member, out: Path) -> None:
-    """Copy a finished model into a folder, unless it is there.
+    """Copy a finished model into a folder, whole or not at all, unless it is there.
 
     Raises:
-        InputError: another model is there.
+        InputError: another model is there, or the folder cannot be written.
     """
     source, target = member.folder(), out / f"{member.family}-{member.width}"
     weights = "model.safetensors"
@@ -209,8 +212,18 @@ def _copy(member: Member, out: Path) -> None:
         raise InputError(
             f"{target} is there already and is another model; give an --out without it"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"))
+    partial = out / f".{target.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(".*"))
+        partial.rename(target)
+    except OSError as error:
+        raise InputError(
+            f"{member.name} cannot be copied to {target} ({error.strerror or error}); it is in the "
+            "cache: make room, or give another --out"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     print(f"copied {member.name} to {target}")
 
 

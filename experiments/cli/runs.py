@@ -168,6 +168,8 @@ class Runs:
         shown = rows[: self.limit] if self.limit else rows
         if self.plot is not None:
             self._draw(shown)
+            if len(shown) < len(rows):
+                print(f"{len(shown)} of {len(rows)} that were asked for; --limit says how many")
             return
         _print(overview.lines(shown, [record.id for record in records], _width()))
         if len(shown) < len(records):
@@ -195,7 +197,7 @@ class Runs:
         if not self.yes:
             try:
                 answer = input(f"delete {count} from {self.runs}, for good? [y/N] ")
-            except EOFError:
+            except (EOFError, RuntimeError):  # at its end, or closed from the start
                 raise InputError(
                     "nobody is there to answer, so nothing was deleted; add --yes"
                 ) from None

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from deltacontrol.experiments.models import family, hub, packaged
+from deltacontrol.experiments.models import family, packaged
 from deltacontrol.experiments.models.base import PackagedModel, ResolvedModel, folder_digest
 from deltacontrol.experiments.models.loading import build
 from deltacontrol.theory import plugins
@@ -117,6 +117,8 @@ def load(
         InputError: as in `resolve`; the hub cannot be reached; weights of the backbone (or of the
             language-model head) are missing or have other shapes; no tokenizer.
     """
+    from deltacontrol.deltas import hub  # imports torch
+
     found = resolve(name)
     if found.digest is None:
         found = replace(found, location=hub.located(name))

@@ -167,9 +167,10 @@ class RunStore:
                 skipped.append(folder)
         if skipped:
             names = ", ".join(map(str, skipped[:3])) + ", ..." * (len(skipped) > 3)
+            where = "" if self.root == Path("runs") else f" --runs {self.root}"
             warnings.warn(
                 f"skipped {len(skipped)} folders that hold no whole record of this version: "
-                f"{names}; `deltacontrol runs --show {skipped[0].name}` says what is wrong",
+                f"{names}; `deltacontrol runs --show {skipped[0].name}{where}` says what is wrong",
                 stacklevel=3,
             )
         return list(found.values())

@@ -43,7 +43,8 @@ from deltacontrol.experiments.runs.store import (
 from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError
 
-__all__ = ["advance_all", "default_workers", "prepare", "run", "run_all", "threads_each"]
+__all__ = ["advance_all", "default_workers", "prepare", "require_workers", "run", "run_all",
+           "threads_each"]  # fmt: skip
 
 PRELOADED = (
     "torch",
@@ -100,8 +101,7 @@ def run_all(
             store cannot be used.
         KeyboardInterrupt: After the workers were stopped; a later call continues.
     """
-    if workers is not None and workers < 1:
-        raise InputError(f"workers is {workers}; expected a whole number >= 1")
+    require_workers(workers)
     require_minutes(limit_minutes)
     names = [store.path(experiment).name for experiment in experiments]
     distinct = dict(zip(names, experiments, strict=True))
@@ -182,6 +182,12 @@ def _advance(
     experiments: list[Experiment], store: RunStore, step: int
 ) -> list[dict[str, float] | None]:
     return advance(experiments, store, step)
+
+
+def require_workers(workers: int | None) -> None:
+    """Refuse a number of processes that cannot be; raises `InputError`."""
+    if workers is not None and workers < 1:
+        raise InputError(f"workers is {workers}; expected a whole number >= 1")
 
 
 def default_workers() -> int:

@@ -11,8 +11,9 @@ A derived task has a name of two parts, its parent and a rule, and nothing to fe
 
 Every split is derived from that split of the parent, so that no test row of one task is a training
 row of another one of the family. The classes of a derived classification are of equal size in each
-split: rows of the larger one are left out, by a seed that belongs to the task. A text occurs in one
-pair at most. Tasks of one corpus share their texts: the corpus is the unit of independence.
+split: rows of the larger one are left out, by a seed that belongs to the task. A row occurs in one
+pair at most, and so does its text, unless the parent has that text in several rows. Tasks of one
+corpus share their texts: the corpus is the unit of independence.
 
 `chosen` is the study's list of tasks. It is drawn by a seeded rule from the sizes alone.
 """
@@ -132,9 +133,9 @@ def derive(name: str, parents: Mapping[str, PackagedTask]) -> Derived:
 def _rules(parent: PackagedTask) -> list[str]:
     """Names of rules, for a message."""
     if parent.kind == "classification":
-        first, second = parent.labels[:2]
-        several = ["same-class", f"{first}-vs-{second}"]
-        return [*(f"is-{label}" for label in parent.labels), *several, "text"]
+        first, second, *more = parent.labels
+        of_one = [*(f"is-{label}" for label in parent.labels), f"{first}-vs-{second}"]
+        return [*(of_one if more else ()), "same-class", "text"]  # two classes ask that themselves
     return ["more-positive", "beyond-1", "text"] if parent.kind == "regression" else ["text"]
 
 

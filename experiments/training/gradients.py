@@ -1,10 +1,15 @@
-"""The gradient of one batch, shared out among processes and slices."""
+"""Batches, and the gradient of one, shared out among processes and slices.
+
+On a GPU the next batch is made and pinned while it computes the present one. On the CPU there is
+nothing to win: who would make the next batch is busy with this one.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +35,64 @@ class NumberedBatches(Batches, Protocol):
     def examples(self, step: int) -> Tensor:
         """The numbers of the examples in `batch(step)`, (rows,)."""
         ...
+
+
+class Ahead:
+    """Batches of which the one of the next step is made by a thread of its own.
+
+    A batch is a function of its step, so that it is the same whoever makes it, and a step that was
+    not foreseen (the first one, or one gone back to) is made when it is asked for. An error of the
+    thread comes at the step that it belongs to.
+
+    Args:
+        data: the batches; all other calls go to it.
+        steps: of the training; nothing is made beyond.
+        pin: whether tensors are put where a GPU fetches them by itself.
+    """
+
+    def __init__(self, data: Batches, steps: int, *, pin: bool) -> None:
+        self._data, self._steps, self._pin = data, steps, pin
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next: tuple[int, Future[dict[str, Any]]] | None = None
+
+    def batch(self, step: int) -> dict[str, Any]:
+        """The batch of a step, and the order to make that of the next one."""
+        ready = self._next
+        if ready is not None and ready[0] == step:
+            batch = ready[1].result()
+        else:
+            batch = self._made(step)
+        self._next = None
+        if step + 1 < self._steps:
+            self._next = step + 1, self._thread.submit(self._made, step + 1)
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        """All other calls."""
+        return getattr(self._data, name)
+
+    def close(self) -> None:
+        """End the thread; a batch that it has not begun is never made."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _made(self, step: int) -> dict[str, Any]:
+        batch = self._data.batch(step)
+        if not self._pin:
+            return batch
+        return {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+@contextmanager
+def ahead(data: Batches, steps: int, device: torch.device) -> Iterator[Batches]:
+    """The batches themselves on the CPU; on a GPU the next one is made while it computes."""
+    if device.type != "cuda":
+        yield data
+        return
+    found = Ahead(data, steps, pin=True)
+    try:
+        yield found
+    finally:
+        found.close()
 
 
 def accumulate(
@@ -91,8 +154,10 @@ def shares(
         )
     for part in range(slices):
         piece = _rows(batch, slice(rank * slices + part, None, world * slices), rows)
+        # From pinned memory the copy does not wait for the GPU.
         inputs = {
-            k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in piece.items()
+            k: v.to(accelerator.device, non_blocking=True) if isinstance(v, Tensor) else v
+            for k, v in piece.items()
         }
         if kind == "causal-lm":
             inputs["use_cache"] = False

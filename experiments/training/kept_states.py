@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +29,7 @@ __all__ = ["check", "kept"]
 REPEATS = 1.5
 LARGEST = 2 * 2**30
 AGREEMENT = 1e-3  # of losses, in whatever precision
+OF_LOGITS = {"fp32": 1e-3, "bf16": 5e-2}  # of their largest magnitude
 BYTES = 4  # of a number; states in half precision take less
 
 
@@ -59,6 +59,7 @@ def kept(
     settings: Settings,
     device: torch.device,
     *,
+    precision: str,
     first: int,
     replay: Callable[[int, FrozenStates], None],
 ) -> FrozenStates | None:
@@ -69,6 +70,7 @@ def kept(
         data: the batches.
         settings: of the training.
         device: of the model.
+        precision: "fp32" or "bf16".
         first: the step at which this attempt begins.
         replay: passes a batch through the frozen blocks, as the training did.
 
@@ -78,10 +80,17 @@ def kept(
     wanted = settings.cache_frozen
     if wanted is False or (wanted is None and not _repeats(data, settings)):
         return None
-    batch = data.batch(first)
-    if wanted is None and "attention_mask" not in batch:
+    batch = data.batch(0)  # of whichever attempt, so that all of them decide the same
+    if "attention_mask" not in batch:
+        if wanted:
+            raise InputError(
+                "states are kept of the tokens that the attention_mask shows, and the batches have "
+                "none; train without cache_frozen."
+            )
         return None
-    one = next(examples(batch, settings.kind), None)
+    lengths = [(int(e["attention_mask"].sum()), e) for e in examples(batch, settings.kind)]
+    with_tokens = [pair for pair in lengths if pair[0]]
+    _, one = min(with_tokens, key=lambda pair: pair[0], default=(0, None))  # the most padded
     if one is None:  # without a target there is no loss to compare
         if wanted:
             raise InputError(
@@ -94,7 +103,7 @@ def kept(
         one["use_cache"] = False  # type: ignore[assignment]
     try:
         frozen = FrozenStates(delta_model, one, strict=bool(wanted))
-        _compare(delta_model, frozen, one)
+        _compare(delta_model, frozen, one, OF_LOGITS[precision])
     except InputError:
         if wanted:
             raise
@@ -127,24 +136,52 @@ def _visits(data: Any, settings: Settings) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _compare(delta_model: DeltaModel, frozen: FrozenStates, one: Mapping[str, Any]) -> None:
-    """See on one example that a pass from its state gives the loss of a whole pass.
+def _compare(
+    delta_model: DeltaModel, frozen: FrozenStates, one: Mapping[str, Any], agreement: float
+) -> None:
+    """See on one example that a pass from its state, kept without padding, gives what a whole does.
 
     Raises:
         InputError: it does not: the output depends on more than the last state of the frozen
-            blocks, or they are random.
+            blocks, that state depends on padding, or they are random.
     """
+    number, other = torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.long)
+    mask = one["attention_mask"]
+    length, name = int(mask.sum()), type(delta_model.model).__name__
+    tokens = {
+        k: v[:, :length] if isinstance(v, torch.Tensor) and v.shape[:2] == mask.shape else v
+        for k, v in one.items()
+    }
     found = []
-    for _ in range(3):  # a whole pass, one that learns the state, one that starts from it
-        number = torch.zeros(1, dtype=torch.long)
-        known = frozen.passing(number, one["attention_mask"]) if found else nullcontext()
+    for inputs, known in (
+        (one, frozen.passing(other, mask)),  # a whole pass, as it learns a state
+        (tokens, frozen.passing(number, tokens["attention_mask"])),
+        (one, frozen.passing(number, mask)),
+    ):
         with torch.random.fork_rng(enabled=True), known:
             torch.manual_seed(0)
-            found.append(float(delta_model(**one).loss))
+            found.append(delta_model(**inputs))
     frozen.forget()
-    if not math.isclose(found[0], found[2], rel_tol=AGREEMENT, abs_tol=AGREEMENT):
+    if not frozen.steady:
         raise InputError(
-            f"a pass that starts from kept states gives the loss {found[2]:.6g}, a whole one "
-            f"{found[0]:.6g}: {type(delta_model.model).__name__} uses more than the last state of "
-            "its frozen blocks; train without cache_frozen."
+            f"{name} pads by itself, so that its states are not those of the tokens alone; train "
+            "without cache_frozen."
         )
+    whole, kept = float(found[0].loss), float(found[2].loss)
+    logits = _of_tokens(found[0].logits, mask)
+    change = float((_of_tokens(found[2].logits, mask) - logits).abs().max())
+    alike = change <= agreement * float(logits.abs().max())
+    if not (alike and math.isclose(whole, kept, rel_tol=AGREEMENT, abs_tol=AGREEMENT)):
+        raise InputError(
+            f"a pass that starts from kept states gives the loss {kept:.6g}, a whole one "
+            f"{whole:.6g}, and logits that differ by {change:.3g}: {name} uses more than the last "
+            "state of its frozen blocks, or its states depend on padding; train without "
+            "cache_frozen."
+        )
+
+
+def _of_tokens(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logits without those of padding, and of the rows of a prompt."""
+    if logits.dim() < 3:
+        return logits
+    return logits[:, -mask.shape[1] :][mask.bool()]

@@ -36,6 +36,7 @@ from deltacontrol.experiments.training.devices import attention, autocast
 from deltacontrol.experiments.training.gradients import (
     Batches,
     accumulate,
+    ahead,
     examples,
     num_tokens,
     shares,
@@ -108,7 +109,8 @@ def train(
     mode = training_mode(delta_model, settings.dropout, settings.gradient_checkpointing)
     once = resources.cast_once(delta_model.model, precision)
     guarded = deferred() if checkpoint_dir is not None else nullcontext()
-    with bar, mode, once, guarded as interrupts:
+    batches = ahead(data, settings.steps, loop.accelerator.device)
+    with bar, mode, once, batches as loop.data, guarded as interrupts:
         if loop.exhausted:
             status, message = "early_stopped", "stopped before this attempt"
         elif run.step < settings.steps:
@@ -348,7 +350,13 @@ class _Loop:
         settings, device = self.settings, self.accelerator.device
         precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
         self.frozen = kept_states.kept(
-            self.delta_model, self.data, settings, device, first=self.first, replay=replay
+            self.delta_model,
+            self.data,
+            settings,
+            device,
+            precision=precision,
+            first=self.first,
+            replay=replay,
         )
 
     def validate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -31,7 +32,7 @@ class ImportedAdapter(Experiment):
     kind: ClassVar[str] = "peft-import"
 
     adapter: Path
-    """Folder with adapter_config.json and adapter_model.safetensors."""
+    """Folder with adapter_config.json and adapter_model.safetensors, or an id on the hub."""
     model: str | None = None
     """The base model; by default the one that the adapter names."""
     task: str | None = None
@@ -55,7 +56,7 @@ class ImportedAdapter(Experiment):
         """All fields as JSON values, the adapter by its content: its place does not matter."""
         read = self._read()
         return super().to_config() | {
-            "adapter": _digest(self.adapter),
+            "adapter": _digest(self._folder),
             "model": self._model(),
             "delta": {"name": f"peft {read.config.get('peft_type')}"},
         }
@@ -115,7 +116,7 @@ class ImportedAdapter(Experiment):
             if count is not None and count < 1:
                 raise InputError(f"{name} is {count}; expected a whole number >= 1")
         setting = self.setting()
-        model = import_peft(self.adapter, setting.base)
+        model = import_peft(self._folder, setting.base)
         result: dict[str, Any] = {
             "deltas": [delta.to_dict() for delta in model.deltas],
             "model_kind": setting.kind,
@@ -171,10 +172,18 @@ class ImportedAdapter(Experiment):
             num_labels=result["num_labels"],
         )
 
+    @cached_property
+    def _folder(self) -> Path:
+        """Where the files are here, also of an adapter on the hub."""
+        from deltacontrol.deltas import hub
+        from deltacontrol.deltas.interop.adapter import FILES
+
+        return hub.folder(self.adapter, FILES)
+
     def _read(self) -> Any:
         from deltacontrol.deltas.interop.adapter import read
 
-        return read(self.adapter)
+        return read(self._folder)
 
     def _model(self) -> str:
         name = self.model or self._read().config.get("base_model_name_or_path")

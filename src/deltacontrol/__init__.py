@@ -36,13 +36,14 @@ if TYPE_CHECKING:
         PromptTuning,
         attach,
         load,
-        save,
+        serve,
     )
     from deltacontrol.deltas.dynamics.transformer import control_problem
     from deltacontrol.experiments.interactive import claims, estimate_dimension, finetune
     from deltacontrol.experiments.models import load as load_model
     from deltacontrol.experiments.runs.citing import cite
     from deltacontrol.experiments.runs.table import runs
+    from deltacontrol.experiments.sharing import save
     from deltacontrol.experiments.tasks import load as load_task
     from deltacontrol.paper_figures.drawing import figure
     from deltacontrol.theory.control.problem import ControlProblem
@@ -74,7 +75,8 @@ _PLACES = {
     "load_plugin": "theory.plugins:load",
     "load_task": "experiments.tasks:load",
     "runs": "experiments.runs.table",
-    "save": "deltas",
+    "save": "experiments.sharing",
+    "serve": "deltas",
     "solve": "theory.solvers",
 }
 __all__ = [
@@ -104,6 +106,7 @@ __all__ = [
     "paper_figures",
     "runs",
     "save",
+    "serve",
     "solve",
     "theory",
 ]

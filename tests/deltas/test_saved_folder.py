@@ -64,7 +64,7 @@ def test_a_colleague_has_the_same_model(tmp_path, family, name):
     tuned = move(attach(model, *DELTAS[name], seed=5))
     expected, state = out(tuned, batch), tuned.state()
     tuned.save(tmp_path / "saved")
-    assert set(files(tmp_path / "saved")) == {"deltas.json", "controls.safetensors"}
+    assert set(files(tmp_path / "saved")) == set(saved_folder.FILES)
     assert [path.name for path in tmp_path.iterdir()] == ["saved"], "nothing is left beside it"
     theirs = load(copy.deepcopy(build(family)), tmp_path / "saved")
     assert theirs.deltas == DELTAS[name]
@@ -160,6 +160,7 @@ class TestTheBase:
             tuned.detach()
             text = (tmp_path / "saved" / "deltas.json").read_text()
             assert json.loads(text)["base"]["name"] == public
+            text += (tmp_path / "saved" / "README.md").read_text()
             assert "secret" not in text and "someone" not in text and str(tmp_path) not in text
 
 
@@ -286,6 +287,19 @@ class TestTheFolder:
         (other / "deltas.json").rename(other / "controls.safetensors")
         with pytest.raises(InputError, match="was not written by save"):
             tuned.save(other)
+
+    def test_a_readme_that_somebody_wrote_or_changed_is_kept(self, build, saved):
+        tuned = move(attach(copy.deepcopy(build("bert")), LoRA(rank=3)))
+        readme = saved / "README.md"
+        for text in (readme.read_text().replace("# ", "# My ", 1), "mine", "\udcff"):
+            readme.write_bytes(text.encode("utf-8", "surrogateescape"))
+            before = files(saved)
+            with pytest.raises(InputError, match=r"README\.md was changed since save"):
+                tuned.save(saved)
+            assert files(saved) == before
+        readme.unlink()  # as folders of before there was a card
+        tuned.save(saved)
+        assert set(files(saved)) == set(saved_folder.FILES)
 
     def test_a_failing_save_leaves_the_earlier_one(self, build, saved, tmp_path, monkeypatch):
         tuned = move(attach(copy.deepcopy(build("bert")), LoRA(rank=3)))

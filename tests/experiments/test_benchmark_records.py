@@ -86,3 +86,44 @@ def test_growths_are_those_of_today() -> None:
         assert row["exponent"] == pytest.approx(line.exponent, rel=1e-12)
         if quantity == "kept_bytes":  # counted, whatever the machine does
             assert row["exponent"] == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_step_beside_peft() -> None:
+    found = record("deltas")
+    assert (found["precision"], found["device"], found["threads"]) == ("fp32", "cpu", 2)
+    for numbers in found["peft"].values():
+        for memory in (numbers["kept_bytes"], numbers["peak_bytes"]):
+            assert memory["ours"] <= 1.05 * memory["peft"]
+    lora = found["peft"]["lora"]["time_ratio"]
+    assert lora["median"] <= 1.0
+    compiled = found["compiled"]
+    assert compiled["ours compiled"]["time_ratio"]["median"] <= 1.0
+    assert compiled["ours compiled"]["compile_seconds"] > 0
+
+
+def test_a_step_of_a_language_model_beside_peft() -> None:
+    found = record("training")
+    assert found["peak_is"] == "measured"
+    contestants = found["contestants"]
+    assert set(contestants) == {"ours", "peft", "ours compiled", "peft compiled"}
+    for numbers in contestants.values():
+        seconds = numbers["seconds"]["median"]
+        assert numbers["mfu"] == pytest.approx(
+            found["flops_per_step"] / seconds / found["peak_flops"]
+        )
+        assert 0 < numbers["mfu"] < 1
+    assert contestants["ours"]["time_ratio"]["median"] <= 1.0
+    assert contestants["ours"]["peak_bytes"] <= contestants["peft"]["peak_bytes"]
+
+
+def test_iterations_of_all_steps_at_once() -> None:
+    """Both forms walk the same iterates; what they cost beside each other, and where they end."""
+    found = record("iterations")
+    for row in found["iteration"]:
+        for solver in ("ilqr", "ddp"):
+            assert row[solver]["ratio"]["median"] < 1.0
+            assert row[solver]["difference"] < 1e-12
+    for row in found["to_residual"]:
+        for name in ("ilqr", "ddp", "newton-cg"):
+            assert row[name]["status"] == "converged" and row[name]["residual"] <= 1e-8
+        assert row["ddp"]["milliseconds"]["median"] < row["ilqr"]["milliseconds"]["median"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from scipy import stats
 
 from deltacontrol.experiments.cli.compare import Compare, Contestant
 from deltacontrol.experiments.measures.paired import paired
+from deltacontrol.experiments.runs import running
 from deltacontrol.theory.errors import InputError
 
 NAMES = ("a", "b")
@@ -105,6 +107,7 @@ def test_a_contestant_is_deltas_and_a_rate() -> None:
             {"contestants": ("lora bitfit", "head"), "measure": "dimension"},
             "searched for one delta",
         ),
+        ({"contestants": ("lora", "bitfit"), "tune": True, "workers": 0}, "workers is 0"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_any_training(
@@ -113,6 +116,18 @@ def test_what_cannot_be_compared_is_refused_before_any_training(
     with pytest.raises(InputError, match=words):
         Compare(**options, runs=tmp_path).run()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_search_that_tried_no_dimension_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A training that is no better than guessing has no share of its score to be reached."""
+    reason = "guessing reaches the target already: 0.35"
+    result = {"num_runs": 0, "reason": reason, "text": "?", "verdict": "inconclusive"}
+    monkeypatch.setattr(running, "run", lambda *_, **__: SimpleNamespace(result=result))
+    asked = Compare(("lora", "bitfit"), measure="dimension", runs=tmp_path)
+    with pytest.raises(InputError, match="no dimension of lora on movie was tried, for guessing"):
+        asked.run()
 
 
 def test_the_command_trains_compares_and_writes(

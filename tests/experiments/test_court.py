@@ -166,7 +166,11 @@ def test_what_is_no_statement_is_refused(
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(('"rt"', '"no-task"'), "no-task"), (('"x"\ntitle', '"turnpike"\ntitle'), "another claim")],
+    [
+        (('"rt"', '"no-task"'), "no-task"),
+        (('"rt"', '"movie-lines"'), "movie-lines is a causal-lm task"),
+        (('"x"\ntitle', '"turnpike"\ntitle'), "another claim"),
+    ],
 )
 def test_the_plan_tells_what_cannot_be_judged(
     change: tuple[str, str], words: str, tmp_path: Path
@@ -175,6 +179,13 @@ def test_the_plan_tells_what_cannot_be_judged(
     path.write_text(TEXT.replace(*change))
     with pytest.raises(InputError, match=words):
         Judge(path, plan=True, runs=tmp_path / "runs").run()
+
+
+def test_a_number_of_processes_that_cannot_be_is_told_before_the_searches(tmp_path: Path) -> None:
+    path = tmp_path / "paper.toml"
+    path.write_text(TEXT)
+    with pytest.raises(InputError, match="workers is 0"):
+        Judge(path, plan=True, workers=0, runs=tmp_path / "runs").run()
 
 
 def test_the_command_says_its_plan_and_judges(
@@ -224,10 +235,21 @@ def test_a_judged_statement_is_a_row_of_the_board(
         assert scoreboard.stored(found) == outcome and not scoreboard.is_stale(found, outcome)
         file.write_text(text.replace("seeds=3", "seeds=3\nsteps = 7"))
         assert scoreboard.is_stale(found, outcome)
-        file.write_text(text.replace('"bitfit"', '"ia3"'))
-        scoreboard.forget_statements()
-        with pytest.raises(InputError, match="judge the statement anew"):
-            scoreboard.available()
+        kept = scoreboard.result_path(claim)
+        whole = kept.read_text()
+        for change, damaged, words in (
+            (text.replace('"bitfit"', '"ia3"'), whole, "judge the statement anew"),
+            (text.replace("by = 0.01", "by = "), whole, "is no TOML"),
+            (text, whole[:-100], "is damaged"),
+            (text, "[]", "is damaged"),
+        ):
+            file.write_text(change)
+            kept.write_text(damaged)
+            scoreboard.forget_statements()
+            with pytest.warns(UserWarning, match=f"no row for the statement made-up: .*{words}"):
+                others = scoreboard.available()
+            assert 960 not in others and 1 in others
+        assert Judge(file, plan=True, runs=tmp_path / "runs").run() == 0, "to judge it anew"
     finally:
         monkeypatch.undo()
         scoreboard.forget_statements()

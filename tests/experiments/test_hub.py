@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from deltacontrol.deltas import hub
 from deltacontrol.experiments import models
-from deltacontrol.experiments.models import hub
 from deltacontrol.theory.errors import InputError
 
 NAME = "someone/some-model"

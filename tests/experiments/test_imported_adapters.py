@@ -13,9 +13,9 @@ from transformers import BertForSequenceClassification, BertForTokenClassificati
 
 from deltacontrol.deltas import LoRA, attach
 from deltacontrol.deltas.interop import export_peft
-from deltacontrol.experiments.cli.export_peft import _base
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.experiments.runs.sweep import run
+from deltacontrol.experiments.sharing import base_of
 from deltacontrol.experiments.training.peft_import import ImportedAdapter
 from deltacontrol.theory.errors import InputError
 from tests import tiny_model
@@ -73,7 +73,7 @@ def test_an_adapter_without_a_task_type_goes_by_the_base(
 def test_a_base_is_named_by_a_folder_that_peft_finds(tiny: dict[str, str], tmp_path: Path) -> None:
     folder = adapter(BertModel.from_pretrained(tiny["model"]), tmp_path / "a")
     record = run(ImportedAdapter(folder), RunStore(tmp_path / "runs"), progress=False)
-    assert record is not None and Path(_base(record)) == Path(tiny["model"]).resolve()
+    assert record is not None and Path(base_of(record)) == Path(tiny["model"]).resolve()
 
 
 @pytest.mark.parametrize(

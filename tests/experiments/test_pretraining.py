@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -448,12 +451,36 @@ def test_the_command_pre_trains_once(
     assert capsys.readouterr().out.count("family/encoder-") == 2
 
 
+def test_a_copy_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full once does not leave a part, which would count as another model."""
+    made = tmp_path / "made"
+    made.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (made / name).write_text(name)
+    monkeypatch.setattr(family.Member, "folder", lambda _: made)
+    one, out = family.Member("encoder", 16), tmp_path / "out"
+    copyfile = shutil.copyfile
+
+    def full(source: str, target: str, **options: bool) -> str:
+        if os.fspath(source).endswith(".safetensors"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return copyfile(source, target, **options)
+
+    with monkeypatch.context() as once:
+        once.setattr(shutil, "copyfile", full)
+        with pytest.raises(InputError, match="cannot be copied to .*No space left.* in the cache"):
+            command._copy(one, out)
+    assert not list(out.iterdir())
+    for _ in range(2):
+        command._copy(one, out)
+    copied = out / "encoder-16"
+    assert sorted(path.name for path in copied.iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_a_model_that_left_the_cache_is_made_again(
     other_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    import shutil
-
     monkeypatch.setattr(sweep, "run_all", _serially)
     words = ["pretrain", "--family", "decoder", "--sizes", "16", "--steps", "2"]
     assert call(*words, "--runs", str(tmp_path / "runs")) == 0
@@ -475,7 +502,7 @@ def test_a_model_that_left_the_cache_is_made_again(
         (["--sizes"], "no sizes"),
         (["--steps", "0"], "steps is 0"),
         (["--seed", "-1"], "seed is -1"),
-        (["--workers", "0"], "workers is 0"),
+        (["--workers", "0", "--plan"], "workers is 0"),
     ],
 )
 def test_wrong_words_are_refused(

@@ -17,6 +17,7 @@ from deltacontrol.experiments.cli import main as cli
 from deltacontrol.experiments.runs.listing import curves, overview
 from deltacontrol.experiments.runs.listing.fields import fields
 from deltacontrol.experiments.runs.store import COMMITTED, Experiment, Outcome, RunStore, Workspace
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,20 @@ def test_curves_of_several_runs_are_drawn(store, capsys, tmp_path) -> None:
     assert "has no loss over steps" in capsys.readouterr().err
 
 
+def test_odd_labels_are_drawn_as_they_are_and_many_runs_are_not(tmp_path) -> None:
+    store = RunStore(tmp_path / "runs")
+    tasks = ("costs $x^{$.csv", "_own.csv")
+    for task in tasks:
+        store.write(Trained(task=task), {"accuracy": 0.5}, curve())
+    rows = [(record, fields(record)) for record in store.listed()]
+    legend = curves.draw(rows).legends[0]
+    assert sorted(text.get_text().strip().replace("\\", "") for text in legend.texts) == sorted(
+        tasks
+    )
+    with pytest.raises(InputError, match="102 runs are too many .* at most 100"):
+        curves.draw(rows * 51)
+
+
 def test_the_chosen_rows_are_exported(store, capsys, tmp_path) -> None:
     words = ("--where", "delta=lora", "--sort", "score", "--limit", "1")
     for suffix in ("csv", "parquet", "tex"):
@@ -224,6 +239,30 @@ def test_without_a_terminal_nothing_is_deleted(store, capsys, monkeypatch) -> No
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert run(store, "--delete", ids(store)[0]) == 2
     assert "add --yes" in capsys.readouterr().err and len(store.records()) == 3
+    monkeypatch.setattr("sys.stdin", None)  # as a shell's <&- leaves it
+    assert run(store, "--delete", ids(store)[0]) == 2
+    assert "add --yes" in capsys.readouterr().err and len(store.records()) == 3
+
+
+def test_an_empty_beginning_of_an_id_is_none_of_the_package(store, capsys) -> None:
+    assert run(store, "--delete", *ids(store)[:2], "--yes") == 0
+    assert run(store, "--delete", "", "--yes") == 2
+    assert "1 run has an id that begins with ''" in capsys.readouterr().err
+    assert len(store.records()) == 1
+
+
+def test_deltas_of_another_form_are_listed(store, capsys) -> None:
+    """An experiment of a user's own may keep what it likes under that name."""
+
+    @dataclass(frozen=True)
+    class Own(Trained):
+        kind: ClassVar[str] = "own"
+
+        def to_config(self) -> dict[str, Any]:
+            return {"deltas": [{"rank": 2}, 3], "seed": self.seed}
+
+    store.write(Own(), {"accuracy": 0.5}, curve())
+    assert "{'rank': 2}+3" in "\n".join(printed(store, capsys, "--where", "kind=own"))
 
 
 def test_a_damaged_run_and_a_link_can_be_deleted(store, tmp_path) -> None:
@@ -231,7 +270,8 @@ def test_a_damaged_run_and_a_link_can_be_deleted(store, tmp_path) -> None:
     (store.root / first / "run.json").write_text("{")
     shutil.move(store.root / second, tmp_path / "elsewhere")
     os.symlink(tmp_path / "elsewhere", store.root / second)
-    with pytest.warns(UserWarning, match="no whole record"):
+    said = f"no whole record.*runs --show {min(first, second)} --runs {store.root}` says what"
+    with pytest.warns(UserWarning, match=said):
         assert run(store, "--delete", first, second, "--yes") == 0
     assert sorted(p.name for p in store.root.glob("[!.]*")) == [third]
     assert (tmp_path / "elsewhere" / "run.json").exists()

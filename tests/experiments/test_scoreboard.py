@@ -135,6 +135,18 @@ def test_a_damaged_result_is_named(claim: Claim, store: RunStore, change: str) -
         scoreboard.stored(claim)
 
 
+def test_a_damaged_result_of_a_users_own_hides_no_row(claim: Claim, store: RunStore) -> None:
+    judged = scoreboard.evaluate(claim, store)
+    scoreboard.keep(claim, judged)
+    own = store.root / scoreboard.CLAIMS
+    path = scoreboard.keep(claim, judged, own)
+    assert board.rows(own)[0]["own"].endswith("holds")
+    path.write_text(path.read_text()[:40])
+    with pytest.warns(UserWarning, match=f"{path.name} is damaged"):
+        (row,) = board.rows(own)
+    assert row["own"] == "damaged" and row["verdict"] == "holds"
+
+
 def test_an_unknown_claim_names_the_known_ones(claim: Claim) -> None:
     with pytest.raises(InputError, match="90"):
         scoreboard.find(91)

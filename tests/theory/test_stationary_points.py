@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from deltacontrol.theory import (
+    Box,
     ControlProblem,
     HessianCurvature,
     LinearDynamics,
@@ -15,7 +16,7 @@ from deltacontrol.theory import (
 )
 from deltacontrol.theory.control.problem import Cost
 from deltacontrol.theory.linear.minimum import falling_curvature
-from deltacontrol.theory.solvers import Status, registry
+from deltacontrol.theory.solvers import Status, registry, solving
 
 F64 = torch.float64
 SECOND = ("newton-cg", "gauss-newton", "ilqr", "ddp")
@@ -99,3 +100,41 @@ def test_the_curvature_is_that_of_the_hessian(size: int) -> None:
     u = given.zero_controls(dtype=F64)
     assert abs(falling_curvature(HessianCurvature(given, u)) + 5.0) < 1e-9
     assert falling_curvature(HessianCurvature(falling(size, 5.0), u)) is None
+
+
+@pytest.mark.parametrize("name", ["ilqr", "ddp"])
+def test_in_a_box_the_controls_at_no_bound_count(name: str) -> None:
+    """``-5 u^2`` in all controls: 0 is a maximum, a corner of the box is a minimum."""
+    solver, inner = registry.parse(name), falling()
+    given = ControlProblem(inner.dynamics, inner.cost, inner.x0, box=Box(-1.0, 1.0))
+    found = solve(given, solver, max_steps=50)
+    assert found.status is Status.STATIONARY and "curvature -5 along" in found.message
+    corner = tuple(torch.ones(2, dtype=F64) for _ in range(2))
+    assert solve(given, solver, corner).status is Status.CONVERGED
+    half = (torch.tensor([1.0, 0.0], dtype=F64), corner[1])
+    found = solve(given, solver, half, max_steps=0, tol=1.0)
+    assert found.status is Status.STATIONARY, "one control lies between its bounds"
+
+
+@pytest.mark.parametrize("name", ["ilqr", "ddp"])
+def test_a_model_that_was_factorised_needs_no_search(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its curvatures are positive: a Krylov space of the Hessian can find no other."""
+    looked: list[Tensor] = []
+
+    def look(curvature: HessianCurvature, free: Tensor | None) -> float | None:
+        dense = curvature @ torch.eye(curvature.shape[0], dtype=F64)
+        looked.append(torch.linalg.eigvalsh(dense))
+        return falling_curvature(curvature, free)
+
+    monkeypatch.setattr(solving, "falling_curvature", look)
+    strict = ControlProblem(
+        LinearDynamics([eye(2)] * 2, [eye(2)] * 2),
+        QuadraticCost([eye(2, 0.0)] * 2, [eye(2, 0.1)] * 2, eye(2)),
+        torch.ones(2, dtype=F64),
+    )
+    assert solve(strict, registry.parse(name)).status == "converged" and not looked
+    for case in ("saddle", "wells"):
+        solve(CASES[case][0], registry.parse(name))
+    assert len(looked) == 2 and all(float(values[0]) < 0 for values in looked)

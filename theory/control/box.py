@@ -62,6 +62,14 @@ class Box:
         )
         return low, high
 
+    def inside(self, u: Controls) -> Tensor:
+        """Which of the flat controls are at no bound, and free to move both ways."""
+        found = [
+            ((low < u_t) & (u_t < high)).reshape(-1)
+            for u_t, (low, high) in ((u_t, self.bounds(t, u_t)) for t, u_t in enumerate(u))
+        ]
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.bool)
+
     def check(self, u: Controls) -> None:
         """Check the number and the shapes of the bounds against controls.
 

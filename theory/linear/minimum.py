@@ -11,6 +11,7 @@ Source: Golub & Van Loan, *Matrix Computations*, 2013, section 10.1; Conn, Gould
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from deltacontrol.theory.linear.krylov import lanczos
 from deltacontrol.theory.linear.operator import SymmetricOperator
@@ -20,7 +21,7 @@ __all__ = ["STEPS", "falling_curvature"]
 STEPS = 12
 
 
-def falling_curvature(curvature: SymmetricOperator) -> float | None:
+def falling_curvature(curvature: SymmetricOperator, free: Tensor | None = None) -> float | None:
     """A negative curvature of ``J``, or None where `STEPS` products find none.
 
     Curvatures above ``-eps^(1/3)`` of the largest one that was seen count as zero, as the gradient
@@ -28,6 +29,7 @@ def falling_curvature(curvature: SymmetricOperator) -> float | None:
 
     Args:
         curvature: the Hessian of ``J``, or its Gauss-Newton part, on the flat controls.
+        free: which of these count, ``(n,)``, as those at no bound do; all by default.
 
     Returns:
         ``d'Hd`` of a direction ``d`` of length one.
@@ -37,10 +39,14 @@ def falling_curvature(curvature: SymmetricOperator) -> float | None:
         return None
     draw = torch.Generator().manual_seed(0)
     start = torch.randn(1, size, generator=draw, dtype=torch.float64)
-    start = (start / start.norm()).to(curvature.device, curvature.dtype)
+    start = start.to(curvature.device, curvature.dtype)
+    kept = torch.ones_like(start[0]) if free is None else free.to(start)
+    if not bool(kept.any()):
+        return None
+    start = start * kept / (start * kept).norm()
     eps = torch.finfo(curvature.dtype).eps
     found = lanczos(
-        lambda rows: rows @ curvature, start, STEPS, rounding=eps**0.5, one_operator=True
+        lambda rows: (rows @ curvature) * kept, start, STEPS, rounding=eps**0.5, one_operator=True
     )
     if not bool(torch.isfinite(found.matrix).all()):
         return None

@@ -101,13 +101,14 @@ class _SecondOrder(Solver):
                 )
             search = _Search(problem, u, now, model)
             if stop:
-                return Ending(gains=search.gains(level))
+                gains, convex = search.gains(level)
+                return Ending(gains=gains, convex=convex)
             best = search.best(level)
             if best is None:
                 return Ending(
                     Status.LINE_SEARCH_FAILED,
                     "no step lowers J or the residual, however regularised",
-                    search.gains(level),
+                    *search.gains(level),
                 )
             u, (now, along) = best.controls, evaluate(problem, best.controls)
             level = search.next(best.level, -1)
@@ -323,8 +324,12 @@ class _Search:
         gradient = self.now.gradient if u is self.u else self.problem.gradient(u)
         return self.problem.residual_of(u, gradient).norm
 
-    def gains(self, level: int) -> tuple[Tensor, ...] | None:
-        """Feedback gains, with as little regularisation as possible."""
+    def gains(self, level: int) -> tuple[tuple[Tensor, ...] | None, bool]:
+        """Feedback gains, with as little regularisation as possible, and whether none was needed.
+
+        The sweep factorises the model's Hessian in all controls: where it needs no regularisation
+        that is positive definite.
+        """
         for place in sorted({0, 1, level, len(_PATH) // 2}):
             convexity, damping = _PATH[place]
             try:
@@ -333,5 +338,6 @@ class _Search:
                 ).K
             except IndefiniteError:
                 continue
-            return tuple(K if self.u[t].ndim == 2 else K[0] for t, K in enumerate(found))
-        return None
+            gains = tuple(K if self.u[t].ndim == 2 else K[0] for t, K in enumerate(found))
+            return gains, place == 0
+        return None, False

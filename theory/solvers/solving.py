@@ -62,11 +62,13 @@ class Ending:
         reason: what happened, and what to try.
         gains: feedback gains ``K_t`` around the last iterate, ``(m_t, n_t)``, from solvers that
             have them.
+        convex: whether the second-order model there was found to be positive definite, whole.
     """
 
     failure: Status | None = None
     reason: str = ""
     gains: tuple[Tensor, ...] | None = None
+    convex: bool = False
 
 
 class Solver(ABC):
@@ -200,9 +202,10 @@ def solve(
     controls = recorder.best if recorder.best is not None else u
     final = problem.evaluate(controls)
     status, falls = recorder.status(ending), None
-    if status is Status.CONVERGED and solver.curvature is not None and problem.box is None:
-        keep = getattr(solver, "keep", False)
-        falls = falling_curvature(solver.curvature(problem, controls, final, keep=keep))
+    unsure = status is Status.CONVERGED and not (ending.convex and problem.box is None)
+    if unsure and solver.curvature is not None:
+        seen = solver.curvature(problem, controls, final, keep=getattr(solver, "keep", False))
+        falls = falling_curvature(seen, problem.box and problem.box.inside(controls))
         status = status if falls is None else Status.STATIONARY
     import pandas as pd
 

@@ -18,6 +18,7 @@ STYLE = "deltacontrol.paper_figures.style"
 STEPS, LOSSES = ("step", "iteration"), ("loss", "objective")
 METRICS = ("validation_accuracy", "validation_pearson", "validation_loss")
 PAGE_WIDTH, HEIGHT, LINE = 7.2, 2.4, 0.16  # inches; a line of the legend
+MOST = 100  # lines of a picture
 
 
 def table(rows: Sequence[overview.Row]) -> pd.DataFrame:
@@ -26,10 +27,15 @@ def table(rows: Sequence[overview.Row]) -> pd.DataFrame:
     ``mean`` is that of the losses of the last `window` steps, since each is of a batch alone.
 
     Raises:
-        InputError: a run has no loss over steps, or its curve is damaged.
+        InputError: a run has no loss over steps, its curve is damaged, or there are too many.
     """
     import pandas as pd
 
+    if len(rows) > MOST:
+        raise InputError(
+            f"{len(rows)} runs are too many for one picture; choose at most {MOST}, by --where or "
+            "--limit"
+        )
     parts = []
     for row in rows:
         record, curve = row[0], row[0].curve()
@@ -83,7 +89,7 @@ def draw(rows: Sequence[overview.Row]) -> Figure:
                 "linestyle": dashes[place // len(colours) % len(dashes)],
             }
             axes[0].plot(run["step"], run["loss"], alpha=0.2, linewidth=0.6, **look)
-            axes[0].plot(run["step"], run["mean"], label=run["label"].iloc[0], **look)
+            axes[0].plot(run["step"], run["mean"], label=_plain(run["label"].iloc[0]), **look)
             for ax, metric in zip(axes[1:], metrics, strict=True):
                 if "metric" in run and run["metric"].iloc[0] == metric:
                     told = run.dropna(subset="validation")
@@ -96,6 +102,11 @@ def draw(rows: Sequence[overview.Row]) -> Figure:
         figure.legend(loc="outside lower left", ncols=1)
         figure.canvas.draw()  # laid out here, since a style counts while something is drawn
     return figure
+
+
+def _plain(label: str) -> str:
+    """A label that matplotlib takes as it is: no mathematics, and none that a legend leaves out."""
+    return ("\u2009" if label.startswith("_") else "") + label.replace("$", r"\$")
 
 
 def save(rows: Sequence[overview.Row], path: Path) -> None:

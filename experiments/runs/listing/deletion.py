@@ -28,11 +28,11 @@ def own_folders(root: Path, beginnings: Sequence[str]) -> list[Path]:
         if len(fitting) == 1 and beginning:
             found.setdefault(own[fitting[0]])
             continue
-        if len(fitting) > 1:
+        if fitting:
             names = ", ".join(fitting[:3]) + ", ..." * (len(fitting) > 3)
             raise InputError(
-                f"{len(fitting)} runs have an id that begins with {beginning!r} ({names}); give "
-                "more of the id"
+                f"{len(fitting)} run{'s have' if len(fitting) > 1 else ' has'} an id that begins "
+                f"with {beginning!r} ({names}); give more of the id"
             )
         record = both_homes(root).get(beginning)  # which says where there is none
         raise InputError(

@@ -52,7 +52,12 @@ def deltas(record: Record) -> list[Mapping[str, Any]]:
     """The deltas of a record's configuration, each with its name and, where they are kept, more."""
     given = record.config.get("deltas") or [record.config.get("delta")]
     parts = given if isinstance(given, list) else [given]
-    return [part if isinstance(part, Mapping) else {"name": str(part)} for part in parts if part]
+    named = [isinstance(part, Mapping) and isinstance(part.get("name"), str) for part in parts]
+    return [
+        part if whole else {"name": str(part)}
+        for part, whole in zip(parts, named, strict=True)
+        if part
+    ]
 
 
 def headline(record: Record) -> str | None:

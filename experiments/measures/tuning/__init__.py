@@ -1,0 +1,1 @@
+"""What is measured of a few trainings of a real model beside what foretells them."""

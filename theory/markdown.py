@@ -1,0 +1,43 @@
+"""Markdown of texts that may hold anything: escaped words, code, tables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+__all__ = ["code", "escape", "fenced", "rows_table"]
+
+_SPECIAL = re.compile(r"([\\`*_\[\]<>$#|~{}^])")
+
+
+def escape(text: str) -> str:
+    r"""Plain text, so that Markdown shows it as it is.
+
+    Example:
+        >>> print(escape("a_b <c>"))
+        a\_b \<c\>
+    """
+    return _SPECIAL.sub(r"\\\1", text)
+
+
+def code(text: str) -> str:
+    """A code span that holds any text, on one line."""
+    text = " ".join(text.split())
+    fence = "`" * (max([0, *(len(run) for run in re.findall("`+", text))]) + 1)
+    pad = " " if "`" in text else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def fenced(text: str, language: str = "text") -> str:
+    """A code block that holds any text."""
+    fence = "`" * max([2, *(len(run) for run in re.findall("`{3,}", text))]) + "`"
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def rows_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are Markdown already, each put on one line."""
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in rows:
+        cells = (re.sub(r"(?<!\\)\|", r"\\|", " ".join(cell.split())) for cell in row)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
