@@ -81,7 +81,7 @@ def own_defaults() -> Iterator[None]:
 
 # Of many seconds; `make slow` runs them too.
 SLOW = ("00_", "01_", "02_", "03_", "04_", "05_", "07_", "11_", "16_")
-SLOW += ("12_", "19_", "20_", "21_", "22_", "24_", "25_")
+SLOW += ("12_", "19_", "20_", "21_", "22_", "24_", "25_", "31_")
 
 
 @pytest.mark.parametrize(

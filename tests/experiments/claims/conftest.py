@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
 import pytest
+import torch
+from transformers import (
+    BertTokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from tests import tiny_model
 
@@ -22,6 +29,29 @@ class Tiny(Protocol):
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A random model of two layers and width 16, and a task of two classes, in files."""
     return tiny_model.write(tmp_path_factory.mktemp("claims"), classes=2)
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A causal language model of random weights that knows the prompt and its two words."""
+    folder: Path = tmp_path_factory.mktemp("lm")
+    words = (*tiny_model.WORDS, "it", "great", "terrible")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import (
-    BertTokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 from deltacontrol.theory.claims import Verdict
 from deltacontrol.theory.judging import judge
-from tests.tiny_model import WORDS
 
 from .conftest import Tiny
 
@@ -134,28 +126,6 @@ def test_claim_12_an_end_above_the_bound_is_seen(
     monkeypatch.setattr(claim, "_end", lambda *_: early)
     found = claim._linear_ends({"rank": 2}, 0, False, "")
     assert found.value == pytest.approx(1e-3, rel=1e-3) and not found.assumption_met
-
-
-@pytest.fixture(scope="module")
-def language_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A causal language model of random weights that knows the prompt and its two words."""
-    folder = tmp_path_factory.mktemp("lm")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "it", "great", "terrible"]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        pad_token_id=0,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(Path(folder))
 
 
 @pytest.mark.slow

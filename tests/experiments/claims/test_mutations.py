@@ -9,13 +9,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import BertModel
 
+from deltacontrol.experiments.runs.store import RunStore, configuration
+from deltacontrol.experiments.runs.sweep import run
 from deltacontrol.theory.claims import Verdict
 from deltacontrol.theory.judging import judge
+from tests import tiny_model
 
 from .conftest import Tiny
 
@@ -91,6 +96,28 @@ def _gramian_of_exchanged_outputs(patch: Patch) -> None:
     patch.setattr(OutputMap, "weighted", lambda own, part=None: right(own, part).flip(0))
 
 
+def _kernel_of_another_layer(patch: Patch) -> None:
+    """The inner products of the second block's gradients in the place of the first one's."""
+    from deltacontrol.experiments.measures import kernel_regime
+
+    right = kernel_regime.tangent_kernel
+
+    def wrong(model: Any, parameters: Any, *more: Any) -> Any:
+        found = right(model, {n: p for n, p in parameters.items() if ".layers.1." in n}, *more)
+        other = {name: name.replace(".layers.0.", ".layers.1.") for name in parameters}
+        return dataclasses.replace(found, parts={n: found.parts[m] for n, m in other.items()})
+
+    patch.setattr(kernel_regime, "tangent_kernel", wrong)
+
+
+def _adjoint_of_reversed_coordinates(patch: Patch) -> None:
+    """P' v in the reverse order, which all gradients in a subspace pass."""
+    from deltacontrol.theory.dimension.projections.base import _TransposeProduct as Adjoint
+
+    right = Adjoint.forward
+    patch.setattr(Adjoint, "forward", staticmethod(lambda v, P: right(v, P).flip(-1)))
+
+
 #          what is wrong                       how                                the claim
 MUTANTS = {
     "the costate has the wrong sign": (
@@ -113,15 +140,76 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", MUTANTS)
-def test_a_mutant_turns_a_claim(wrong: str, tiny: Tiny, monkeypatch: Patch) -> None:
-    mutate, name, constants = MUTANTS[wrong]
-    module = tiny(name, **constants)
-    held = [part.verdict for part in judge(module.CLAIM).parts]
+def turned(
+    module: Any,
+    mutate: Callable[[Patch], None],
+    patch: Patch,
+    records: Callable[[], Callable[[Any], Any] | None] = lambda: None,
+) -> bool:
+    """Whether a part of the claim that holds does so no longer; its runs are run anew."""
+    held = [part.verdict for part in judge(module.CLAIM, records()).parts]
     assert Verdict.HOLDS in held
     for value in vars(module).values():
         if hasattr(value, "cache_clear"):
             value.cache_clear()
-    mutate(monkeypatch)
-    turned = [part.verdict for part in judge(module.CLAIM).parts]
-    assert any(a is Verdict.HOLDS is not b for a, b in zip(held, turned, strict=True))
+    mutate(patch)
+    found = [part.verdict for part in judge(module.CLAIM, records()).parts]
+    return any(a is Verdict.HOLDS is not b for a, b in zip(held, found, strict=True))
+
+
+@pytest.mark.parametrize("wrong", MUTANTS)
+def test_a_mutant_turns_a_claim(wrong: str, tiny: Tiny, monkeypatch: Patch) -> None:
+    mutate, name, constants = MUTANTS[wrong]
+    assert turned(tiny(name, **constants), mutate, monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_kernel_of_the_wrong_layer_turns_claim_13(
+    tiny: Tiny, language_model: str, monkeypatch: Patch
+) -> None:
+    """Steps so small that the margins follow the right kernel, and at a tiny alpha none does."""
+    module = tiny(
+        "13_tangent_kernel", MODEL=language_model, SEEDS=range(3), SHOTS=4, UNSEEN=4, TOKENS=8,
+        RANK=4, STEPS=2, STRETCH=0.05, SHORT=0.01, SMALL=0.02,
+    )  # fmt: skip
+    monkeypatch.setattr(
+        module, "CLAIM", dataclasses.replace(module.CLAIM, parts=module.CLAIM.parts[:1])
+    )
+    assert turned(module, _kernel_of_another_layer, monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_broken_adjoint_turns_claim_16(tiny: Tiny, tmp_path: Path, monkeypatch: Patch) -> None:
+    """Part c alone differentiates through a projection: a and b are solved without gradients.
+
+    The features of the head fall off, so that directions of curvature are not alike.
+    """
+    from deltacontrol.experiments.studies.threshold import grid
+    from deltacontrol.experiments.studies.threshold.measurement import ModelThreshold
+
+    places = tiny_model.write(tmp_path, classes=3)
+    model: Any = BertModel.from_pretrained(places["model"])
+    with torch.no_grad():
+        for value in model.pooler.dense.parameters():
+            value /= torch.arange(1.0, 17.0).view(-1, *[1] * (value.ndim - 1))
+    model.save_pretrained(places["model"])
+    problems = [
+        ModelThreshold(
+            **places, deltas=("head",), rows=24, max_length=12, targets=(0.9, 0.8), draws=10,
+            dimensions=(4, 6, 8, 10, 12), subspaces=6, steps=40, projection="dense", seed=seed,
+        )
+        for seed in (0, 100, 200, 300)
+    ]  # fmt: skip
+    monkeypatch.setattr(grid, "experiments", lambda _: problems)
+    few = {"LEAST": 0.0, "RESOLUTION": 0.05, "FLAT": 60, "FLAT_SEEDS": range(3), "FLAT_DRAWS": 30}
+    module = tiny("16_subspace_threshold", **few)
+    part_c = dataclasses.replace(module.CLAIM, parts=module.CLAIM.parts[2:])
+    monkeypatch.setattr(module, "CLAIM", part_c)
+    folders = iter((tmp_path / "right", tmp_path / "wrong"))
+
+    def records() -> Callable[[Any], Any]:
+        store = RunStore(next(folders))
+        found = {configuration(e): run(e, store, progress=False) for e in problems}
+        return lambda experiment: found[configuration(experiment)]
+
+    assert turned(module, _adjoint_of_reversed_coordinates, monkeypatch, records)
