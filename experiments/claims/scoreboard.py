@@ -38,6 +38,7 @@ from deltacontrol.theory.errors import InputError, unknown
 from deltacontrol.theory.judging import Outcome, judge, judgements
 
 RESULTS = COMMITTED / CLAIMS
+IN_PROCESS = "in-process"
 RUNS = f"{CLAIMS}/runs"  # in the committed records: runs that no figure has
 
 
@@ -165,6 +166,8 @@ def evaluate(claim: Claim, store: RunStore, *, quick: bool = False) -> Judged:
         claim: The claim.
         store: Of its runs.
         quick: By fewer cases: with the constants that the claim's module names in ``QUICK``.
+
+    Its runs are made by the executor of `executors.registry.using`, else in this process.
     """
     began, worked = time.perf_counter(), time.process_time()
     with quick_preset.acting(claim) if quick else nullcontext():
@@ -303,13 +306,13 @@ def _judged(claim: Claim, store: RunStore, began: float, worked: float) -> Judge
 
 
 def _train(claim: Claim, store: RunStore) -> None:
-    from deltacontrol.experiments.runs.sweep import run
+    from deltacontrol.experiments.runs.executors.registry import chosen
+    from deltacontrol.experiments.runs.sweep import run_all
 
     wanted = list(claim.runs()) if claim.runs is not None else []
     own = replace(store, keep_controls=False)
-    for experiment, record in zip(wanted, store.lookup(wanted), strict=True):
-        if record is None:
-            run(experiment, own)
+    missing = [e for e, record in zip(wanted, store.lookup(wanted), strict=True) if record is None]
+    run_all(missing, own, executor=chosen(otherwise=IN_PROCESS))
 
 
 def _check(claim: Claim | Outcome) -> tuple[Any, ...]:

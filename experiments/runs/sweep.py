@@ -27,10 +27,9 @@ from deltacontrol.experiments.runs.executors.base import (
     End,
     Executor,
     Work,
-    default_workers,
     threads_each,
 )
-from deltacontrol.experiments.runs.executors.registry import chosen
+from deltacontrol.experiments.runs.executors.registry import chosen, chosen_workers
 from deltacontrol.experiments.runs.interrupts import (
     LIMIT_MINUTES,
     require_minutes,
@@ -77,12 +76,17 @@ PRELOADED = (
 )
 WAIT_SECONDS = 1.0  # until it is looked again whether another sweep is done with a run
 SEEN_SECONDS = 90.0  # after which a machine sees what another one wrote, on a network file system
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 def prepare() -> None:
     """Say early that processes will be wanted: their imports then run beside the caller's own."""
     chosen().prepare(PRELOADED)
+
+
+def default_workers() -> int:
+    """Runs at a time where nobody says how many: what the executor has room for."""
+    return chosen_workers() or chosen().places()
 
 
 def plan(
@@ -101,8 +105,12 @@ def plan(
         distinct, pending = _pending(experiments, store)
         forecast = Forecast(store.listed(warn=False))
         seconds = [forecast.seconds(e) for e in ordered(pending, using.order, forecast).values()]
-        at_a_time = workers or using.places()
+        at_a_time = workers or _room(using, executor)
     return Plan(len(distinct), len(distinct) - len(pending), tuple(seconds), at_a_time)
+
+
+def _room(using: Executor, given: Executor | str | None) -> int:
+    return default_workers() if given is None else using.places()
 
 
 def _pending(
@@ -161,7 +169,7 @@ def run_all(
     if pending:
         shown = progress and watch is None
         with using.session(workers):
-            at_a_time = min(workers or using.places(), len(pending))
+            at_a_time = min(workers or _room(using, executor), len(pending))
             known = store.listed(warn=False) if shown or using.order != "given" else []
             forecast = Forecast(known)
             pending = ordered(pending, using.order, forecast)
@@ -224,7 +232,7 @@ def advance_all(
             total=len(experiments), desc=f"to step {step}", disable=not progress, unit="run"
         ) as bar,
     ):
-        at_a_time = min(workers or using.places(), max(1, len(experiments)))
+        at_a_time = min(workers or _room(using, executor), max(1, len(experiments)))
         groups = companies(experiments, min(MOST, math.ceil(len(experiments) / at_a_time)))
         calls = {
             str(number): Call((group, store, step), 60.0 * limit_minutes * len(group))
@@ -308,7 +316,6 @@ class _Sweep:
             calls[first] = Call(arguments, 60.0 * self.limit_minutes * len(group))
         work = _work(worker.record, calls, self.store)
         for look in self.executor.ends(work, self.workers):
-            self.clock.running([members[first] for first in look.running])
             for first, end in look.ended.items():
                 group = members[first]
                 if end.failure is not None and len(group) > 1:
@@ -319,6 +326,7 @@ class _Sweep:
                         busy.append(name)
                     else:
                         self._done(name, None if recorded is True else recorded)
+            self.clock.running([members[first] for first in look.running])
             self._describe(look.running)
         return busy, again
 

@@ -19,10 +19,10 @@ from deltacontrol.experiments.runs.executors.base import Executor
 from deltacontrol.theory import parsing, plugins
 from deltacontrol.theory.errors import InputError, unknown
 
-__all__ = ["DEFAULT", "available", "chosen", "executor_of", "using"]
+__all__ = ["DEFAULT", "available", "chosen", "chosen_workers", "executor_of", "using"]
 
 DEFAULT = "processes"
-_CHOSEN: ContextVar[Executor | None] = ContextVar("executor", default=None)
+_CHOSEN: ContextVar[tuple[Executor, int | None] | None] = ContextVar("executor", default=None)
 
 
 def available() -> dict[str, type[Executor]]:
@@ -70,23 +70,36 @@ def _class(name: str) -> type[Executor]:
     return available()[name]
 
 
-def chosen(given: Executor | str | None = None) -> Executor:
-    """The given executor, else that of `using`, else the default one."""
-    if given is None:
-        return _CHOSEN.get() or executor_of(DEFAULT)
-    return executor_of(given)
+def chosen(given: Executor | str | None = None, otherwise: str = DEFAULT) -> Executor:
+    """The given executor, else that of `using`, else the one that is named otherwise."""
+    if given is not None:
+        return executor_of(given)
+    known = _CHOSEN.get()
+    return executor_of(otherwise) if known is None else known[0]
+
+
+def chosen_workers() -> int | None:
+    """Runs at a time by `using`; None where it does not say."""
+    known = _CHOSEN.get()
+    return None if known is None else known[1]
 
 
 @contextmanager
 def using(given: Executor | str, workers: int | None = None) -> Iterator[Executor]:
     """Let sweeps inside that are not told otherwise take this executor, ready to be used.
 
+    Args:
+        given: The executor.
+        workers: Runs at a time.
+
     Raises:
         InputError: As `executor_of`, or what the executor needs is not there.
     """
+    if workers is not None and workers < 1:
+        raise InputError(f"workers is {workers}; expected a whole number >= 1")
     executor = executor_of(given)
     with executor.session(workers):
-        token = _CHOSEN.set(executor)
+        token = _CHOSEN.set((executor, workers))
         try:
             yield executor
         finally:

@@ -95,9 +95,7 @@ class Remote(Executor, Generic[Handle]):
                 room = max(0, self.room(workers) - len(running))
                 ended = self._begin(work, waiting[:room], workers, running)
                 del waiting[:room]
-                yield Look(ended, list(running)[:workers])
                 handles = {name: one.handle for name, one in running.items()}
-                ended = {}
                 for name in self.over(handles, 1.0) if handles else []:
                     one = running.pop(name)
                     end = self._judged(self.end(one.handle), work, name, one.since)

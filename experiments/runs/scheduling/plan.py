@@ -84,8 +84,9 @@ def ordered(
 class Clock:
     """The time that is left of a sweep.
 
-    The forecast is corrected by the pace so far: what the runs of this sweep took, over what was
-    foretold of them. Nothing is told while nothing is known of some run.
+    The forecast is corrected by the pace so far: the time from the beginning of a run to its end as
+    the sweep sees it, the start of its process with it, over what was foretold of the run. Nothing
+    is told while nothing is known of some run.
 
     Args:
         forecast: Of the times of runs.
@@ -97,41 +98,45 @@ class Clock:
         self._forecast, self._pending, self._workers = forecast, dict(pending), workers
         self._foretold = {name: forecast.seconds(e) for name, e in pending.items()}
         self._took, self._expected = 0.0, 0.0
+        self._groups: dict[str, Sequence[str]] = {}  # of runs that are made in one place
         self._since: dict[str, float] = {}
-        self._groups: dict[str, list[str]] = {}
 
     def running(self, groups: Sequence[Sequence[str]]) -> None:
         """These are being made now, each group in one place."""
         now = time.monotonic()
-        self._since = {g[0]: self._since.get(g[0], now) for g in groups}
-        self._groups = {g[0]: list(g) for g in groups}
+        self._groups = {group[0]: group for group in groups}
+        self._since = {first: self._since.get(first, now) for first in self._groups}
 
     def done(self, name: str, record: Record | None) -> None:
         """A run ended, with a record or without one."""
-        self._pending.pop(name, None)
-        if record is None:
+        experiment = self._pending.pop(name, None)
+        if record is None or experiment is None:
             return
-        seconds, foretold = record.provenance.get("wall_seconds"), self._foretold.get(name)
-        if isinstance(seconds, int | float) and foretold:
-            self._took += seconds
-            self._expected += foretold
         self._forecast.learn(record)
+        expected = self._expected_of(name, experiment)
+        first = next((f for f, group in self._groups.items() if name in group), None)
+        if expected and first is not None:
+            self._took += (time.monotonic() - self._since[first]) / len(self._groups[first])
+            self._expected += expected
 
     @property
     def left(self) -> float | None:
         """Seconds, about; None where that is not known."""
+        pace = self._took / self._expected if self._expected else 1.0
         times = {}
         for name, experiment in self._pending.items():
-            seconds = self._foretold[name]
-            if seconds is not None and self._expected:
-                seconds *= self._took / self._expected
-            elif seconds is None:  # runs like it may have ended meanwhile
-                seconds = self._forecast.seconds(experiment)
+            seconds = self._expected_of(name, experiment)
             if seconds is None:
                 return None
-            times[name] = seconds
+            times[name] = pace * seconds
         now, under_way = time.monotonic(), []
         for first, since in self._since.items():
             whole = sum(times.pop(name, 0.0) for name in self._groups[first])
             under_way.append(max(0.0, whole - (now - since)))
         return makespan([*under_way, *times.values()], self._workers)
+
+    def _expected_of(self, name: str, experiment: Experiment) -> float | None:
+        """Seconds of a run, kept once they are known, so that the pace is over one forecast."""
+        if self._foretold[name] is None:
+            self._foretold[name] = self._forecast.seconds(experiment)
+        return self._foretold[name]
