@@ -38,7 +38,6 @@ from deltacontrol.theory.errors import InputError, unknown
 from deltacontrol.theory.judging import Outcome, judge, judgements
 
 RESULTS = COMMITTED / CLAIMS
-IN_PROCESS = "in-process"
 RUNS = f"{CLAIMS}/runs"  # in the committed records: runs that no figure has
 
 
@@ -166,8 +165,6 @@ def evaluate(claim: Claim, store: RunStore, *, quick: bool = False) -> Judged:
         claim: The claim.
         store: Of its runs.
         quick: By fewer cases: with the constants that the claim's module names in ``QUICK``.
-
-    Its runs are made by the executor of `executors.registry.using`, else in this process.
     """
     began, worked = time.perf_counter(), time.process_time()
     with quick_preset.acting(claim) if quick else nullcontext():
@@ -312,7 +309,7 @@ def _train(claim: Claim, store: RunStore) -> None:
     wanted = list(claim.runs()) if claim.runs is not None else []
     own = replace(store, keep_controls=False)
     missing = [e for e, record in zip(wanted, store.lookup(wanted), strict=True) if record is None]
-    run_all(missing, own, executor=chosen(otherwise=IN_PROCESS))
+    run_all(missing, own, executor=chosen(otherwise="in-process"))
 
 
 def _check(claim: Claim | Outcome) -> tuple[Any, ...]:

@@ -23,6 +23,7 @@ from deltacontrol.experiments.runs.store import RunStore, both_homes
 from deltacontrol.theory.claims import Claim
 from deltacontrol.theory.errors import InputError
 
+IN_PROCESS = "in-process"  # runs of claims are few
 LEAST_TITLE = 24  # columns of the list
 
 
@@ -72,7 +73,7 @@ class Claims:
     preset: Literal["paper", "quick"] = "paper"
     format: Literal["text", "markdown", "html", "latex", "csv"] = "text"
     publish: bool = False
-    executor: str = scoreboard.IN_PROCESS
+    executor: str = IN_PROCESS
     workers: int | None = None
 
     def run(self) -> int:
@@ -93,7 +94,7 @@ class Claims:
                 f"--format {self.format} gives the whole board; leave out {' '.join(self.which)}, "
                 "or use claims show"
             )
-        asked = self.executor != scoreboard.IN_PROCESS or self.workers is not None
+        asked = self.executor != IN_PROCESS or self.workers is not None
         if asked and self.action != "run":
             raise InputError("--executor and --workers go with run: nothing else makes runs")
         if self.action == "new":
