@@ -182,7 +182,7 @@ class Compare:
     def _scores(self, chosen: Sequence[Contestant]) -> list[Difference]:
         from deltacontrol.experiments.runs.sweep import prepare, run_all
 
-        prepare()
+        prepare(self.executor)
         store = RunStore(self.runs)
         rates = {c.text: {t: self._rate(c, t, store) for t in self.tasks} for c in chosen}
         cells = [(c, t, s) for c in chosen for t in self.tasks for s in range(self.seeds)]

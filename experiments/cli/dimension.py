@@ -69,7 +69,7 @@ class Dimension(FineTuningDimension):
         from deltacontrol.experiments.runs.running import run
         from deltacontrol.experiments.runs.sweep import prepare
 
-        prepare()
+        prepare(self.executor)
         require_minutes(self.limit_minutes)
         names = [f.name for f in fields(FineTuningDimension)]
         experiment = FineTuningDimension(**{name: getattr(self, name) for name in names})

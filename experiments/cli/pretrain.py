@@ -21,7 +21,7 @@ from deltacontrol.experiments.models.family import (
     Member,
     told_time,
 )
-from deltacontrol.experiments.runs.executors.registry import DEFAULT
+from deltacontrol.experiments.runs.executors.registry import DEFAULT, executor_of
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.runs.store import RunStore
@@ -91,6 +91,7 @@ class Pretrain:
 
         require_minutes(self.limit_minutes)
         require_workers(self.workers)
+        executor_of(self.executor)
         found = self._experiments()
         print(_plan(found))
         if self.plan:

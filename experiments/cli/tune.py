@@ -45,7 +45,7 @@ class Tune(RateSearch):
         from deltacontrol.experiments.runs.running import run
         from deltacontrol.experiments.runs.sweep import prepare
 
-        prepare()
+        prepare(self.executor)
         require_minutes(self.limit_minutes)
         experiment = RateSearch(**{f.name: getattr(self, f.name) for f in fields(RateSearch)})
         store = RunStore(self.runs)

@@ -79,9 +79,9 @@ SEEN_SECONDS = 90.0  # after which a machine sees what another one wrote, on a n
 _BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
-def prepare() -> None:
-    """Say early that processes will be wanted: their imports then run beside the caller's own."""
-    chosen().prepare(PRELOADED)
+def prepare(executor: Executor | str | None = None) -> None:
+    """Say early that an executor will be wanted: what it imports then runs beside the caller's."""
+    chosen(executor).prepare(PRELOADED)
 
 
 def default_workers() -> int:
@@ -308,6 +308,8 @@ class _Sweep:
         """Make each group in one place; the runs of another sweep, and those to be tried alone."""
         busy: list[str] = []
         again: list[str] = []
+        if not groups:
+            return busy, again
         members = {group[0]: group for group in groups}
         calls = {}
         for first, group in members.items():

@@ -86,7 +86,7 @@ def sent(work: Work, name: str, threads: int) -> Callable[[], End]:
         import sys
 
         os.chdir(folder)
-        sys.path[:] = list(dict.fromkeys([*sys.path, *filter(os.path.exists, paths)]))
+        sys.path[:] = list(dict.fromkeys([*filter(os.path.exists, paths), *sys.path]))
         importlib.invalidate_caches()
         calls = importlib.import_module("deltacontrol.experiments.runs.executors.calls")
         return calls.served(begin, call, seconds, threads)
