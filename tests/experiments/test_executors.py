@@ -19,7 +19,7 @@ import pytest
 
 from deltacontrol.experiments.cli import main as cli
 from deltacontrol.experiments.runs import failures, sweep
-from deltacontrol.experiments.runs.executors import base, calls, registry
+from deltacontrol.experiments.runs.executors import base, calls, hosting, registry
 from deltacontrol.experiments.runs.executors.base import Executor, Look, Work
 from deltacontrol.experiments.runs.executors.registry import executor_of, using
 from deltacontrol.experiments.runs.record import Record
@@ -410,8 +410,8 @@ def test_a_worker_with_other_files_does_not_record_another_run(tmp_path: Path) -
 def test_a_call_is_sent_as_a_text_that_needs_no_module(tmp_path: Path) -> None:
     """As a worker of a cluster gets it, which does not know where this project lies."""
     cloudpickle = pytest.importorskip("cloudpickle")
-    work = Work(math.hypot, {"a": base.Call((3.0, 4.0), 60.0)}, _nothing)
-    served = cloudpickle.dumps(calls.sent(work, "a", 1))
+    work = Work(math.hypot, {"a": base.Call((3.0, 4.0), 60.0)}, abs)
+    served = cloudpickle.dumps(hosting.sent(work, "a", 1))
     (tmp_path / "call").write_bytes(served)
     code = (
         "import pickle, sys; call = pickle.loads(open(sys.argv[1], 'rb').read());"
@@ -428,7 +428,3 @@ def test_a_call_is_sent_as_a_text_that_needs_no_module(tmp_path: Path) -> None:
         check=False,
     )
     assert done.stdout.strip() == "5.0", done.stderr
-
-
-def _nothing(threads: int) -> None:
-    assert threads == 1

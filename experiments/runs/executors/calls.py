@@ -1,4 +1,4 @@
-"""Making one call in a process of its own, here or on another machine.
+"""Making one call in a process of its own.
 
 A call is sent as bytes, which a process reads after `Work.begin`: what its arguments hold may be of
 a user's file, which has to be loaded first. The bytes were made by the sweep that wants the call.
@@ -6,16 +6,13 @@ a user's file, which has to be loaded first. The bytes were made by the sweep th
 
 from __future__ import annotations
 
-import faulthandler
-import os
 import pickle
-import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-from deltacontrol.experiments.runs.executors.base import GRACE_SECONDS, End, Work, be_worker
+from deltacontrol.experiments.runs.executors.base import End, Work
 from deltacontrol.theory.errors import InputError
 
 
@@ -29,10 +26,15 @@ def packed(work: Work, name: str) -> bytes:
     Raises:
         UnsendableError: They cannot be sent.
     """
-    return _bytes((work.function, work.calls[name].arguments))
+    return as_bytes((work.function, work.calls[name].arguments))
 
 
-def _bytes(value: Any) -> bytes:
+def as_bytes(value: Any) -> bytes:
+    """A value for another process.
+
+    Raises:
+        UnsendableError: It cannot be sent.
+    """
     try:
         return bytes(ForkingPickler.dumps(value))
     except Exception as error:
@@ -63,49 +65,6 @@ def unpacked(call: bytes) -> Any:
     """Make a call that was `packed`."""
     function, arguments = pickle.loads(call)
     return function(*arguments)
-
-
-def sent(work: Work, name: str, threads: int) -> Callable[[], End]:
-    """The whole call as a function for a worker that may know nothing of this project yet.
-
-    It is a closure over plain values, so that it is sent by its text and needs no module to be
-    read. The worker gets this process's folder and search path, which a shared file system has in
-    the same place.
-
-    Raises:
-        UnsendableError: It cannot be sent.
-    """
-    paths = [os.path.abspath(path) for path in sys.path]
-    folder = os.getcwd()
-    call, begin = packed(work, name), _bytes(work.begin)
-    seconds = work.calls[name].seconds
-
-    def serve() -> Any:
-        import importlib
-        import os
-        import sys
-
-        os.chdir(folder)
-        sys.path[:] = list(dict.fromkeys([*filter(os.path.exists, paths), *sys.path]))
-        importlib.invalidate_caches()
-        calls = importlib.import_module("deltacontrol.experiments.runs.executors.calls")
-        return calls.served(begin, call, seconds, threads)
-
-    return serve
-
-
-def served(begin: bytes, call: bytes, seconds: float, threads: int) -> End:
-    """Make a call as a worker of a cluster, which ends itself where its limit is not kept.
-
-    A thread of the system does so, which needs neither the interpreter nor the sweep.
-    """
-    be_worker(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True, file=sys.__stderr__)
-    try:
-        return made(lambda: pickle.loads(begin)(threads), lambda: unpacked(call))
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def over_limit(seconds: float) -> str:

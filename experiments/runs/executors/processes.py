@@ -58,9 +58,9 @@ class Processes(Executor):
         """Its share of the cores."""
         return threads_each(workers)
 
-    def ends(self, work: Work, workers: int) -> Iterator[Look]:
+    def ends(self, work: Work, workers: int, threads: int | None = None) -> Iterator[Look]:
         """Make each call in a process that is forked from a server with the modules."""
-        return _Sweep(work, workers, self.threads(workers)).ends()
+        return _Sweep(work, workers, threads or self.threads(workers)).ends()
 
 
 def _context(preload: Sequence[str]) -> Any:

@@ -1,7 +1,8 @@
-"""The runs on a Ray cluster, each in a worker of its own."""
+"""The runs on a Ray cluster, each a task."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -78,16 +79,14 @@ class Ray(Remote[Any]):
     def hand_over(
         self, work: Work, served: Mapping[str, Callable[[], End]], workers: int
     ) -> dict[str, Any]:
-        """One task a call, in a worker that ends with it; Ray itself retries nothing."""
+        """One task a call; Ray itself retries nothing."""
         ray = _ray()
         memory = {} if self.memory is None else {"memory": int(self.memory * _GIB)}
 
         def make(call: Callable[[], Any]) -> Any:  # sent by its text, as what it calls is
             return call()
 
-        task = ray.remote(
-            num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0, max_calls=1, **memory
-        )(make)
+        task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0, **memory)(make)
         return {name: task.remote(call) for name, call in served.items()}
 
     def over(self, handles: Mapping[str, Any], seconds: float) -> list[str]:
@@ -119,7 +118,6 @@ class Ray(Remote[Any]):
 
 def _ray() -> Any:
     try:
-        import ray
+        return importlib.import_module("ray")
     except ImportError as error:
         raise InputError(missing("ray", "ray")) from error
-    return ray

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
-from deltacontrol.experiments.runs.executors import calls
+from deltacontrol.experiments.runs.executors import calls, hosting
 from deltacontrol.experiments.runs.executors.base import (
-    GRACE_SECONDS,
     SAVING_SECONDS,
     End,
     Executor,
@@ -26,12 +25,6 @@ from deltacontrol.experiments.runs.executors.base import (
 )
 
 Handle = TypeVar("Handle")
-
-
-@dataclass
-class _Running(Generic[Handle]):
-    handle: Handle
-    since: float
 
 
 @dataclass(frozen=True)
@@ -89,16 +82,14 @@ class Remote(Executor, Generic[Handle]):
     def ends(self, work: Work, workers: int) -> Iterator[Look]:
         """Hand over, look, and hand those over again whose worker died."""
         waiting, tries = list(work.calls), Counter[str]()
-        running: dict[str, _Running[Handle]] = {}
+        running: dict[str, Handle] = {}
         try:
             while waiting or running:
                 room = max(0, self.room(workers) - len(running))
                 ended = self._begin(work, waiting[:room], workers, running)
                 del waiting[:room]
-                handles = {name: one.handle for name, one in running.items()}
-                for name in self.over(handles, 1.0) if handles else []:
-                    one = running.pop(name)
-                    end = self._judged(self.end(one.handle), work, name, one.since)
+                for name in self.over(running, 1.0) if running else []:
+                    end = self.end(running.pop(name))
                     tries[name] += 1
                     if end.died and tries[name] <= self.retries:
                         waiting.insert(0, name)
@@ -112,32 +103,23 @@ class Remote(Executor, Generic[Handle]):
             self._stop(running)
 
     def _begin(
-        self, work: Work, names: list[str], workers: int, running: dict[str, _Running[Handle]]
+        self, work: Work, names: list[str], workers: int, running: dict[str, Handle]
     ) -> dict[str, End]:
         """Hand these over; the ends of those that cannot be."""
         ended, served = {}, {}
         for name in names:
             try:
-                served[name] = calls.sent(work, name, self.threads(workers))
+                served[name] = hosting.sent(work, name, self.threads(workers))
             except calls.UnsendableError as error:
                 ended[name] = End(failure=str(error))
         if served:
-            for name, handle in self.hand_over(work, served, workers).items():
-                running[name] = _Running(handle, time.monotonic())
+            running |= self.hand_over(work, served, workers)
         return ended
 
-    def _judged(self, end: End, work: Work, name: str, since: float) -> End:
-        """A worker that ended itself because its limit was not kept did not die."""
-        seconds = work.calls[name].seconds
-        if end.died and time.monotonic() - since >= seconds + GRACE_SECONDS:
-            return End(failure=calls.over_limit(seconds))
-        return end
-
-    def _stop(self, running: dict[str, _Running[Handle]]) -> None:
-        handles = {name: one.handle for name, one in running.items()}
+    def _stop(self, handles: dict[str, Handle]) -> None:
         for handle in handles.values():
             self.stop(handle, at_once=False)
-        until = time.monotonic() + SAVING_SECONDS
+        until = time.monotonic() + 2 * SAVING_SECONDS
         while handles and (left := until - time.monotonic()) > 0:
             for name in self.over(handles, left):
                 del handles[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -128,8 +129,7 @@ class Slurm(Remote[Any]):
 
 def _submitit() -> Any:
     try:
-        import submitit
-        import submitit.core.utils
+        importlib.import_module("submitit.core.utils")
+        return importlib.import_module("submitit")
     except ImportError as error:
         raise InputError(missing("slurm", "submitit")) from error
-    return submitit
