@@ -46,7 +46,7 @@ PACKAGES = [
 
 @pytest.fixture(autouse=True)
 def light(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "PRELOADED", ("torch",))
+    monkeypatch.setattr(sweep, "PRELOADED", ("torch", "tests.experiments.toy_runs"))
 
 
 def told(record: Record) -> dict[str, Any]:

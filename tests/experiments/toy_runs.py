@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--limit-minutes", type=float, default=60.0)
     given = parser.parse_args()
-    sweep.PRELOADED = ("torch",)
+    sweep.PRELOADED = ("torch", "tests.experiments.toy_runs")
     log = given.root.with_suffix(".log")
     wanted = toys(log, *given.runs)
     limit = given.limit_minutes

@@ -72,9 +72,15 @@ class Slurm(Remote[Any]):
         for seconds, names in arrays.items():
             for first in range(0, len(names), _LONGEST_ARRAY):
                 part = names[first : first + _LONGEST_ARRAY]
-                executor = self._executor(work, seconds, workers)
-                with executor.batch():
-                    found |= {name: executor.submit(served[name]) for name in part}
+                try:
+                    executor = self._executor(work, seconds, workers)
+                    with executor.batch():
+                        found |= {name: executor.submit(served[name]) for name in part}
+                except Exception as error:
+                    raise InputError(
+                        f"Slurm took no job: {last_line(error)}; try `sbatch` by hand with the "
+                        "same partition and account"
+                    ) from error
         return found
 
     def _executor(self, work: Work, seconds: float, workers: int) -> Any:
