@@ -266,6 +266,41 @@ def test_each_of_two_hundred_runs_is_accounted_for(tmp_path: Path) -> None:
     print(f"\n{dict(statuses)}; reasons: {Counter(f.reason.split(':')[0] for f in kept)}")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="no submitit here")
+def test_jobs_of_slurm_are_arrays_with_their_resources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would be handed to Slurm, by commands that only write down what they were given."""
+    handed = tmp_path / "handed"
+    for name, line in {
+        "sbatch": f'cat "$1" >> {handed}; n=$(grep -c "#SBATCH --time" {handed})\n'
+        'echo "Submitted batch job $n"',
+        "srun": "exit 1",
+    }.items():
+        command = tmp_path / name
+        command.write_text(f"#!/bin/bash\n{line}\n")
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    slurm = executor_of("slurm:partition=gpu,account=me,cpus=4,gpus=1,memory=8")
+    seconds = {"a": 600.0, "b": 600.0, "c": 1200.0}
+    work = Work(math.hypot, {n: base.Call((), s) for n, s in seconds.items()}, abs, (), tmp_path)
+    with slurm.session(None):
+        jobs = slurm.hand_over(work, dict.fromkeys(seconds, lambda: base.End(1)), 1)  # type: ignore[attr-defined]
+    assert {name: job.job_id for name, job in jobs.items()} == {"a": "1_0", "b": "1_1", "c": "2"}
+    lines = handed.read_text().splitlines()
+    for option, times in {
+        "--array=0-1%1": 1, "--partition=gpu": 2, "--account=me": 2, "--cpus-per-task=4": 2,
+        "--gpus-per-node=1": 2, "--mem=8GB": 2, "--time=15": 1, "--time=25": 1,
+    }.items():  # fmt: skip
+        assert lines.count(f"#SBATCH {option}") == times, (option, lines)
+    (tmp_path / "sbatch").write_text("#!/bin/bash\necho no such partition >&2; exit 1\n")
+    with pytest.raises(InputError, match="Slurm took no job: .*; try `sbatch` by hand"):
+        slurm.hand_over(work, {"a": lambda: base.End(1)}, 16)  # type: ignore[attr-defined]
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(InputError, match="there is no sbatch here"), slurm.session(None):
+        pass
+
+
 def test_an_executor_is_a_text_with_options() -> None:
     assert set(registry.available()) == {"in-process", "processes", "ray", "slurm"}
     ray = executor_of("ray:cpus=2,gpus=0.5,memory=8,retries=0,address=10.0.0.1:6379,order=longest")
