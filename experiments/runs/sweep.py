@@ -29,7 +29,11 @@ from deltacontrol.experiments.runs.executors.base import (
     Work,
     threads_each,
 )
-from deltacontrol.experiments.runs.executors.registry import chosen, chosen_workers
+from deltacontrol.experiments.runs.executors.registry import (
+    chosen,
+    chosen_workers,
+    require_workers,
+)
 from deltacontrol.experiments.runs.interrupts import (
     LIMIT_MINUTES,
     require_minutes,

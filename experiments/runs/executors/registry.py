@@ -19,7 +19,15 @@ from deltacontrol.experiments.runs.executors.base import Executor
 from deltacontrol.theory import parsing, plugins
 from deltacontrol.theory.errors import InputError, unknown
 
-__all__ = ["DEFAULT", "available", "chosen", "chosen_workers", "executor_of", "using"]
+__all__ = [
+    "DEFAULT",
+    "available",
+    "chosen",
+    "chosen_workers",
+    "executor_of",
+    "require_workers",
+    "using",
+]
 
 DEFAULT = "processes"
 _CHOSEN: ContextVar[tuple[Executor, int | None] | None] = ContextVar("executor", default=None)
@@ -84,6 +92,12 @@ def chosen_workers() -> int | None:
     return None if known is None else known[1]
 
 
+def require_workers(workers: int | None) -> None:
+    """Refuse a number of runs at a time that cannot be; raises `InputError`."""
+    if workers is not None and workers < 1:
+        raise InputError(f"workers is {workers}; expected a whole number >= 1")
+
+
 @contextmanager
 def using(given: Executor | str, workers: int | None = None) -> Iterator[Executor]:
     """Let sweeps inside that are not told otherwise take this executor, ready to be used.
@@ -95,8 +109,7 @@ def using(given: Executor | str, workers: int | None = None) -> Iterator[Executo
     Raises:
         InputError: As `executor_of`, or what the executor needs is not there.
     """
-    if workers is not None and workers < 1:
-        raise InputError(f"workers is {workers}; expected a whole number >= 1")
+    require_workers(workers)
     executor = executor_of(given)
     with executor.session(workers):
         token = _CHOSEN.set((executor, workers))
