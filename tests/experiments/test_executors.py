@@ -26,7 +26,7 @@ from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.experiments.runs.sweep import run_all
 from deltacontrol.theory.errors import InputError
-from tests.experiments.toy_runs import Toy, toys
+from tests.experiments.toy_runs import PRELOADED, Toy, toys
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTERS = {"ray": "ray", "slurm:cluster=local": "submitit"}
@@ -46,7 +46,7 @@ PACKAGES = [
 
 @pytest.fixture(autouse=True)
 def light(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "PRELOADED", ("torch", "tests.experiments.toy_runs"))
+    monkeypatch.setattr(sweep, "PRELOADED", PRELOADED)
 
 
 def told(record: Record) -> dict[str, Any]:

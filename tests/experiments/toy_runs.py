@@ -17,6 +17,16 @@ from deltacontrol.experiments.runs.experiment import Experiment, Outcome, Worksp
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.theory.errors import InputError
 
+# What a run needs without a model, so that processes begin quickly.
+PRELOADED = (
+    "torch",
+    "pyarrow.parquet",
+    "deltacontrol.deltas.registry",
+    "deltacontrol.experiments.models",
+    "deltacontrol.experiments.tasks",
+    "deltacontrol.theory.solvers.registry",
+    "tests.experiments.toy_runs",
+)
 BEHAVIOURS = ("compute", "wait", "raise", "refuse", "nan", "hang", "exit", "die", "once")
 
 
@@ -94,7 +104,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--limit-minutes", type=float, default=60.0)
     given = parser.parse_args()
-    sweep.PRELOADED = ("torch", "tests.experiments.toy_runs")
+    sweep.PRELOADED = PRELOADED
     log = given.root.with_suffix(".log")
     wanted = toys(log, *given.runs)
     limit = given.limit_minutes
