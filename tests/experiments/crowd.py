@@ -113,7 +113,7 @@ def _is_mine(toy: Toy) -> bool:
 def crowd(workers: int, folder: Path) -> Crowd:
     """So many workers on one store in a new folder."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.experiments.crowd", "pandas", "pyarrow.parquet"])
+    context.set_forkserver_preload(["tests.experiments.toy_runs", "pyarrow.parquet"])
     root, log = folder / "runs", folder / "log"
     wanted = [Toy(n, "wait", WORK_SECONDS, str(log)) for n in range(RUNS_EACH * workers)]
     gate, found = context.Barrier(workers + 1), context.Queue()
