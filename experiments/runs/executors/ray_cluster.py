@@ -15,6 +15,7 @@ from deltacontrol.experiments.runs.provenance import usable_cores
 from deltacontrol.theory.errors import InputError
 
 _GIB = 2**30
+_ATTEMPTS = 3  # to start a cluster here: Ray gives its server half a minute, a busy machine more
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,19 @@ class Ray(Remote[Any]):
             options |= {"address": "local", "num_cpus": number, "include_dashboard": False}
         else:
             options |= {"address": address}
-        try:
-            ray.init(**options)
-        except Exception as error:
-            where = "be started here" if address is None else f"be reached at {address}"
-            raise InputError(
-                f"no Ray cluster can {where}: {last_line(error)}; `ray status` says what is there"
-            ) from error
+        attempts = _ATTEMPTS if address is None else 1
+        for attempt in range(1, attempts + 1):
+            try:
+                ray.init(**options)
+                return
+            except Exception as error:
+                ray.shutdown()
+                if attempt == attempts:
+                    where = "be started here" if address is None else f"be reached at {address}"
+                    raise InputError(
+                        f"no Ray cluster can {where}: {last_line(error)}; `ray status` says what "
+                        "is there"
+                    ) from error
 
     def places(self) -> int:
         """As many runs as the cluster has room for now."""
