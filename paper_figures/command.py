@@ -6,11 +6,13 @@ Importing this module does not import torch.
 from __future__ import annotations
 
 import textwrap
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from deltacontrol.experiments.runs import provenance
+from deltacontrol.experiments.runs.executors.registry import DEFAULT, executor_of, using
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.paper_figures import base, collect
@@ -32,7 +34,10 @@ class Figures:
             that come with the package.
         only: Names of the figures to draw; all when empty.
         out: Where the pictures, tables and captions go.
-        workers: Runs at a time, one process with one thread each; chosen by the machine if absent.
+        workers: Runs at a time; by default one a core, or what the cluster has room for.
+        executor: Who makes the runs: in-process, processes, ray or slurm, with options behind the
+            name, such as ray:gpus=1.
+        plan: Only say what would be run for each figure, and about how long it takes.
         runs: Where finished runs are kept.
         limit_minutes: How long one run may take before it is stopped and saved.
         publish: Put the records that were drawn among the committed ones, for preset paper to
@@ -44,6 +49,8 @@ class Figures:
     only: tuple[str, ...] = ()
     out: Path = Path("figures")
     workers: int | None = None
+    executor: str = DEFAULT
+    plan: bool = False
     runs: Path = Path("runs")
     limit_minutes: float = LIMIT_MINUTES
     publish: bool = False
@@ -69,23 +76,38 @@ class Figures:
             raise InputError(
                 f"--publish is for this project's figures; {', '.join(sorted(own))} is yours"
             )
+        executor_of(self.executor)
         failures: dict[str, InputError] = {}
-        for name, figure in figures.items():
-            try:
-                self._draw(name, figure)
-            except InputError as error:
-                failures[name] = error
+        with using(self.executor, self.workers) if self._computes else nullcontext():
+            for name, figure in figures.items():
+                try:
+                    self._plan(name, figure) if self.plan else self._draw(name, figure)
+                except InputError as error:
+                    failures[name] = error
         if failures:
             reasons = "; ".join(f"{name}: {error}" for name, error in failures.items())
             raise InputError(
                 f"{len(failures)} of {len(figures)} figures could not be drawn: {reasons}"
             )
 
+    @property
+    def _computes(self) -> bool:
+        return self.preset == "quick" or self.recompute
+
+    def _plan(self, name: str, figure: base.FigureModule) -> None:
+        if collect.is_fixed(figure.STUDY) or not self._computes:
+            print(f"{name}: drawn from committed records, nothing to do")
+            return
+        from deltacontrol.experiments.runs.sweep import plan
+
+        wanted = collect.study(figure.STUDY, self.preset)
+        print(f"{name}: {plan(wanted, RunStore(self.runs), self.workers).text}")
+
     def _draw(self, name: str, figure: base.FigureModule) -> None:
         from deltacontrol.paper_figures.export import export
 
         fixed = collect.is_fixed(figure.STUDY)
-        if fixed or (self.preset == "paper" and not self.recompute):
+        if fixed or not self._computes:
             records = collect.committed(figure.STUDY)
         else:
             records = collect.computed(

@@ -303,13 +303,13 @@ def _judged(claim: Claim, store: RunStore, began: float, worked: float) -> Judge
 
 
 def _train(claim: Claim, store: RunStore) -> None:
-    from deltacontrol.experiments.runs.sweep import run
+    from deltacontrol.experiments.runs.executors.registry import chosen
+    from deltacontrol.experiments.runs.sweep import run_all
 
     wanted = list(claim.runs()) if claim.runs is not None else []
     own = replace(store, keep_controls=False)
-    for experiment, record in zip(wanted, store.lookup(wanted), strict=True):
-        if record is None:
-            run(experiment, own)
+    missing = [e for e, record in zip(wanted, store.lookup(wanted), strict=True) if record is None]
+    run_all(missing, own, executor=chosen(otherwise="in-process"))
 
 
 def _check(claim: Claim | Outcome) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +18,12 @@ import tyro
 from deltacontrol.experiments.claims import board, scoreboard, template
 from deltacontrol.experiments.claims import quick as quick_preset
 from deltacontrol.experiments.runs import provenance
+from deltacontrol.experiments.runs.executors.registry import using
 from deltacontrol.experiments.runs.store import RunStore, both_homes
 from deltacontrol.theory.claims import Claim
 from deltacontrol.theory.errors import InputError
 
+IN_PROCESS = "in-process"  # runs of claims are few
 LEAST_TITLE = 24  # columns of the list
 
 
@@ -59,6 +62,9 @@ class Claims:
             page, as a LaTeX table, or as CSV.
         publish: With judge or run, from a clean checkout only: put the results, and the records
             of the runs behind them, among the committed ones, and the scoreboard into the README.
+        executor: With run, who makes runs: in-process, processes, ray or slurm, with options behind
+            the name, such as ray:gpus=1.
+        workers: With run, runs at a time.
     """
 
     action: tyro.conf.Positional[Literal["list", "judge", "run", "show", "new"]] = "list"
@@ -67,6 +73,8 @@ class Claims:
     preset: Literal["paper", "quick"] = "paper"
     format: Literal["text", "markdown", "html", "latex", "csv"] = "text"
     publish: bool = False
+    executor: str = IN_PROCESS
+    workers: int | None = None
 
     def run(self) -> int:
         """Do the action; exit code 1 where a claim does not hold or could not be judged.
@@ -86,6 +94,9 @@ class Claims:
                 f"--format {self.format} gives the whole board; leave out {' '.join(self.which)}, "
                 "or use claims show"
             )
+        asked = self.executor != IN_PROCESS or self.workers is not None
+        if asked and self.action != "run":
+            raise InputError("--executor and --workers go with run: nothing else makes runs")
         if self.action == "new":
             return self._new()
         chosen = [_chosen(text) for text in self.which]
@@ -94,7 +105,8 @@ class Claims:
             return self._list(chosen)
         if self.action == "show":
             return self._show(chosen)
-        return self._judge(chosen)
+        with using(self.executor, self.workers) if self.action == "run" else nullcontext():
+            return self._judge(chosen)
 
     def _judge(self, chosen: list[Claim]) -> int:
         store = both_homes(self.runs)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from deltacontrol.experiments.measures.paired import Difference, paired, require_margin
+from deltacontrol.experiments.runs.executors.registry import DEFAULT, using
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.theory.errors import InputError
@@ -96,7 +97,9 @@ class Compare:
             rows, as `deltacontrol tune` does.
         budget: With --measure dimension, trainings of a search at most.
         runs: Your folder of runs.
-        workers: Processes at a time; by default one a core.
+        workers: Runs at a time; by default one a core, or what the cluster has room for.
+        executor: Who makes the runs: in-process, processes, ray or slurm, with options behind the
+            name, such as ray:gpus=1.
         limit_minutes: How long one run may take.
         csv: Write one row a pair of contestants to this file.
         latex: Write the same as a LaTeX table.
@@ -116,6 +119,7 @@ class Compare:
     budget: int = 20
     runs: Path = Path("runs")
     workers: int | None = None
+    executor: str = DEFAULT
     limit_minutes: float = LIMIT_MINUTES
     csv: Path | None = None
     latex: Path | None = None
@@ -150,10 +154,11 @@ class Compare:
                     f"{c.text!r}: a dimension is searched for one delta, with rates of its own; "
                     "leave out further deltas, @ and --tune"
                 )
-        if self.measure == "dimension":
-            differences = self._dimensions(chosen)
-        else:
-            differences = self._scores(chosen)
+        with using(self.executor, self.workers):
+            if self.measure == "dimension":
+                differences = self._dimensions(chosen)
+            else:
+                differences = self._scores(chosen)
         table = rows(differences)
         for line in lines(differences):
             print(line)
@@ -177,7 +182,7 @@ class Compare:
     def _scores(self, chosen: Sequence[Contestant]) -> list[Difference]:
         from deltacontrol.experiments.runs.sweep import prepare, run_all
 
-        prepare()
+        prepare(self.executor)
         store = RunStore(self.runs)
         rates = {c.text: {t: self._rate(c, t, store) for t in self.tasks} for c in chosen}
         cells = [(c, t, s) for c in chosen for t in self.tasks for s in range(self.seeds)]

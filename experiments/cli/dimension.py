@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltacontrol.experiments import tasks
+from deltacontrol.experiments.runs.executors.registry import DEFAULT, using
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.store import Record, RunStore
 from deltacontrol.experiments.studies.d90.fine_tuning import FineTuningDimension
@@ -47,6 +48,9 @@ class Dimension(FineTuningDimension):
     """Training rows, and as many validation rows, from which it is predicted."""
     runs: Path = Path("runs")
     """Folder in which everything is recorded."""
+    executor: str = DEFAULT
+    """Who makes the runs: in-process, processes, ray or slurm, with options behind the name, such
+    as ray:gpus=1."""
     limit_minutes: float = LIMIT_MINUTES
     """How long the search may take, the time that it waits for another process not counted. At the
     limit it is saved, and the same command with a larger one goes on."""
@@ -65,7 +69,7 @@ class Dimension(FineTuningDimension):
         from deltacontrol.experiments.runs.running import run
         from deltacontrol.experiments.runs.sweep import prepare
 
-        prepare()
+        prepare(self.executor)
         require_minutes(self.limit_minutes)
         names = [f.name for f in fields(FineTuningDimension)]
         experiment = FineTuningDimension(**{name: getattr(self, name) for name in names})
@@ -73,7 +77,8 @@ class Dimension(FineTuningDimension):
         known = store.find(experiment) is not None
         if not known and (told := tasks.reading_of(experiment)):
             print(told)
-        record = run(experiment, store, limit_minutes=self.limit_minutes)
+        with using(self.executor):
+            record = run(experiment, store, limit_minutes=self.limit_minutes)
         if record is None:  # another process of the launch writes and prints
             return 0
         print_record(experiment, record)

@@ -13,9 +13,10 @@ from deltacontrol.experiments.claims import board, scoreboard
 from deltacontrol.experiments.claims.code_digest import code_digest
 from deltacontrol.experiments.claims.court import METRICS, STATEMENTS, Statement
 from deltacontrol.experiments.runs import provenance
+from deltacontrol.experiments.runs.executors.registry import DEFAULT, using
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.publishing import publish as publish_records
-from deltacontrol.experiments.runs.store import both_homes, configuration
+from deltacontrol.experiments.runs.store import RunStore, both_homes, configuration
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.judging import judge
 
@@ -54,7 +55,9 @@ class Judge:
         file: The statement.
         plan: Only say what would be trained.
         runs: Your folder of runs; the result is kept in its folder claims.
-        workers: Processes at a time; by default one a core.
+        workers: Runs at a time; by default one a core, or what the cluster has room for.
+        executor: Who makes the runs: in-process, processes, ray or slurm, with options behind the
+            name, such as ray:gpus=1.
         limit_minutes: How long one run may take.
         publish: For a statement of this project, from a clean checkout only: put the result and the
             records behind it among the committed ones, and its row on the scoreboard.
@@ -64,6 +67,7 @@ class Judge:
     plan: bool = False
     runs: Path = Path("runs")
     workers: int | None = None
+    executor: str = DEFAULT
     limit_minutes: float = LIMIT_MINUTES
     publish: bool = False
 
@@ -73,8 +77,7 @@ class Judge:
         Raises:
             InputError: the file is no statement, or a training fails.
         """
-        from deltacontrol.experiments.runs.running import run
-        from deltacontrol.experiments.runs.sweep import require_workers, run_all
+        from deltacontrol.experiments.runs.sweep import require_workers
 
         require_minutes(self.limit_minutes)
         require_workers(self.workers)
@@ -105,6 +108,14 @@ class Judge:
         )
         if self.plan:
             return 0
+        with using(self.executor, self.workers):
+            return self._judge(statement, store)
+
+    def _judge(self, statement: Statement, store: RunStore) -> int:
+        from deltacontrol.experiments.runs.running import run
+        from deltacontrol.experiments.runs.sweep import run_all
+
+        searches = statement.searches()
         began, worked = time.perf_counter(), time.process_time()
         rates, at_end = {}, []
         both = (statement.first, statement.second)

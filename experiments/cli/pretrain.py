@@ -21,6 +21,7 @@ from deltacontrol.experiments.models.family import (
     Member,
     told_time,
 )
+from deltacontrol.experiments.runs.executors.registry import DEFAULT, executor_of
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.runs.store import RunStore
@@ -78,6 +79,9 @@ class Pretrain:
     """Say what would be made and how long it takes, and stop."""
     runs: Path = Path("runs")
     """Folder in which the runs are recorded."""
+    executor: str = DEFAULT
+    """Who makes the runs: in-process, processes, ray or slurm, with options behind the name, such
+    as ray:gpus=1."""
     limit_minutes: float = LIMIT_MINUTES
     """How long one model may take. At the limit it is saved, and the same command goes on."""
 
@@ -87,6 +91,7 @@ class Pretrain:
 
         require_minutes(self.limit_minutes)
         require_workers(self.workers)
+        executor_of(self.executor)
         found = self._experiments()
         print(_plan(found))
         if self.plan:
@@ -104,6 +109,7 @@ class Pretrain:
                 self.workers,
                 limit_minutes=self.limit_minutes,
                 watch=line.look,
+                executor=self.executor,
             )
         print(_table(found, records))
         alive = [one for one, r in zip(found, records, strict=True) if r.status == "completed"]

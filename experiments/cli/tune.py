@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from deltacontrol.experiments import tasks
+from deltacontrol.experiments.runs.executors.registry import DEFAULT, using
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.store import Record, RunStore
 from deltacontrol.experiments.studies.learning_rates.search import RateSearch
@@ -29,6 +30,9 @@ class Tune(RateSearch):
 
     runs: Path = Path("runs")
     """Folder in which everything is recorded."""
+    executor: str = DEFAULT
+    """Who makes the runs: in-process, processes, ray or slurm, with options behind the name, such
+    as ray:gpus=1."""
     limit_minutes: float = LIMIT_MINUTES
     """How long the search may take, the time that it waits for another process not counted. At the
     limit it is saved, and the same command with a larger one goes on."""
@@ -41,7 +45,7 @@ class Tune(RateSearch):
         from deltacontrol.experiments.runs.running import run
         from deltacontrol.experiments.runs.sweep import prepare
 
-        prepare()
+        prepare(self.executor)
         require_minutes(self.limit_minutes)
         experiment = RateSearch(**{f.name: getattr(self, f.name) for f in fields(RateSearch)})
         store = RunStore(self.runs)
@@ -52,7 +56,8 @@ class Tune(RateSearch):
             count = len(experiment.rates) * experiment.seeds
             rates = ", ".join(f"{rate:g}" for rate in experiment.rates)
             print(f"{count} trainings, at the rates {rates}")
-        record = run(experiment, store, limit_minutes=self.limit_minutes)
+        with using(self.executor):
+            record = run(experiment, store, limit_minutes=self.limit_minutes)
         if record is None:  # another process of the launch writes and prints
             return 0
         print_record(experiment, record)

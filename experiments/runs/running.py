@@ -14,9 +14,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from deltacontrol.experiments.runs import failures
+from deltacontrol.experiments.runs import failures, locks
 from deltacontrol.experiments.runs.experiment import (
     Digests,
     Experiment,
@@ -341,21 +339,17 @@ def forsake(experiment: Experiment, store: RunStore) -> None:
 
 @contextmanager
 def locked(store: RunStore, name: str, block: bool) -> Iterator[bool]:
-    """Hold the lock of a run inside; whether it could be had, which is certain with ``block``."""
-    folder = store.root / ".locks"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{name}.lock", timeout=-1 if block else 0)
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    except OSError as error:
-        raise unwritable(store.root, error) from error
-    try:
-        yield True
-    finally:
-        lock.release()
+    """Hold the lock of a run inside; whether it could be had, which is certain with ``block``.
+
+    Raises:
+        InputError: the store cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            mine = stack.enter_context(locks.locked(store.root, name, block=block))
+        except OSError as error:
+            raise unwritable(store.root, error) from error
+        yield mine
 
 
 @contextmanager

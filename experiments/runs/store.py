@@ -144,17 +144,17 @@ class RunStore:
         """
         return self._all(indexed=False)
 
-    def listed(self) -> list[Record]:
+    def listed(self, *, warn: bool = True) -> list[Record]:
         """As `records`, sooner: what an index of `root` remembers is not read again.
 
         It remembers that a run.json of this very size and these times was checked
         (`deltacontrol.experiments.runs.index`). Whoever uses a record's numbers, and does not only
         list them, takes `find`, `get`, `lookup` or `records`.
         """
-        return self._all(indexed=True)
+        return self._all(indexed=True, warn=warn)
 
-    def _all(self, *, indexed: bool) -> list[Record]:
-        folders = self._folders(warn=True)
+    def _all(self, *, indexed: bool, warn: bool = True) -> list[Record]:
+        folders = self._folders(warn=warn)
         found, skipped = {}, []
         if indexed:
             own = {name: path for name, path in folders.items() if path.parent == self.root}
@@ -165,7 +165,7 @@ class RunStore:
                 found[name] = read(folder, whole=False)
             except (InputError, OSError):
                 skipped.append(folder)
-        if skipped:
+        if skipped and warn:
             names = ", ".join(map(str, skipped[:3])) + ", ..." * (len(skipped) > 3)
             where = "" if self.root == Path("runs") else f" --runs {self.root}"
             warnings.warn(

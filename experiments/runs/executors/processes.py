@@ -1,39 +1,33 @@
-"""A process for each task: its memory is its own, and so is its end.
-
-Whatever becomes of a process, its task ends with a value or with a reason: an exception, a call of
-sys.exit, a death without a word, a time limit. No other task is touched by it.
-"""
+"""A process of this machine for each run: its memory is its own, and so is its end."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, ClassVar
 
-from deltacontrol.theory.errors import InputError
+from deltacontrol.experiments.runs.executors import calls
+from deltacontrol.experiments.runs.executors.base import (
+    GRACE_SECONDS,
+    SAVING_SECONDS,
+    End,
+    Executor,
+    Look,
+    Work,
+    default_workers,
+    threads_each,
+)
 
-_SAVING_SECONDS = 10.0  # that a process has to save its work when its parent ends
-_GRACE_SECONDS = 120.0  # beyond its limit, for one that keeps the limit by itself and saves
 _ATTEMPTS = 3  # to start a process, whose server may have died meanwhile
-
-
-@dataclass(frozen=True)
-class End:
-    """How a task ended: with the function's value, or with the reason of its failure."""
-
-    value: Any = None
-    failure: str | None = None
 
 
 @dataclass
@@ -45,55 +39,48 @@ class _Running:
     late: bool = False
 
 
-def prestart(preload: Sequence[str]) -> None:
-    """Begin to import the modules of later processes now, beside what this process does."""
+@dataclass(frozen=True)
+class Processes(Executor):
+    """A process of this machine for each run: the default."""
+
+    name: ClassVar[str] = "processes"
+
+    def prepare(self, preload: Sequence[str]) -> None:
+        """Begin to import the modules of later processes now, beside what this process does."""
+        _context(preload)
+        forkserver.ensure_running()
+
+    def places(self) -> int:
+        """One process a core, or one where there is a GPU."""
+        return default_workers()
+
+    def threads(self, workers: int) -> int:
+        """Its share of the cores."""
+        return threads_each(workers)
+
+    def ends(self, work: Work, workers: int, threads: int | None = None) -> Iterator[Look]:
+        """Make each call in a process that is forked from a server with the modules."""
+        return _Sweep(work, workers, threads or self.threads(workers)).ends()
+
+
+def _context(preload: Sequence[str]) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    forkserver.ensure_running()
+    return context
 
 
-class Processes:
-    """Calls of one function, each in a process of its own, `workers` at a time.
+class _Sweep:
+    """The processes of one piece of work."""
 
-    Args:
-        function: What to call; like its arguments it is named in a module that can be imported.
-        begin: Called first in each process.
-        workers: Processes at a time.
-        seconds: How long one call may take; it keeps this limit by itself, and is killed where it
-            does not.
-        preload: Modules that are imported once, for all processes.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        begin: Callable[[], None],
-        *,
-        workers: int,
-        seconds: float,
-        preload: Sequence[str] = (),
-    ) -> None:
-        self._function, self._begin = function, begin
-        self._workers, self._seconds = workers, seconds
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(preload))
+    def __init__(self, work: Work, workers: int, threads: int) -> None:
+        self._work, self._workers = work, workers
+        self._begin = partial(work.begin, threads)
+        self._context = _context(work.preload)
         self._running: dict[str, _Running] = {}
 
-    @property
-    def running(self) -> list[str]:
-        """Names of the tasks that are being done."""
-        return list(self._running)
-
-    def ends(
-        self, tasks: Mapping[str, tuple[Any, ...]], shares: Mapping[str, int] | None = None
-    ) -> Iterator[dict[str, End]]:
-        """Do all tasks; about once a second, how those ended that have ended since.
-
-        Args:
-            tasks: The function's arguments, by the name of the task.
-            shares: How many times `seconds` a task may take, by its name; once by default.
-        """
-        waiting = list(tasks)
+    def ends(self) -> Iterator[Look]:
+        """Make all calls; about once a second, how those ended that have ended since."""
+        waiting = list(self._work.calls)
         # The processes wait on this pipe's end: it closes when this process stops or dies.
         alive, hold = self._context.Pipe(duplex=False)
         try:
@@ -101,29 +88,27 @@ class Processes:
                 ended: dict[str, End] = {}
                 while waiting and len(self._running) < self._workers:
                     name = waiting.pop(0)
-                    seconds = self._seconds * (shares or {}).get(name, 1)
-                    failure = self._start(name, tasks[name], alive, seconds)
+                    failure = self._start(name, alive)
                     if failure is not None:
                         ended[name] = End(failure=failure)
-                yield ended | self._collect()
+                ended |= self._collect()
+                yield Look(ended, list(self._running))
         finally:
             hold.close()
             alive.close()
             for running in self._running.values():
-                running.process.join(_SAVING_SECONDS)
+                running.process.join(SAVING_SECONDS)
                 running.process.kill()
                 running.pipe.close()
             self._running.clear()
 
-    def _start(
-        self, name: str, arguments: tuple[Any, ...], alive: Connection, seconds: float
-    ) -> str | None:
+    def _start(self, name: str, alive: Connection) -> str | None:
         """Start a process; the reason where that is not possible."""
         try:
-            # As bytes: what they hold may be of a user's file, which `begin` loads first.
-            call = bytes(ForkingPickler.dumps((self._function, arguments)))
-        except Exception as error:
-            return f"it cannot be sent to a process of its own: {type(error).__name__}: {error}"
+            call = calls.packed(self._work, name)
+        except calls.UnsendableError as error:
+            return str(error)
+        seconds = self._work.calls[name].seconds
         for attempt in range(_ATTEMPTS):
             receive, send = self._context.Pipe(duplex=False)
             process = self._context.Process(target=_child, args=(send, alive, self._begin, call))
@@ -137,7 +122,7 @@ class Processes:
             finally:
                 send.close()
             self._running[name] = _Running(
-                process, receive, seconds, time.monotonic() + seconds + _GRACE_SECONDS
+                process, receive, seconds, time.monotonic() + seconds + GRACE_SECONDS
             )
             return None
         return reason
@@ -170,15 +155,12 @@ class Processes:
         if end is not None:
             return end
         if running.late:
-            minutes = running.seconds / 60
-            return End(
-                failure=f"it was stopped at its limit of {minutes:g} minutes; if it was not "
-                "hanging, give it a larger --limit-minutes: it goes on from its checkpoint"
-            )
+            return End(failure=calls.over_limit(running.seconds))
         return End(
             failure=f"its process died without a message ({_code(running.process.exitcode)}), "
             "perhaps for lack of memory; try fewer workers, a smaller batch_size or more "
-            "grad_accumulation"
+            "grad_accumulation",
+            died=True,
         )
 
 
@@ -196,19 +178,7 @@ def _child(
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
-    try:
-        begin()
-        function, arguments = pickle.loads(call)  # made by this process's parent
-        end = End(function(*arguments))
-    except InputError as error:
-        end = End(failure=str(error))
-    except SystemExit as error:
-        end = End(failure=f"it called sys.exit({'' if error.code is None else error.code!r})")
-    except KeyboardInterrupt:
-        end = End(failure="it was interrupted; it goes on from its checkpoint")
-    except BaseException as error:
-        traceback.print_exc()
-        end = End(failure=f"{type(error).__name__}: {error}")
+    end = calls.made(begin, partial(calls.unpacked, call))
     with suppress(BrokenPipeError):  # a parent that is gone is told nothing; the run is saved
         send.send(end)
     send.close()
@@ -220,5 +190,5 @@ def _end_with_parent(alive: Connection) -> None:
     except (EOFError, OSError):
         pass
     os.kill(os.getpid(), signal.SIGTERM)  # a training saves where it is
-    time.sleep(_SAVING_SECONDS)
+    time.sleep(SAVING_SECONDS)
     os._exit(1)
