@@ -106,7 +106,7 @@ assert error <= 1e-12
 import matplotlib.pyplot as plt
 
 figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
-ax.bar(range(n), gate[:, 0], label="gate of the token")
+ax.bar(range(n), gate[:, 0].numpy(), label="gate of the token")
 ax.axhline(float(best), color="black", lw=0.8, label="best constant gate")
 ax.set_xlabel("token")
 ax.legend()

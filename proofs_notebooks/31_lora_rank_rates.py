@@ -186,6 +186,19 @@ rising = slope_of(
 print(f"gradient descent, 1/r: {rising:.3f}")
 assert rising > 0.5
 
+# %%
+import matplotlib.pyplot as plt
+
+figure, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+lines = {
+    "Adam, $s = 1/r$": flat, "Adam, $s$ fixed": falling, "gradient descent, $s = 1/r$": rising,
+}  # fmt: skip
+for name, found in lines.items():
+    ax.loglog(RANKS, [float(rank) ** found for rank in RANKS], marker="o", label=name)
+ax.set_xlabel("rank $r$")
+ax.set_ylabel("fitted best rate, 1 at rank 1")
+ax.legend()
+
 # %% [markdown]
 # ## The claim
 

@@ -40,14 +40,14 @@
 # %% [markdown]
 # ## Derivation
 #
-# Why low rank makes intruders. Let $W = W_0 + \sigma\, a b'$ with unit vectors $a, b$. If $\sigma
-# > \|W_0\|_2$ by far, the leading left singular vector of $W$ tends to $a$ (Wedin: its angle to
-# $a$ is at most of the order $\|W_0\|_2 / \sigma$), and $a$ is like no $u_i^0$ if it was not made
-# of them: a random $a$ in dimension $n$ has cosines of the order $\sqrt{2 \log n / n}$ with all
-# $n$ of them. The same Frobenius norm $\sigma$ spread over $k$ directions has singular values
-# $\sigma / \sqrt{k}$; for full rank these are below the leading ones of $W_0$, whose vectors they
-# only turn a little. So a low rank is what is needed, and a large update. Neither follows from
-# training: A is empirical, as are B and C. $\blacksquare$
+# Why low rank makes intruders. Let $W = W_0 + \sigma\, a b'$ with unit vectors $a, b$. If $\sigma >
+# \|W_0\|_2$ by far, the leading left singular vector of $W$ tends to $a$ (Wedin: its angle to $a$
+# is at most of the order $\|W_0\|_2 / \sigma$), and $a$ is like no $u_i^0$ if it was not made of
+# them: a random $a$ in dimension $n$ has cosines of the order $\sqrt{2 \log n / n}$ with all $n$ of
+# them. The same Frobenius norm $\sigma$ spread over $k$ directions has singular values $\sigma /
+# \sqrt{k}$; for full rank these are below the leading ones of $W_0$, whose vectors they only turn a
+# little. So a low rank is what is needed, and a large update. Neither follows from training: A is
+# empirical, as are B and C. $\blacksquare$
 
 # %%
 import sympy as sp

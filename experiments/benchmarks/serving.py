@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltacontrol.deltas import LoRA, Server, attach_many
-from deltacontrol.experiments import models
 from deltacontrol.experiments.benchmarks.contest import alternate, quartiles
 from deltacontrol.experiments.runs import provenance
+from deltacontrol.experiments.setting import Setting
 from deltacontrol.experiments.training.devices import choose_device
 from deltacontrol.theory.errors import InputError
 
@@ -133,8 +133,7 @@ class Benchmark:
         return found
 
     def _base(self) -> PreTrainedModel:
-        model, _ = models.load(self.model, kind="classification", num_labels=2)
-        return model.eval()
+        return Setting(self.model, model_kind="classification", num_labels=2).base.eval()
 
     def _apart(self, server: Server, which: list[str], batch: dict[str, Tensor]) -> Tensor:
         """One pass an adapter, and the rows in their places again."""

@@ -250,7 +250,8 @@ def test_it_is_a_plain_training(kind: family.FamilyName, made: RunStore, tmp_pat
     one, texts = Pretraining(kind, WIDTH, STEPS), tokens.tokens()
     model = one.start(tmp_path / "start").train()
     rows = batches.RowBatches(texts.rows["training"], kind, texts.vocabulary, seed=0)
-    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=experiment.WEIGHT_DECAY)
+    decay = experiment.WEIGHT_DECAY
+    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=decay, fused=True)
     losses = []
     for step in range(STEPS):
         risen = min(1.0, step + 1)  # the warm-up is one update

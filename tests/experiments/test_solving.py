@@ -102,7 +102,7 @@ def test_the_loop_takes_adamw_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(k) or adamw(*a, **k))
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))]}]
     Settings(learning_rate=1e-3, weight_decay=0.5).optimizer(groups)
-    assert made == [{"lr": 1e-3, "weight_decay": 0.5, "foreach": True}]
+    assert made == [{"lr": 1e-3, "weight_decay": 0.5, "fused": True}]
 
 
 def test_sgd_by_name_is_torchs_sgd_and_resumes(tmp_path: Path) -> None:
