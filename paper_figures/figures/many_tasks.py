@@ -33,7 +33,7 @@ REFERENCE = "full"
 # tasks of their study, and averages of Table 2 (GLUE, RoBERTa-large, full data, no template).
 PUBLISHED_ORDER = ("full", "lora", "houlsby", "prefix", "prompt")
 PUBLISHED_AVERAGES = {"houlsby": 87.4, "bitfit": 86.6, "prompt": 77.7}
-INK, BOX = "#222222", "#D9D9D9"
+INK, DOT, BOX = "#222222", "#0072B2", "#DADADA"
 
 
 def table(records: Sequence[Record]) -> pd.DataFrame:
@@ -131,7 +131,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
                 "above / level / below": ""
                 if full
                 else f"{won} / {level} / {len(points) - won - level}",
-                "trained (%)": f"{100 * share:.2g}",
+                "trained (%)": f"{100 * share:.3g}",
             }
         )
     return pd.DataFrame(rows)
@@ -141,7 +141,7 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     """Gaps by task and ranks; below, gaps by category and the shares of tasks won."""
     best = curves[curves["what"] == "mean rank"].sort_values("value", kind="stable")
     order = [str(name) for name in best["method"]]
-    labels = [look.label for look in map(looks(order).__getitem__, order)]
+    labels = _labels(order)
     figure = Figure(figsize=(PAGE_WIDTH, 4.9), layout="constrained")
     axes = figure.subplots(2, 2, width_ratios=[1.45, 1.0])
     _draw_gaps(axes[0, 0], table, _means(curves, "mean gap"), order)
@@ -164,15 +164,15 @@ def caption(table: pd.DataFrame) -> str:
     sentences = [
         f"{TITLE}: {len(shown)} methods on {tasks} tasks of {corpora} corpora and "
         f"{table['category'].nunique()} categories ({first['model']}, {first['steps']} updates of "
-        f"{first['batch_size']} rows of at most {_range(table['max_length'])} tokens, one seed, up to "
-        f"{table['num_evaluated'].max()} test rows), each method at the rate that validation rows "
-        "of two tasks of the category chose. Points: 100 × accuracy, or 100 × Pearson correlation "
-        "for regressions. Intervals (95 %) draw whole corpora, since tasks of one corpus are not "
-        "independent. (a) Points above or below full fine-tuning: a dot is a task, the box "
-        "the middle half of them, the diamond their mean. (b) Mean rank among the methods, 1 being "
-        "the best. (c) Mean gap by category; in the row of full fine-tuning, its mean points. "
-        "(d) Share of tasks, in per cent, on which the method of the row is ahead of that of the "
-        "column."
+        f"{first['batch_size']} rows of at most {_range(table['max_length'])} tokens, one seed, "
+        f"up to {table['num_evaluated'].max()} test rows), each method at the rate that validation "
+        "rows of two tasks of the category chose. Points: 100 × accuracy, or 100 × Pearson "
+        "correlation for regressions. Intervals (95 %) draw whole corpora, since tasks of one "
+        "corpus are not independent. (a) Points above or below full fine-tuning: a dot is a task, "
+        "the box the middle half of them, the diamond their mean. (b) Mean rank among the methods, "
+        "1 being the best. (c) Mean gap by category; in the row of full fine-tuning, its mean "
+        "points. (d) Share of tasks, in per cent, on which the method of the row is ahead of that "
+        "of the column."
     ]
     deltas = [name for name in gaps if name != REFERENCE]
     nearest = max(deltas, key=lambda name: gaps[name].value)
@@ -271,9 +271,16 @@ def _means(curves: pd.DataFrame, what: str) -> pd.DataFrame:
     return curves[(curves["what"] == what) & (curves["of"] == "all")].set_index("method")
 
 
+def _labels(order: Sequence[str]) -> list[str]:
+    shown = looks(order)
+    return [shown[name].label for name in order]
+
+
 def _whiskers(ax: Axes, means: pd.DataFrame, order: Sequence[str]) -> None:
     """A diamond at each mean, with its interval."""
     for place, name in enumerate(order):
+        if name not in means.index:
+            continue
         value, low, high = means.loc[name, ["value", "low", "high"]]
         ax.plot([low, high], [place, place], color=INK, linewidth=1.3, zorder=4)
         ax.plot(
@@ -283,7 +290,6 @@ def _whiskers(ax: Axes, means: pd.DataFrame, order: Sequence[str]) -> None:
 
 
 def _draw_gaps(ax: Axes, table: pd.DataFrame, means: pd.DataFrame, order: Sequence[str]) -> None:
-    shown = looks(order)
     ax.axvline(0, color=INK, linewidth=0.8, zorder=1)
     for place, name in enumerate(order):
         if name == REFERENCE:
@@ -293,8 +299,8 @@ def _draw_gaps(ax: Axes, table: pd.DataFrame, means: pd.DataFrame, order: Sequen
         box = Rectangle((low, place - 0.36), high - low, 0.72, facecolor=BOX, linewidth=0, zorder=1)
         ax.add_patch(box)
         heights = place + 0.6 * ((np.arange(len(gaps)) * 0.618034) % 1.0 - 0.5)
-        ax.scatter(gaps, heights, s=4, color=shown[name].color, alpha=0.75, linewidths=0, zorder=2)
-    _whiskers(ax, means, [name for name in order if name != REFERENCE])
+        ax.scatter(gaps, heights, s=4, color=DOT, alpha=0.75, linewidths=0, zorder=2)
+    _whiskers(ax, means.drop(REFERENCE), order)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("points above full fine-tuning")
     ax.set_title("gap to full fine-tuning, by task")
@@ -335,8 +341,8 @@ def _draw_wins(ax: Axes, curves: pd.DataFrame, order: Sequence[str]) -> None:
     values = 100 * shares.loc[list(order), list(order)].to_numpy(float)
     texts = [["" if np.isnan(v) else f"{v:.0f}" for v in row] for row in values]
     _cells(ax, np.nan_to_num(values), texts)
-    ax.set_xticks(range(len(order)), [look.label for look in map(looks(order).__getitem__, order)],
-                  rotation=45, ha="right", rotation_mode="anchor", fontsize=6)  # fmt: skip
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    ax.set_xticks(range(len(order)), _labels(order), fontsize=6, **turned)
     ax.set_title("tasks won (%)")
 
 

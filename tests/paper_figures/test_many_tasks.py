@@ -8,6 +8,7 @@ import matplotlib.style
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures import base
@@ -94,6 +95,14 @@ def test_the_caption_holds_the_averages_against_the_published_order(table) -> No
     assert "3 of 10 pairs" in many_tasks.caption(turned)
 
 
+def _diamonds(ax: Axes) -> list[tuple[float, float]]:
+    return [
+        (float(np.asarray(line.get_xdata())[0]), float(np.asarray(line.get_ydata())[0]))
+        for line in ax.lines
+        if line.get_marker() == "D"
+    ]
+
+
 def test_what_is_drawn_is_what_the_curves_say(records, table) -> None:
     lines = many_tasks.curves(records)
     gaps = lines[lines["what"] == "mean gap"].set_index(["method", "of"])["value"]
@@ -107,6 +116,13 @@ def test_what_is_drawn_is_what_the_curves_say(records, table) -> None:
     strips = picture.axes[0].collections
     drawn = sorted(np.concatenate([np.asarray(s.get_offsets())[:, 0] for s in strips]))
     assert drawn == sorted(table.loc[table["method"] != "full", "gap"])
+    names = [label.get_text() for label in picture.axes[0].get_yticklabels()]
+    shown = many_tasks.looks(table["method"])
+    for ax, what in ((picture.axes[0], "mean gap"), (picture.axes[1], "mean rank")):
+        means = lines[(lines["what"] == what) & (lines["of"] == "all")].set_index("method")["value"]
+        marks = {names[round(float(y))]: float(x) for x, y in _diamonds(ax)}
+        wanted = {shown[m].label: v for m, v in means.items() if what == "mean rank" or m != "full"}
+        assert marks == wanted
     cells = [[t.get_text() for t in ax.texts] for ax in picture.axes[2:]]
     assert len(cells[0]) == 8 * table["category"].nunique() and len(cells[1]) == 64
 

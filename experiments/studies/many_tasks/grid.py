@@ -30,10 +30,10 @@ DELTAS = (
     *("full", "lora", "houlsby", "prefix", "prompt", "bitfit"),
     *("last-layers", "state-based"),
 )
-STEPS = 32
+STEPS = 80
 BATCH = 8
 LENGTH = 24  # tokens of a text; a pair has two
-ROWS = 200  # that a result is measured on, at most
+ROWS = 300  # that a result is measured on, at most
 QUICK = ("tweets", "trec6", "sms", "nyt-intensity", "amazon-intensity:more-positive")
 
 

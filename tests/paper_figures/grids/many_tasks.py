@@ -35,7 +35,7 @@ def grid() -> Grid:
                 "deltas": [{"name": delta}],
                 "seed": 0,
                 "learning_rate": 1e-3,
-                "steps": 32,
+                "steps": 80,
                 "batch_size": 8,
                 "max_length": 24,
             }
@@ -45,7 +45,7 @@ def grid() -> Grid:
                 "num_evaluated": rows,
                 "trainable_share": 1.0 if delta == "full" else 0.005,
             }
-            step = np.arange(1, 41)
+            step = np.arange(1, 81)
             curve = pd.DataFrame({"step": step, "loss": 0.3 + 0.4 * np.exp(-step / 20)})
             grid.append((Synthetic(config), result, curve))
     return grid
