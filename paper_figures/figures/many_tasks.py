@@ -114,14 +114,14 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     clusters, gaps = _clusters(table), _pivot(table, "gap")
     alike = clusters.means(gaps, alike=True)
     rows = []
-    for place, name in enumerate(gaps):
+    for place, name in enumerate(map(str, gaps)):
         full = name == REFERENCE
         won = int((points[name] > points[REFERENCE]).sum())
         level = int((points[name] == points[REFERENCE]).sum())
         share = table.loc[table["method"] == name, "trainable_share"].median()
         rows.append(
             {
-                "method": shown[str(name)].label,
+                "method": shown[name].label,
                 "average": averages["points"][name].text(),
                 "average rank": averages["rank"][name].text(2),
                 "gap to full": "" if full else averages["gap"][name].text(sign="+"),
@@ -281,7 +281,7 @@ def _whiskers(ax: Axes, means: pd.DataFrame, order: Sequence[str]) -> None:
     for place, name in enumerate(order):
         if name not in means.index:
             continue
-        value, low, high = means.loc[name, ["value", "low", "high"]]
+        value, low, high = (float(means[end][name]) for end in ("value", "low", "high"))
         ax.plot([low, high], [place, place], color=INK, linewidth=1.3, zorder=4)
         ax.plot(
             value, place, "D", color=INK, markersize=4.5, markeredgecolor="white",
@@ -351,7 +351,7 @@ def _cells(ax: Axes, shades: np.ndarray, texts: Sequence[Sequence[str]]) -> None
     top = float(shades.max()) or 1.0
     ax.imshow(shades, cmap="Greys", vmin=0.0, vmax=1.35 * top, aspect="auto")
     for (row, column), shade in np.ndenumerate(shades):
-        color = "white" if shade > 0.85 * top else "black"
-        ax.text(column, row, texts[row][column], ha="center", va="center", fontsize=6, color=color)
+        words, color = str(texts[row][column]), "white" if shade > 0.85 * top else "black"
+        ax.text(column, row, words, ha="center", va="center", fontsize=6, color=color)
     ax.tick_params(axis="x", length=0)
     ax.grid(False)
