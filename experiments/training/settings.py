@@ -170,9 +170,9 @@ class Settings(Options):
         if self.optimiser == ADAMW:
             # One pass over the memory: a sixth of the time of whole-tensor operations at 17 million
             # parameters, a quarter at 74 thousand (one thread of a CPU, fp32).
-            fused = all(p.is_floating_point() for group in groups for p in group["params"])
-            kernel = {"fused": True} if fused else {"foreach": True}
-            return torch.optim.AdamW(groups, lr=rate, weight_decay=decay, **kernel)
+            if all(p.is_floating_point() for group in groups for p in group["params"]):
+                return torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=True)
+            return torch.optim.AdamW(groups, lr=rate, weight_decay=decay, foreach=True)
         solver: Any = registry.parse(self.optimiser)
         if not on_batches(solver):
             raise InputError(
