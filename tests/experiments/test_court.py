@@ -196,6 +196,7 @@ def test_the_command_says_its_plan_and_judges(
     pd.DataFrame({"text": texts, "label": [t.split()[0] for t in texts]}).to_csv(rows, index=False)
     path = tmp_path / "paper.toml"
     small = f'seeds = 2\nsteps = 2\nbatch_size = 4\nmax_length = 8\nmodel = "{minilm_l6}"\n'
+    small += "rates = [1e-3, 1e-2]\nsearch_seeds = 1\n"
     path.write_text(TEXT.replace('["movie", "rt"]', f'["{rows}"]') + small)
     assert Judge(path, plan=True, runs=tmp_path / "runs").run() == 0
     assert "2 searches of a rate (0 recorded), then 6 trainings" in capsys.readouterr().out
