@@ -127,3 +127,13 @@ def test_iterations_of_all_steps_at_once() -> None:
         for name in ("ilqr", "ddp", "newton-cg"):
             assert row[name]["status"] == "converged" and row[name]["residual"] <= 1e-8
         assert row["ddp"]["milliseconds"]["median"] < row["ilqr"]["milliseconds"]["median"]
+
+
+def test_rows_that_carry_different_deltas() -> None:
+    """All contestants give one output; with many adapters one mixed batch is the quickest."""
+    rows = {row["adapters"]: row for row in record("serving")["adapters"]}
+    for row in rows.values():
+        assert max(row[name]["difference"] for name in ("mixed", "apart", "peft")) < 1e-5
+        assert row["adapters"] == 1 or row["adapters_differ"] > 1e-3
+    for name in ("apart", "peft"):
+        assert rows[16][name]["time_over_mixed"]["q25"] > 1.0
