@@ -73,7 +73,7 @@ class Compare:
     With --measure dimension it is the dimension of a random subspace of each delta's parameters
     that reaches 90 % of that delta's own score, as `deltacontrol dimension --baseline delta`
     searches it; ratios are compared over the draws of these searches, and the margin is that of
-    log10 d. A search takes two to five seeds, whatever --seeds says beyond.
+    log10 d. A search takes two to five seeds.
 
     For example
 
@@ -147,6 +147,11 @@ class Compare:
         require_margin(self.margin)
         if self.measure == "score" and self.seeds * len(self.tasks) < 2:
             raise InputError("one seed of one task has no interval; take two seeds, or two tasks")
+        if self.measure == "dimension" and not 2 <= self.seeds <= 5:
+            raise InputError(
+                f"seeds is {self.seeds}; a search for a dimension takes two to five, so give "
+                "--seeds 5 or fewer"
+            )
         chosen = [Contestant.parse(text) for text in self.contestants]
         for c in chosen if self.measure == "dimension" else ():
             if len(c.deltas) != 1 or c.rate is not None or self.tune:
@@ -271,7 +276,7 @@ class Compare:
                     model=self.model, task=task, method="did", delta=c.deltas[0],
                     baseline="delta", steps=self.steps, batch_size=self.batch_size,
                     max_length=self.max_length, eval_limit=self.eval_limit, budget=self.budget,
-                    seeds=max(2, min(self.seeds, 5)),
+                    seeds=self.seeds,
                 )  # fmt: skip
                 record = run(search, store, limit_minutes=self.limit_minutes)
                 assert record is not None

@@ -159,6 +159,11 @@ class Runs:
         store = both if self.committed else RunStore(self.runs)
         records = store.listed()
         if not records:
+            if self.export is not None:
+                raise InputError(
+                    f"no runs in {self.runs}, so nothing is written to {self.export}; name another "
+                    "folder with --runs, or add --committed"
+                )
             print(f"no runs in {self.runs}; `deltacontrol finetune` makes one")
             return
         rows = chosen(records, self.where)

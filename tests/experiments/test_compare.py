@@ -98,6 +98,8 @@ def test_a_contestant_is_deltas_and_a_rate() -> None:
         ({"contestants": ("lora",)}, "at least two different"),
         ({"contestants": ("lora", "lora")}, "at least two different"),
         ({"contestants": ("lora", "bitfit"), "seeds": 0}, "seeds is 0"),
+        ({"contestants": ("lora", "bitfit"), "measure": "dimension", "seeds": 10}, "two to five"),
+        ({"contestants": ("lora", "bitfit"), "measure": "dimension", "seeds": 1}, "two to five"),
         ({"contestants": ("lora", "bitfit"), "tasks": ("movie", "movie")}, "different tasks"),
         ({"contestants": ("lora", "bitfit"), "margin": float("nan")}, "margin is nan"),
         ({"contestants": ("lora", "bitfit"), "tasks": ("movie",), "seeds": 1}, "no interval"),

@@ -15,7 +15,7 @@ import pytest
 
 from deltacontrol.experiments.cli import main as cli
 from deltacontrol.experiments.runs.listing import curves, overview
-from deltacontrol.experiments.runs.listing.fields import fields
+from deltacontrol.experiments.runs.listing.fields import _meets, fields
 from deltacontrol.experiments.runs.store import COMMITTED, Experiment, Outcome, RunStore, Workspace
 from deltacontrol.theory.errors import InputError
 
@@ -210,6 +210,18 @@ def test_the_chosen_rows_are_exported(store, capsys, tmp_path) -> None:
     everything = ("--committed", "--limit", "1", "--export", str(tmp_path / "all.parquet"))
     printed(store, capsys, *everything)  # columns with words in one kind and numbers in another
     assert len(pd.read_parquet(tmp_path / "all.parquet")) > 100
+
+
+def test_nothing_to_export_is_an_error(tmp_path, capsys) -> None:
+    empty = RunStore(tmp_path / "empty")
+    assert run(empty, "--export", str(tmp_path / "list.csv")) == 2
+    assert "nothing is written" in capsys.readouterr().err
+    assert not (tmp_path / "list.csv").exists()
+
+
+@pytest.mark.parametrize("wanted", ["true", "True", "TRUE"])
+def test_truth_is_written_in_any_case(wanted: str) -> None:
+    assert _meets(True, wanted) and not _meets(False, wanted) and not _meets("yes", wanted)
 
 
 def test_a_run_is_deleted_after_a_question(store, capsys, monkeypatch) -> None:

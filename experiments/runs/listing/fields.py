@@ -127,6 +127,8 @@ def differing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _meets(found: Any, wanted: str) -> bool:
     if str(found) == wanted:
         return True
+    if isinstance(found, bool):  # true and false, as JSON and TOML write them
+        return str(found).lower() == wanted.lower()
     try:
         return is_number(found) and float(wanted) == found
     except ValueError:
