@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.errors import InputError, first_lines
 
 SECONDS_VARIABLE = "DELTACONTROL_HUB_SECONDS"
 _PORTS = {"https": 443, "http": 80}
@@ -155,9 +155,9 @@ def _answering(what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        told = " ".join(lines[:3]).rstrip(".") or type(error).__name__
-        raise InputError(f"{what}: {told}. Check the id and what the token allows.") from error
+        raise InputError(
+            f"{what}: {first_lines(error, 3)}. Check the id and what the token allows."
+        ) from error
 
 
 def unreachable() -> str | None:

@@ -54,3 +54,14 @@ def raised_in(error: BaseException, packages: Collection[str]) -> bool:
         trace = trace.tb_next
     module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
     return module.partition(".")[0] in packages
+
+
+def first_lines(error: BaseException, number: int) -> str:
+    """The first lines of a library's error as one, without a full stop; its class without any.
+
+    Example:
+        >>> first_lines(OSError("no such file."), 1), first_lines(OSError(), 1)
+        ('no such file', 'OSError')
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:number]).rstrip(".") or type(error).__name__

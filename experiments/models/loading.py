@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltacontrol.experiments.models import fit
 from deltacontrol.experiments.models.base import ResolvedModel
-from deltacontrol.theory.errors import InputError, unknown
+from deltacontrol.theory.errors import InputError, first_lines, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -339,8 +339,7 @@ def _reading(model: ResolvedModel, part: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = " ".join(lines[:2]).rstrip(".") or type(error).__name__
+        reason = first_lines(error, 2)
         if model.digest is None:
             raise InputError(
                 f"{model.name} could not be loaded from the hub: {reason}. Check the id and the "
