@@ -109,7 +109,10 @@ class Delta(ABC):
 
     @classmethod
     def example(cls) -> Delta:
-        """An instance that fits any small model, for tests; by default with all defaults."""
+        """An instance that fits any model, where all methods are compared; by default its defaults.
+
+        Only a method that says nothing without its options gives another one.
+        """
         return cls()
 
     @classmethod

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import get_args
 
 import pytest
+from transformers import BertConfig, BertForSequenceClassification
 
-from deltacontrol.deltas import LoRA, registry
+from deltacontrol.deltas import LoRA, attach, registry
 from deltacontrol.deltas.base import CATEGORY_RATES, Category
 from deltacontrol.experiments import studies
 from deltacontrol.experiments.runs.record import Record
@@ -31,6 +32,19 @@ def test_presets_have_distinct_runs_and_quick_is_smaller(name: str) -> None:
         assert len(set(map(repr, runs))) == len(runs) > 0
         sizes.append(sum(run.steps for run in runs))
     assert sizes[0] < sizes[1] or name == "learning_rates"
+
+
+def test_each_method_of_the_taxonomy_can_be_laid_on_a_model() -> None:
+    """One that is refused with its defaults would stop every figure's command at the end."""
+    config = BertConfig(vocab_size=64, hidden_size=96, num_hidden_layers=3, num_attention_heads=12,
+                        intermediate_size=384, max_position_embeddings=64)  # fmt: skip
+    model = BertForSequenceClassification(config)
+    runs = studies.experiments("taxonomy", "quick")
+    assert {run.deltas[0]["name"] for run in runs} == set(registry.available())
+    for run in runs:
+        attached = attach(model, *map(registry.delta_of, run.deltas), seed=0)
+        assert attached.num_trainable > 0, run.label
+        attached.detach()
 
 
 def test_figures_never_tune_on_test_rows() -> None:

@@ -85,7 +85,7 @@ def small() -> list[FineTuning]:
         FineTuning(
             model=SMALL_MODEL,
             task=task,
-            deltas=(delta,),
+            deltas=(method.example(),),
             learning_rate=rate,
             steps=SMALL_STEPS,
             max_length=SMALL_LENGTH,
@@ -93,7 +93,7 @@ def small() -> list[FineTuning]:
             evaluate_on="validation",
         )
         for task in TASKS
-        for delta, method in available().items()
+        for method in available().values()
         for rate in method.rates_to_search()
     ]
 

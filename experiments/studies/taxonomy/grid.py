@@ -25,7 +25,7 @@ def experiments(preset: str) -> list[FineTuning]:
         _run(
             model=SMALL_MODEL,
             task=task,
-            deltas=(delta,),
+            deltas=(method.example(),),
             seed=seed,
             steps=10 if quick else SMALL_STEPS,
             max_length=SMALL_LENGTH,
@@ -33,7 +33,7 @@ def experiments(preset: str) -> list[FineTuning]:
         )
         for seed in range(1 if quick else 2)
         for task in (TASKS[:1] if quick else TASKS)
-        for delta in available()
+        for method in available().values()
     ]
     return [run for run, searched in runs if quick or searched]
 
