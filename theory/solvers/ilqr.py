@@ -62,6 +62,7 @@ __all__ = ["DDP", "ILQR"]
 
 _ARMIJO = 1e-4
 _SIZES = (1.0, 0.5, 0.25, 0.125)
+_ABREAST = 4  # growing steps that are rolled out side by side
 
 _PATH = (
     *((0.0, mu) for mu in (0.0, 1e-6, 1e-4, 1e-2)),
@@ -191,6 +192,7 @@ class _Search:
     model: QuadraticModel
 
     def __post_init__(self) -> None:
+        self.tried: dict[int, _Trial | None] = {}
         self.bounds: list[tuple[Tensor, Tensor]] | None = None
         if self.problem.box is not None:
             groups = num_groups(self.u)
@@ -227,9 +229,15 @@ class _Search:
         return place if place >= 0 else level
 
     def trial(self, level: int) -> _Trial | None:
-        """The longest acceptable step with this regularisation, or None."""
+        """The longest acceptable step with this regularisation, or None; each is tried once."""
         if level >= len(_PATH):
             return None
+        if level not in self.tried:
+            self.tried[level] = self.attempt(level)
+        return self.tried[level]
+
+    def attempt(self, level: int) -> _Trial | None:
+        """`trial`, computed."""
         convexity, damping = _PATH[level]
         try:
             policy = sweep(self.model, convexity=convexity, damping=damping, bounds=self.bounds)
@@ -257,11 +265,12 @@ class _Search:
         self, policy: Policy, controls: Controls, value: float, factor: float
     ) -> tuple[Controls, float]:
         """Steps that grow by the factor, as long as ``J`` falls."""
-        for i in range(1, 17):
-            further, new, _ = self.rollout(policy, factor**i)
-            if not -math.inf < new < value:
-                break
-            controls, value = further, new
+        sizes = [factor**i for i in range(1, 17)]
+        for start in range(0, len(sizes), _ABREAST):
+            for further, new, _ in self.rollouts(policy, sizes[start : start + _ABREAST]):
+                if not -math.inf < new < value:
+                    return controls, value
+                controls, value = further, new
         return controls, value
 
     def rollouts(

@@ -134,7 +134,7 @@ class QuadraticModel:
         parts = (*steps, self.terminal, *self.gradient)
         return all(bool(torch.isfinite(part).all()) for part in parts)
 
-    @property
+    @cached_property
     def is_convex(self) -> bool:
         """Whether every ``W_t`` and ``Phi_xx`` is positive semidefinite."""
         return not any(bool(part.any()) for part in self.concave)
