@@ -23,9 +23,9 @@ def between(text: str, marker: str) -> str:
 
 def test_scoreboard_is_up_to_date() -> None:
     written = between(README.read_text(encoding="utf-8"), "scoreboard").strip()
-    assert written == board.markdown().strip(), (
-        "the scoreboard in README.md is stale; put what "
-        "deltacontrol.experiments.claims.board.markdown() returns between its markers"
+    assert written == board.folded().strip(), (
+        "the scoreboard in README.md is stale; call "
+        "deltacontrol.experiments.claims.board.update_readme()"
     )
 
 

@@ -139,6 +139,43 @@ def markdown() -> str:
     return "\n".join(lines) + f"\n\n{chance()}\n"
 
 
+def overview() -> str:
+    """The board in short, as a Markdown table: one row a claim, with its parts by verdict."""
+    lines = ["| # | claim | source | on | verdicts |", "| --- | --- | --- | --- | --- |"]
+    by_claim: dict[int, list[dict[str, Any]]] = {}
+    for row in _committed():
+        by_claim.setdefault(claim_of(row).id, []).append(row)
+    for number_, parts in by_claim.items():
+        claim = scoreboard.find(number_)
+        named: dict[str, list[str]] = {}
+        for row in parts:
+            told = row["verdict"].partition(", ")[0]
+            named.setdefault(told, []).append(row["#"].removeprefix(str(number_)))
+        verdicts = "; ".join(
+            f"{', '.join(names)} **{_several(told) if len(names) > 1 else told}**".strip()
+            for told, names in named.items()
+        )
+        grounds = ", ".join(dict.fromkeys(str(row["on"]) for row in parts))
+        cells = (str(number_), f"[{claim.title}]({_derivation(claim)})", claim.source, grounds)
+        shown_cells = [cell.replace("|", r"\|") for cell in (*cells, verdicts)]
+        lines.append("| " + " | ".join(shown_cells) + " |")
+    return "\n".join(lines) + "\n" if by_claim else ""
+
+
+def _several(told: str) -> str:
+    """What several parts do: they hold, they fail."""
+    return told.removesuffix("s") if told in ("holds", "fails") else told
+
+
+def folded() -> str:
+    """The board as the README has it: in short, and all parts in a table that opens."""
+    table, _, told = markdown().strip().rpartition("\n\n")
+    return (
+        f"{overview()}\n{told}\n\n<details><summary>Every part: condition, number with its "
+        f"interval, negative control</summary>\n\n{table}\n\n</details>\n"
+    )
+
+
 def _derivation(claim: Claim) -> str:
     """The file that a row opens: the notebook, or the statement as it was written down."""
     if claim.notebook:
@@ -296,7 +333,10 @@ def _short(value: Any) -> str:
 
 
 def update_readme(readme: Path | None = None) -> bool:
-    """Put the table between the README's markers; False where there is no README with them."""
+    """Put the board between the README's markers: in short, and all parts folded beneath.
+
+    False where there is no README with the markers.
+    """
     readme = readme or README
     if not readme.exists():
         return False
@@ -304,7 +344,7 @@ def update_readme(readme: Path | None = None) -> bool:
     if BEGIN not in text or END not in text:
         return False
     before, rest = text.split(BEGIN)
-    readme.write_text(before + BEGIN + markdown() + END + rest.split(END)[1], encoding="utf-8")
+    readme.write_text(before + BEGIN + folded() + END + rest.split(END)[1], encoding="utf-8")
     return True
 
 

@@ -103,7 +103,10 @@ def test_judge_keep_and_render(claim: Claim, store: RunStore, tmp_path: Path) ->
     assert board.update_readme()
     text = (tmp_path / "README.md").read_text()
     assert "stale" not in text and text.startswith("before\n") and text.endswith("after\n")
-    assert re.search(r"\| 90 \| \[Two and two\]", text)
+    assert len(re.findall(r"\| 90 \| \[Two and two\]", text)) == 2  # in short, and its part
+    short, parts = text.split("<details>")
+    assert short.count("\n| 90 |") == parts.count("\n| 90 |") == 1
+    assert re.search(r"\| 90 \| .* \| exact problem \| \*\*holds\*\* \|\n", short)
     assert r"distance \|sum - 4\|" in text
 
 
