@@ -30,6 +30,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deltacontrol.theory.certificates import Certificate, gap_bound, quadratic_gap
     from deltacontrol.theory.claims import Claim, Part, Threshold, Verdict
     from deltacontrol.theory.control.costs import (
         BinaryCrossEntropyCost,
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "deltacontrol.theory.feedback.affine_subspace": ("AffineSubspace",),
+    "deltacontrol.theory.certificates": ("Certificate", "gap_bound", "quadratic_gap"),
     "deltacontrol.theory.claims": ("Claim", "Part", "Threshold", "Verdict"),
     "deltacontrol.theory.evidence": ("Evidence", "Interval"),
     "deltacontrol.theory.judging": ("Judgement", "Outcome", "judge"),
@@ -200,6 +202,7 @@ __all__ = [
     "AffineSubspace",
     "BinaryCrossEntropyCost",
     "Box",
+    "Certificate",
     "Claim",
     "ContinuousDepth",
     "ControlProblem",
@@ -260,7 +263,9 @@ __all__ = [
     "Verdict",
     "closed_loop",
     "differentiable_solve",
+    "gap_bound",
     "judge",
+    "quadratic_gap",
     "riccati",
     "solve",
     "solve_convex",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from deltacontrol.experiments import tasks
 from deltacontrol.experiments.measures.solving import Solve
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.store import Record, RunStore
+from deltacontrol.theory.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,10 @@ class SolveCommand(Solve):
     newton-cg, gauss-newton, shooting and lbfgs serve states of any size, ddp and ilqr small ones,
     of a few rows of a small model, and adamw, sgd and the other optimisers of torch any.
 
+    With --certify a bound is printed of what any controls at the same sites could still gain within
+    a radius: proved for a head alone, and for the linearised model of any other delta, beside an
+    estimate of what linearising leaves out.
+
     The run is recorded; the same command again prints the record, and a killed one goes on.
 
     For example
@@ -29,6 +35,7 @@ class SolveCommand(Solve):
         deltacontrol solve --model minilm-l3 --task movie --delta lora:rank=4 --rows 8
         deltacontrol solve --solver gauss-newton --rows 16 --weight-decay 0.001 --tol 1e-6
         deltacontrol solve --solver adamw:lr=0.01 --steps 200
+        deltacontrol solve --delta head --rows 32 --weight-decay 0.001 --certify
     """
 
     runs: Path = Path("runs")
@@ -36,6 +43,11 @@ class SolveCommand(Solve):
     limit_minutes: float = LIMIT_MINUTES
     """How long the run may take, the time that it waits for another process not counted. At the
     limit it is saved, and the same command with a larger one goes on."""
+    certify: bool = False
+    """Print what controls within the radius could still gain; on a recorded solve as well."""
+    radius: float | None = None
+    """Of the certificate, in the Euclidean norm of all controls; by default the distance between
+    the start and the solution."""
 
     def __post_init__(self) -> None:
         """Check nothing yet: `run` makes the experiment, whose errors are messages of their own."""
@@ -45,6 +57,11 @@ class SolveCommand(Solve):
         from deltacontrol.experiments.runs.running import run
 
         require_minutes(self.limit_minutes)
+        if self.radius is not None and not (self.certify and 0 < self.radius < math.inf):
+            raise InputError(
+                f"radius is {self.radius}; it is that of a certificate, a positive length: give "
+                "--certify --radius 0.5, or leave it out"
+            )
         experiment = Solve(**{f.name: getattr(self, f.name) for f in fields(Solve)})
         store = RunStore(self.runs)
         known = store.find(experiment) is not None
@@ -55,6 +72,10 @@ class SolveCommand(Solve):
             return 0
         print_record(record)
         print(f"{'found' if known else 'recorded'} {store.path(experiment)}")
+        if self.certify:
+            from deltacontrol.experiments.measures.certifying import certificate_of
+
+            print(certificate_of(record, self.radius))
         return 0 if record.status == "converged" else 1
 
 

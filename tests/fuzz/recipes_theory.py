@@ -332,6 +332,9 @@ def _numbers() -> Iterator[Recipe]:
         (sketching.hutchpp, {"W": operator.SymmetricMatrix(positive(6)), "num_products": 6, "seed": 0}),  # noqa: E501
         (sketching.leading_spectrum, {"W": operator.SymmetricMatrix(positive(6)), "num_values": 2, "oversampling": 2, "iterations": 1, "probes": 2, "seed": 0}),  # noqa: E501
         (conjugate_gradients, {"H": operator.SymmetricMatrix(positive(6)), "gradient": normal(6), "rtol": 1e-6, "max_products": 9, "radius": 10.0}),  # noqa: E501
+        (th.gap_bound, {"problem": _linear(), "controls": _u(), "radius": 0.5, "centre": None, "affine": False, "seed": 0}),  # noqa: E501
+        (th.gap_bound, {"problem": _network(), "controls": _network().zero_controls(), "radius": 0.5, "affine": False, "starts": 1, "steps": 1, "seed": 0}),  # noqa: E501
+        (th.quadratic_gap, {"gradient": normal(4), "hessian": positive(4), "radius": 0.5, "floor": None}),  # noqa: E501
         (operator.SymmetricMatrix, {"matrix": positive(4)}),
         (operator.Diagonal, {"diagonal": values}),
     ):  # fmt: skip

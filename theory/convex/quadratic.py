@@ -42,7 +42,7 @@ from deltacontrol.theory.convex.program import run_solvers, solver_order
 from deltacontrol.theory.convex.solution import ConvexStatus
 from deltacontrol.theory.errors import InputError
 
-__all__ = ["QuadraticSolution", "solve_convex"]
+__all__ = ["QuadraticSolution", "condensed", "solve_convex"]
 
 # Eigenvalues of H count as zero below this share of the largest.
 _ZERO = 1e-12
@@ -234,37 +234,46 @@ class _Quadratic:
         return objective, objective - slack, nu
 
 
-def _condense(problem: ControlProblem, like: Controls) -> _Quadratic:
-    sizes = [u.numel() for u in like]
+def condensed(problem: ControlProblem, at: Controls) -> tuple[float, Tensor, Tensor]:
+    """A quadratic ``J``, its gradient ``(n,)`` and its Hessian ``(n, n)`` in the flat controls.
+
+    Raises:
+        InputError: for more than 4000 unknowns.
+    """
+    sizes = [u.numel() for u in at]
     if sum(sizes) > _MAX_UNKNOWNS:
         raise InputError(
             f"the problem has {sum(sizes)} controls in all, and a dense program takes at most "
             f"{_MAX_UNKNOWNS}; take the Riccati solver, or ILQR with a box"
         )
-    parts = like or (torch.zeros(0, dtype=torch.float64),)
+    point = torch.cat([u.reshape(-1) for u in at or (torch.zeros(0, dtype=torch.float64),)])
 
     def objective(z: Tensor) -> Tensor:
         pieces = z.split(sizes) if sizes else ()
         return problem.objective(
-            tuple(p.reshape(u.shape) for p, u in zip(pieces, like, strict=True))
+            tuple(p.reshape(u.shape) for p, u in zip(pieces, at, strict=True))
         )
 
-    zero = torch.zeros(sum(sizes), dtype=torch.float64)
-    if zero.numel():
+    if point.numel():
         # The Hessian of a quadratic, one column for each unknown: exact up to rounding.
-        g = torch.func.grad(objective)(zero)
-        H = torch.func.vmap(lambda e: torch.func.jvp(torch.func.grad(objective), (zero,), (e,))[1])(
-            torch.eye(len(zero), dtype=torch.float64)
-        )
+        g = torch.func.grad(objective)(point)
+        H = torch.func.vmap(
+            lambda e: torch.func.jvp(torch.func.grad(objective), (point,), (e,))[1]
+        )(torch.eye(len(point), dtype=point.dtype))
     else:
-        g, H = zero, zero.reshape(0, 0)
-    values, vectors = np.linalg.eigh((0.5 * (H + H.mT)).numpy())
+        g, H = point, point.reshape(0, 0)
+    return float(objective(point)), g, 0.5 * (H + H.mT)
+
+
+def _condense(problem: ControlProblem, like: Controls) -> _Quadratic:
+    c, g, H = condensed(problem, like)
+    values, vectors = np.linalg.eigh(H.numpy())
     if problem.box is None:
-        low, high = torch.full_like(zero, -math.inf), torch.full_like(zero, math.inf)
+        low, high = torch.full_like(g, -math.inf), torch.full_like(g, math.inf)
     else:
-        bounds = [problem.box.bounds(t, u) for t, u in enumerate(parts)]
+        bounds = [problem.box.bounds(t, u) for t, u in enumerate(like or (g,))]
         low, high = (torch.cat([b[i].reshape(-1) for b in bounds]) for i in (0, 1))
-    return _Quadratic(float(objective(zero)), g.numpy(), values, vectors, low.numpy(), high.numpy())
+    return _Quadratic(c, g.numpy(), values, vectors, low.numpy(), high.numpy())
 
 
 def _split(w: np.ndarray, like: Controls) -> Controls:
