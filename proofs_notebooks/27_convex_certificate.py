@@ -35,6 +35,16 @@
 #
 # **E.** Ridge, norm balls and group lasso may be solved in the row space of the features, and the
 # nuclear norm in their column and row spaces, exactly. For a box this is false.
+#
+# **F.** Let $f - \frac\sigma2\|\cdot\|^2$ be convex, for a $\sigma$ of any sign. At any point $w$
+# with $e = \nabla f(w)$, on the ball of radius $r$ around $c$, with $q = c - w$ and
+# $h = e + \sigma q$,
+# $$\min f \;\ge\; f(w) + \langle e, q\rangle + \frac\sigma2\|q\|^2
+# + \min_{0 \le s \le r} \Big(\frac\sigma2 s^2 - \|h\| s\Big),$$
+# with equality where $w$ minimises a convex $f$, or a quadratic one of any sign with
+# $\sigma = \lambda_{\min}(H)$. For a network $z(u + d) = z + Gd + \rho(d)$ and convex $\Phi$, with
+# $a = \nabla\Phi$ at the linearised outputs of $w$, controls gain at most the bound of the
+# linearisation plus $\max_d -\langle a, \rho(d)\rangle$.
 
 # %% [markdown]
 # ## Assumptions
@@ -73,7 +83,19 @@
 # **E.** The loss sees $u$ through $Gu$ alone. With the orthogonal projection $\Pi$ on the row
 # space, $G \Pi u = G u$ and $\|\Pi u\|_2 \le \|u\|_2$. For $\langle G_i, W\rangle$ with all
 # $G_i = \Pi_1 G_i \Pi_2$, the matrix $\Pi_1 W \Pi_2$ has the same logits and no larger singular
-# values. $\blacksquare$
+# values.
+#
+# **F.** The tangent of the convex $f - \frac\sigma2\|\cdot\|^2$ at $w$ gives
+# $f(v) \ge f(w) + \langle e, v - w\rangle + \frac\sigma2\|v - w\|^2$. With $v = c + s$ the right
+# side is $f(w) + \langle e, q\rangle + \frac\sigma2\|q\|^2 + \langle h, s\rangle +
+# \frac\sigma2\|s\|^2$, least against $h$. If $w$ is a minimiser, then $e = \lambda q$ with
+# $\lambda \ge 0$, $\lambda(\|q\| - r) = 0$ and $\lambda + \sigma \ge 0$: for a convex $f$ by the
+# conditions of Karush, Kuhn and Tucker, for a quadratic by those of Moré and Sorensen. So
+# $h = (\lambda + \sigma) q$, the least $s$ has the length $\|q\|$, and the terms behind $f(w)$ add
+# up to $\lambda\|q\|^2 + \frac\sigma2\|q\|^2 + \frac\sigma2\|q\|^2 - (\lambda + \sigma)\|q\|^2 = 0$.
+# For the network, $\Phi(z(u + d)) \ge \Phi(z') + \langle a, z + Gd - z'\rangle + \langle a,
+# \rho(d)\rangle$ by convexity, and the minimum of the first two terms, with the weight decay, is
+# the bound of the linearisation. $\blacksquare$
 
 # %% [markdown]
 # ## Numerical check
@@ -84,6 +106,7 @@ import torch
 
 from deltacontrol.theory.control.problem import Box
 from deltacontrol.theory.convex import ConvexTuning, GroupLasso, NuclearNorm, Ridge
+from deltacontrol.theory.linear.operator import SymmetricMatrix
 
 torch.manual_seed(0)
 N, K, sizes = 20, 3, (6, 6, 6, 6)
@@ -181,12 +204,54 @@ assert abs(W.objective - V.objective) < 1e-7 and W.ranks == V.ranks
 assert (left @ W.controls[0] @ right.mT - V.controls[0]).norm() < 1e-3
 print(f"rank {W.ranks[0]} in 3 x 5 and embedded in 30 x 20")
 
+# %%
+# F: from random points, and closing at the minimiser; the matrix has eigenvalues of both signs.
+from deltacontrol.theory.certificates import Ball, gap_bound, least_on_ball, quadratic_gap
+
+root, slope = torch.randn(6, 6, dtype=F64), torch.randn(6, dtype=F64)
+H = root + root.mT
+sigma, ball = float(torch.linalg.eigvalsh(H)[0]), Ball(torch.zeros(6, dtype=F64), 1.5)
+
+
+def f(v: torch.Tensor) -> float:
+    return float(slope @ v + 0.5 * v @ H @ v)
+
+
+found = quadratic_gap(slope, H, ball.radius)
+inside = [f(ball.project(3 * v)) for v in torch.randn(500, 6, dtype=F64)]
+below = [
+    least_on_ball(f(w), slope + H @ w, w, sigma, ball).bound for w in torch.randn(500, 6, dtype=F64)
+]
+assert max(below) <= -found.lower <= min(inside) and found.upper - found.lower < 1e-9
+print(f"least {-found.lower:.6f}, at random points from {min(inside):.6f}")
+print(f"bounds from random points up to {max(below):.6f}, from the minimiser {-found.upper:.6f}")
+
+# A network: the bound of its linearisation, and what that leaves out at 200 points of the ball.
+from deltacontrol.theory.control.costs import CrossEntropyCost
+from deltacontrol.theory.control.problem import ControlProblem
+from deltacontrol.theory.control.systems import ResidualNetwork
+
+layers = ResidualNetwork.random(3, width=3, hidden=6, control_size=4, seed=1)
+problem = ControlProblem(
+    layers, CrossEntropyCost(torch.arange(6) % 3, 0.1), torch.randn(6, 3, dtype=F64)
+)
+start = problem.zero_controls()
+certificate = gap_bound(problem, start, 0.5)
+print(certificate)
+z0, J0 = problem.rollout(start)[-1], problem.objective(start)
+for d in torch.randn(200, 12, dtype=F64):
+    step = (0.5 * d / d.norm()).split(4)
+    z, along = torch.func.jvp(lambda *u: problem.rollout(u)[-1], start, tuple(step))
+    left_out = -(certificate.dual * (problem.rollout(step)[-1] - z0 - along)).sum()
+    assert J0 - problem.objective(step) <= certificate.upper + left_out
+
 # %% [markdown]
 # ## What breaks it
 #
 # A point outside the domain bounds nothing: scaling $a$ *up* violates
 # $\|v_g\|_\circ \le \lambda w_g$, and $D$ is $-\infty$, not merely small. And with a box the
 # rotation of E is wrong: the box of the reduced coordinates is another set.
+# F needs a $\sigma$ that is not above the least curvature; an estimate may be above it.
 
 # %%
 assert tuning.bound(1.01 * solution.dual, weight) == -np.inf
@@ -201,3 +266,7 @@ rotated = ConvexTuning(wide @ Q, target, box=Box(-0.1, 0.1), **options).solve(1e
 assert boxed.gap < 1e-8 and rotated.gap < 1e-8
 assert rotated.objective > boxed.objective + 1e-3
 print(f"box in the controls {boxed.objective:.4f}, in rotated coordinates {rotated.objective:.4f}")
+
+above = quadratic_gap(slope, SymmetricMatrix(H), ball.radius, floor=0.0)
+assert above.upper < found.lower
+print(f"with sigma = 0: at most {above.upper:.4f}, and {found.lower:.4f} is gained")

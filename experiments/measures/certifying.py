@@ -50,7 +50,7 @@ def certificate_of(record: Record, radius: float | None = None) -> Certificate:
 
 
 def is_affine(model: DeltaModel) -> bool:
-    """Whether all controls are those of a head that is one linear map, so that logits are affine."""
+    """Whether all controls are those of a head that is one linear map: its logits are affine."""
     paths = model.host.sites.head_paths()
     linear = len(paths) == 1 and isinstance(model.model.get_submodule(paths[0]), nn.Linear)
     return linear and set(head_controls(model)) == set(model.trainable())

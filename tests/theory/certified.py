@@ -70,8 +70,8 @@ def linear_quadratic(draw: np.random.Generator, seed: int) -> Exact:
 
 def negative_curvature(draw: np.random.Generator, seed: int) -> Exact:
     problem, u = _sized(draw, seed)
-    eye = [torch.eye(len(Q), dtype=F64) for Q in parts(problem)[1].Q]
-    lowered = [Q - float(draw.uniform(2, 6)) * one for Q, one in zip(parts(problem)[1].Q, eye, strict=True)]  # noqa: E501
+    depth = float(draw.uniform(2, 6))
+    lowered = [Q - depth * torch.eye(len(Q), dtype=F64) for Q in parts(problem)[1].Q]
     problem = with_terms(problem, Q=lowered)
     H, g = _second_order(problem, u)
     assert torch.linalg.eigvalsh(H)[0] < 0

@@ -104,9 +104,9 @@ def test_a_squared_error_and_controls_per_example_are_quadratic_too() -> None:
 
 def test_the_hard_case() -> None:
     """``g`` has no part along the least eigenvector: ``lambda = 1`` and ``s = (+-t, -1/3)``."""
-    g, H, r = torch.tensor([0.0, 1.0], dtype=F64), torch.diag(torch.tensor([-1.0, 2.0])).double(), 2.0
-    found = quadratic_gap(g, H, r)
-    # m = -s_2^2 ... : -t^2/2 + s_2 + s_2^2 with t^2 = r^2 - 1/9.
+    g, H = torch.tensor([0.0, 1.0], dtype=F64), torch.diag(torch.tensor([-1.0, 2.0], dtype=F64))
+    found, r = quadratic_gap(g, H, 2.0), 2.0
+    # -t^2/2 + s_2 + s_2^2 with s_2 = -1/3 and t^2 = r^2 - 1/9.
     gain = 0.5 * (r**2 - 1 / 9) + 1 / 3 - 1 / 9
     assert found.upper == pytest.approx(gain, rel=1e-12)
     assert found.lower == pytest.approx(gain, rel=1e-12) and found.multiplier == pytest.approx(1.0)

@@ -141,8 +141,9 @@ class Certificate:
             return rows
         remainder = self.remainder
         return rows | {
-            "remainder": f"{remainder.value:.6g}, an estimate and not a bound: {remainder.found:.3g} "
-            f"at the worst of {remainder.points} points, {remainder.bent:.3g} by the curvature",
+            "remainder": f"{remainder.value:.6g}, an estimate and not a bound: "
+            f"{remainder.found:.3g} at the worst of {remainder.points} points, "
+            f"{remainder.bent:.3g} by the curvature",
             "problem": f"can gain at most {self.estimate:.6g} if the remainder is nowhere larger; "
             f"{self.attained:.6g} is gained by a control that was found, proved",
         }

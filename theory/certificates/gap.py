@@ -261,8 +261,8 @@ def _ball(
     distance = float(middle.norm())
     if distance > radius * (1 + 1e-12):
         raise InputError(
-            f"the controls are {distance:.6g} away from the centre, and the radius is {radius:.6g}; "
-            "give a ball that holds them"
+            f"the controls are {distance:.6g} away from the centre, and the radius is "
+            f"{radius:.6g}; give a ball that holds them"
         )
     return Ball(middle, radius)
 

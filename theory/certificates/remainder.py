@@ -72,7 +72,9 @@ class DualRemainder:
         change = float(there.objective - self._now.objective)
         return float(self._slope @ d) - change, self._slope - flatten(there.gradient)
 
-    def estimate(self, ball: Ball, witness: Tensor, *, starts: int, steps: int, seed: int) -> Remainder:
+    def estimate(
+        self, ball: Ball, witness: Tensor, *, starts: int, steps: int, seed: int
+    ) -> Remainder:
         """Look for the largest remainder on the ball.
 
         Args:
@@ -83,12 +85,10 @@ class DualRemainder:
             seed: of the random starts.
         """
         draw = torch.Generator().manual_seed(seed)
-        like = witness
-        lowest, direction = self._lowest(torch.randn(len(like), generator=draw, dtype=torch.float64))
-        directions = [direction, -direction]
-        for _ in range(starts):
-            ray = torch.randn(len(like), generator=draw, dtype=torch.float64).to(like)
-            directions.append(ray / ray.norm())
+        rays = torch.randn(starts + 1, len(witness), generator=draw, dtype=torch.float64)
+        rays = rays.to(witness.device) / rays.norm(dim=1, keepdim=True)
+        lowest, direction = self._lowest(rays[0])
+        directions = [direction, -direction, *rays[1:]]
         points = [witness, *(ball.centre + ball.radius * ray for ray in directions)]
         found = max(self._climbed(point, ball, steps) for point in points)
         kappa = max(0.0, -lowest)
@@ -98,11 +98,10 @@ class DualRemainder:
     def _lowest(self, start: Tensor) -> tuple[float, Tensor]:
         """The lowest curvature of ``<a, z>`` at ``u``, less the residual, and its direction."""
         curvature = HessianCurvature(self._problem, self._u, self._now)
-        start = start.to(curvature.device, curvature.dtype)
         eps = torch.finfo(curvature.dtype).eps
         found = lanczos(
             lambda rows: rows @ curvature,
-            start[None] / start.norm(),
+            start[None],
             min(PRODUCTS, len(start)),
             rounding=eps**0.5,
             one_operator=True,

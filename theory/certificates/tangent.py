@@ -20,10 +20,10 @@ inaccurate it is lower, never wrong. With ``sigma = 0`` its distance to ``f(w)``
 and Wolfe, ``<e, w - c> + r ||e||``.
 
 *It is exact* at a point ``w`` of the ball with ``e = lambda (c - w)``, where ``lambda >= 0``,
-``lambda + sigma >= 0``, and ``lambda = 0`` unless ``||w - c|| = r``: then ``h = (lambda + sigma) q``
-and the right side is ``f(w)``. Every minimiser of a convex ``f`` on the ball is such a point, and
-so is every global minimiser of a quadratic, definite or not (More and Sorensen). So the bound
-closes on both, and ``lambda`` is the multiplier of the ball: for a quadratic with slope ``g`` at
+``lambda + sigma >= 0``, and ``lambda = 0`` unless ``||w - c|| = r``: then ``h`` is ``(lambda +
+sigma) q`` and the right side is ``f(w)``. Every minimiser of a convex ``f`` on the ball is such a
+point, and so is every global minimiser of a quadratic, definite or not (More and Sorensen). So the
+bound closes on both, and ``lambda`` is the multiplier of the ball: for a quadratic with slope ``g`` at
 the centre and matrix ``H`` the bound is then Lagrange's, ``-1/2 g'(H + lambda I)^+ g - lambda
 r^2/2``.
 
@@ -42,6 +42,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.optimize import brentq
@@ -184,5 +185,5 @@ def to_boundary(
 
     if not excess(outside) > 0 > excess(inside):  # between the two only rounding
         return step(math.exp(inside))
-    root: float = brentq(excess, outside, inside, xtol=xtol, maxiter=200)  # type: ignore[assignment]
+    root: Any = brentq(excess, outside, inside, xtol=xtol, maxiter=200)
     return step(math.exp(root))
