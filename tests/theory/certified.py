@@ -70,11 +70,12 @@ def linear_quadratic(draw: np.random.Generator, seed: int) -> Exact:
 
 def negative_curvature(draw: np.random.Generator, seed: int) -> Exact:
     problem, u = _sized(draw, seed)
-    depth = float(draw.uniform(2, 6))
-    lowered = [Q - depth * torch.eye(len(Q), dtype=F64) for Q in parts(problem)[1].Q]
-    problem = with_terms(problem, Q=lowered)
+    weights, depth = parts(problem)[1].Q, float(draw.uniform(2, 6))
     H, g = _second_order(problem, u)
-    assert torch.linalg.eigvalsh(H)[0] < 0
+    while torch.linalg.eigvalsh(H)[0] >= 0:
+        lowered = [Q - depth * torch.eye(len(Q), dtype=F64) for Q in weights]
+        problem, depth = with_terms(problem, Q=lowered), 2 * depth
+        H, g = _second_order(problem, u)
     radius = float(draw.choice([0.01, 0.3, 1.0, 10.0]))
     return Exact(problem, u, radius, trust_region(H, g, radius))
 
@@ -92,7 +93,7 @@ def logistic(draw: np.random.Generator, seed: int) -> Exact:
     start = u[0].reshape(classes, width).numpy()
     ball = cvxpy.norm(W - start, "fro") <= radius
     program = cvxpy.Problem(cvxpy.Minimize(loss + decay / 2 * cvxpy.sum_squares(W)), [ball])
-    program.solve(solver=cvxpy.CLARABEL, tol_gap_abs=1e-11, tol_gap_rel=1e-11, tol_feas=1e-11)
+    program.solve(solver=cvxpy.CLARABEL, tol_gap_abs=1e-9, tol_gap_rel=1e-9, tol_feas=1e-9)
     assert W.value is not None
     return Exact(problem, u, radius, torch.from_numpy((W.value - start).reshape(-1)), affine=True)
 

@@ -1,19 +1,15 @@
 """How much controls could still gain within a radius: an upper bound that is computed.
 
 For controls ``u`` of a problem and a ball around a centre, by default ``u``, the *gap* is ``J(u) -
-min J`` over the ball. `gap_bound` bounds it from above by duality and from below by a point:
+min J`` over the ball. `gap_bound` bounds it from above by duality, and from below by a point.
 
-=====================================  ========================================================
-problem                                the upper bound
-=====================================  ========================================================
-linear dynamics, quadratic cost, also  proved, and equal to the gap: the trust-region problem
-with negative curvature                (`deltacontrol.theory.certificates.quadratics`)
-convex loss of outputs that are        proved, and equal to the gap: Fenchel's dual at the point
-affine in the controls                 that was found (`deltacontrol.theory.certificates.affine`)
-convex loss of any network             the same of the network linearised at ``u``, proved of that;
-                                       for the network an estimated remainder is added, which is
-                                       no proof (`deltacontrol.theory.certificates.remainder`)
-=====================================  ========================================================
+- *Linear dynamics with a quadratic cost*, negative curvature included. The bound is proved and
+  equal to the gap: the trust-region problem (`deltacontrol.theory.certificates.quadratics`).
+- *A convex loss of outputs that are affine in the controls*. The bound is proved and equal to the
+  gap: Fenchel's dual at the point that was found (`deltacontrol.theory.certificates.affine`).
+- *A convex loss of any network*. The bound is that of the network linearised at ``u``, and proved
+  of that. For the network an estimate of the remainder is added, which is no proof
+  (`deltacontrol.theory.certificates.remainder`).
 
 Every upper bound is the least value of a paraboloid below ``J``
 (`deltacontrol.theory.certificates.tangent`): it holds whatever the inner solver did, and its

@@ -23,8 +23,8 @@ and Wolfe, ``<e, w - c> + r ||e||``.
 ``lambda + sigma >= 0``, and ``lambda = 0`` unless ``||w - c|| = r``: then ``h`` is ``(lambda +
 sigma) q`` and the right side is ``f(w)``. Every minimiser of a convex ``f`` on the ball is such a
 point, and so is every global minimiser of a quadratic, definite or not (More and Sorensen). So the
-bound closes on both, and ``lambda`` is the multiplier of the ball: for a quadratic with slope ``g`` at
-the centre and matrix ``H`` the bound is then Lagrange's, ``-1/2 g'(H + lambda I)^+ g - lambda
+bound closes on both, and ``lambda`` is the multiplier of the ball: for a quadratic of slope ``g``
+at the centre and matrix ``H`` the bound is then Lagrange's, ``-1/2 g'(H + lambda I)^+ g - lambda
 r^2/2``.
 
 *It is Fenchel's dual* for ``f(v) = Phi(z + G v)`` with convex ``Phi`` and ``sigma = 0``: the right
