@@ -94,6 +94,8 @@ def gap_bound(
           gained     0.25, by a control that was found
           tightness  exact: both are equal
     """
+    if starts < 0 or steps < 0:
+        raise InputError(f"starts is {starts} and steps is {steps}; expected 0 or more")
     u = tuple(control.detach() for control in controls)
     ball = _ball(problem, u, radius, centre)
     with torch.no_grad():
@@ -170,6 +172,11 @@ def quadratic_gap(
         )
     _require_numbers(gradient)
     _require_radius(radius)
+    if max_products < 1 or not (floor is None or math.isfinite(floor)):
+        raise InputError(
+            f"floor is {floor} and max_products {max_products}; expected a finite number and at "
+            "least 1"
+        )
     if isinstance(hessian, Tensor) == (floor is not None):
         raise InputError(
             "a floor of the eigenvalues goes with an operator, which shows them to nobody; those "
