@@ -251,6 +251,7 @@ def test_of_a_network_the_bound_and_the_true_remainder_hold() -> None:
             left_out = -float((found.dual * rest).sum())
             gain = float(problem.objective(u) - problem.objective(ahead))
             assert gain <= found.upper + left_out + 1e-12
+            assert gain <= found.ceiling
             others.append(left_out)
         assert found.remainder.found >= max(others[1:])  # and larger than at random points
 

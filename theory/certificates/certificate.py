@@ -84,6 +84,8 @@ class Certificate:
         dual: ``a``, where the problem or its linearisation is a loss of affine outputs, of their
             shape; with it the bound can be computed anew.
         remainder: of the linearisation, where `upper` is of that.
+        ceiling: where `upper` is of a linearisation, what controls in the ball can gain at most in
+            the problem itself, proved by the loss alone, which is never negative.
     """
 
     kind: Kind
@@ -97,6 +99,7 @@ class Certificate:
     curvature: float
     dual: Tensor | None = None
     remainder: Remainder | None = None
+    ceiling: float = math.inf
 
     @property
     def proved(self) -> bool:
@@ -105,8 +108,13 @@ class Certificate:
 
     @property
     def estimate(self) -> float:
-        """What the problem itself can gain: `upper`, and the remainder where there is one."""
-        return self.upper + (0.0 if self.remainder is None else self.remainder.value)
+        """What controls can gain in the problem itself: `upper`, proved, where that is of it.
+
+        Else `upper` and the estimated remainder, or the `ceiling` where that is lower.
+        """
+        if self.remainder is None:
+            return self.upper
+        return min(self.upper + self.remainder.value, self.ceiling)
 
     @property
     def tightness(self) -> Tightness:
@@ -144,8 +152,9 @@ class Certificate:
             "remainder": f"{remainder.value:.6g}, an estimate and not a bound: "
             f"{remainder.found:.3g} at the worst of {remainder.points} points, "
             f"{remainder.bent:.3g} by the curvature",
-            "problem": f"can gain at most {self.estimate:.6g} if the remainder is nowhere larger; "
-            f"{self.attained:.6g} is gained by a control that was found, proved",
+            "problem, proved": f"at most {self.ceiling:.6g}, as its loss is not negative",
+            "problem, estimate": f"at most {self.estimate:.6g}, if the remainder is nowhere larger",
+            "problem, gained": f"{self.attained:.6g}, by a control that was found",
         }
 
     def __repr__(self) -> str:

@@ -9,7 +9,8 @@ min J`` over the ball. `gap_bound` bounds it from above by duality, and from bel
   gap: Fenchel's dual at the point that was found (`deltacontrol.theory.certificates.affine`).
 - *A convex loss of any network*. The bound is that of the network linearised at ``u``, and proved
   of that. For the network an estimate of the remainder is added, which is no proof
-  (`deltacontrol.theory.certificates.remainder`).
+  (`deltacontrol.theory.certificates.remainder`). Proved of the network is what the loss alone says,
+  which is never negative, and often little more: ``J(u)`` less the weight decay that is left.
 
 Every upper bound is the least value of a paraboloid below ``J``
 (`deltacontrol.theory.certificates.tangent`): it holds whatever the inner solver did, and its
@@ -47,6 +48,7 @@ __all__ = ["gap_bound", "quadratic_gap"]
 MEMORY = 2**31
 """The largest features in bytes."""
 _AFFINE = 1e-9
+_SHORTEST = 12
 
 
 @typed
@@ -131,6 +133,7 @@ def gap_bound(
         curvature=model.curvature,
         dual=model.dual(found.touching),
         remainder=told,
+        ceiling=objective - _least_conceivable(problem, u, ball),
     )
 
 
@@ -310,13 +313,21 @@ def _require_affine(problem: ControlProblem, u: Controls, model: AffineLoss, bal
         )
 
 
+def _least_conceivable(problem: ControlProblem, u: Controls, ball: Ball) -> float:
+    """What ``J`` is not below in the ball: the losses are not negative, nor is the weight decay."""
+    cost = problem.cost
+    assert isinstance(cost, CrossEntropyCost | BinaryCrossEntropyCost | SquaredErrorCost)
+    nearest = max(0.0, float((flatten(u) + ball.centre).norm()) - ball.radius)
+    return 0.5 * float(cost.weight_decay) * nearest**2
+
+
 def _reached(
     problem: ControlProblem, u: Controls, witness: Tensor, objective: float
 ) -> tuple[Controls, float]:
     """The best of some parts of a step in the problem itself, and what it gains."""
     best, gained = u, 0.0
-    for share in (1.0, 0.5, 0.25, 0.125):
-        steps = unflatten(share * witness, u)
+    for halvings in range(_SHORTEST):
+        steps = unflatten(0.5**halvings * witness, u)
         moved = tuple(a + d for a, d in zip(u, steps, strict=True))
         with torch.no_grad():
             gain = objective - float(problem.objective(moved))
