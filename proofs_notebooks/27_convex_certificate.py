@@ -92,7 +92,7 @@
 # $\lambda \ge 0$, $\lambda(\|q\| - r) = 0$ and $\lambda + \sigma \ge 0$: for a convex $f$ by the
 # conditions of Karush, Kuhn and Tucker, for a quadratic by those of Moré and Sorensen. So
 # $h = (\lambda + \sigma) q$, the least $s$ has the length $\|q\|$, and the terms behind $f(w)$ add
-# up to $\lambda\|q\|^2 + \frac\sigma2\|q\|^2 + \frac\sigma2\|q\|^2 - (\lambda + \sigma)\|q\|^2 = 0$.
+# up to $\lambda\|q\|^2 + \sigma\|q\|^2 - (\lambda + \sigma)\|q\|^2 = 0$.
 # For the network, $\Phi(z(u + d)) \ge \Phi(z') + \langle a, z + Gd - z'\rangle + \langle a,
 # \rho(d)\rangle$ by convexity, and the minimum of the first two terms, with the weight decay, is
 # the bound of the linearisation. $\blacksquare$

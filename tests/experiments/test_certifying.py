@@ -67,9 +67,9 @@ def test_a_certificate_is_for_a_solve(places: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("delta", ["head", "bitfit", "lora:rank=4", "ia3"])
 def test_tight_on_the_linearised_real_model(minilm_l3: str, tmp_path: Path, delta: str) -> None:
-    """Within a factor of 2, before and after some steps, near and far."""
-    for steps in (1, 8):
-        given = {"rows": 8, "max_length": 32, "weight_decay": 1e-4, "steps": steps}
+    """Within a factor of 2, after one step and after some, near and far."""
+    for steps in (1, 6):
+        given = {"rows": 4, "max_length": 16, "weight_decay": 1e-4, "steps": steps}
         solve = Solve(model=minilm_l3, task="movie", deltas=(delta,), **given)
         record = run(solve, RunStore(tmp_path), progress=False)
         for radius in (0.01, None):

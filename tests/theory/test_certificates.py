@@ -323,4 +323,3 @@ def test_token_states_and_steps_without_controls() -> None:
     found = gap_bound(problem, problem.zero_controls(dtype=F64), 0.5)
     # Here the network gains more than its linearisation can, and the remainder covers it.
     assert found.estimate >= found.attained > found.upper >= found.lower > 0
-

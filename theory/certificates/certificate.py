@@ -127,12 +127,15 @@ class Certificate:
         return Tightness.TIGHT if self.upper <= 2 * self.lower + nothing else Tightness.LOOSE
 
     def _rows(self) -> dict[str, str]:
-        close = f"{self.tightness}: " + {
-            Tightness.EXACT: "both are equal",
-            Tightness.TIGHT: "within a factor of 2",
-            Tightness.LOOSE: "more than a factor of 2 apart",
-            Tightness.VACUOUS: "no bound; take a finite radius",
-        }[self.tightness]
+        close = (
+            f"{self.tightness}: "
+            + {
+                Tightness.EXACT: "both are equal",
+                Tightness.TIGHT: "within a factor of 2",
+                Tightness.LOOSE: "more than a factor of 2 apart",
+                Tightness.VACUOUS: "no bound; take a finite radius",
+            }[self.tightness]
+        )
         rows = {
             "of": {
                 Kind.QUADRATIC: "the problem, which is quadratic",

@@ -242,9 +242,7 @@ def _certificate(
     )
 
 
-def _ball(
-    problem: ControlProblem, u: Controls, radius: float, centre: Controls | None
-) -> Ball:
+def _ball(problem: ControlProblem, u: Controls, radius: float, centre: Controls | None) -> Ball:
     """The ball of steps from ``u``."""
     problem.check_controls(u)
     _require_radius(radius)

@@ -250,9 +250,7 @@ def condensed(problem: ControlProblem, at: Controls) -> tuple[float, Tensor, Ten
 
     def objective(z: Tensor) -> Tensor:
         pieces = z.split(sizes) if sizes else ()
-        return problem.objective(
-            tuple(p.reshape(u.shape) for p, u in zip(pieces, at, strict=True))
-        )
+        return problem.objective(tuple(p.reshape(u.shape) for p, u in zip(pieces, at, strict=True)))
 
     if point.numel():
         # The Hessian of a quadratic, one column for each unknown: exact up to rounding.
