@@ -73,7 +73,7 @@ class SolveCommand(Solve):
         print_record(record)
         print(f"{'found' if known else 'recorded'} {store.path(experiment)}")
         if self.certify:
-            from deltacontrol.experiments.measures.certifying import certificate_of
+            from deltacontrol.experiments.certifying import certificate_of
 
             print(certificate_of(record, self.radius))
         return 0 if record.status == "converged" else 1
