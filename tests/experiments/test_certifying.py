@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deltacontrol.experiments.cli import main as cli
 from deltacontrol.experiments.certifying import certificate_of
+from deltacontrol.experiments.cli import main as cli
 from deltacontrol.experiments.measures.solving import Solve
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.experiments.runs.sweep import run
