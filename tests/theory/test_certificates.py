@@ -313,6 +313,7 @@ def test_mistakes_are_named() -> None:
     for given, told in (
         ((g, H[:2]), "expected .n,. and .n, n."),
         ((g, SymmetricMatrix(H)), "a floor of the eigenvalues goes with an operator"),
+        ((g, H.half()), "give both in float64"),
     ):
         with pytest.raises(InputError, match=told):
             quadratic_gap(*given, 1.0)

@@ -173,6 +173,10 @@ def quadratic_gap(
             f"the gradient has shape {tuple(gradient.shape)} and the matrix "
             f"{tuple(hessian.shape)}; expected (n,) and (n, n)"
         )
+    if hessian.dtype != gradient.dtype:
+        raise InputError(
+            f"the gradient is {gradient.dtype} and the matrix {hessian.dtype}; give both in float64"
+        )
     _require_numbers(gradient)
     _require_radius(radius)
     if max_products < 1 or not (floor is None or math.isfinite(floor)):
