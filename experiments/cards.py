@@ -163,9 +163,15 @@ def _task(record: Record, setting: Setting) -> str:
         "texts": f"at most {setting.max_length} tokens; longer ones are cut",
         "digest of the data": code(record.provenance["digests"]["data"] or ""),
     }
+    template = setting.template
+    if template is not None:
+        rows["template"] = code(template.text)
     table = rows_table((" ", " "), rows.items())
     if not data.labels:
         return table
+    if template is not None:
+        found = [(words(name), code(template.words[name])) for name in data.labels]
+        return f"{table}\n\n{rows_table(('class', 'its word'), found)}"
     order = setting.class_order
     numbers = range(len(data.labels)) if order is None else order.tolist()
     classes = rows_table(
@@ -250,9 +256,10 @@ def _evaluated(record: Record, setting: Setting, title: str) -> dict[str, Any]:
     if not metrics or not task:
         return {}
     packaged = tasks.available().get(task)
+    kind = setting.kind if setting.template is None else "classification"
     results = [
         EvalResult(
-            task_type=PIPELINES.get(setting.kind, "text-regression"),
+            task_type=PIPELINES.get(kind, "text-regression"),
             dataset_type=task,
             dataset_name=task if packaged is None else f"{task}: {packaged.description}",
             dataset_split=record.config.get("evaluate_on"),

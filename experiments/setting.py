@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from deltacontrol.experiments import models, tasks
-from deltacontrol.experiments.models import fit
-from deltacontrol.experiments.tasks.splits import few, order_of
+from deltacontrol.experiments.models import fit, words
+from deltacontrol.experiments.tasks.splits import few, order_of, require_rows
 from deltacontrol.theory.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from deltacontrol.experiments.models import ModelKind
     from deltacontrol.experiments.tasks import Kind, Task
     from deltacontrol.experiments.tasks.encoding import Batch, Encoded, EncodedSplit
+    from deltacontrol.experiments.tasks.templates import BoundTemplate, Template
     from deltacontrol.theory.control.problem import ControlProblem
 
 Order = Literal["given", "shuffled", "sampled"]
@@ -69,6 +70,7 @@ class Setting:
             a causal language model, read out at two words after a prompt
             (`deltacontrol.experiments.heads.WORDS`).
         head_rows: of the head "ridge".
+        template: every text is put into it, and its words are read out in the place of a head.
         dtype: of the parameters; "nf4" and "int8" quantise the linear maps.
         pretrained: False draws every weight from ``seed``.
         seed: of the weights that are drawn and of the controls.
@@ -98,6 +100,7 @@ class Setting:
     max_length: int = 64
     head: Head = "own"
     head_rows: int = 512
+    template: Template | None = None
     dtype: str = "float32"
     pretrained: bool = True
     seed: int = 0
@@ -113,6 +116,8 @@ class Setting:
         for name, options in (("order", get_args(Order)), ("head", get_args(Head))):
             if getattr(self, name) not in options:
                 raise unknown(name, str(getattr(self, name)), options)
+        if self.template is not None and self.head != "own":
+            raise InputError(f"a template needs no head; leave out the head {self.head!r}")
         if self.shots is not None and (self.train_rows or self.validation_rows):
             raise InputError("shots counts the rows: leave out train_rows and validation_rows")
         for name in ("shots", "train_rows", "validation_rows", "test_rows", "head_rows"):
@@ -168,14 +173,9 @@ class Setting:
             return few(rows, self.data.labels, self.shots, keys, what)
         if self.strict_rows and wanted is not None:
             needed = wanted + (self.head_rows if split == "train" and self.head == "ridge" else 0)
-            if needed > len(rows):
-                name = "training" if split == "train" else split
-                raise InputError(
-                    f"{needed} {name} rows of {self._name} were asked for; it has {len(rows)}"
-                )
-        if split == "train" and self.order != "given":
-            return rows.iloc[self._order[:wanted]]
-        return rows.iloc[:wanted]
+            what = "training" if split == "train" else split
+            require_rows(rows, needed, f"{what} rows of {self._name}")
+        return rows.iloc[self._order[:wanted] if split == "train" else slice(wanted)]
 
     def split(self, name: str) -> EncodedSplit:
         """The chosen rows of a split, tokenised.
@@ -214,15 +214,15 @@ class Setting:
 
         model = self._loaded[0]
         suffix = prompt_tokens(self.tokenizer) if self.head == "words" else ()
-        fit.require_positions(
-            model, self.model, self.max_length, self.parsed_deltas, behind=len(suffix)
-        )
+        length, deltas = self.max_length, self.parsed_deltas
+        fit.require_positions(model, self.model, length, deltas, behind=len(suffix))
         found = encode_rows(
             frame,
             self.tokenizer,
             kind=self.data.kind,
-            max_length=self.max_length if cut else None,
+            max_length=length if cut else None,
             suffix=suffix,
+            template=self._bound,
             name=self._name,
         )
         fit.require_tokens(model, self.model, found.tokens, found.pad)
@@ -251,6 +251,8 @@ class Setting:
     @cached_property
     def kind(self) -> ModelKind:
         """What the model is for; `data.kind` unless said otherwise."""
+        if self.template is not None:
+            return models.language_kind(self.model)
         return "causal-lm" if self.head == "words" else self.model_kind or self.data.kind
 
     @cached_property
@@ -269,11 +271,7 @@ class Setting:
         """
         if self.kind != "classification" or self.data.kind != "classification":
             return None
-        if (self.classes or 0) < len(self.data.labels):
-            raise InputError(
-                f"num_labels is {self.classes}, and {self._name} has {len(self.data.labels)} "
-                "classes; leave num_labels out, or give as many or more"
-            )
+        fit.require_classes(self.classes, self.data.labels, self._name)
         model = self._loaded[0]
         kept = self.head == "own" and self.pretrained and not getattr(model, "head_is_drawn", True)
         return fit.class_order(model, self.model, self.data.labels, head_is_kept=kept)
@@ -366,6 +364,12 @@ class Setting:
         return self.task if isinstance(self.task, str) else getattr(self.task, "name", "no task")
 
     @cached_property
+    def _bound(self) -> BoundTemplate | None:
+        """The template in the model's tokens."""
+        found = self.template
+        return found and found.bound(self.tokenizer, self.kind, self.data.labels, self._name)
+
+    @cached_property
     def _order(self) -> np.ndarray:
         """Numbers of all training rows (rows,), the chosen ones first."""
         return order_of(self.data.train, self.order, self._order_seed)
@@ -386,15 +390,11 @@ class Setting:
             first = len(self.frame("train"))
             others = self.data.train.iloc[self._order[first : first + self.head_rows]]
             heads.fit_two_class_head(model, self.encode(others).batches(64))
+        if self._bound is not None:
+            words.read_words(model, self._bound.tokens, self._bound.mask)
         return model, fit
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return models.load(
-            self.model,
-            kind=self.kind,
-            num_labels=self.classes,
-            pretrained=self.pretrained,
-            seed=self.seed,
-            dtype=self.dtype,
-        )
+        more: Any = {"num_labels": self.classes, "pretrained": self.pretrained, "seed": self.seed}
+        return models.load(self.model, kind=self.kind, dtype=self.dtype, **more)

@@ -40,7 +40,7 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class Finetune(FineTuning):
-    """Train deltas on a frozen model for a task, and evaluate on rows that training never saw.
+    r"""Train deltas on a frozen model for a task, and evaluate on rows that training never saw.
 
     A run is recorded under the hash of its configuration; the same command again prints the record,
     and a killed run goes on from its checkpoint.
@@ -51,6 +51,8 @@ class Finetune(FineTuning):
         deltacontrol finetune --delta lora:rank=16,sites=attention.query+mlp.up bitfit --seed 1
         deltacontrol finetune --optimiser newton-cg --train-limit 16 --steps 20
         deltacontrol finetune --task reviews.csv --text-column review --label-column stars
+        deltacontrol finetune --model smollm2-135m --shots 16 \
+            --template "{text} It was" --verbaliser negative=terrible positive=great
     """
 
     runs: Path = Path("runs")

@@ -1,7 +1,7 @@
 """Models: packaged ones, one file each, a family of one recipe, folders and the hub, all by name.
 
 `resolve` finds a model, `load` builds it for a kind of task, `digest` identifies it without
-fetching anything.
+fetching anything, `language_kind` tells what a language model's head predicts.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from deltacontrol.experiments.models import family, packaged
+from deltacontrol.experiments.models import family, loading, packaged
 from deltacontrol.experiments.models.base import PackagedModel, ResolvedModel, folder_digest
-from deltacontrol.experiments.models.loading import build
 from deltacontrol.theory import plugins
 from deltacontrol.theory.arguments import typed
 from deltacontrol.theory.errors import InputError, unknown
@@ -25,7 +24,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ModelKind", "PackagedModel", "ResolvedModel", "available", "digest", "load", "resolve"]
+__all__ = [
+    "ModelKind",
+    "PackagedModel",
+    "ResolvedModel",
+    "available",
+    "digest",
+    "language_kind",
+    "load",
+    "resolve",
+]
 
 ModelKind = Literal["classification", "regression", "causal-lm", "masked-lm", "backbone"]
 
@@ -117,13 +125,8 @@ def load(
         InputError: as in `resolve`; the hub cannot be reached; weights of the backbone (or of the
             language-model head) are missing or have other shapes; no tokenizer.
     """
-    from deltacontrol.deltas import hub  # imports torch
-
-    found = resolve(name)
-    if found.digest is None:
-        found = replace(found, location=hub.located(name))
-    return build(
-        found,
+    return loading.build(
+        _located(name),
         kind=kind,
         num_labels=num_labels,
         pretrained=pretrained,
@@ -131,6 +134,24 @@ def load(
         dtype=dtype,
         attn_implementation=attn_implementation,
     )
+
+
+def language_kind(name: str) -> Literal["masked-lm", "causal-lm"]:
+    """Whether a language model fills in what is masked, or goes on behind a text.
+
+    Raises:
+        InputError: as in `load`; it does neither.
+    """
+    found = loading.language_kind(_located(name))
+    return "masked-lm" if found == "masked-lm" else "causal-lm"
+
+
+def _located(name: str) -> ResolvedModel:
+    """As `resolve`; a model of the hub where it lies on this machine."""
+    from deltacontrol.deltas import hub  # imports torch
+
+    found = resolve(name)
+    return found if found.digest is not None else replace(found, location=hub.located(name))
 
 
 def _local(name: str) -> Path | None:

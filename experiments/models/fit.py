@@ -11,7 +11,7 @@ from deltacontrol.theory.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from deltacontrol.deltas import Delta
 
@@ -23,6 +23,10 @@ _COMPUTED = (
 _GENERIC = re.compile(r"LABEL_\d+")
 _CLASSIFIES = ("ForSequenceClassification", "ForTextClassification")
 SHOWN = 6
+LANGUAGE_MODELS = (
+    "smollm2-135m, one of the family such as family/encoder-192 (`deltacontrol pretrain`), or a "
+    "checkpoint with a head of language modelling, such as bert-base-uncased"
+)
 SHORTEST = 8  # tokens of a text that are worth reading
 
 
@@ -82,6 +86,48 @@ def beyond_embedding(name: str, token: int, rows: int) -> InputError:
         "tokens were added without model.resize_token_embeddings(len(tokenizer)). Resize and save "
         "the model, or bring back its own tokenizer."
     )
+
+
+def language_kind(config: PretrainedConfig, name: str) -> str:
+    """Whether a language model fills in what is masked or goes on: "masked-lm" or "causal-lm".
+
+    Raises:
+        InputError: it is neither, as an encoder-decoder.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    if not config.is_encoder_decoder:
+        if type(config) in AutoModelForMaskedLM._model_mapping:
+            if not getattr(config, "is_decoder", False):
+                return "masked-lm"
+        if type(config) in AutoModelForCausalLM._model_mapping:
+            return "causal-lm"
+    raise InputError(
+        f"{name} ({config.model_type}) is neither a masked nor a causal language model, so that no "
+        f"word can be read from it; choose {LANGUAGE_MODELS}"
+    )
+
+
+def without_head(name: str, kind: str, lacking: Sequence[str]) -> InputError:
+    """The error of a checkpoint that was saved without its language model's head."""
+    what = "fills masked tokens in" if kind == "masked-lm" else "gives the next token"
+    return InputError(
+        f"the weights of {name} have no head that {what} ({lacking[0]} is missing), as those of an "
+        f"encoder of sentences have none; choose {LANGUAGE_MODELS}"
+    )
+
+
+def require_classes(num_labels: int | None, labels: Sequence[str], name: str) -> None:
+    """Refuse a head with fewer classes than the task of that name.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    if (num_labels or 0) < len(labels):
+        raise InputError(
+            f"num_labels is {num_labels}, and {name} has {len(labels)} classes; leave num_labels "
+            "out, or give as many or more"
+        )
 
 
 def class_order(

@@ -94,6 +94,15 @@ def build(
     return built.eval(), tokenizer
 
 
+def language_kind(model: ResolvedModel) -> str:
+    """As `fit.language_kind`, of a model that is not loaded."""
+    from transformers import AutoConfig
+
+    with _reading(model, "its config.json"):
+        config = AutoConfig.from_pretrained(model.location, trust_remote_code=False)
+    return fit.language_kind(config, model.name)
+
+
 def _quantisation(
     bits: str,
     name: str,
@@ -304,6 +313,8 @@ def _from_checkpoint(
     reshaped = {name: shapes for name, *shapes in report["mismatched_keys"]}
     lacking = sorted(key for key in {*report["missing_keys"], *reshaped} if not may_be_new(key))
     if lacking:
+        if kind in ("causal-lm", "masked-lm") and not any(k.startswith(prefix) for k in lacking):
+            raise fit.without_head(model.name, kind, lacking)
         shown = ", ".join(
             f"{key} (shape {tuple(reshaped[key][0])} there, {tuple(reshaped[key][1])} needed)"
             if key in reshaped

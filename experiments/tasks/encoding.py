@@ -1,6 +1,6 @@
 """From texts to batches: tokenised once, batched by length, the same on every machine.
 
-The tokenizer is called here alone, by `encode_rows`.
+The tokenizer is called here alone, by `encode_rows`, and by the template that a text is put into.
 
 A split is stored ragged: all token ids in one array (tokens,), and offsets (rows + 1,). A batch
 is the dictionary that a model's forward takes:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from deltacontrol.experiments.tasks import Kind
+    from deltacontrol.experiments.tasks.templates import BoundTemplate
 
 Batch = dict[str, torch.Tensor]
 
@@ -194,6 +195,7 @@ def encode_rows(
     kind: Kind,
     max_length: int | None,
     suffix: Sequence[int] = (),
+    template: BoundTemplate | None = None,
     name: str = "the task",
 ) -> EncodedSplit:
     """Tokenise rows of a task.
@@ -207,11 +209,13 @@ def encode_rows(
         max_length: longer texts are cut at this many tokens, special ones included; None cuts none.
             Of a pair the longer text is cut first.
         suffix: tokens that follow every text, after the cut: a prompt.
+        template: which every text is put into; it is a part of the ``max_length``.
         name: of the task, for errors.
 
     Raises:
         InputError: a `max_length` that is too small, no padding token, or no text with two tokens
-            for causal-lm (a single one has nothing to predict; such rows are left out).
+            for causal-lm (a single one has nothing to predict; such rows are left out); or as in
+            `deltacontrol.experiments.tasks.templates.BoundTemplate.rows`.
     """
     pairs = "text_pair" in frame
     special = tokenizer.num_special_tokens_to_add(pair=pairs)
@@ -220,10 +224,12 @@ def encode_rows(
     pad = tokenizer.pad_token_id
     if not isinstance(pad, int):
         raise InputError("the tokenizer has no padding token; set one, its end token for example.")
-    told = pairs and "token_type_ids" in tokenizer.model_input_names
+    told = pairs and template is None and "token_type_ids" in tokenizer.model_input_names
     ids: list[list[int]] = []
     types: list[list[int]] | None = [] if told else None
-    if len(frame):
+    if template is not None:
+        ids = template.rows(frame, max_length, name)
+    elif len(frame):
         found = tokenizer(
             frame["text"].tolist(),
             frame["text_pair"].tolist() if pairs else None,

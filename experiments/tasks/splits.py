@@ -83,6 +83,16 @@ def order_of(rows: pd.DataFrame, order: str, seed: int) -> np.ndarray:
     return np.arange(len(rows))
 
 
+def require_rows(rows: pd.DataFrame, needed: int, what: str) -> None:
+    """Refuse a split with fewer rows than are needed.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    if needed > len(rows):
+        raise InputError(f"{needed} {what} were asked for; it has {len(rows)}")
+
+
 def few(
     rows: pd.DataFrame, classes: Sequence[str], shots: int, seed: Sequence[int], what: str
 ) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from deltacontrol.experiments.runs.experiment import (
     Workspace,
 )
 from deltacontrol.experiments.setting import Setting
+from deltacontrol.experiments.tasks.templates import EXAMPLE, Template, texts_of
 from deltacontrol.experiments.training.rates import default_rate
 from deltacontrol.experiments.training.settings import (
     ADAMW,
@@ -116,6 +117,7 @@ class FineTuning(Options, Subject):
     kind: ClassVar[str] = "fine-tuning"
     younger: ClassVar[tuple[str, ...]] = (
         *("cache_frozen", "sequential", "optimiser", "weights", "shots", "compile"),
+        *("template", "verbaliser"),
     )
 
     batch_size: int = 16
@@ -124,6 +126,12 @@ class FineTuning(Options, Subject):
     """Use only so many training rows."""
     shots: int | None = None
     """Train on so many rows of each class and validate on as many, drawn by the seed (few-shot)."""
+    template: str | None = None
+    """A sentence around each text in which a word tells its class, without a head: for a masked
+    language model "{text} It was [MASK].", for a causal one "{text} It was"; pairs have {text_pair}
+    too."""
+    verbaliser: tuple[str, ...] = ()
+    """The word of each class, of one token, such as negative=terrible positive=great."""
     eval_limit: int | None = None
     """Evaluate on at most so many rows."""
     evaluate_on: Literal["test", "validation"] = "test"
@@ -147,6 +155,8 @@ class FineTuning(Options, Subject):
             raise InputError(
                 "shots and train_limit both say how many rows are trained on; give one"
             )
+        if self.template is not None or self.verbaliser:
+            object.__setattr__(self, "verbaliser", self._template().verbaliser)
         if self.evaluate_on not in ("test", "validation"):
             raise unknown("split", str(self.evaluate_on), ("test", "validation"))
         if self.weights not in WEIGHTS:
@@ -176,6 +186,18 @@ class FineTuning(Options, Subject):
                 f"the known learning rates are those of {ADAMW}; give a learning_rate for "
                 f"{self.optimiser}"
             )
+
+    def _template(self) -> Template:
+        """The template with its verbaliser; raises where one of them is missing or wrong."""
+        if self.template is None or not self.verbaliser:
+            lacking, other = "template", "verbaliser"
+            if self.template is not None:
+                lacking, other = other, lacking
+            raise InputError(
+                f"there is a {other} and no {lacking}; give both, such as template "
+                f"{EXAMPLE[0]!r} and verbaliser {EXAMPLE[1]}"
+            )
+        return Template(self.template, texts_of(self.verbaliser))
 
     def _check_full_batch(self) -> None:
         """Refuse what would not be looked at."""
@@ -259,6 +281,7 @@ class FineTuning(Options, Subject):
             "validation_rows": None if self.shots else self.eval_limit,
             "test_rows": self.eval_limit,
             "shots": self.shots,
+            "template": None if self.template is None else self._template(),
             "dtype": "float64" if exact else self.weights,
         }
         return super().setting(**(given | rows))

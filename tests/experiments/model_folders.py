@@ -1,13 +1,28 @@
-"""Folders of a tiny model, copied and changed."""
+"""Folders of tiny models: copied and changed, and language models."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import BertForSequenceClassification
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertTokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 
 def copied(tiny: dict[str, str], folder: Path) -> Path:
@@ -27,3 +42,53 @@ def named(folder: Path, classes: list[str]) -> None:
     model.config.id2label = dict(enumerate(classes))
     model.config.label2id = {name: i for i, name in enumerate(classes)}
     model.save_pretrained(folder)
+
+
+def masked(folder: Path, words: Sequence[str]) -> str:
+    """A tiny random BertForMaskedLM that knows these words; its path."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=24,
+        initializer_range=0.3,
+    )
+    _saved(BertForMaskedLM, config, folder)
+    return str(folder)
+
+
+def causal(folder: Path, words: Sequence[str]) -> str:
+    """A tiny random LlamaForCausalLM that knows these words; its path."""
+    vocabulary = ["<pad>", "<unk>", *words]
+    inner = Tokenizer(WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
+    inner.pre_tokenizer = Whitespace()
+    folder.mkdir()
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>", eos_token="<pad>"
+    ).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=24,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    _saved(LlamaForCausalLM, config, folder)
+    return str(folder)
+
+
+def _saved(kind: type[PreTrainedModel], config: PretrainedConfig, folder: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kind(config).save_pretrained(folder)

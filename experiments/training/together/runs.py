@@ -44,6 +44,7 @@ def company(run: Any) -> dict[str, Any] | None:
         or obstacle(training_settings(run, "classification", 30.0))
         or run.weights != "float32"
         or run.shots is not None  # whose rows depend on the seed
+        or run.template is not None  # whose words are read in a pass of its own
     ):
         return None
     return {name: value for name, value in run.to_config().items() if name not in OWN}
