@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltacontrol.experiments import tracking
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.theory.arguments import typed
@@ -32,6 +33,7 @@ def finetune(
     runs: str | Path = RUNS,
     progress: bool = True,
     limit_minutes: float = LIMIT_MINUTES,
+    track: str | Sequence[str] = (),
     **options: Any,
 ) -> Record:
     """Train deltas on a frozen model for a task and evaluate them; recorded runs are not repeated.
@@ -44,6 +46,8 @@ def finetune(
         progress: whether to say where the learning rate is from, and to draw a progress bar.
         limit_minutes: how long it may take; at the limit it is saved, and the same call with a
             larger one goes on.
+        track: trackers that follow the run, such as "tensorboard"
+            (`deltacontrol.experiments.tracking`).
         options: further fields of `deltacontrol.experiments.training.finetune.FineTuning`, such as
             ``steps``, ``seed`` and ``learning_rate``.
 
@@ -62,7 +66,9 @@ def finetune(
     experiment = FineTuning(model=model, task=task, deltas=tuple(made), **options)
     if progress and options.get("learning_rate") is None and experiment.learning_rate is not None:
         print(default_rate(experiment.model, experiment.task, experiment.deltas))
-    record = run(experiment, RunStore(Path(runs)), progress=progress, limit_minutes=limit_minutes)
+    store = RunStore(Path(runs))
+    with tracking.using(track):
+        record = run(experiment, store, progress=progress, limit_minutes=limit_minutes)
     assert record is not None  # it waits for another process that computes the same run
     return record
 

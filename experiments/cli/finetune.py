@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from deltacontrol.experiments import tasks
+from deltacontrol.experiments import tasks, tracking
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.store import Record, RunStore
 from deltacontrol.experiments.training.finetune import FineTuning
@@ -40,7 +40,7 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class Finetune(FineTuning):
-    r"""Train deltas on a frozen model for a task, and evaluate on rows that training never saw.
+    """Train deltas on a frozen model for a task, and evaluate on rows that training never saw.
 
     A run is recorded under the hash of its configuration; the same command again prints the record,
     and a killed run goes on from its checkpoint.
@@ -51,12 +51,16 @@ class Finetune(FineTuning):
         deltacontrol finetune --delta lora:rank=16,sites=attention.query+mlp.up bitfit --seed 1
         deltacontrol finetune --optimiser newton-cg --train-limit 16 --steps 20
         deltacontrol finetune --task reviews.csv --text-column review --label-column stars
-        deltacontrol finetune --model smollm2-135m --shots 16 \
-            --template "{text} It was" --verbaliser negative=terrible positive=great
+
+    A language model can name the classes by words, without a head: --model smollm2-135m --template
+    "{text} It was" --verbaliser negative=terrible positive=great, with --shots 16 from few rows.
     """
 
     runs: Path = Path("runs")
     """Folder in which the run is recorded."""
+    track: tuple[str, ...] = ()
+    """Trackers that follow the run: tensorboard, wandb, trackio, mlflow and others of accelerate,
+    or of a file of yours. They are no part of it; local ones write into runs/tracking."""
     limit_minutes: float = LIMIT_MINUTES
     """How long the run may take, the time that it waits for another process not counted. At the
     limit it is saved, and the same command with a larger one goes on."""
@@ -76,7 +80,8 @@ class Finetune(FineTuning):
         known = store.find(experiment) is not None
         if not known and (told := tasks.reading_of(experiment)):
             print(told)
-        record = run(experiment, store, limit_minutes=self.limit_minutes)
+        with tracking.using(self.track):
+            record = run(experiment, store, limit_minutes=self.limit_minutes)
         if record is None:  # another process of the launch writes and prints
             return 0
         print_record(record, store.path(experiment), "found" if known else "recorded")

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from deltacontrol.experiments import tasks
+from deltacontrol.experiments import tasks, tracking
 from deltacontrol.experiments.runs.executors.registry import DEFAULT, using
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.store import Record, RunStore
@@ -33,6 +33,8 @@ class Tune(RateSearch):
     executor: str = DEFAULT
     """Who makes the runs: in-process, processes, ray or slurm, with options behind the name, such
     as ray:gpus=1."""
+    track: tuple[str, ...] = ()
+    """Trackers that follow every training, as in `deltacontrol finetune`."""
     limit_minutes: float = LIMIT_MINUTES
     """How long the search may take, the time that it waits for another process not counted. At the
     limit it is saved, and the same command with a larger one goes on."""
@@ -56,7 +58,7 @@ class Tune(RateSearch):
             count = len(experiment.rates) * experiment.seeds
             rates = ", ".join(f"{rate:g}" for rate in experiment.rates)
             print(f"{count} trainings, at the rates {rates}")
-        with using(self.executor):
+        with using(self.executor), tracking.using(self.track):
             record = run(experiment, store, limit_minutes=self.limit_minutes)
         if record is None:  # another process of the launch writes and prints
             return 0

@@ -25,7 +25,7 @@ _CLASSIFIES = ("ForSequenceClassification", "ForTextClassification")
 SHOWN = 6
 LANGUAGE_MODELS = (
     "smollm2-135m, one of the family such as family/encoder-192 (`deltacontrol pretrain`), or a "
-    "checkpoint with a head of language modelling, such as bert-base-uncased"
+    "checkpoint with a head of language modelling, such as google-bert/bert-base-uncased"
 )
 SHORTEST = 8  # tokens of a text that are worth reading
 

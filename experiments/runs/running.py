@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from deltacontrol.experiments import tracking
 from deltacontrol.experiments.runs import failures, locks
 from deltacontrol.experiments.runs.experiment import (
     Digests,
@@ -171,11 +172,14 @@ def _require_unchanged(
 
 
 def companies(experiments: Sequence[Experiment], most: int = MOST) -> list[list[Experiment]]:
-    """The experiments in groups that may share a pass, of ``most`` at most; in their order."""
+    """The experiments in groups that may share a pass, of ``most`` at most; in their order.
+
+    One that trackers follow shares none: they follow one run of a process at a time.
+    """
     groups: dict[str, list[list[Experiment]]] = {}
     found: list[list[Experiment]] = []
     for experiment in experiments:
-        shared = experiment.company()
+        shared = None if tracking.used() else experiment.company()
         key = "" if shared is None else canonical_json([experiment.kind, shared])
         open_groups = groups.setdefault(key, [])
         if not key or not open_groups or len(open_groups[-1]) >= most:

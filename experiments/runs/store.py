@@ -10,7 +10,7 @@ both, the user's first, and writes to the user's only.
 
 A record is written to a temporary folder in the same store and renamed: it is there whole or not
 at all. Hidden folders of a store (`.partial`, `.locks`) hold work in progress and are not records;
-neither is `claims`, where judged claims are kept.
+neither are `claims`, where judged claims are kept, and `tracking`, which is the trackers'.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltacontrol.experiments import tracking
 from deltacontrol.experiments.runs import index, provenance
 from deltacontrol.experiments.runs.experiment import (
     Digests,
@@ -212,7 +213,8 @@ class RunStore:
             names = sorted(_entries(self.root)) if self.root.exists() else []
         except OSError as error:
             raise unwritable(self.root, error) from error
-        strays = [n for n in names if not _IDENTITY.fullmatch(n) and n[0] != "." and n != CLAIMS]
+        known = (CLAIMS, tracking.FOLDER)
+        strays = [n for n in names if not _IDENTITY.fullmatch(n) and n[0] != "." and n not in known]
         if strays and warn:
             shown = ", ".join(map(repr, strays[:3])) + ", ..." * (len(strays) > 3)
             warnings.warn(

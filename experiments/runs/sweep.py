@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from deltacontrol.experiments import tracking
 from deltacontrol.experiments.models.family import told_time
 from deltacontrol.experiments.runs import failures
 from deltacontrol.experiments.runs.executors.base import (
@@ -258,7 +259,8 @@ def advance_all(
 
 
 def _work(function: Callable[..., Any], calls: dict[str, Call], store: RunStore) -> Work:
-    return Work(function, calls, partial(worker.begin, plugins.sources()), PRELOADED, store.root)
+    begin = partial(worker.begin, plugins.sources(), tracking.used())
+    return Work(function, calls, begin, PRELOADED, store.root)
 
 
 @dataclass

@@ -339,9 +339,9 @@ def _pieces(text: str) -> tuple[tuple[str, str | None], ...]:
         ) from None
     for _, place, form, conversion in found:
         if place is not None and (place not in PLACES or form or conversion):
-            written = place + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+            behind = (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
             raise InputError(
-                f"the template {text!r} has the place {{{written}}}; expected "
+                f"the template {text!r} has the place {{{place}{behind}}}; expected "
                 f"{' or '.join(f'{{{known}}}' for known in PLACES)}, as in {_FORM}"
             )
     return tuple((before, place) for before, place, _, _ in found)

@@ -37,6 +37,7 @@ from deltacontrol.theory.solvers.footprint import Footprint, obstacle
 
 if TYPE_CHECKING:
     from deltacontrol.experiments.tasks.encoding import Encoded
+    from deltacontrol.experiments.tracking import Trackers
 
 __all__ = ["Solved", "fine_tune", "full_batch", "sizes"]
 
@@ -51,6 +52,7 @@ def fine_tune(
     batch_size: int,
     evaluate_on: str,
     sequential: bool,
+    trackers: Trackers,
 ) -> Outcome:
     """Train the controls of a setting, and evaluate; the model stays trained.
 
@@ -61,6 +63,7 @@ def fine_tune(
         batch_size: examples of an update, and of a batch of the evaluation.
         evaluate_on: the rows of the result's metrics.
         sequential: train the deltas one after another.
+        trackers: are told how it goes, and how it ended.
 
     Raises:
         InputError: as `deltacontrol.experiments.training.finetune.FineTuning.execute`.
@@ -72,6 +75,8 @@ def fine_tune(
     solver = options.solver()
     if solver is not None:
         trained = _by_solver(setting, solver, options, workspace)
+        for row in trained.curve.to_dict("records"):
+            trackers.row({str(name): value for name, value in row.items()})
     else:
         paused = {} if sequential else {"pause_after": workspace.pause_after}
         train: Any = stages.train_in_turn if sequential else training.train
@@ -79,22 +84,25 @@ def fine_tune(
             model,
             TrainingBatches(encoded, options.seed, batch_size),
             training_settings(options, task.kind, workspace.checkpoint_seconds),
-            evaluate=partial(metrics_on, setting, "validation", batch_size),
+            evaluate=trackers.evaluated(partial(metrics_on, setting, "validation", batch_size)),
             checkpoint_dir=workspace.folder,
             progress=workspace.progress,
+            tell=trackers.row,
             **paused,
         )
     if in_half:
         model.controls.bfloat16()
     precision = trained.measures["precision"]
     with autocast(precision, trained.measures["device"]), cast_once(model.model, precision):
-        return outcome_of(
+        outcome = outcome_of(
             setting,
             trained,
             evaluate_on,
             model,
             lambda split: metrics_on(setting, split, batch_size, model),
         )
+    trackers.end(outcome.result)
+    return outcome
 
 
 def training_settings(options: Options, kind: str, checkpoint_seconds: float) -> Settings:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from deltacontrol.experiments import tracking
 from deltacontrol.experiments.runs.experiment import (
     Experiment,
     Outcome,
@@ -239,15 +240,18 @@ class FineTuning(Options, Subject):
 
         from deltacontrol.experiments.training.execution import fine_tune
 
+        run = workspace.folder.name
         try:
-            return fine_tune(
-                self.setting(),
-                self,
-                workspace,
-                batch_size=self.batch_size,
-                evaluate_on=self.evaluate_on,
-                sequential=self.sequential,
-            )
+            with tracking.following(run, self.label, self.to_config(), workspace.store) as trackers:
+                return fine_tune(
+                    self.setting(),
+                    self,
+                    workspace,
+                    batch_size=self.batch_size,
+                    evaluate_on=self.evaluate_on,
+                    sequential=self.sequential,
+                    trackers=trackers,
+                )
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"the GPU's memory is too small for {self.label}; try a larger grad_accumulation, "

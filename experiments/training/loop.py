@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,7 @@ def train(
     progress: bool = True,
     keep_checkpoint: bool = False,
     pause_after: int | None = None,
+    tell: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> TrainingResult:
     """Train the controls of `delta_model` in place.
 
@@ -79,6 +80,7 @@ def train(
         pause_after: A step before the last one behind which the training is saved and paused; it
             needs `checkpoint_dir` and `evaluate`. The same call without it goes on from there, and
             gives what an uninterrupted training gives.
+        tell: is given the curve's row of each step when it is made.
 
     Returns:
         The result. A loss or gradient that is not finite ends the training with status "diverged",
@@ -125,6 +127,8 @@ def train(
             message = loop.update()
             bar.update()
             bar.set_postfix(loss=f"{run.rows[-1]['loss']:.3f}", refresh=False)
+            if tell is not None:
+                tell(run.rows[-1])
             if message:
                 status = "diverged"
                 break

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +44,12 @@ def train_in_turn(
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     checkpoint_dir: Path | None = None,
     progress: bool = True,
+    tell: Callable[..., None] | None = None,
 ) -> TrainingResult:
     """`training.train` for each stage; a finished stage of an interrupted run is not repeated.
 
     The curve of the result has a column "stage", the delta's namespace, and goes on counting steps.
+    ``tell(row, before=n)`` is called as in `training.train`, with n the steps of earlier stages.
     """
     import pandas as pd
 
@@ -63,6 +66,7 @@ def train_in_turn(
             checkpoint_dir=checkpoint_dir / f"stage-{number}" if checkpoint_dir else None,
             progress=progress,
             keep_checkpoint=True,
+            tell=None if tell is None else partial(tell, before=steps),
         )
         curve = result.curve.assign(stage=namespace, step=result.curve["step"] + steps)
         curves.append(curve)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from deltacontrol.experiments import tracking
 from deltacontrol.experiments.runs.experiment import Experiment
 from deltacontrol.experiments.runs.running import OverLimitError, run_together
 from deltacontrol.experiments.runs.store import RunStore
@@ -9,11 +10,12 @@ from deltacontrol.theory import plugins
 from deltacontrol.theory.errors import InputError
 
 
-def begin(sources: tuple[str, ...], threads: int) -> None:
-    """Load what the sweep has loaded of users' files, and compute in so many threads."""
+def begin(sources: tuple[str, ...], trackers: tuple[str, ...], threads: int) -> None:
+    """Load what the sweep has loaded of users' files, track as it does, use so many threads."""
     import torch
 
     plugins.load_sources(sources)
+    tracking.use(trackers)
     torch.set_num_threads(threads)
 
 
