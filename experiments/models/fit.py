@@ -96,7 +96,7 @@ def language_kind(config: PretrainedConfig, name: str) -> str:
     """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    if not config.is_encoder_decoder:
+    if not getattr(config, "is_encoder_decoder", False):
         if type(config) in AutoModelForMaskedLM._model_mapping:
             if not getattr(config, "is_decoder", False):
                 return "masked-lm"

@@ -368,7 +368,9 @@ def test_a_head_that_is_missing_is_not_drawn_for_prompts(tmp_path: Path, made: R
     model, tokenizer = models.load(f"family/encoder-16{OPTIONS}", kind="backbone")
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="no head that fills masked tokens in .*family/encoder-192"):
+    with pytest.raises(
+        InputError, match="no head that fills masked tokens in .*family/encoder-192"
+    ):
         models.load(str(tmp_path), kind="masked-lm")
 
 

@@ -211,7 +211,8 @@ def test_padding_and_rows_in_front_do_not_move_the_place(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "delta", ["lora:rank=2", "prefix:length=2", "prompt:length=2", "bitfit", "houlsby", "full"]
+    "delta",
+    ["lora:rank=2", "prefix:length=2", "prompt:length=2", "bitfit", "houlsby:bottleneck=4", "full"],
 )
 @pytest.mark.one_in(2)
 def test_a_run_trains_the_delta_alone_and_is_saved_and_loaded(
@@ -249,7 +250,7 @@ def test_training_finds_the_word_that_tells_the_class(
     places: dict[str, str], store: RunStore, kind: str
 ) -> None:
     record = run(
-        tiny(places, kind, deltas=("lora:rank=4",), steps=120, learning_rate=2e-2, shots=20,
+        tiny(places, kind, deltas=("lora:rank=4",), steps=80, learning_rate=2e-2, shots=20,
              max_length=22),
         store, progress=False,
     )  # fmt: skip
@@ -298,7 +299,7 @@ def test_a_solver_takes_the_control_problem_of_the_words(
 ) -> None:
     record = run(
         tiny(places, kind, deltas=("ia3",), optimiser="lbfgs", precision="auto", train_limit=8,
-             steps=5, learning_rate=None, batch_size=16),
+             steps=2, learning_rate=None, batch_size=16),
         store, progress=False,
     )  # fmt: skip
     assert isinstance(record, Record)

@@ -110,7 +110,9 @@ def test_a_tracker_sees_configuration_steps_evaluations_and_result(
     assert config["deltas.0.rank"] == 2 and config["steps"] == 6 and record.id in config["run"]
     logs = [line for line in lines if line["what"] == "log"]
     curve = record.curve()
-    for log, row in zip((g for g in logs if "loss" in g["values"]), curve.itertuples(), strict=True):
+    for log, row in zip(
+        (g for g in logs if "loss" in g["values"]), curve.itertuples(), strict=True
+    ):
         assert log["step"] == row.step and log["values"]["loss"] == row.loss
         assert log["values"]["learning_rate"] == row.learning_rate
     seen = {g["step"]: g["values"] for g in logs if "validation_accuracy" in g["values"]}
@@ -136,9 +138,7 @@ def test_a_tracked_run_is_the_run_without_trackers(
         assert [r.id for r in store.listed()] == [tracked.id]
 
 
-def test_stages_and_solvers_are_tracked(
-    places: dict[str, str], store: RunStore, toy: str
-) -> None:
+def test_stages_and_solvers_are_tracked(places: dict[str, str], store: RunStore, toy: str) -> None:
     with tracking.using(toy):
         both = run(
             tiny(places, deltas=("lora:rank=2", "bitfit"), sequential=True, steps=3,
