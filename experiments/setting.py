@@ -222,7 +222,7 @@ class Setting:
             kind=self.data.kind,
             max_length=length if cut else None,
             suffix=suffix,
-            template=self._bound,
+            template=self._bound and self._bound.rows,
             name=self._name,
         )
         fit.require_tokens(model, self.model, found.tokens, found.pad)

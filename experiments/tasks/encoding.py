@@ -1,6 +1,6 @@
 """From texts to batches: tokenised once, batched by length, the same on every machine.
 
-The tokenizer is called here alone, by `encode_rows`, and by the template that a text is put into.
+The tokenizer is called here alone, by `encode_rows` and for the template that a text is put into.
 
 A split is stored ragged: all token ids in one array (tokens,), and offsets (rows + 1,). A batch
 is the dictionary that a model's forward takes:
@@ -18,7 +18,7 @@ size), so a run that was killed goes on with the batch it would have had.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from deltacontrol.experiments.tasks import Kind
-    from deltacontrol.experiments.tasks.templates import BoundTemplate
 
 Batch = dict[str, torch.Tensor]
 
@@ -188,6 +187,22 @@ def without_labels(batch: Batch) -> Batch:
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Tokens of each text, special ones included, whole."""
+    if not texts:
+        return []
+    # Who asks for whole texts cuts them, so that the tokenizer need not warn of long ones.
+    kept = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    return [list(ids) for ids in tokenizer(texts, **kept)["input_ids"]]  # type: ignore[union-attr]
+
+
+def token_starts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The letter at which each token of a text begins, without special tokens."""
+    asked = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    found = tokenizer(texts, **asked)["offset_mapping"]
+    return [[begin for begin, _ in offsets] for offsets in found]  # type: ignore[union-attr]
+
+
 def encode_rows(
     frame: pd.DataFrame,
     tokenizer: PreTrainedTokenizerBase,
@@ -195,7 +210,7 @@ def encode_rows(
     kind: Kind,
     max_length: int | None,
     suffix: Sequence[int] = (),
-    template: BoundTemplate | None = None,
+    template: Callable[[pd.DataFrame, int | None, str], list[list[int]]] | None = None,
     name: str = "the task",
 ) -> EncodedSplit:
     """Tokenise rows of a task.
@@ -209,13 +224,13 @@ def encode_rows(
         max_length: longer texts are cut at this many tokens, special ones included; None cuts none.
             Of a pair the longer text is cut first.
         suffix: tokens that follow every text, after the cut: a prompt.
-        template: which every text is put into; it is a part of the ``max_length``.
+        template: gives the tokens of rows, ``max_length`` and ``name`` in its own way, as
+            `deltacontrol.experiments.tasks.templates.BoundTemplate.rows` does.
         name: of the task, for errors.
 
     Raises:
         InputError: a `max_length` that is too small, no padding token, or no text with two tokens
-            for causal-lm (a single one has nothing to predict; such rows are left out); or as in
-            `deltacontrol.experiments.tasks.templates.BoundTemplate.rows`.
+            for causal-lm (a single one has nothing to predict; such rows are left out).
     """
     pairs = "text_pair" in frame
     special = tokenizer.num_special_tokens_to_add(pair=pairs)
@@ -228,7 +243,7 @@ def encode_rows(
     ids: list[list[int]] = []
     types: list[list[int]] | None = [] if told else None
     if template is not None:
-        ids = template.rows(frame, max_length, name)
+        ids = template(frame, max_length, name)
     elif len(frame):
         found = tokenizer(
             frame["text"].tolist(),

@@ -261,31 +261,19 @@ class BoundTemplate:
         return self._ids([self._filled(row) for row in rows])
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        # Cutting is done here, so that the tokenizer need not warn of what is too long.
-        found = self.tokenizer(
-            texts, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )
-        return [list(ids) for ids in found["input_ids"]]  # type: ignore[union-attr]
+        from deltacontrol.experiments.tasks.encoding import token_ids  # imports torch
+
+        return token_ids(self.tokenizer, texts)
 
     def _cut(self, rows: list[list[str]], excess: list[int]) -> list[list[str]]:
         """Each row's texts without so many tokens at the end, the longer text's first."""
-        starts = [
-            [
-                [begin for begin, _ in offsets]
-                for offsets in self.tokenizer(
-                    [row[k] for row in rows],
-                    add_special_tokens=False,
-                    return_offsets_mapping=True,
-                    verbose=False,
-                )["offset_mapping"]  # type: ignore[union-attr]
-            ]
-            for k in range(len(self.places))
-        ]
+        from deltacontrol.experiments.tasks.encoding import token_starts
+
+        columns = zip(*rows, strict=True)
+        starts = [token_starts(self.tokenizer, list(column)) for column in columns]
         cut = []
         for number, row in enumerate(rows):
-            begins = [starts[k][number] for k in range(len(row))]
+            begins = [column[number] for column in starts]
             kept = _kept([len(places) for places in begins], excess[number])
             # Up to the first token that goes: one letter may be several tokens.
             cut.append(
