@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -192,13 +192,13 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
     if not texts:
         return []
     # Who asks for whole texts cuts them, so that the tokenizer need not warn of long ones.
-    kept = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    kept: Any = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     return [list(ids) for ids in tokenizer(texts, **kept)["input_ids"]]  # type: ignore[union-attr]
 
 
 def token_starts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """The letter at which each token of a text begins, without special tokens."""
-    asked = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    asked: Any = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
     found = tokenizer(texts, **asked)["offset_mapping"]
     return [[begin for begin, _ in offsets] for offsets in found]  # type: ignore[union-attr]
 

@@ -71,7 +71,8 @@ def tiny(places: dict[str, str], kind: str, **options: Any) -> FineTuning:
     fixed = {"model": places[kind], "task": places["task"], "device": "cpu", "precision": "fp32"}
     sizes = {"steps": 12, "batch_size": 8, "max_length": 12, "learning_rate": 1e-2}
     words = {"template": TEMPLATES[kind], "verbaliser": VERBALISER}
-    return FineTuning(**(fixed | sizes | words | options))
+    given: dict[str, Any] = {**fixed, **sizes, **words, **options}
+    return FineTuning(**given)
 
 
 @pytest.fixture
@@ -138,8 +139,9 @@ def test_a_mask_in_a_text_is_not_that_of_the_template(places: dict[str, str]) ->
     setting = setting_of(places, "masked")
     frame = pd.DataFrame({"text": ["the [MASK] film", "[MASK]"], "label": [0, 1]})
     batch = setting.encode(frame).batch()
-    assert (batch["input_ids"] == setting.tokenizer.mask_token_id).sum(1).tolist() == [1, 1]
-    assert (batch["input_ids"] == setting.tokenizer.unk_token_id).sum(1).tolist() == [1, 1]
+    for ids in batch["input_ids"].tolist():
+        assert ids.count(setting.tokenizer.mask_token_id) == 1
+        assert ids.count(setting.tokenizer.unk_token_id) == 1
 
 
 def test_a_letter_of_several_tokens_does_not_hold_the_cut_up(tmp_path: Path) -> None:

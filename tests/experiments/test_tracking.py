@@ -88,7 +88,8 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def tiny(places: dict[str, str], **options: Any) -> FineTuning:
     sizes = {"steps": 6, "batch_size": 8, "max_length": 8, "learning_rate": 1e-2, "eval_every": 3}
     fixed = {"deltas": ("lora:rank=2",), "precision": "fp32", "device": "cpu", "seed": 1}
-    return FineTuning(**(places | sizes | fixed | options))
+    given: dict[str, Any] = {**places, **sizes, **fixed, **options}
+    return FineTuning(**given)
 
 
 def told(store: RunStore, run_id: str) -> list[dict[str, Any]]:
