@@ -380,13 +380,13 @@ def _drawn_from(seed: int) -> Iterator[None]:
 def _without_load_report() -> Iterator[None]:
     """Keep transformers from reporting the new head and the unused weights as a problem.
 
-    Only that report is dropped: `_from_checkpoint` reads the same findings and raises where they
-    matter. Other warnings pass.
+    That report, and what is said of tied weights that are missing, is dropped: `_from_checkpoint`
+    reads the same findings and raises where they matter. Other warnings pass.
     """
     from transformers.utils import logging as transformers_logging
 
     def passes(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
+        return not any(told in record.getMessage() for told in ("LOAD REPORT", "seem corrupted"))
 
     logger = logging.getLogger("transformers.modeling_utils")
     bars = transformers_logging.is_progress_bar_enabled()

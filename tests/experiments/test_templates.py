@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -382,6 +383,19 @@ def test_a_template_that_does_not_fit(
 ) -> None:
     with pytest.raises(InputError, match=words):
         _ = setting_of(places, kind, **options).encoded
+
+
+def test_a_missing_head_is_told_by_one_message(places: dict[str, str]) -> None:
+    """Not by what transformers says of the same weights."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(handler)
+    with pytest.raises(InputError, match="have no head that fills masked tokens in"):
+        models.load(places["headless"], kind="masked-lm")
+    logger.removeHandler(handler)
+    assert not told
 
 
 def test_a_template_needs_no_other_head(places: dict[str, str]) -> None:
