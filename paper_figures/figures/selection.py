@@ -182,8 +182,8 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
 def _key(table: pd.DataFrame) -> list[Line2D | Patch]:
     count = table["seed"].nunique()
     draws = f"{count} draw{'s' * (count > 1)} of the training rows"
-    least = Line2D([], [], linestyle="", marker="D", color=COLORS[GROUPS], mfc="white", ms=4)
-    least.set_label("least held-out loss of a draw")
+    least = Line2D([], [], linestyle="", marker="D", color="black", mfc="white", ms=4)
+    least.set_label("chosen $\\lambda$ of a draw: least real loss")
     return [
         Line2D([], [], color="#333333", label=f"median of {draws}"),
         Patch(facecolor="#BBBBBB", label="their range"),
@@ -204,16 +204,17 @@ def caption(table: pd.DataFrame) -> str:
     trained = table[table["part"] == "selected"]
     programs = pd.concat([lasso, nuclear])
     sentences = [
-        f"At the λ of least held-out loss the group lasso picks {_range(lasso['active'])} of "
-        f"{len(counts)} maps, and the held-out loss goes from "
-        f"{lasso['heldout_loss_start'].mean():.3f} to {lasso['heldout_loss'].mean():.3f} in the "
-        f"linear and {lasso['heldout_loss_real'].mean():.3f} in the real model.",
+        "At the λ that held-out rows choose in the real model the group lasso picks "
+        f"{_range(lasso['active'])} of {len(counts)} maps on {table['task'].iloc[0]}, and with "
+        f"these changes of biases their loss goes from {lasso['heldout_loss_start'].mean():.3f} to "
+        f"{lasso['heldout_loss_real'].mean():.3f}, where the linear model expects "
+        f"{lasso['heldout_loss'].mean():.3f}.",
         f"{TITLE}: {table['model'].iloc[0]} on {table['task'].iloc[0]}, linearised around the "
         f"frozen model with a fitted head; {runs} draws of the training rows. The group lasso acts "
         f"on the biases of {len(counts)} linear maps named layer.site, the nuclear norm on the "
         "weight of the map picked first. (a) Largest λ/λmax at which each map is picked (mean "
-        "over draws; a number says in how many draws it is picked at the λ of least held-out "
-        "loss). (b) Maps and rank along the path. "
+        "over draws; a number says in how many draws it is picked at the chosen λ). (b) "
+        "Maps and rank along the path. "
         "(c) Losses of the group lasso: the linear model on training rows, and on held-out rows, "
         "and the real model with the same changes. (d) Duality gap. (e, f) "
         f"BitFit trained on the maps picked first ({_range(trained['active'])} of them) and on as "
@@ -334,11 +335,11 @@ def _draw_losses(ax: Axes, table: pd.DataFrame, curves: pd.DataFrame) -> None:
     chosen = table[table["part"] == GROUPS]
     ax.scatter(
         chosen["share"],
-        chosen["heldout_loss"],
+        chosen["heldout_loss_real"],
         s=16,
         marker="D",
         facecolor="white",
-        edgecolor=COLORS[GROUPS],
+        edgecolor="black",
         zorder=4,
     )
     _path_axis(ax, rows)
