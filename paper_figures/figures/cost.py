@@ -163,8 +163,8 @@ def caption(table: pd.DataFrame) -> str:
     times, memory = (panels[panels["quantity"] == quantity] for quantity in UNITS)
     clock = "processor seconds" if first["clock"] == "cpu" else "seconds of the clock"
     kept = "; memory, what autograd keeps for the backward pass" * bool(len(memory))
-    far = panels.loc[_distance(panels).idxmax()]
-    near = int((_distance(panels) <= NEAR).sum())
+    away = _distance(panels).to_numpy()
+    far, near = panels.iloc[int(away.argmax())], int((away <= NEAR).sum())
     most = f"; furthest from it grows the {UNITS[far['quantity']][0].split(' (')[0]} of "
     most += f"{_name(far)}, {far['exponent']:.2f} instead of {_expected(far)}"
     sentences = [

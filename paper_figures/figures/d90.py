@@ -259,7 +259,7 @@ def _draw_task(ax: Axes, runs: pd.DataFrame, lines: pd.DataFrame) -> None:
             markersize=2.8,
             **look,
         )
-        name = NAMES.get(model, model)
+        name = str(NAMES.get(model, model))
         if first["task"] == DIGITS:
             name = f"its 90 %,\n{name}" if first["rule"] == "own" else f"accuracy\n{first['rule']}"
         if name not in levels:

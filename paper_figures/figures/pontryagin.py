@@ -7,6 +7,7 @@ optimisers; how far J is above the lowest J reached; costate norms at the start 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -175,8 +176,8 @@ def _key_of(record: Record) -> tuple[str, str, int]:
 def _smoothed(residual: pd.Series) -> pd.Series:
     """The running geometric mean; what is zero stays away."""
     window = max(1, round(SMOOTH * len(residual)))
-    logs = np.log(residual.where(residual > 0))
-    return np.exp(logs.rolling(window, center=True, min_periods=1).mean())
+    logs = pd.Series(np.log(residual.where(residual > 0)))
+    return pd.Series(np.exp(logs.rolling(window, center=True, min_periods=1).mean()))
 
 
 def _key(table: pd.DataFrame) -> list[Line2D]:
@@ -187,7 +188,7 @@ def _key(table: pd.DataFrame) -> list[Line2D]:
     for optimiser in _optimisers(table):
         color, marker = COLORS.get(optimiser, "#009E73"), MARKERS.get(optimiser, "s")
         for when, face in (("before", "white"), ("after", color)):
-            style = {"linestyle": "", "markerfacecolor": face}
+            style: dict[str, Any] = {"linestyle": "", "markerfacecolor": face}
             label = f"costates {when} {_name(optimiser)}"
             made.append(Line2D([], [], color=color, marker=marker, label=label, **style))
     return made
@@ -261,7 +262,7 @@ def _draw_gaps(ax: Axes, curves: pd.DataFrame, title: str) -> None:
         first = seed == totals["seed"].min()
         at, gap = positive["iteration"].to_numpy(), positive["gap"].to_numpy()
         color = COLORS.get(optimiser, "#009E73")
-        style = {"linestyle": "-" if optimiser == "lbfgs" else "--"}
+        style: dict[str, Any] = {"linestyle": "-" if optimiser == "lbfgs" else "--"}
         style |= {"linewidth": 1.2, "alpha": 1.0} if first else {"linewidth": 0.6, "alpha": 0.6}
         ax.plot(at, gap, color=color, **style)
         if first and len(at):

@@ -238,14 +238,14 @@ def _spread(values: pd.Series, form: str) -> str:
 def _draw_spectra(ax: Axes, curves: pd.DataFrame, title: str) -> None:
     num_layers = int(curves["layer"].max()) + 1
     shown = np.unique(np.linspace(0, num_layers - 1, NUM_LINES).round().astype(int))
-    palette = colormaps["viridis"](np.linspace(0.0, 0.85, num_layers))
+    shades = colormaps["viridis"](np.linspace(0.0, 0.85, num_layers)).tolist()
     over_seeds = curves.groupby(["layer", "index"])["eigenvalue"].agg(["median", "min", "max"])
     ends = []
     for layer in shown:
         values = over_seeds.loc[layer]
         values = values[values["min"] > 0]
         index, median = values.index.to_numpy() + 1, values["median"].to_numpy()
-        color = to_hex(palette[layer])
+        color = to_hex(tuple(shades[layer]))
         ax.plot(index, median, color=color, linewidth=1.1)
         low, high = values["min"].to_numpy(), values["max"].to_numpy()
         ax.fill_between(index, low, high, color=color, alpha=0.18, linewidth=0)

@@ -302,7 +302,7 @@ def _draw_path(
     """Draw a line over the path with its range; where it ends."""
     over = _over_draws(rows, column)
     share, middle = over["share"].to_numpy(), over["median"].to_numpy()
-    kind = {"step": "post"} if steps else {}
+    kind: dict[str, Any] = {"step": "post"} if steps else {}
     ax.fill_between(share, over["min"], over["max"], color=color, alpha=0.18, linewidth=0, **kind)
     drawn = "steps-post" if steps else "default"
     ax.plot(share, middle, color=color, linestyle=style, linewidth=1.3, drawstyle=drawn)

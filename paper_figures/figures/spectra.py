@@ -7,6 +7,7 @@ the gain that is missing is (loss - loss of full) / (loss of the head alone - lo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,7 @@ STUDY = "spectra"
 
 KEYS = ["model", "task"]
 NUM_POINTS = 60  # indices drawn of a spectrum
-GAPS = {
+GAPS: dict[str, tuple[str, str, Any, str]] = {
     "tail_share": ("share of the update beyond rank $r$", "#000000", "-", "s"),
     "truncated_gap": ("update cut to rank $r$", "#E69F00", "-.", "D"),
     "gap": ("LoRA of rank $r$", "#0072B2", "-", "o"),

@@ -268,7 +268,7 @@ def _draw_success(ax: Axes, curves: pd.DataFrame) -> None:
         )  # fmt: skip
     line = rows.sort_values("position")
     ax.plot(line["position"], line["predicted"], color="#D55E00", lw=1.4)
-    names = [("predicted", "#D55E00", "-", "")]
+    names: list[tuple[str, str, Any, str]] = [("predicted", "#D55E00", "-", "")]
     names += [
         (f"measured, {look.label}", look.color, "", look.marker)
         for kind, look in EXACT.items()
