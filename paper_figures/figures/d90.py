@@ -54,7 +54,10 @@ NAMES = {
     "minilm-l6": "MiniLM-L6",
     "mpnet-base": "MPNet",
 }
-HOLLOW = ("minilm-l6", "lenet")  # models whose markers are white inside: tell them apart without colour
+HOLLOW = (
+    "minilm-l6",
+    "lenet",
+)  # models whose markers are white inside: tell them apart without colour
 RANDOM: dict[str, Any] = {"marker": "^", "linestyle": ":"}
 TARGET: dict[str, Any] = {"linewidth": 0.8, "linestyle": (0, (5, 2))}
 CHANCE: dict[str, Any] = {"color": "#555555", "linewidth": 0.8, "linestyle": ":"}

@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from deltacontrol.experiments.runs.record import Record
-from deltacontrol.paper_figures.base import PAGE_WIDTH
+from deltacontrol.paper_figures.base import PAGE_WIDTH, groups
 from deltacontrol.theory.evidence import CONFIDENCE, Evidence
 
 TITLE = "Claims: measured against their thresholds, with intervals and controls"
@@ -44,13 +44,13 @@ ONE_COLUMN = 40  # lines; more are set in two columns
 def table(records: Sequence[Record]) -> pd.DataFrame:
     """One row a part: its numbers, and where they lie in bounds beyond the threshold."""
     rows = []
-    for record in records:
+    for record in sorted(records, key=lambda record: record.result["id"]):
         outcome = record.result
         for part in outcome["parts"]:
             threshold = part["threshold"]
             row: dict[str, Any] = {
                 "part": f"{outcome['id']}{part['name']}",
-                "claim": outcome["title"] if part["name"] else "",
+                "claim": outcome["title"],
                 "title": part["title"],
                 "on": part["on"],
                 "condition": _condition(threshold),
@@ -138,31 +138,27 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
 
 @dataclass(frozen=True)
 class _Line:
-    """A label on as many lines as it needs, and the row behind it; a claim's title has none."""
+    """A label, its row, which a claim's title lacks, and whether a claim begins with it."""
 
     label: str
     row: dict[str, Any] | None
+    begins: bool = True
 
     @property
     def height(self) -> int:
         return self.label.count("\n") + 1
 
-    @property
-    def begins(self) -> bool:
-        """Whether a claim begins here."""
-        return self.row is None or not self.row["claim"]
-
 
 def _lines(table: pd.DataFrame) -> list[_Line]:
     """A claim of several parts has its title in a line of its own."""
     lines: list[_Line] = []
-    before = ""
-    for found in table.to_dict("records"):
-        row = {str(name): value for name, value in found.items()}
-        if row["claim"] and row["claim"] != before:
-            lines.append(_Line(_wrapped(row["claim"], TITLE_WIDTH), None))
-        before = row["claim"]
-        lines.append(_Line(f"{_wrapped(row['title'], LABEL_WIDTH)}  {row['part']}", row))
+    for (claim,), parts in groups(table, ["claim"]):
+        if len(parts) > 1:
+            lines.append(_Line(_wrapped(claim, TITLE_WIDTH), None))
+        for found in parts.to_dict("records"):
+            row = {str(name): value for name, value in found.items()}
+            label = f"{_wrapped(row['title'], LABEL_WIDTH)}  {row['part']}"
+            lines.append(_Line(label, row, begins=len(parts) == 1))
     return lines
 
 
