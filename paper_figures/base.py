@@ -9,6 +9,7 @@ files.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
@@ -65,7 +66,7 @@ class FigureModule(Protocol):
         ...
 
     def caption(self, table: DataFrame) -> str:
-        """The caption; each number in it is computed from `table`."""
+        """The caption: what the figure shows in its first sentence, with numbers from `table`."""
         ...
 
 
@@ -102,6 +103,16 @@ def load(name: str) -> FigureModule:
         lacking = [w for w in (*annotated, *wanted) if not hasattr(module, w)]
         raise InputError(f"{module.__file__} must define {', '.join(lacking)}")
     return cast(FigureModule, module)
+
+
+def finding(caption: str) -> str:
+    """The first sentence of a caption: what the figure shows, with its numbers.
+
+    Example:
+        >>> finding("LoRA reaches 81.6 % of attn. output. Dots are seeds.")
+        'LoRA reaches 81.6 % of attn. output.'
+    """
+    return re.split(r"(?<=\.) (?=[A-Z0-9(])", caption, maxsplit=1)[0]
 
 
 def groups(frame: DataFrame, keys: Sequence[str]) -> Iterator[tuple[tuple[Any, ...], DataFrame]]:

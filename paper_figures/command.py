@@ -15,7 +15,7 @@ from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.runs.executors.registry import DEFAULT, executor_of, using
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.store import RunStore
-from deltacontrol.paper_figures import base, collect
+from deltacontrol.paper_figures import base, collect, readme
 from deltacontrol.theory.errors import InputError
 
 
@@ -41,7 +41,8 @@ class Figures:
         runs: Where finished runs are kept.
         limit_minutes: How long one run may take before it is stopped and saved.
         publish: Put the records that were drawn among the committed ones, for preset paper to
-            read, and the pictures into the gallery; from a clean checkout only.
+            read, the pictures into the gallery, and what they show into the README; from a clean
+            checkout only.
     """
 
     preset: Literal["quick", "paper"] = "quick"
@@ -84,6 +85,8 @@ class Figures:
                     self._plan(name, figure) if self.plan else self._draw(name, figure)
                 except InputError as error:
                     failures[name] = error
+        if self.publish and not (self.plan or failures) and readme.update():
+            print("the gallery in README.md is up to date")
         if failures:
             reasons = "; ".join(f"{name}: {error}" for name, error in failures.items())
             raise InputError(

@@ -1,16 +1,28 @@
-"""The looks of delta methods, and the marks that several figures share."""
+"""The looks of delta methods, and the marks that several figures share.
+
+Every figure keeps these rules. Each seed is a dot. A bar is an interval or a range that the picture
+names, with caps, and never the only mark; of a share it stays within 0 and 1. Series that meet at
+one place stand side by side. Lines are named at their ends, and a legend lies beside the data.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from deltacontrol.paper_figures.methods import Look, declared
+from deltacontrol.theory.evidence import CONFIDENCE, Interval
 
+SMALL = 6.5  # points, of words inside a panel; nothing is smaller than 6
+EDGE = 1e-3  # a share nearer to 0 or 1 counts as one at this distance: its log-odds are finite
+INTERVAL = f"{100 * CONFIDENCE:g} % Student t interval of the mean log-odds"
 _SPARE = ("#56B4E9", "#7A5C3E", "#882255", "#44AA99", "#999933")
 
 
@@ -42,10 +54,66 @@ def percent(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}"))
 
 
-def headroom(ax: Axes, share: float) -> None:
-    """Raise the top of a logarithmic axis by `share` of its height, for a legend."""
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high * (high / low) ** share)
+def share_interval(shares: Iterable[float]) -> tuple[float, float] | None:
+    """`INTERVAL` of the mean of shares; None for fewer than two.
+
+    Student's t of log(s / (1 - s)), taken back: the ends are shares themselves.
+    """
+    kept = [min(max(float(s), EDGE), 1 - EDGE) for s in shares if s == s]
+    if len(kept) < 2:
+        return None
+    odds = tuple(math.log(s / (1 - s)) for s in kept)
+    low, high = (0.5 + 0.5 * math.tanh(x / 2) for x in Interval("t", "seed", len(odds), odds).at())
+    return low, high
+
+
+def apart(places: Sequence[float] | np.ndarray, gap: float) -> np.ndarray:
+    """The places nearest to `places`, in the sense of least squares, that are `gap` apart.
+
+    With q_i = z_i + i·gap in the order of the places, z is the isotonic regression of p_i - i·gap.
+    """
+    from scipy.optimize import isotonic_regression
+
+    found = np.asarray(places, dtype=float)
+    order = np.argsort(found, kind="stable")
+    steps = gap * np.arange(len(found))
+    moved = np.empty(len(found))
+    if len(found):
+        moved[order] = isotonic_regression(found[order] - steps).x + steps
+    return moved
+
+
+def end_labels(
+    ax: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.085
+) -> None:
+    """Name lines to the right of their ends, which a hairline joins; call it with final limits.
+
+    Args:
+        ax: the panel.
+        ends: x, y, name and colour of each line.
+        gap: between two names, as a share of the panel's height.
+    """
+    (left, right), (low, high) = sorted(ax.get_xlim()), sorted(ax.get_ylim())
+    to_axes = ax.transData + ax.transAxes.inverted()
+    inside = [(min(max(x, left), right), min(max(y, low), high)) for x, y, *_ in ends]
+    heights = [float(to_axes.transform(place)[1]) for place in inside]
+    for place, height, (_, _, name, color) in zip(inside, apart(heights, gap), ends, strict=True):
+        ax.annotate(
+            name,
+            place,
+            (1.045, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=SMALL,
+            color=color,
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkA": 1, "shrinkB": 2},
+            annotation_clip=False,
+        )
+
+
+def seed_dot(color: str = "#333333", label: str = "a seed") -> Line2D:
+    """What a legend shows for the dots of seeds."""
+    return Line2D([], [], linestyle="", marker="o", markersize=2.5, color=color, label=label)
 
 
 def number(value: float | None) -> float:
@@ -62,3 +130,8 @@ def spread(mean: float, deviation: float, digits: int = 1) -> str:
 def joined(words: Sequence[str]) -> str:
     """`a, b and c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def sentence(text: str) -> str:
+    """`text` with a capital at its beginning."""
+    return text[:1].upper() + text[1:]

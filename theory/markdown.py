@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["code", "escape", "fenced", "rows_table"]
+__all__ = ["code", "escape", "fenced", "replaced", "rows_table"]
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>$#|~{}^])")
 
@@ -41,3 +41,15 @@ def rows_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         cells = (re.sub(r"(?<!\\)\|", r"\\|", " ".join(cell.split())) for cell in row)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def replaced(text: str, begin: str, end: str, block: str) -> str | None:
+    r"""`text` with `block` between two markers; None where one of them is not there.
+
+    Example:
+        >>> replaced("a <b>old</b> c", "<b>", "</b>", "new")
+        'a <b>new</b> c'
+    """
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    return before + begin + block + end + after if found and closed else None

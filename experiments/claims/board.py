@@ -18,6 +18,7 @@ from deltacontrol.theory.claims import Claim, Part, Verdict
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.evidence import CONFIDENCE, Evidence
 from deltacontrol.theory.judging import Judgement, Outcome
+from deltacontrol.theory.markdown import replaced
 
 README = COMMITTED.parents[1] / "README.md"
 BEGIN, END = "<!-- scoreboard:begin -->\n", "<!-- scoreboard:end -->"
@@ -300,11 +301,10 @@ def update_readme(readme: Path | None = None) -> bool:
     readme = readme or README
     if not readme.exists():
         return False
-    text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
+    text = replaced(readme.read_text(encoding="utf-8"), BEGIN, END, markdown())
+    if text is None:
         return False
-    before, rest = text.split(BEGIN)
-    readme.write_text(before + BEGIN + markdown() + END + rest.split(END)[1], encoding="utf-8")
+    readme.write_text(text, encoding="utf-8")
     return True
 
 

@@ -157,19 +157,25 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
 
 
 def caption(table: pd.DataFrame) -> str:
-    """How it was measured, which exponents are near the expected ones, and which are not."""
+    """Which exponents are near the expected ones, and which are not; how it was measured."""
     first = table.iloc[0]
     panels = table.drop_duplicates("panel")
     times, memory = (panels[panels["quantity"] == quantity] for quantity in UNITS)
     clock = "processor seconds" if first["clock"] == "cpu" else "seconds of the clock"
     kept = "; memory, what autograd keeps for the backward pass" * bool(len(memory))
+    far = panels.loc[_distance(panels).idxmax()]
+    near = int((_distance(panels) <= NEAR).sum())
+    most = f"; furthest from it grows the {UNITS[far['quantity']][0].split(' (')[0]} of "
+    most += f"{_name(far)}, {far['exponent']:.2f} instead of {_expected(far)}"
     sentences = [
+        f"{near} of {len(panels)} exponents of growth are within {NEAR:g} of what theory gives"
+        f"{most if near < len(panels) else ''}.",
         f"{TITLE}. Time: {clock} of {first['threads']} thread{'s' * bool(first['threads'] > 1)}, "
         f"medians and quartiles of {first['turns']} turns in which all sizes take part "
         f"({first['processor']}, {first['cores']} cores, load up to {first['load']:.1f}){kept}. "
         "A line is fitted to the logarithms over the upper half of the sizes (filled), which was "
         "fixed before; the number is its slope, with the interval of 95 % of a bootstrap over "
-        "turns, and the pale line or wedge has the expected slope."
+        "turns, and the pale line or wedge has the expected slope.",
     ]
     if first["quick"]:
         sentences.append("This is a quick run over small sizes, whose exponents mean nothing.")
@@ -256,7 +262,7 @@ def _draw_panel(ax: Axes, points: pd.DataFrame, lines: pd.DataFrame) -> None:
         axis.set_major_formatter(FuncFormatter(_plain if plain else _power))
     ax.set_xlabel(str(first["along"]), labelpad=1)
     ax.text(
-        0.05, 0.97, f"{_exponent(first, '–')}\nexpected {_expected(first)}",
+        0.05, 0.97, f"slope {_exponent(first, '–')}\nexpected {_expected(first)}",
         transform=ax.transAxes, va="top", fontsize=6.5, linespacing=1.25,
     )  # fmt: skip
 
@@ -296,4 +302,7 @@ def _handles(table: pd.DataFrame) -> list[Line2D | Patch]:
             )
         )  # fmt: skip
     handles.append(Patch(color=GUIDE, linewidth=0, label="expected slope"))
+    bar = Line2D([], [], color="#333333", marker="|", linestyle="", markersize=6)
+    bar.set_label(f"bars: quartiles of {table['turns'].iloc[0]} turns\nbrackets: 95 % bootstrap")
+    handles.append(bar)
     return handles

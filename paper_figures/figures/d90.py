@@ -20,7 +20,15 @@ from matplotlib.lines import Line2D
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, groups
-from deltacontrol.paper_figures.marks import joined, letter, number, percent, spread
+from deltacontrol.paper_figures.marks import (
+    joined,
+    letter,
+    number,
+    percent,
+    seed_dot,
+    sentence,
+    spread,
+)
 from deltacontrol.theory.errors import InputError
 
 TITLE = "Dimensions that tasks need: random subspaces, pre-trained and from random weights"
@@ -162,6 +170,7 @@ def caption(table: pd.DataFrame) -> str:
     texts = [row for row in found if row["task"] != DIGITS]
     seeds = table[table["dimension"].notna()].groupby([*KEYS, "dimension"])["seed"].nunique()
     sentences = [
+        _finding(texts, found[len(texts) :]),
         f"{TITLE}. θ = θ₀ + P z, z ∈ R^d: one gain a layer (SAID, circles and solid lines) or none "
         "(DID, squares and dashed lines). Dots are runs (1 to "
         f"{seeds.max()} seeds at a dimension), lines their mean, long dashes the target: on text "
@@ -196,6 +205,29 @@ def caption(table: pd.DataFrame) -> str:
             "is what compares."
         )
     return " ".join(sentences)
+
+
+def _finding(texts: list[dict[str, Any]], digits: list[dict[str, Any]]) -> str:
+    """What pre-trained weights need, and what random ones do."""
+    told = []
+    needed = sorted(
+        row["d90"] for row in texts if row["start"] == "pre-trained" and np.isfinite(row["d90"])
+    )
+    if needed:
+        told.append(
+            f"from pre-trained weights {needed[0]:,.0f} to {needed[-1]:,.0f} dimensions reach the "
+            f"target ({len(needed)} searches)"
+        )
+    random = [row for row in texts if row["start"] == "random"]
+    if random:
+        beyond = sum(row["verdict"] == "above budget" for row in random)
+        told.append(
+            f"from random weights {beyond} of {len(random)} searches find none up to "
+            f"{max(row['largest'] for row in random):,.0f}"
+        )
+    if not told:
+        told = [f"{NAMES[row['model']]} needs {row['reading']} on digits" for row in digits]
+    return f"{sentence('; '.join(told))}."
 
 
 def _color(model: str) -> str:
@@ -254,15 +286,18 @@ def _draw_dimensions(ax: Axes, found: list[dict[str, Any]]) -> None:
                 continue
             low = row["low"] if row["low"] > 0 else row["smallest"]
             high = row["high"] if np.isfinite(row["high"]) else row["largest"]
-            ax.plot([low, high], [y, y], color=color, linewidth=1.0)
+            ax.plot([low, high], [y, y], color=color, linewidth=1.0, marker="|", markersize=4)
             if np.isfinite(row["d90"]) and row["d90"] > 0:
                 ax.plot([row["d90"]], [y], color=color, markersize=4, **look)
+    for border in range(1, len(tasks)):
+        ax.axhline(border - 0.5, color="#CCCCCC", linewidth=0.6)
     ax.set_yticks(range(len(tasks)), tasks)
-    ax.invert_yaxis()
+    ax.set_ylim(len(tasks) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
     ax.set_xscale("log")
-    ax.set_xlim(right=2.6 * max(row["largest"] for row in found))
-    ax.set_xlabel("d90")
-    ax.set_title("d90 with intervals")
+    ax.set_xlim(right=2.9 * max(row["largest"] for row in found))
+    ax.set_xlabel("d90 (arrow: beyond the largest searched dimension)")
+    ax.set_title(f"d90, {100 * found[0]['confidence']:.0f} % bootstrap intervals over seeds")
 
 
 def _offsets(count: int) -> np.ndarray:
@@ -283,9 +318,11 @@ def _key(table: pd.DataFrame) -> list[Line2D]:
         if label not in [line.get_label() for line in made]:
             look = _look(start, method)
             made.append(Line2D([], [], color="#333333", markersize=3, label=label, **look))
-    made.append(Line2D([], [], color="#333333", label="target", **TARGET))
+    target = "target: 90 % of full fine-tuning"
+    made.append(Line2D([], [], color="#333333", label=target, **TARGET))
+    made.append(seed_dot())
     made.append(Line2D([], [], label="majority class", **CHANCE))
     if (table["task"] == DIGITS).any():
         star = {"marker": "*", "linestyle": "", "markersize": 6}
-        made.append(Line2D([], [], color="#333333", label="published", **star))
+        made.append(Line2D([], [], color="#333333", label="published, all of MNIST", **star))
     return made

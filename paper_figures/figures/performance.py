@@ -12,18 +12,25 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates, groups
 from deltacontrol.paper_figures.marks import (
+    INTERVAL,
     Look,
+    apart,
+    end_labels,
     joined,
     letter,
     looks,
     method,
     number,
     percent,
+    seed_dot,
+    sentence,
+    share_interval,
     spread,
 )
 
@@ -32,6 +39,7 @@ STUDY = "performance"
 
 KEYS = ["model", "task", "method"]
 NUM_POINTS = 80  # points drawn of a loss curve, after smoothing
+CLOSE = 1.4  # shares of parameters that are nearer than this factor are drawn side by side
 
 
 def table(records: Sequence[Record]) -> pd.DataFrame:
@@ -59,7 +67,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def curves(records: Sequence[Record]) -> pd.DataFrame:
-    """Training loss: a running mean within each run, then mean and spread over its seeds."""
+    """Training loss: a running mean within each run, then mean and range over its seeds."""
     runs: dict[tuple[str, ...], list[pd.Series]] = {}
     for record in records:
         losses = record.curve()[["step", "loss"]].dropna().set_index("step")["loss"]
@@ -75,7 +83,8 @@ def curves(records: Sequence[Record]) -> pd.DataFrame:
                 **dict(zip(KEYS, group, strict=True)),
                 "step": over_seeds.index,
                 "loss": over_seeds.mean(axis=1).to_numpy(),
-                "deviation": over_seeds.std(axis=1).to_numpy(),
+                "low": over_seeds.min(axis=1).to_numpy(),
+                "high": over_seeds.max(axis=1).to_numpy(),
             }
         )
         kept = np.unique(np.linspace(0, len(frame) - 1, NUM_POINTS).round().astype(int))
@@ -110,50 +119,55 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     """One row of three panels per task."""
     shown = looks(table["method"])
     rows = list(groups(table, ["model", "task"]))
-    figure = Figure(figsize=(PAGE_WIDTH, 0.45 + 1.95 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), 3, squeeze=False, width_ratios=[1.0, 1.0, 1.0])
+    figure = Figure(figsize=(PAGE_WIDTH, 0.75 + 2.0 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 3, squeeze=False, width_ratios=[1.0, 1.0, 0.85])
     for (ranking, losses, sizes), ((model, task), runs) in zip(axes, rows, strict=True):
+        name = task if table["model"].nunique() == 1 else f"{task}, {model}"
         _draw_ranking(ranking, runs, shown)
-        ranking.set_title(task if table["model"].nunique() == 1 else f"{task}, {model}")
         of_task = curves[(curves["model"] == model) & (curves["task"] == task)]
         _draw_losses(losses, of_task, shown)
         _draw_sizes(sizes, runs, shown)
+        for ax, what in zip((ranking, losses, sizes), ("accuracy", "loss", "size"), strict=True):
+            ax.set_title(f"{name}: {what}")
     for ax, label in zip(axes[-1], _labels(table), strict=True):
         ax.set_xlabel(label)
     letter(axes.flat)
-    handles, labels = axes[0, 2].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 7))
+    figure.legend(handles=_key(table, shown), loc="outside upper center", ncols=4)
     return figure
 
 
 def caption(table: pd.DataFrame) -> str:
-    """Best and cheapest method per task, with the number of seeds."""
-    seeds = table.groupby(KEYS)["seed"].nunique()
-    count = str(seeds.min()) if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
+    """What the best delta reaches of each task, and how it is drawn."""
+    tops = [_best(task, runs) for (_, task), runs in groups(table, ["model", "task"])]
     sentences = [
-        f"{TITLE} ({joined(sorted(table['model'].unique()))}; seeds: {count}). Left: a dot is a "
-        "seed, the bar mean ± standard deviation, the dashed line the majority class. Middle: "
-        "training loss, running mean over a tenth of the steps, mean ± standard deviation over "
-        "seeds. Right: mean accuracy against the share of parameters trained, head included."
+        f"{sentence('; '.join(tops))}.",
+        f"{TITLE} ({joined(sorted(table['model'].unique()))}; {_count(table)} seeds). Accuracy: "
+        f"{INTERVAL} over seeds, which stays within 0 and 100 %. Loss: running mean over a tenth "
+        "of the steps, mean and range over seeds. Size: the share of the parameters that is "
+        "trained, head included, and the mean over seeds; shares closer than a factor "
+        f"{CLOSE:g} are drawn side by side.",
     ]
-    for (_, task), runs in groups(table, ["model", "task"]):
-        means = 100 * runs.groupby("method", sort=False)["accuracy"].mean()
-        best = str(means.idxmax())
-        text = f"On {task}, {looks([best])[best].label} reaches {means[best]:.1f} %"
-        deltas = means.drop([name for name in ("full", "head") if name in means])
-        if "full" in means and len(deltas):
-            top = str(deltas.idxmax())
-            share = 100 * runs.loc[runs["method"] == top, "trainable_share_with_head"].iloc[0]
-            text += (
-                f"; the best delta, {looks([top])[top].label}, is "
-                f"{deltas[top] - means['full']:+.1f} points from full fine-tuning, with "
-                f"{share:.2g} % of the parameters"
-            )
-        sentences.append(f"{text}.")
     diverged = int((table["status"] == "diverged").sum())
     if diverged:
         sentences.append(f"{diverged} of {len(table)} runs diverged and have no accuracy.")
     return " ".join(sentences)
+
+
+def _best(task: str, runs: pd.DataFrame) -> str:
+    means = 100 * runs.groupby("method", sort=False)["accuracy"].mean()
+    deltas = means.drop([name for name in ("full", "head") if name in means]).dropna()
+    best = str((deltas if len(deltas) else means).idxmax())
+    share = 100 * runs.loc[runs["method"] == best, "trainable_share_with_head"].iloc[0]
+    text = f"on {task} {looks([best])[best].label} reaches {means[best]:.1f} % with {share:.2g} % "
+    text += "of the parameters"
+    if "full" in means and best != "full":
+        text += f" (full fine-tuning {means['full']:.1f} %)"
+    return text
+
+
+def _count(table: pd.DataFrame) -> str:
+    seeds = table.groupby(KEYS)["seed"].nunique()
+    return str(seeds.min()) if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
 
 
 def _group(record: Record) -> tuple[str, str, str]:
@@ -170,38 +184,53 @@ def _ordered(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 def _labels(table: pd.DataFrame) -> tuple[str, str, str]:
     split = joined(sorted(table["split"].unique()))
-    return f"{split} accuracy (%)", "step", "trainable share, head included"
+    return f"{split} accuracy (%)", "step", "share of parameters trained"
+
+
+def _key(table: pd.DataFrame, shown: dict[str, Look]) -> list[Line2D]:
+    made = [
+        Line2D([], [], linestyle="", marker=look.marker, color=look.color, label=look.label)
+        for look in shown.values()
+    ]
+    made.append(seed_dot())
+    if (table.groupby(KEYS)["seed"].nunique() > 1).any():
+        name = f"mean, {INTERVAL}\n(n = {_count(table)} seeds)"
+        made.append(Line2D([], [], color="#333333", marker="|", markersize=6, label=name))
+    return made
 
 
 def _draw_ranking(ax: Axes, runs: pd.DataFrame, shown: dict[str, Look]) -> None:
     present = [name for name in shown if name in set(runs["method"])]
     for height, name in enumerate(reversed(present)):
-        accuracy = runs.loc[runs["method"] == name, "accuracy"]
-        color = shown[name].color
-        deviation = accuracy.std() if len(accuracy) > 1 else 0.0
-        ax.errorbar(
-            accuracy.mean(), height, xerr=deviation, fmt="|", color=color, ms=7, mew=1.5, zorder=2
-        )
-        heights = np.full(len(accuracy), height)
-        ax.scatter(accuracy, heights - 0.28, s=7, color=color, alpha=0.7, linewidths=0, zorder=3)
+        accuracy, color = runs.loc[runs["method"] == name, "accuracy"].dropna(), shown[name].color
+        ends = share_interval(accuracy)
+        if ends is not None:
+            ax.plot(ends, [height] * 2, color=color, marker="|", markersize=4, linewidth=0.9)
+        if len(accuracy):
+            ax.plot([accuracy.mean()], [height], marker="|", color=color, markersize=8, mew=1.8)
+        heights = np.full(len(accuracy), height - 0.27)
+        ax.scatter(accuracy, heights, s=7, color=color, linewidths=0, zorder=3)
     majority = runs["majority_share"].dropna()
     if len(majority):
-        ax.axvline(majority.iloc[0], color="#555555", linestyle="--", linewidth=0.8)
-        ax.text(majority.iloc[0], len(present) - 0.5, " majority", fontsize=6, va="top")
+        ax.axvline(majority.iloc[0], color="#555555", linestyle="--", linewidth=0.8, zorder=0)
+        ax.text(majority.iloc[0], len(present) - 0.42, " majority class", fontsize=6, va="center")
     ax.set_yticks(range(len(present)), [shown[name].label for name in reversed(present)])
-    ax.set_ylim(-0.6, len(present) - 0.4)
+    ax.set_ylim(-0.6, len(present) - 0.1)
     ax.grid(axis="y", visible=False)
     percent(ax.xaxis)
 
 
 def _draw_losses(ax: Axes, curves: pd.DataFrame, shown: dict[str, Look]) -> None:
+    ends = []
     for name, look in shown.items():
         line = curves[curves["method"] == name]
-        step, loss, deviation = (line[c].to_numpy(float) for c in ("step", "loss", "deviation"))
-        ax.plot(step, loss, color=look.color)
-        ax.fill_between(
-            step, loss - deviation, loss + deviation, color=look.color, alpha=0.15, linewidth=0
-        )
+        if line.empty:
+            continue
+        step, loss, low, high = (line[c].to_numpy(float) for c in ("step", "loss", "low", "high"))
+        marks = {"marker": look.marker, "markersize": 3, "markevery": (0, max(1, len(line) // 4))}
+        ax.plot(step, loss, color=look.color, **marks)
+        ax.fill_between(step, low, high, color=look.color, alpha=0.12, linewidth=0)
+        ends.append((step[-1], loss[-1], look.label.removesuffix(" fine-tuning"), look.color))
     ax.set_ylabel("training loss")
     # Logarithmic: a large rate, good for accuracy, may raise the loss far above the others'.
     ax.set_yscale("log")
@@ -209,22 +238,22 @@ def _draw_losses(ax: Axes, curves: pd.DataFrame, shown: dict[str, Look]) -> None
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    end_labels(ax, ends)
 
 
 def _draw_sizes(ax: Axes, runs: pd.DataFrame, shown: dict[str, Look]) -> None:
-    for name, look in shown.items():
-        of_method = runs[runs["method"] == name]
-        if of_method.empty:
-            continue
-        accuracy = of_method["accuracy"]
-        ax.errorbar(
-            of_method["trainable_share_with_head"].iloc[0],
-            accuracy.mean(),
-            yerr=accuracy.std() if len(accuracy) > 1 else 0.0,
-            fmt=look.marker,
-            color=look.color,
-            label=look.label,
-        )
+    present = [name for name in shown if name in set(runs["method"])]
+    shares = [
+        runs.loc[runs["method"] == name, "trainable_share_with_head"].iloc[0] for name in present
+    ]
+    places = np.exp(apart(np.log(shares), np.log(CLOSE)))
+    for name, share in zip(present, places, strict=True):
+        accuracy, look = runs.loc[runs["method"] == name, "accuracy"], shown[name]
+        ax.scatter(np.full(len(accuracy), share), accuracy, s=5, color=look.color, linewidths=0)
+        ax.plot(
+            [share], [accuracy.mean()], marker=look.marker, color=look.color, markersize=5.5,
+            markeredgecolor="white", markeredgewidth=0.6,
+        )  # fmt: skip
     ax.set_xscale("log")
     ax.margins(x=0.08, y=0.1)
     ax.set_ylabel("accuracy (%)")

@@ -12,21 +12,21 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
+from matplotlib.colors import LogNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates, groups
-from deltacontrol.paper_figures.marks import joined, letter
+from deltacontrol.paper_figures.marks import SMALL, end_labels, joined, letter, seed_dot
 
 TITLE = "Reachability of the output from each layer and site of a frozen model"
 STUDY = "reachability"
 
 KEYS = ["model", "weights", "seed"]
 ALL = "all"
+NUM_LINES = 7  # layers whose spectrum is drawn: more tangle
 NUMBERS = ("trace", "energy_one", "energy_all", "predicted_gain", "unreachable")
 MEASURED = ("loss_drop", "test_accuracy_gain")
 MODELS = {"minilm-l6": "MiniLM", "smollm2-135m": "SmolLM2"}
@@ -114,13 +114,13 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     """Spectra and energy maps of each model; energy by depth; predicted against measured gain."""
     models = list(_real(table)["model"].unique())[:2]
     rows = len(models) + 1
-    figure = Figure(figsize=(PAGE_WIDTH, 2.5 * rows), layout="constrained")
+    figure = Figure(figsize=(PAGE_WIDTH, 2.5 * rows + 0.3), layout="constrained")
     axes = figure.subplots(rows, 2)
     # Two models side by side, spectra above maps; one model in one row.
     panels = axes[:-1].T if len(models) == 2 else axes[:-1]
     for (upper, lower), model in zip(panels, models, strict=True):
         title = MODELS.get(model) or str(model)
-        _draw_spectra(figure, upper, _of(curves, model), title)
+        _draw_spectra(upper, _of(curves, model), title)
         _draw_map(figure, lower, _of(table, model), title)
     _draw_depth(axes[-1, 0], _real(table))
     _draw_gains(axes[-1, 1], table)
@@ -133,32 +133,23 @@ def caption(table: pd.DataFrame) -> str:
     real = _real(table)
     seeds, examples = real["seed"].nunique(), joined(_examples(real))
     sentences = [
+        f"{'; '.join(_extremes(real))}.",
         f"{TITLE}. The outputs are the two-class margins of {examples}; the control is LoRA "
         f"at B = 0, shared by the examples; {seeds} "
         f"{'seed draws' if seeds == 1 else 'seeds draw'} A and the examples. Lines: eigenvalues of "
-        "each layer's Gramian W (median over seeds; shaded: range, where there are few layers). "
-        "Maps: least energy ½‖u‖² that moves the margin of one example by 1, by one site of one "
-        "layer (mean over examples and seeds). "
+        f"the Gramian W of a layer, of at most {NUM_LINES} layers (median over seeds; shaded: "
+        "range). Maps: least energy ½‖u‖² that moves the margin of one example by 1, by one site "
+        "of one layer (mean over examples and seeds). "
         "Bottom left: the same for all sites of a layer, and for all margins at once, each "
-        "towards its label (mean; whiskers: range over seeds)."
+        "towards its label (mean over seeds).",
     ]
-    for model, part in real.groupby("model", sort=False):
-        single = part[(part["layer"] != ALL) & (part["site"] != ALL)]
-        means = single.groupby(["layer", "site"])["energy_one"].mean()
-        rows = means.reset_index().sort_values("energy_one")
-        cheap, dear = rows.iloc[0], rows.iloc[-1]
-        sentences.append(
-            f"{MODELS.get(str(model), str(model))}: least at the {_site(cheap['site'])[0]} of "
-            f"layer {cheap['layer']} ({cheap['energy_one']:.3g}), most at the "
-            f"{_site(dear['site'])[0]} of layer {dear['layer']} ({dear['energy_one']:.3g})."
-        )
     pairs = _pairs(table, "pre-trained")
     if len(pairs) > 2:
         rho = _rank_correlation(pairs)
         sentences.append(
             "Bottom right: gain that the linear-quadratic model predicts at the untrained delta "
-            "and fall of the training loss when that site is really tuned alone, means over "
-            f"seeds; rank correlation {rho:.2f} over {len(pairs)} sites."
+            "and fall of the training loss when that site is really tuned alone, dots a seed, "
+            f"marks their mean; rank correlation {rho:.2f} over {len(pairs)} sites."
         )
         random = _pairs(table, "random")
         if len(random) > 2:
@@ -167,6 +158,23 @@ def caption(table: pd.DataFrame) -> str:
                 f"correlation {_rank_correlation(random):.2f}."
             )
     return " ".join(sentences)
+
+
+def _extremes(real: pd.DataFrame) -> list[str]:
+    """Of each model, the site and layer of the least energy, and of the most."""
+    found = []
+    for model, part in real.groupby("model", sort=False):
+        single = part[(part["layer"] != ALL) & (part["site"] != ALL)]
+        means = single.groupby(["layer", "site"])["energy_one"].mean()
+        rows = means.reset_index().sort_values("energy_one")
+        cheap, dear = rows.iloc[0], rows.iloc[-1]
+        found.append(
+            f"{MODELS.get(str(model), str(model))}'s output moves with the least energy from the "
+            f"{_site(cheap['site'])[0]} of layer {cheap['layer']} ({cheap['energy_one']:.3g}), "
+            f"with the most from the {_site(dear['site'])[0]} of layer {dear['layer']} "
+            f"({dear['energy_one']:.3g})"
+        )
+    return found
 
 
 def _key(record: Record) -> tuple[str, str, int]:
@@ -227,31 +235,28 @@ def _spread(values: pd.Series, form: str) -> str:
     return text if len(values) < 2 else f"{text} ± {form.format(values.std())}"
 
 
-def _draw_spectra(figure: Figure, ax: Axes, curves: pd.DataFrame, title: str) -> None:
+def _draw_spectra(ax: Axes, curves: pd.DataFrame, title: str) -> None:
     num_layers = int(curves["layer"].max()) + 1
-    palette = ListedColormap(colormaps["viridis"](np.linspace(0.0, 0.92, num_layers)))
+    shown = np.unique(np.linspace(0, num_layers - 1, NUM_LINES).round().astype(int))
+    palette = colormaps["viridis"](np.linspace(0.0, 0.85, num_layers))
     over_seeds = curves.groupby(["layer", "index"])["eigenvalue"].agg(["median", "min", "max"])
-    for layer in range(num_layers):
+    ends = []
+    for layer in shown:
         values = over_seeds.loc[layer]
         values = values[values["min"] > 0]
-        index = values.index.to_numpy() + 1
-        ax.plot(index, values["median"].to_numpy(), color=palette(layer), linewidth=0.9)
-        if num_layers <= 12:  # the ranges of more layers would hide each other
-            low, high = values["min"].to_numpy(), values["max"].to_numpy()
-            ax.fill_between(index, low, high, color=palette(layer), alpha=0.2, linewidth=0)
+        index, median = values.index.to_numpy() + 1, values["median"].to_numpy()
+        color = to_hex(palette[layer])
+        ax.plot(index, median, color=color, linewidth=1.1)
+        low, high = values["min"].to_numpy(), values["max"].to_numpy()
+        ax.fill_between(index, low, high, color=color, alpha=0.18, linewidth=0)
+        ends.append((index[-1], median[-1], f"layer {layer}", color))
     ax.set_yscale("log")
     ax.set_xlabel("index $i$")
     ax.set_ylabel(r"eigenvalue $\lambda_i(W_t)$")
-    ax.set_title(f"{title}: spectrum of each layer")
+    some = "each layer" if len(shown) == num_layers else f"{len(shown)} of {num_layers} layers"
+    ax.set_title(f"{title}: spectrum of {some}")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-    norm = BoundaryNorm(np.arange(num_layers + 1) - 0.5, num_layers)
-    step = -(-num_layers // 8)
-    bar = figure.colorbar(
-        ScalarMappable(norm, palette), ax=ax, ticks=list(range(0, num_layers, step)), aspect=25
-    )
-    bar.ax.tick_params(length=0)
-    bar.set_label("layer $t$")
-    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    end_labels(ax, ends)
 
 
 def _draw_map(figure: Figure, ax: Axes, table: pd.DataFrame, title: str) -> None:
@@ -282,61 +287,57 @@ def _draw_map(figure: Figure, ax: Axes, table: pd.DataFrame, title: str) -> None
 
 def _draw_depth(ax: Axes, table: pd.DataFrame) -> None:
     whole = table[(table["layer"] != ALL) & (table["site"] == ALL)].astype({"layer": int})
-    marks = {"energy_one": ("one", "white"), "energy_all": ("all", None)}
+    marks = {"energy_one": ("one margin", "white"), "energy_all": ("all margins", None)}
     looks = zip(whole["model"].unique(), ("#0072B2", "#D55E00"), ("o", "^"), strict=False)
+    ends = []
     for model, color, marker in looks:
         part = whole[whole["model"] == model]
         depth = part["layers"].iloc[0] - 1
         for name, (label, face) in marks.items():
             values = part.groupby("layer")[name].agg(["mean", "min", "max"])
-            mean = values["mean"].to_numpy()
+            mean, at = values["mean"].to_numpy(), values.index.to_numpy() / depth
+            bars = None
+            if part["seed"].nunique() > 1:
+                bars = np.vstack([mean - values["min"], values["max"] - mean])
             ax.errorbar(
-                values.index.to_numpy() / depth,
+                at,
                 mean,
-                yerr=np.vstack([mean - values["min"], values["max"] - mean]),
+                yerr=bars,
                 color=color,
                 marker=marker,
                 markerfacecolor=face or color,
                 markersize=3.2,
                 linewidth=0.8,
                 linestyle="-" if face is None else "--",
-                label=f"{MODELS.get(model, model)}, {label}",
             )
+            ends.append((at[-1], mean[-1], f"{MODELS.get(model, model)},\n{label}", color))
     ax.set_yscale("log")
-    ax.set_xlabel("relative depth $t/(L-1)$")
+    count = whole["seed"].nunique()
+    ranges = f" (bars: range of {count} seeds)" * (count > 1)
+    ax.set_xlabel(f"relative depth $t/(L-1)${ranges}")
     ax.set_ylabel(r"least energy $\frac{1}{2}\|u\|^2$")
     ax.set_title("least energy, all sites of a layer")
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high * (high / low) ** 0.3)
-    ax.legend(loc="upper right", ncols=2, handlelength=1.2, columnspacing=0.8, fontsize=6.5)
+    end_labels(ax, ends, gap=0.16)
 
 
 def _draw_gains(ax: Axes, table: pd.DataFrame) -> None:
     random = _pairs(table, "random")
+    cross = {"linestyle": "", "marker": "x", "color": "#A0A0A0", "markersize": 3}
     if len(random):
-        ax.plot(
-            random["predicted_mean"],
-            random["measured_mean"],
-            linestyle="",
-            marker="x",
-            color="#B0B0B0",
-            markersize=3,
-        )
+        ax.plot(random["predicted_mean"], random["measured_mean"], **cross)
     pairs = _pairs(table, "pre-trained")
+    single = _real(table)
+    single = single[(single["layer"] != ALL) & (single["site"] != ALL)]
     for site, rows in pairs.groupby("site", sort=False):
-        x, y = rows["predicted_mean"].to_numpy(), rows["measured_mean"].to_numpy()
-        ax.errorbar(
-            x,
-            y,
-            xerr=np.vstack([x - rows["predicted_min"], rows["predicted_max"] - x]),
-            yerr=np.vstack([y - rows["measured_min"], rows["measured_max"] - y]),
-            color=_site(str(site))[1],
-            marker=_site(str(site))[2],
-            markersize=3.2,
-            linestyle="",
-            elinewidth=0.5,
-            capsize=0,
+        _, color, marker = _site(str(site))
+        runs = single[single["site"] == site]
+        ax.scatter(
+            runs["predicted_gain"], runs["loss_drop"], s=4, color=color, alpha=0.45, linewidths=0
         )
+        ax.plot(
+            rows["predicted_mean"], rows["measured_mean"], color=color, marker=marker,
+            markersize=4.2, linestyle="", markeredgecolor="white", markeredgewidth=0.5,
+        )  # fmt: skip
     ax.set_xlabel("predicted gain of one site")
     ax.set_ylabel("measured fall of the loss")
     ax.set_title("predicted and measured gain")
@@ -346,17 +347,15 @@ def _draw_gains(ax: Axes, table: pd.DataFrame) -> None:
         if site in set(pairs["site"])
     ]
     if len(random):
-        handles.append(
-            Line2D([], [], linestyle="", marker="x", color="#B0B0B0", label="random weights")
-        )
-    low, high = ax.get_ylim()
-    ax.set_ylim(low - 0.45 * (high - low), high)  # room for the legend
+        handles.append(Line2D([], [], label="predicted from random weights", **cross))
+    handles.append(seed_dot())
     ax.legend(
         handles=handles,
-        loc="lower right",
+        loc="upper center",
+        bbox_to_anchor=(0.45, -0.2),
         ncols=3,
         handlelength=1.0,
         handletextpad=0.2,
         columnspacing=0.7,
-        fontsize=6.5,
+        fontsize=SMALL,
     )

@@ -9,11 +9,14 @@ logarithmic beyond.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
@@ -34,6 +37,8 @@ VERDICTS = {
 }
 CONTROL = "#7A7A7A"
 FARTHEST, BEST = 1e6, -3.0  # what is further on either side is drawn there
+LABEL_WIDTH, TITLE_WIDTH = 40, 36  # characters on a line
+ONE_COLUMN = 40  # lines; more are set in two columns
 
 
 def table(records: Sequence[Record]) -> pd.DataFrame:
@@ -110,41 +115,14 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     """A line a part, from the first claim at the top; the parts of one claim below its title."""
-    lines = _lines(table)
-    count = len(lines)
-    figure = Figure(figsize=(PAGE_WIDTH, 0.9 + 0.142 * count), layout="constrained")
-    ax = figure.subplots()
-    ax.axvspan(-FARTHEST * 10, 0, color="#F1F6F3", lw=0)
-    ax.axvline(0, color="black", lw=0.8)
-    for y, (_, row) in enumerate(lines):
-        if row is None:
-            continue
-        colour, marker = VERDICTS[row["verdict"]]
-        for name, ink, kind, filled in (
-            ("control", CONTROL, "D", False),
-            ("passing", CONTROL, "|", True),
-            ("evidence", colour, marker, True),
-        ):
-            at = _seen(row[f"{name}_at"])
-            if math.isnan(at):
-                continue
-            wide, size = (1.2, 4.0) if name == "evidence" else (0.8, 3.5)
-            ends = _seen(row[f"{name}_left"]), _seen(row[f"{name}_right"])
-            ax.plot(ends, [y] * 2, color=ink, lw=wide)
-            face = ink if filled else "white"
-            ax.plot(at, y, kind, color=ink, ms=size, mfc=face, mew=0.8)
-    ax.set_xscale("symlog", linthresh=1.0)
-    ax.set_xlim(BEST * 1.1, FARTHEST * 1.6)
-    ticks = [BEST, -1, 0, 1, 10, 1e2, 1e4, 1e6]
-    ax.xaxis.set_major_locator(FixedLocator(ticks))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x)))
-    ax.set_yticks(range(count), [text for text, _ in lines])
-    for label, (_, row) in zip(ax.get_yticklabels(), lines, strict=True):
-        label.set_fontweight("bold" if row is None else "normal")
-    ax.set_ylim(count - 0.4, -0.6)
-    ax.tick_params(axis="y", length=0, labelsize=6)
-    ax.grid(axis="y", visible=False)
-    ax.set_xlabel("beyond the threshold, in bounds (left of 0: good)")
+    del curves
+    columns = _columns(_lines(table))
+    tallest = max(sum(line.height for line in column) for column in columns)
+    figure = Figure(figsize=(PAGE_WIDTH, 1.0 + 0.122 * tallest), layout="constrained")
+    axes = figure.subplots(1, len(columns), squeeze=False)[0]
+    for ax, column in zip(axes, columns, strict=True):
+        _draw_column(ax, column, tallest)
+    figure.supxlabel("beyond the threshold, in bounds (left of 0: good)", fontsize=8)
     handles = [
         Line2D([], [], color=c, marker=m, lw=1.2, ms=4, label=v.replace("_", " "))
         for v, (c, m) in VERDICTS.items()
@@ -158,16 +136,88 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     return figure
 
 
-def _lines(table: pd.DataFrame) -> list[tuple[str, dict[str, Any] | None]]:
-    """Label and row of each line; a claim of several parts has its title in a line of its own."""
-    lines: list[tuple[str, dict[str, Any] | None]] = []
+@dataclass(frozen=True)
+class _Line:
+    """A label on as many lines as it needs, and the row behind it; a claim's title has none."""
+
+    label: str
+    row: dict[str, Any] | None
+
+    @property
+    def height(self) -> int:
+        return self.label.count("\n") + 1
+
+    @property
+    def begins(self) -> bool:
+        """Whether a claim begins here."""
+        return self.row is None or not self.row["claim"]
+
+
+def _lines(table: pd.DataFrame) -> list[_Line]:
+    """A claim of several parts has its title in a line of its own."""
+    lines: list[_Line] = []
     before = ""
-    for row in table.to_dict("records"):
+    for found in table.to_dict("records"):
+        row = {str(name): value for name, value in found.items()}
         if row["claim"] and row["claim"] != before:
-            lines.append((f"{row['claim']}    ", None))
+            lines.append(_Line(_wrapped(row["claim"], TITLE_WIDTH), None))
         before = row["claim"]
-        lines.append((f"{row['title']}  {row['part']}", row))  # type: ignore[arg-type]
+        lines.append(_Line(_wrapped(f"{row['title']}  {row['part']}", LABEL_WIDTH), row))
     return lines
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width))
+
+
+def _columns(lines: list[_Line]) -> list[list[_Line]]:
+    """All in one column, or in two of about the same height, where no claim is torn apart."""
+    whole = sum(line.height for line in lines)
+    begins = [i for i, line in enumerate(lines) if i and line.begins]
+    if whole <= ONE_COLUMN or not begins:
+        return [lines]
+    above = [sum(line.height for line in lines[:i]) for i in begins]
+    cut = min(zip(begins, above, strict=True), key=lambda pair: abs(pair[1] - whole / 2))[0]
+    return [lines[:cut], lines[cut:]]
+
+
+def _draw_column(ax: Axes, lines: list[_Line], tallest: int) -> None:
+    ax.axvspan(-FARTHEST * 10, 0, color="#F1F6F3", lw=0)
+    ax.axvline(0, color="black", lw=0.8)
+    ends = np.cumsum([line.height for line in lines])
+    places = ends - np.array([line.height for line in lines]) / 2
+    for y, line in zip(places, lines, strict=True):
+        if line.row is not None:
+            _draw_part(ax, float(y), line.row)
+    ax.set_xscale("symlog", linthresh=1.0)
+    ax.set_xlim(BEST * 1.1, FARTHEST * 1.9)
+    ax.xaxis.set_major_locator(FixedLocator([-1, 0, 1, 10, 1e2, 1e4, 1e6]))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x)))
+    ax.set_yticks(places, [line.label for line in lines])
+    for label, line in zip(ax.get_yticklabels(), lines, strict=True):
+        label.set_fontweight("bold" if line.row is None else "normal")
+        label.set_linespacing(1.0)
+    ax.set_ylim(tallest + 0.2, -0.2)
+    ax.tick_params(axis="y", length=0, labelsize=6)
+    ax.tick_params(axis="x", labelsize=6.5)
+    ax.grid(axis="y", visible=False)
+
+
+def _draw_part(ax: Axes, y: float, row: dict[str, Any]) -> None:
+    colour, marker = VERDICTS[row["verdict"]]
+    for name, ink, kind, filled in (
+        ("control", CONTROL, "D", False),
+        ("passing", CONTROL, "|", True),
+        ("evidence", colour, marker, True),
+    ):
+        at = _seen(row[f"{name}_at"])
+        if math.isnan(at):
+            continue
+        wide, size = (1.2, 4.0) if name == "evidence" else (0.8, 3.5)
+        ends = _seen(row[f"{name}_left"]), _seen(row[f"{name}_right"])
+        ax.plot(ends, [y] * 2, color=ink, lw=wide)
+        face = ink if filled else "white"
+        ax.plot(at, y, kind, color=ink, ms=size, mfc=face, mew=0.8)
 
 
 def _seen(at: float) -> float:
@@ -177,7 +227,8 @@ def _seen(at: float) -> float:
 def _tick(x: float) -> str:
     if abs(x) < 100:
         return f"{x:g}"
-    return rf"$10^{{{round(math.log10(abs(x)))}}}$" + (" or more" if x >= FARTHEST else "")
+    power = rf"10^{{{round(math.log10(abs(x)))}}}"
+    return rf"$\geq{power}$" if x >= FARTHEST else f"${power}$"
 
 
 def caption(table: pd.DataFrame) -> str:
@@ -188,7 +239,7 @@ def caption(table: pd.DataFrame) -> str:
     weak = table[table["control_left"] <= 0]["part"].tolist()
     revised = table[table["revised"]]["part"].tolist()
     sentences = [
-        f"{TITLE}. {len(table)} parts: {', '.join(told)}. Each number is drawn by how far it is "
+        f"Of the claims' {len(table)} parts: {', '.join(told)}. Each number is drawn by how far it is "
         "beyond its threshold, in bounds; intervals are of 95 % (parts of one claim together, by "
         f"Holm's rule), over the unit that the claim names; {exact} parts are exact.",
     ]

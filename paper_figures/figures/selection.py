@@ -13,11 +13,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates, groups
-from deltacontrol.paper_figures.marks import joined, letter, percent, spread
+from deltacontrol.paper_figures.marks import SMALL, end_labels, joined, letter, percent, spread
 from deltacontrol.theory.errors import InputError
 
 TITLE = "Maps and ranks picked by linearised tuning as a convex program, with certificates"
@@ -121,7 +123,9 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             count = int(run["active"])
             picked = f"{count} maps" if program == GROUPS else f"rank {count}"
             names = str(run["name"]).split()
-            which = " ".join(names[:5]) + (" …" if len(names) > 5 else "")
+            which = " ".join(names[:5])
+            if len(names) > 5:
+                which += f" and {len(names) - 5} more"
             rows.append(
                 {
                     "seed": str(run["seed"]),
@@ -154,7 +158,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     """Two rows of three panels."""
-    figure = Figure(figsize=(PAGE_WIDTH, 4.5), layout="constrained")
+    figure = Figure(figsize=(PAGE_WIDTH, 4.8), layout="constrained")
     axes = figure.subplots(2, 3)
     _draw_map(figure, axes[0, 0], table[table["part"] == "map"])
     _draw_counts(axes[0, 1], curves)
@@ -163,7 +167,22 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     _draw_trained(axes[1, 1], table, "test_accuracy", "accuracy")
     _draw_trained(axes[1, 2], table, "test_loss", "loss")
     letter(axes.flat)
+    figure.legend(handles=_key(table), loc="outside lower center", ncols=4)
     return figure
+
+
+def _key(table: pd.DataFrame) -> list[Line2D | Patch]:
+    count = table["seed"].nunique()
+    draws = f"{count} draw{'s' * (count > 1)} of the training rows"
+    least = Line2D([], [], linestyle="", marker="D", color=COLORS[GROUPS], mfc="white", ms=4)
+    least.set_label("least held-out loss of a draw")
+    return [
+        Line2D([], [], color="#333333", label=f"median of {draws}"),
+        Patch(facecolor="#BBBBBB", label="their range"),
+        least,
+        Line2D([], [], linestyle="", marker="o", color="#333333", ms=3.5, label="a training"),
+        Line2D([], [], color="black", linewidth=1.2, label="mean of the trainings"),
+    ]
 
 
 def caption(table: pd.DataFrame) -> str:
@@ -177,24 +196,25 @@ def caption(table: pd.DataFrame) -> str:
     trained = table[table["part"] == "selected"]
     programs = pd.concat([lasso, nuclear])
     sentences = [
+        f"At the λ of least held-out loss the group lasso picks {_range(lasso['active'])} of "
+        f"{len(counts)} maps, and the held-out loss goes from "
+        f"{lasso['heldout_loss_start'].mean():.3f} to {lasso['heldout_loss'].mean():.3f} in the "
+        f"linear and {lasso['heldout_loss_real'].mean():.3f} in the real model.",
         f"{TITLE}: {table['model'].iloc[0]} on {table['task'].iloc[0]}, linearised around the "
         f"frozen model with a fitted head; {runs} draws of the training rows. The group lasso acts "
         f"on the biases of {len(counts)} linear maps named layer.site, the nuclear norm on the "
         "weight of the map picked first. (a) Largest λ/λmax at which each map is picked (mean "
         "over draws; a number says in how many draws it is picked at the λ of least held-out "
-        "loss). (b) Maps (solid) and rank (dashed) along the path. "
+        "loss). (b) Maps and rank along the path. "
         "(c) Losses of the group lasso: the linear model on training rows, and on held-out rows, "
-        "and the real model with the same changes. (d) Duality gap; dotted: the tolerance. (e, f) "
+        "and the real model with the same changes. (d) Duality gap. (e, f) "
         f"BitFit trained on the maps picked first ({_range(trained['active'])} of them) and on as "
-        f"many, of the same widths, that the program proves unused there, and on all. {picked}.",
+        f"many, of the same widths, that the program proves unused there, and on all. {picked}; "
+        f"the rank is {_range(nuclear['active'])}.",
         f"{int(programs['optimal'].sum())} of {int(programs['points'].sum())} solutions are "
         f"certified to the tolerance; the largest duality gap is "
         f"{programs['worst_gap'].max():.1e}, and the features differ from the derivatives of the "
         f"model by {programs['linearisation_error'].max():.0e} (relative).",
-        f"At the chosen λ, {_range(lasso['active'])} maps are picked and the rank is "
-        f"{_range(nuclear['active'])}; the held-out loss goes from "
-        f"{lasso['heldout_loss_start'].mean():.3f} to {lasso['heldout_loss'].mean():.3f} in the "
-        f"linear and {lasso['heldout_loss_real'].mean():.3f} in the real model.",
     ]
     parts = []
     for part, label in SETS.items():
@@ -239,8 +259,8 @@ def _draw_map(figure: Figure, ax: Axes, maps: pd.DataFrame) -> None:
             ax.text(column, row, str(count), ha="center", va="center", fontsize=7, color=color)
     ax.set_xticks(range(len(layers)), [str(layer) for layer in layers])
     ax.set_yticks(range(len(sites)), sites)
-    ax.set_xlabel("layer")
-    ax.set_title("entry of each map")
+    ax.set_xlabel("layer (number: draws that pick it)")
+    ax.set_title("where a map enters")
     ax.grid(False)
     ax.tick_params(length=0)
     bar = figure.colorbar(image, ax=ax, pad=0.02, aspect=18)
@@ -258,45 +278,51 @@ def _path_axis(ax: Axes, curves: pd.DataFrame) -> None:
     ax.set_xlabel("$\\lambda/\\lambda_{max}$")
 
 
+def _over_draws(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Median and range over draws at each point of the path."""
+    places = rows.groupby("seed").cumcount()
+    chosen = rows[["share"]].assign(value=rows[column])
+    over = chosen.groupby(places)
+    found = over["value"].agg(["min", "median", "max"])
+    return found.assign(share=over["share"].mean())
+
+
+def _draw_path(
+    ax: Axes, rows: pd.DataFrame, column: str, color: str, style: str, steps: bool = False
+) -> tuple[float, float]:
+    """Draw a line over the path with its range; where it ends."""
+    over = _over_draws(rows, column)
+    share, middle = over["share"].to_numpy(), over["median"].to_numpy()
+    kind = {"step": "post"} if steps else {}
+    ax.fill_between(share, over["min"], over["max"], color=color, alpha=0.18, linewidth=0, **kind)
+    drawn = "steps-post" if steps else "default"
+    ax.plot(share, middle, color=color, linestyle=style, linewidth=1.3, drawstyle=drawn)
+    return float(share[-1]), float(middle[-1])
+
+
 def _draw_counts(ax: Axes, curves: pd.DataFrame) -> None:
-    for program, column in ((GROUPS, "num_active"), (NUCLEAR, "rank")):
+    ends = []
+    for program, column, name in ((GROUPS, "num_active", "maps"), (NUCLEAR, "rank", "rank")):
         rows = curves[curves["program"] == program]
-        first = True
-        for _, line in groups(rows, ["seed"]):
-            ax.plot(
-                line["share"].to_numpy(),
-                line[column].to_numpy(),
-                color=COLORS[program],
-                linestyle=STYLES[program],
-                alpha=1.0 if first else 0.55,
-                label=("maps" if program == GROUPS else "rank") if first else None,
-                drawstyle="steps-post",
-            )
-            first = False
+        end = _draw_path(ax, rows, column, COLORS[program], STYLES[program], steps=True)
+        ends.append((*end, name, COLORS[program]))
     _path_axis(ax, curves)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel("picked")
     ax.set_title("maps and rank picked")
-    ax.legend(loc="upper left")
+    end_labels(ax, ends)
 
 
 def _draw_losses(ax: Axes, table: pd.DataFrame, curves: pd.DataFrame) -> None:
     rows = curves[curves["program"] == GROUPS]
     lines = {
-        "train_loss": ("linear, training", "#8C8C8C", ":"),
-        "heldout_loss": ("linear, held out", COLORS[GROUPS], "-"),
-        "heldout_loss_real": ("real, held out", "#000000", "--"),
+        "train_loss": ("linear,\ntraining", "#8C8C8C", ":"),
+        "heldout_loss": ("linear,\nheld out", COLORS[GROUPS], "-"),
+        "heldout_loss_real": ("real,\nheld out", "#000000", "--"),
     }
+    ends = []
     for column, (label, color, style) in lines.items():
-        for number, (_, line) in enumerate(groups(rows, ["seed"])):
-            ax.plot(
-                line["share"].to_numpy(),
-                line[column].to_numpy(),
-                color=color,
-                linestyle=style,
-                alpha=0.55 if number else 1.0,
-                label=None if number else label,
-            )
+        ends.append((*_draw_path(ax, rows, column, color, style), label, color))
     chosen = table[table["part"] == GROUPS]
     ax.scatter(
         chosen["share"],
@@ -306,36 +332,33 @@ def _draw_losses(ax: Axes, table: pd.DataFrame, curves: pd.DataFrame) -> None:
         facecolor="white",
         edgecolor=COLORS[GROUPS],
         zorder=4,
-        label="least",
     )
     _path_axis(ax, rows)
     ax.set_ylabel("cross-entropy")
-    ax.set_title("losses of the group lasso")
-    ax.legend(loc="best")
+    ax.set_title("losses, group lasso")
+    end_labels(ax, ends, gap=0.17)
 
 
 def _draw_gaps(ax: Axes, table: pd.DataFrame, curves: pd.DataFrame) -> None:
+    curves = curves.assign(gap=np.maximum(curves["gap"], FLOOR))
+    ends = []
     for program in (GROUPS, NUCLEAR):
-        for number, (_, line) in enumerate(groups(curves[curves["program"] == program], ["seed"])):
-            ax.plot(
-                line["share"].to_numpy(),
-                np.maximum(line["gap"].to_numpy(), FLOOR),
-                color=COLORS[program],
-                linestyle=STYLES[program],
-                marker="o" if program == GROUPS else "^",
-                markersize=2.5,
-                linewidth=0.8,
-                alpha=0.55 if number else 1.0,
-                label=None if number else program,
-            )
-    ax.axhline(table["tolerance"].max(), color="#555555", linestyle=":", linewidth=0.9)
+        rows = curves[curves["program"] == program]
+        end = _draw_path(ax, rows, "gap", COLORS[program], STYLES[program])
+        ends.append((*end, program.replace(" ", "\n"), COLORS[program]))
+    tolerance = float(table["tolerance"].max())
+    ax.axhline(tolerance, color="#555555", linestyle=":", linewidth=0.9)
+    ax.text(
+        curves["share"].max(), 2 * tolerance, "tolerance", fontsize=SMALL, color="#555555",
+        va="bottom", ha="left",
+    )  # fmt: skip
     ax.set_yscale("log")
-    ax.set_ylim(FLOOR / 3, table["tolerance"].max() * 30)
+    ax.set_ylim(FLOOR / 3, tolerance * 100)
     ax.yaxis.set_major_locator(LogLocator(numticks=6))
     _path_axis(ax, curves)
     ax.set_ylabel("objective − bound")
     ax.set_title("duality gap")
-    ax.legend(loc="lower right")
+    end_labels(ax, ends, gap=0.17)
 
 
 def _draw_trained(ax: Axes, table: pd.DataFrame, column: str, name: str) -> None:
@@ -352,7 +375,7 @@ def _draw_trained(ax: Axes, table: pd.DataFrame, column: str, name: str) -> None
     ax.set_xticks(range(len(shown)), [SETS[part] for part in shown])
     ax.set_xlim(-0.6, len(shown) - 0.4)
     ax.grid(axis="x", visible=False)
-    ax.set_title(f"trained for real: test {name}")
+    ax.set_title(f"trained: test {name}")
     if column == "test_accuracy":
         percent(ax.yaxis)
         ax.set_ylabel("test accuracy (%)")

@@ -6,6 +6,7 @@ residual (Σ_t ‖∇_u H_t‖²)^½; each against gradients spent and against p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,16 +14,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates, groups
-from deltacontrol.paper_figures.marks import joined, letter, number
+from deltacontrol.paper_figures.marks import end_labels, joined, letter, number
 
 TITLE = "Solver convergence on one fine-tuning as an optimal-control problem"
 STUDY = "solvers"
 
 KEYS = ["solver", "seed"]
+COSTS = ("gradients", "seconds")
+QUANTITIES = ("gap", "residual")
+BINS = 10  # of the logarithm of cost, a decade
 NAMES = {
     "newton-cg": "Newton-CG",
     "gauss-newton": "Gauss-Newton",
@@ -80,7 +86,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
     return _ordered(frame, KEYS)
 
 
-def curves(records: Sequence[Record]) -> pd.DataFrame:
+def iterates(records: Sequence[Record]) -> pd.DataFrame:
     """One row per iterate; the gap is J minus the lowest J of any solver from the same seed."""
     frames = []
     for record in records:
@@ -94,6 +100,32 @@ def curves(records: Sequence[Record]) -> pd.DataFrame:
     lines = pd.concat(frames)
     lines["gap"] = lines["objective"] - lines.groupby("seed")["objective"].transform("min")
     return _ordered(lines[[*KEYS, *columns, "gap"]], [*KEYS, "iteration"])
+
+
+def curves(records: Sequence[Record]) -> pd.DataFrame:
+    """Median and middle four fifths of the iterates of all seeds, in bins of the logarithm of cost.
+
+    What is zero has no place on a logarithmic axis, and is left out.
+    """
+    rows = []
+    for (solver,), lines in groups(iterates(records), ["solver"]):
+        for cost, quantity in itertools.product(COSTS, QUANTITIES):
+            shown = lines[(lines[quantity] > 0) & (lines[cost] > 0)]
+            place = np.floor(BINS * np.log10(shown[cost]))
+            for _, found in shown.groupby(place):
+                low, middle, high = found[quantity].quantile([0.1, 0.5, 0.9])
+                rows.append(
+                    {
+                        "solver": solver,
+                        "cost": cost,
+                        "quantity": quantity,
+                        "at": float(np.exp(np.log(found[cost]).mean())),
+                        "low": low,
+                        "median": middle,
+                        "high": high,
+                    }
+                )
+    return pd.DataFrame(rows)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -122,35 +154,45 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     """Rows: gap and residual. Columns: gradients and seconds."""
     figure = Figure(figsize=(PAGE_WIDTH, 4.6), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
-    for row, quantity in zip(axes, ("gap", "residual"), strict=True):
-        for ax, cost in zip(row, ("gradients", "seconds"), strict=True):
-            _draw_lines(ax, curves, cost, quantity)
+    for row, quantity in zip(axes, QUANTITIES, strict=True):
+        for ax, cost in zip(row, COSTS, strict=True):
+            chosen = (curves["cost"] == cost) & (curves["quantity"] == quantity)
+            _draw_lines(ax, curves[chosen])
     axes[0, 0].set_ylabel("$J$ − lowest $J$")
-    axes[1, 0].set_ylabel(r"residual $(\sum_t \|\nabla_u H_t\|^2)^{1/2}$")
+    axes[1, 0].set_ylabel(r"residual $(\Sigma_t \|\nabla_u H_t\|^2)^{1/2}$")
     axes[1, 0].set_xlabel("work, in gradients")
     axes[1, 1].set_xlabel("processor seconds, one thread")
-    titles = ("objective against work", "objective against time")
-    titles += ("residual against work", "residual against time")
+    titles = ("objective by work", "objective by time", "residual by work", "residual by time")
     for ax, title in zip(axes.flat, titles, strict=True):
         ax.set_title(title, loc="left")
     letter(axes.flat)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
+    for ax, quantity in zip(axes[:, 1], QUANTITIES, strict=True):
+        chosen = curves[(curves["cost"] == COSTS[1]) & (curves["quantity"] == quantity)]
+        lasts = [(solver, line.iloc[-1]) for (solver,), line in groups(chosen, ["solver"])]
+        ends = [(row["at"], row["median"], _name(s), _color(s)) for s, row in lasts]
+        end_labels(ax, ends)
+    band = Patch(facecolor="#BBBBBB", label=f"middle 80 % of the iterates of {_seeds(table)}")
+    line = Line2D([], [], color="#333333", label="their median")
+    figure.legend(handles=[line, band], loc="outside lower center", ncols=2)
     return figure
 
 
 def caption(table: pd.DataFrame) -> str:
-    """What was solved, how work and time are counted, and where each solver ended."""
-    first, seeds = table.iloc[0], table["seed"].nunique()
-    lines = f"thick lines are seed {table['seed'].min()}, thin ones the others; " * (seeds > 1)
+    """Who ends lowest, what was solved, how work and time are counted, where each solver ended."""
+    first = table.iloc[0]
+    medians = table.groupby("solver", sort=False)["residual"].median().sort_values(kind="stable")
+    best, worst = medians.index[0], medians.index[-1]
     sentences = [
+        f"Of {len(medians)} solvers with {first['budget']} gradients each, {_name(best)} ends at "
+        f"the lowest residual, {medians.iloc[0]:.0e}, and {_name(worst)} at the highest, "
+        f"{medians.iloc[-1]:.0e} (medians of {_seeds(table)}).",
         f"{TITLE}: LoRA and the head of {first['model']} ({first['num_controls']:,} controls) on "
         f"{first['num_examples']} fixed examples of at most {first['max_length']} tokens, weight "
-        f"decay {first['weight_decay']:g}, float64, {seeds} seed{'s' * (seeds > 1)} "
-        f"({lines}the budget is {first['budget']} gradients). One gradient is a sweep forward and "
-        "one backward; a Gauss-Newton product counts one gradient, a product with the Hessian one "
-        "and a half, a rejected trial a half. Every run has one thread, and time is that of the "
-        "processor."
+        f"decay {first['weight_decay']:g}, float64. Lines: medians of the iterates of "
+        f"{_seeds(table)} within bins of the cost, {BINS} a decade; bands: their middle 80 %. One "
+        "gradient is a sweep forward and one backward; a Gauss-Newton product counts one "
+        "gradient, a product with the Hessian one and a half, a rejected trial a half. Every run "
+        "has one thread, and time is that of the processor.",
     ]
     tuned = []
     for (solver,), runs in groups(table.dropna(subset=["rate"]), ["solver"]):
@@ -169,9 +211,9 @@ def caption(table: pd.DataFrame) -> str:
         ends = f", converged from {converged} of {len(runs)} seeds" if converged else ""
         gap = runs["gap"].median()
         above = f"J {gap:.0e} above the lowest" if gap > 0 else "the lowest J"
-        medians = " (medians)" * (len(runs) > 1)
+        over = " (medians)" * (len(runs) > 1)
         sentences.append(
-            f"{_name(solver)}: residual {runs['residual'].median():.0e} and {above}{medians} after "
+            f"{_name(solver)}: residual {runs['residual'].median():.0e} and {above}{over} after "
             f"{runs['iterations'].median():.0f} iterations{ends}."
         )
     return " ".join(sentences)
@@ -195,30 +237,28 @@ def _ordered(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     ).reset_index(drop=True)
 
 
-def _evenly(cost: np.ndarray, count: int = 8) -> list[int]:
-    """Indices at which a logarithmic axis is met at about equal distances."""
-    if not len(cost):
-        return []
-    wanted = np.geomspace(cost[0], cost[-1], count)
-    return sorted({int(np.abs(np.log(cost / value)).argmin()) for value in wanted})
+def _color(solver: str) -> str:
+    return COLORS.get(solver, "#555555")
 
 
-def _draw_lines(ax: Axes, curves: pd.DataFrame, cost: str, quantity: str) -> None:
-    first_seed = curves["seed"].min()
-    for (solver, seed), line in groups(curves, KEYS):
-        shown = line[(line[quantity] > 0) & (line[cost] > 0)]  # a logarithm has no zero
-        first = seed == first_seed
+def _seeds(table: pd.DataFrame) -> str:
+    count = table["seed"].nunique()
+    return f"{count} seed{'s' * (count > 1)}"
+
+
+def _draw_lines(ax: Axes, lines: pd.DataFrame) -> None:
+    for (solver,), line in groups(lines, ["solver"]):
+        at, low, middle, high = (line[c].to_numpy() for c in ("at", "low", "median", "high"))
+        ax.fill_between(at, low, high, color=_color(solver), alpha=0.2, linewidth=0)
         ax.plot(
-            shown[cost].to_numpy(),
-            shown[quantity].to_numpy(),
-            color=COLORS.get(solver, "#555555"),
+            at,
+            middle,
+            color=_color(solver),
             linestyle=STYLES.get(solver, "-"),
-            linewidth=1.5 if first else 0.6,
-            alpha=1.0 if first else 0.55,
+            linewidth=1.4,
             marker=MARKERS.get(solver, "x"),
-            markevery=_evenly(shown[cost].to_numpy()),
-            markersize=3.5 if first else 0,
-            label=_name(solver) if first else None,
+            markevery=5,
+            markersize=3.2,
         )
     ax.set_xscale("log")
     ax.set_yscale("log")

@@ -13,12 +13,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates, groups
 from deltacontrol.paper_figures.figures.reachability import SITES
-from deltacontrol.paper_figures.marks import joined, letter, spread
+from deltacontrol.paper_figures.marks import joined, letter, sentence, spread
 
 TITLE = "Spectrum of the full fine-tuning update, and LoRA over its ranks"
 STUDY = "spectra"
@@ -26,7 +27,7 @@ STUDY = "spectra"
 KEYS = ["model", "task"]
 NUM_POINTS = 60  # indices drawn of a spectrum
 GAPS = {
-    "tail_share": ("tail energy", "#000000", "-", "s"),
+    "tail_share": ("share of the update beyond rank $r$", "#000000", "-", "s"),
     "truncated_gap": ("update cut to rank $r$", "#E69F00", "-.", "D"),
     "gap": ("LoRA of rank $r$", "#0072B2", "-", "o"),
 }
@@ -65,9 +66,10 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def curves(records: Sequence[Record]) -> pd.DataFrame:
-    """Mean and range over seeds (and layers): spectra by index, stable ranks and overlaps by step.
+    """Over layers and seeds, with quartiles: spectra by index; stable ranks and overlaps by step.
 
-    A spectrum is relative to its largest value; its mean is the geometric one.
+    A spectrum is relative to its largest value and averaged geometrically; of stable ranks it is the
+    median, of overlaps the mean.
     """
     parts = []
     for record in records:
@@ -85,12 +87,13 @@ def curves(records: Sequence[Record]) -> pd.DataFrame:
             name = part["rank"].map(lambda rank, side=side: f"{side}, rank {rank}")
             parts.append(part[["x", "y"]].assign(site=name, curve="overlap", **key))
     found = pd.concat(parts).groupby([*KEYS, "curve", "site", "x"])["y"]
-    over = found.agg(["min", "max"]).assign(mean=found.mean(), geometric=found.agg(_geometric))
-    over = over.reset_index()
-    spectrum = over["curve"] == "spectrum"
-    return over.assign(y=over["mean"].where(~spectrum, over["geometric"])).drop(
-        columns=["mean", "geometric"]
-    )
+    over = pd.DataFrame({"low": found.quantile(0.25), "high": found.quantile(0.75)})
+    middles = {"overlap": found.mean(), "spectrum": found.agg(_geometric)}
+    over["y"] = found.median()
+    for curve, middle in middles.items():
+        of_curve = over.index.get_level_values("curve") == curve
+        over.loc[of_curve, "y"] = middle[of_curve]
+    return over.reset_index()
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -120,49 +123,77 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     """Spectra and gaps of up to two tasks; stable ranks and overlaps of the first."""
     tasks = [key for key, _ in groups(table, KEYS)][:2]
-    figure = Figure(figsize=(PAGE_WIDTH, 4.4), layout="constrained")
+    figure = Figure(figsize=(PAGE_WIDTH, 5.1), layout="constrained")
     axes = figure.subplots(2, len(tasks) + 1, squeeze=False)
     for (upper, lower), key in zip(axes.T, tasks, strict=False):
         _draw_spectra(upper, _of(curves, key, "spectrum"), key[1])
         _draw_gaps(lower, _of(table, key), key[1])
     _draw_ranks(axes[0, -1], _of(curves, tasks[0], "stable rank"), tasks[0][1])
     _draw_overlaps(axes[1, -1], _of(table, tasks[0]), curves, tasks[0])
-    axes[1, 0].legend(fontsize=6.5, loc="upper right")
     letter(axes.flat)
     present = set(curves.loc[curves["curve"] == "spectrum", "site"])
-    handles = [
+    sites = [
         Line2D([], [], color=color, marker=marker, markersize=3.2, label=label)
         for site, (label, color, marker) in SITES.items()
         if site in present
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    middle = Patch(facecolor="#DDDDDD", label="quartiles over layers and seeds, of any map")
+    figure.legend(handles=[*sites, middle], loc="outside upper center", ncols=4)
+    figure.legend(handles=_lower_key(table), loc="outside lower center", ncols=4)
     return figure
+
+
+def _lower_key(table: pd.DataFrame) -> list[Line2D]:
+    """What is missing, then subspaces: colour is the side, the dash when."""
+    bars = "range of" if table["seed"].nunique() > 1 else "dots:"
+    seeds = f"{bars} {table['seed'].nunique()} seeds"
+    made = [
+        Line2D([], [], color=color, linestyle=style, marker=marker, markersize=3.2, label=label)
+        for label, color, style, marker in GAPS.values()
+    ]
+    made.append(Line2D([], [], color="#333333", marker="|", markersize=5, lw=0, label=seeds))
+    made += [
+        Line2D([], [], color=color, marker=marker, markersize=3.2, label=f"{label} directions")
+        for label, color, marker in SIDES.values()
+    ]
+    early = Line2D([], [], color="#333333", linestyle="--", lw=0.8, label="at the first snapshot")
+    chance = Line2D([], [], color="#333333", linestyle=":", lw=0.8, label="random subspaces")
+    return [*made, early, chance]
 
 
 def caption(table: pd.DataFrame) -> str:
     """How low the rank is, and how well the tail predicts, all from the table."""
     models, seeds = sorted(table["model"].unique()), table["seed"].nunique()
+    found = [_found(task, runs) for (_, task), runs in groups(table, KEYS)]
     sentences = [
+        f"{sentence('; '.join(text for text, _ in found))}.",
         f"{TITLE} ({joined(models)}; {seeds} {'seed' if seeds == 1 else 'seeds'}). Top: singular "
         "values of the update of each linear map, relative to the largest (geometric mean over "
-        "layers and seeds; shaded: range), and stable rank during training (mean and range). "
-        "Bottom: share of the gain over the head alone that is missing at rank r, in LoRA and in "
-        "the update cut to rank r, beside the share of the update's energy beyond r; overlap of "
-        "LoRA's subspaces with the r leading singular directions of the update (solid: at the end, "
-        "dashed: at the first snapshot, dotted: of random subspaces). Below zero LoRA "
-        "reaches a smaller loss than full fine-tuning in the same steps. Bars: range over seeds."
+        "layers and seeds), and stable rank during training (median, bars: quartiles over layers "
+        "and seeds). Bottom: share of the gain over the head alone that is missing at rank r, in "
+        "LoRA and in the update cut to rank r, beside the share of the update's energy beyond r "
+        "(a dot a seed, bars: range over seeds); overlap of LoRA's subspaces with the r leading "
+        "singular directions of the update. Below zero LoRA reaches a smaller loss than full "
+        "fine-tuning in the same steps.",
+        *(text for _, text in found),
     ]
-    for (_, task), runs in groups(table, KEYS):
-        means = runs.groupby("rank")[["gap", "tail_share", "loss"]].mean()
-        error = np.linalg.norm(means["gap"] - means["tail_share"]) / np.linalg.norm(means["gap"])
-        correlation = means["loss"].corr(means["tail_share"], method="spearman")
-        sentences.append(
-            f"On {task} the stable rank is {runs['stable_rank'].mean():.1f} on average, "
-            f"{100 * runs['share_of_gaussian'].mean():.1f} % of a Gaussian matrix's; tail energy "
-            f"and LoRA's loss have the rank correlation {correlation:.2f}, and the tail misses the "
-            f"measured gaps by {100 * error:.0f} % of their size."
-        )
     return " ".join(sentences)
+
+
+def _found(task: str, runs: pd.DataFrame) -> tuple[str, str]:
+    """A piece of the first sentence, and a sentence of its own."""
+    means = runs.groupby("rank")[["gap", "tail_share", "loss"]].mean()
+    error = np.linalg.norm(means["gap"] - means["tail_share"]) / np.linalg.norm(means["gap"])
+    correlation = means["loss"].corr(means["tail_share"], method="spearman")
+    piece = (
+        f"on {task} the stable rank is {runs['stable_rank'].mean():.1f} on average, "
+        f"{100 * runs['share_of_gaussian'].mean():.1f} % of a Gaussian matrix's"
+    )
+    rest = (
+        f"On {task} tail energy and LoRA's loss have the rank correlation {correlation:.2f}, and "
+        f"the tail misses the measured gaps by {100 * error:.0f} % of their size."
+    )
+    return piece, rest
 
 
 def _group(record: Record) -> tuple[str, str]:
@@ -194,27 +225,39 @@ def _look(site: str) -> tuple[str, str, str]:
 
 
 def _draw_spectra(ax: Axes, lines: pd.DataFrame, task: str) -> None:
-    for site, line in lines.groupby("site", sort=False):
-        x, y, low, high = (line[c].to_numpy(float) for c in ("x", "y", "min", "max"))
-        ax.plot(x, y, color=_look(str(site))[1], linewidth=1.0)
-        ax.fill_between(x, low, high, color=_look(str(site))[1], alpha=0.12, linewidth=0)
+    span = lines.groupby("x").agg(low=("low", "min"), high=("high", "max"))
+    at = span.index.to_numpy(float)
+    ax.fill_between(at, span["low"], span["high"], color="#DDDDDD", linewidth=0, zorder=0)
+    for place, (site, line) in enumerate(lines.groupby("site", sort=False)):
+        _, color, marker = _look(str(site))
+        x, y = line["x"].to_numpy(float), line["y"].to_numpy(float)
+        ax.plot(
+            x, y, color=color, linewidth=1.0, marker=marker, markersize=2.8,
+            markevery=(2 * place, 12),
+        )  # fmt: skip
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.set_ylim(bottom=max(1e-4, 0.5 * float(lines["y"].min())))
+    ax.set_ylim(bottom=max(1e-3, 0.5 * float(lines["y"].min())))
     _whole(ax)
     ax.set_xlabel("index $i$")
     ax.set_ylabel("$s_i\\,/\\,s_1$")
-    ax.set_title(f"{task}: spectrum of the update")
+    ax.set_title(f"{task}: the update's spectrum")
 
 
 def _draw_ranks(ax: Axes, lines: pd.DataFrame, task: str) -> None:
-    for site, line in lines.groupby("site", sort=False):
+    sites, steps = list(dict.fromkeys(lines["site"])), np.sort(lines["x"].unique())
+    room = float(np.diff(steps).min()) if len(steps) > 1 else 1.0
+    for place, (site, line) in enumerate(lines.groupby("site", sort=False)):
         _, color, marker = _look(str(site))
         y = line["y"].to_numpy()
-        bars = np.vstack([y - line["min"], line["max"] - y])
-        style = {"color": color, "marker": marker, "markersize": 3.2}
-        ax.errorbar(line["x"], y, yerr=bars, elinewidth=0.4, capsize=0, **style)
+        bars = np.vstack([y - line["low"], line["high"] - y]).clip(0.0)
+        shift = 0.11 * room * (place - (len(sites) - 1) / 2)
+        ax.errorbar(
+            line["x"] + shift, y, yerr=bars, elinewidth=0.6, linewidth=0.7, color=color,
+            marker=marker, markersize=3.2,
+        )  # fmt: skip
     ax.set_yscale("log")
+    ax.set_xticks(steps)
     ax.set_xlabel("step")
     ax.set_ylabel("stable rank")
     ax.yaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 50, 100]))
@@ -224,21 +267,15 @@ def _draw_ranks(ax: Axes, lines: pd.DataFrame, task: str) -> None:
 
 
 def _draw_gaps(ax: Axes, runs: pd.DataFrame, task: str) -> None:
-    for name, (label, color, style, marker) in GAPS.items():
+    for place, (name, (_, color, style, marker)) in enumerate(GAPS.items()):
         over = runs.groupby("rank")[name].agg(["mean", "min", "max"])
-        mean = over["mean"].to_numpy()
-        bars = np.vstack([mean - over["min"], over["max"] - mean])
-        ax.errorbar(
-            over.index.to_numpy(),
-            mean,
-            yerr=bars,
-            color=color,
-            linestyle=style,
-            marker=marker,
-            markersize=3.2,
-            elinewidth=0.6,
-            label=label,
-        )
+        beside = 2.0 ** (0.17 * (place - 1))
+        mean, at = over["mean"].to_numpy(), over.index.to_numpy() * beside
+        ax.plot(at, mean, color=color, linestyle=style, marker=marker, markersize=3.2)
+        if runs["seed"].nunique() > 1:
+            bars = np.vstack([mean - over["min"], over["max"] - mean])
+            ax.errorbar(at, mean, yerr=bars, fmt="none", ecolor=color, elinewidth=0.7)
+        ax.scatter(runs["rank"] * beside, runs[name], s=3, color=color, linewidths=0, zorder=3)
     ax.axhline(0, color="#555555", linewidth=0.6)
     _ranks(ax, runs["rank"])
     ax.set_ylabel("share missing")
@@ -250,10 +287,10 @@ def _draw_overlaps(
 ) -> None:
     paths = _of(curves, key, "overlap")
     first = paths[paths["x"] == paths["x"].min()].set_index("site")["y"]
-    for side, (label, color, marker) in SIDES.items():
+    for side, (_, color, marker) in SIDES.items():
         over = runs.groupby("rank")[[side, f"{side}_by_chance"]].mean()
         ranks = over.index.to_numpy()
-        ax.plot(ranks, over[side], color=color, marker=marker, markersize=3.2, label=label)
+        ax.plot(ranks, over[side], color=color, marker=marker, markersize=3.2)
         early = [first[f"{side}, rank {rank}"] for rank in ranks]
         ax.plot(ranks, early, color=color, linestyle="--", linewidth=0.8)
         ax.plot(ranks, over[f"{side}_by_chance"], color=color, linestyle=":", linewidth=0.8)
@@ -261,7 +298,6 @@ def _draw_overlaps(
     ax.set_yscale("log")
     ax.set_ylabel("overlap")
     ax.set_title(f"{key[1]}: LoRA's subspaces")
-    ax.legend(title="singular directions", title_fontsize=6.5, fontsize=6.5, loc="lower right")
 
 
 def _ranks(ax: Axes, ranks: pd.Series) -> None:

@@ -6,6 +6,8 @@ chosen on validation rows, by `deltacontrol.experiments.studies.learning_rates.g
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,10 +15,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, groups
-from deltacontrol.paper_figures.marks import joined, method, number, percent, spread
+from deltacontrol.paper_figures.marks import joined, method, number, percent, seed_dot, spread
 from deltacontrol.paper_figures.methods import declared
 from deltacontrol.theory.errors import InputError
 
@@ -31,6 +34,18 @@ CATEGORIES = {
     "reparametrisation": "#009E73",
     "combined": "#CC79A7",
 }
+LINE = 44  # characters of a law on a line
+MAJORITY: dict[str, Any] = {"color": "#555555", "linestyle": "--", "linewidth": 0.8}
+GREEK = {
+    "alpha": "α",
+    "delta": "δ",
+    "lambda": "λ",
+    "mu": "μ",
+    "phi": "φ",
+    "sum": "Σ",
+    "theta": "θ",
+}
+_NAMED = re.compile(rf"(?<![A-Za-z])({'|'.join(GREEK)})(?![A-Za-z])")
 SHORT = {
     "attention.query": "q",
     "attention.key": "k",
@@ -134,87 +149,122 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     """Text columns for method, site and law; dots for parameters and accuracy."""
     del curves
-    names = list(dict.fromkeys(table["method"]))
     tasks = sorted(table["task"].unique())
-    height = 0.165 * len(names) + 0.7
-    figure = Figure(figsize=(PAGE_WIDTH, height), layout="constrained")
-    widths = [3.35, 1.0, *([1.0] * len(tasks))]
+    firsts = table.groupby("method", sort=False).first()
+    firsts["written"] = [_wrapped(law) for law in firsts["law"]]
+    heads, firsts["height"], length = _heights(firsts)
+    figure = Figure(figsize=(PAGE_WIDTH, 0.115 * length + 1.05), layout="constrained")
+    widths = [4.0, 0.85, *([0.9] * len(tasks))]
     words, sizes, *accuracies = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
-    firsts = table.groupby("method", sort=False).first().loc[names]
-    heights = np.arange(len(names))[::-1]
-    colors = [CATEGORIES[c] for c in firsts["category"]]
-    words.set_ylim(-0.7, len(names) - 0.3)
-    _write(words, firsts, heights, colors)
-    sizes.scatter(firsts["num_trainable"], heights, c=colors, s=14)
+    words.set_ylim(-0.8, length - 0.2)
+    _write(words, firsts, heads)
+    for name, row in firsts.iterrows():
+        sizes.scatter(row["num_trainable"], row["height"], color=_color(firsts, name), s=14)
     sizes.set_xscale("log")
-    sizes.set_xlabel("parameters")
+    sizes.set_xlabel("parameters,\nwithout the head's")
+    sizes.set_title("size")
     for ax, task in zip(accuracies, tasks, strict=True):
-        _draw_accuracy(ax, table[table["task"] == task], names, heights, colors)
-        ax.set_xlabel(f"{task} (%)")
+        _draw_accuracy(ax, table[table["task"] == task], firsts)
+        ax.set_title(task)
+        ax.set_xlabel("test accuracy\n(%)")
     for ax in (sizes, *accuracies):
         ax.tick_params(axis="y", left=False, labelleft=False)
-        for line in _borders(firsts["category"]):
-            ax.axhline(line, color="#999999", linewidth=0.6)
+        ax.grid(axis="y", visible=False)
+        for height in heads.values():
+            ax.axhline(height + 0.75, color="#999999", linewidth=0.6)
+    mean = Line2D([], [], color="#333333", marker="|", linestyle="", markersize=8, mew=1.4)
+    mean.set_label("mean over seeds")
+    majority = Line2D([], [], label="majority class", **MAJORITY)
+    figure.legend(handles=[seed_dot(), mean, majority], loc="outside lower right", ncols=3)
     return figure
 
 
 def caption(table: pd.DataFrame) -> str:
-    """How the numbers came about, and the best method of each category."""
+    """The best methods, how the numbers came about, and the best method of each category."""
     seeds = table.groupby(KEYS)["seed"].nunique().max()
-    sentences = [
-        f"{TITLE}: {table['method'].nunique()} methods on {joined(sorted(table['model'].unique()))}"
-        f", {joined(sorted(map(str, table['steps'].unique())))} steps. Parameters without the "
-        f"head's, which every method trains. Test accuracy: a dot is a seed ({seeds}), the bar "
-        "their mean; each method at the rate that validation rows chose; dashed: the majority "
-        "class."
-    ]
+    bests, tops = [], []
     for task in sorted(table["task"].unique()):
-        means = 100 * table[table["task"] == task].groupby("method")["accuracy"].mean()
+        runs = table[table["task"] == task]
+        means = 100 * runs.groupby("method")["accuracy"].mean().dropna()
+        if means.empty:
+            continue
+        best = str(means.idxmax())
+        count = runs.loc[runs["method"] == best, "num_trainable"].iloc[0]
+        bests.append(f"on {task} {best} ({means[best]:.1f} %, {count:,} parameters)")
         of = table.drop_duplicates("method").set_index("method")["category"]
-        tops = []
-        for category in CATEGORIES:
-            inside = means[[n for n in means.index if of[n] == category]].dropna()
-            if len(inside):
-                tops.append(f"{inside.idxmax()} ({inside.max():.1f} %)")
-        if tops:
-            sentences.append(f"Best of each category on {task}: {joined(tops)}.")
+        inside = [means[[n for n in means.index if of[n] == c]] for c in CATEGORIES]
+        named = [f"{found.idxmax()} ({found.max():.1f} %)" for found in inside if len(found)]
+        tops.append(f"Best of each category on {task}: {joined(named)}.")
+    sentences = []
+    if bests:
+        sentences.append(
+            f"Of {table['method'].nunique()} methods at their chosen rates the most accurate is "
+            f"{joined(bests)}."
+        )
+    sentences.append(
+        f"{TITLE}: {joined(sorted(table['model'].unique()))}, "
+        f"{joined(sorted(map(str, table['steps'].unique())))} steps, {seeds} seeds. Parameters "
+        "without the head's, which every method trains. Each method at the rate that validation "
+        "rows chose."
+    )
+    sentences += tops
     diverged = int((table["status"] == "diverged").sum())
     if diverged:
         sentences.append(f"{diverged} of {len(table)} runs diverged.")
     return " ".join(sentences)
 
 
-def _write(ax: Axes, firsts: pd.DataFrame, heights: np.ndarray, colors: list[str]) -> None:
+def _wrapped(law: str) -> str:
+    """A law with Greek letters, whole, on as many lines as it needs."""
+    greek = _NAMED.sub(lambda found: GREEK[found[0]], law)
+    return "\n".join(textwrap.wrap(greek, LINE, break_long_words=False))
+
+
+def _heights(firsts: pd.DataFrame) -> tuple[dict[str, float], list[float], float]:
+    """Heights of categories and of methods, in lines from below, and the number of lines."""
+    heads: dict[str, float] = {}
+    rows: list[float] = []
+    used = 0.0
+    for category, written in zip(firsts["category"], firsts["written"], strict=True):
+        if category not in heads:
+            heads[category] = used + 0.75
+            used += 1.75
+        lines = 0.45 + str(written).count("\n") + 1
+        rows.append(used + lines / 2 - 0.2)
+        used += lines
+    return {c: used - h for c, h in heads.items()}, [used - h for h in rows], used
+
+
+def _color(firsts: pd.DataFrame, name: Any) -> str:
+    return CATEGORIES.get(str(firsts.loc[name, "category"]), "#555555")
+
+
+def _write(ax: Axes, firsts: pd.DataFrame, heads: Mapping[str, float]) -> None:
     ax.set_xlim(0, 1)
     ax.axis("off")
-    for (name, row), y, color in zip(firsts.iterrows(), heights, colors, strict=True):
-        law = row["law"] if len(row["law"]) <= 44 else row["law"][:42] + "…"
-        ax.text(0.0, y, str(name), fontsize=6, color=color, va="center", weight="bold")
-        ax.text(0.27, y, row["site"], fontsize=5.5, va="center")
-        ax.text(0.52, y, law, fontsize=5, va="center", family="monospace")
-    for line in _borders(firsts["category"]):
-        ax.axhline(line, color="#999999", linewidth=0.6)
-    top = len(firsts) - 0.3
-    for x, head in ((0.0, "method"), (0.27, "site"), (0.52, "control law")):
-        ax.text(x, top, head, fontsize=6, va="bottom", style="italic")
+    for category, y in heads.items():
+        color = CATEGORIES.get(category, "#555555")
+        ax.text(0.0, y, category, fontsize=7.5, color=color, va="center", weight="bold")
+        ax.plot([0, 1], [y + 0.75] * 2, color="#999999", linewidth=0.6)
+    for name, row in firsts.iterrows():
+        ax.text(0.0, row["height"], str(name), fontsize=6, color=_color(firsts, name), va="center")
+        ax.text(0.225, row["height"], row["site"], fontsize=6, va="center")
+        ax.text(
+            0.445, row["height"], row["written"], fontsize=6, va="center", linespacing=1.05
+        )
+    top = ax.get_ylim()[1] + 0.35
+    for x, head in ((0.0, "method"), (0.225, "site"), (0.445, "control law")):
+        ax.text(x, top, head, fontsize=7, va="bottom", style="italic")
 
 
-def _borders(categories: pd.Series) -> list[float]:
-    """Heights between two categories."""
-    values = list(categories)
-    count = len(values)
-    return [count - 1 - i + 0.5 for i in range(1, count) if values[i] != values[i - 1]]
-
-
-def _draw_accuracy(
-    ax: Axes, runs: pd.DataFrame, names: Sequence[str], heights: np.ndarray, colors: list[str]
-) -> None:
-    for name, y, color in zip(names, heights, colors, strict=True):
+def _draw_accuracy(ax: Axes, runs: pd.DataFrame, firsts: pd.DataFrame) -> None:
+    for name, row in firsts.iterrows():
         accuracy = runs.loc[runs["method"] == name, "accuracy"].dropna()
-        ax.scatter(accuracy, np.full(len(accuracy), y), color=color, s=8, alpha=0.6, linewidths=0)
-        if len(accuracy):
-            ax.plot([accuracy.mean()] * 2, [y - 0.35, y + 0.35], color=color, linewidth=1.4)
+        y, color = row["height"], _color(firsts, name)
+        if len(accuracy) > 1:
+            ax.plot([accuracy.mean()], [y], marker="|", color=color, markersize=8, mew=1.4)
+        ax.scatter(accuracy, np.full(len(accuracy), y), color=color, s=7, linewidths=0, zorder=3)
     majority = runs["majority_share"].dropna()
     if len(majority):
-        ax.axvline(majority.iloc[0], color="#555555", linestyle="--", linewidth=0.8)
+        ax.axvline(majority.iloc[0], zorder=0, **MAJORITY)
     percent(ax.xaxis)

@@ -15,16 +15,18 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates, groups
-from deltacontrol.paper_figures.marks import Look, joined, letter, looks, number
+from deltacontrol.paper_figures.marks import SMALL, Look, joined, letter, looks, number
 
 TITLE = "Predicted and measured dimension at which random subspaces reach a target loss"
 STUDY = "threshold"
 
 BAND = 0.2
+SIDE = 1.07  # by which equal predictions are moved apart
 EXACT = {
     "quadratic": Look("quadratic losses", "#000000", "s"),
     "linearised": Look("linearised model", "#882255", "p"),
@@ -130,37 +132,41 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
-    """Three panels in a row."""
-    figure = Figure(figsize=(PAGE_WIDTH, 2.75), layout="constrained")
-    axes = figure.subplots(1, 3)
+    """Exact solves above, fine-tuning below: predicted against measured, then what is behind it."""
+    figure = Figure(figsize=(PAGE_WIDTH, 5.6), layout="constrained")
+    axes = figure.subplots(2, 2)
     tuned = _looks(table.loc[table["kind"] == "fine-tuned", "of"])
-    _draw_thresholds(axes[0], table, tuned)
-    _draw_success(axes[1], curves)
-    _draw_losses(axes[2], curves, tuned)
-    letter(axes)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    _draw_exact(axes[0, 0], table[table["kind"].isin(list(EXACT))])
+    _draw_success(axes[0, 1], curves)
+    _draw_tuned(axes[1, 0], table[table["kind"] == "fine-tuned"], tuned)
+    _draw_losses(axes[1, 1], curves, tuned)
+    letter(axes.flat)
     return figure
 
 
 def caption(table: pd.DataFrame) -> str:
-    """The largest errors of each kind of measurement."""
+    """How far the prediction is off, where the loss is quadratic and where it is not."""
     parts = []
-    for kind in ("quadratic", "linearised"):
+    for kind in EXACT:
         cases = table[table["kind"] == kind]
         if len(cases):
             parts.append(f"{100 * cases['error'].max():.1f} % ({EXACT[kind].label}, {len(cases)})")
-    text = (
-        f"{TITLE}. (a) Predicted from the spectrum without training, measured as the median over "
-        "subspaces, interval of the median; the band is ±20 %; arrows: reached in no dimension "
-        "that was trained (up), or in the least one (down); hollow: predicted with the "
-        "cross-entropy itself in the place of its quadratic. (b) Share of subspaces that reach the "
-        "target, over the distance from the prediction in widths; line: predicted. (c) Final "
-        "training losses of the real model, "
-        "a dot a subspace; trainings end a tenth below the lowest target; dashed: what its "
-        f"Gauss-Newton model at the start expects. Largest error of exact solves: {joined(parts)}."
-    )
     tuned = table[table["kind"] == "fine-tuned"]
+    reached = tuned[np.isfinite(tuned["measured"])]
+    far = ""
+    if len(reached):
+        ratios = _range(reached["measured"] / reached["predicted"], 2)
+        far = f"; fine-tuning needs {ratios} times the predicted dimension"
+    text = (
+        "The spectrum foretells the dimension at which random subspaces reach a loss to within "
+        f"{joined(parts)} of exact solves{far}. {TITLE}. (a) Predicted without training, measured "
+        "as the median over subspaces, bars: interval of the median. (b) Share of subspaces that "
+        "reach the target, over the distance from the prediction in widths. (c) The same as (a) "
+        "for the real model, trained; arrows: reached in no dimension that was trained (up), or in "
+        "the least one (down); hollow: predicted with the cross-entropy itself in the place of its "
+        "quadratic; equal predictions are drawn side by side. (d) Final training losses of the "
+        "real model, a dot a subspace; trainings end a tenth below the lowest target."
+    )
     for (of,), cases in groups(tuned, ["of"]):
         reached = cases[np.isfinite(cases["measured"])]
         missed = len(cases) - len(reached)
@@ -220,47 +226,36 @@ def _range(values: pd.Series, digits: int = 3) -> str:
     return texts[0] if texts[0] == texts[1] else f"{texts[0]} to {texts[1]}"
 
 
-def _draw_thresholds(ax: Axes, table: pd.DataFrame, tuned: dict[str, Look]) -> None:
-    finite = table[np.isfinite(table["measured"])]
-    top = 1.5 * max(finite[["measured", "predicted"]].max().max(), table["largest"].max())
-    low = 0.6 * finite[["measured", "predicted"]].min().min()
-    line = np.array([low, top])
-    ax.fill_between(line, (1 - BAND) * line, (1 + BAND) * line, color="#e4e4e4", lw=0, zorder=0)
-    ax.plot(line, line, color="#555555", lw=0.7)
-    series = [(EXACT[kind], table[table["kind"] == kind]) for kind in EXACT]
-    series += [
-        (
-            look,
-            table[(table["kind"] == "fine-tuned") & (table["of"] == of)],
-        )
-        for of, look in tuned.items()
-    ]
-    for look, cases in series:
-        there = cases[np.isfinite(cases["measured"])]
-        high = there["high"].clip(upper=top)
-        error = np.array([there["measured"] - there["low"], high - there["measured"]])
-        ax.errorbar(
-            there["predicted"], there["measured"], yerr=error, fmt=look.marker, color=look.color,
-            ms=3.5, lw=0.8, label=look.label,
-        )  # fmt: skip
-        ax.errorbar(
-            there["cone"], there["measured"], xerr=there["cone_error"], fmt=look.marker,
-            color=look.color, ms=3.5, lw=0.5, mfc="none",
-        )  # fmt: skip
-        beyond = cases[~np.isfinite(cases["measured"])]
-        least = there[(there["kind"] == "fine-tuned") & (there["measured"] == there["smallest"])]
-        for bounded, at, arrow in (
-            (beyond, "largest", r"$\uparrow$"),
-            (least, "smallest", r"$\downarrow$"),
-        ):
-            position = bounded[at] * (1.15 if at == "largest" else 0.87)
-            ax.plot(
-                bounded["predicted"], position, linestyle="", marker=arrow, ms=6, color=look.color
-            )
-    ax.set(xscale="log", yscale="log", xlim=(low, top), ylim=(low, top))
-    ax.set_xlabel("predicted d*")
+def _diagonal(ax: Axes, low: float, high: float, spot: float) -> None:
+    """The line on which the prediction is right, and its band, both named at the share `spot`."""
+    line = np.array([low, high])
+    ax.fill_between(line, (1 - BAND) * line, (1 + BAND) * line, color="#E4E4E4", lw=0, zorder=0)
+    ax.plot(line, line, color="#555555", lw=0.7, zorder=1)
+    at = low * (high / low) ** spot
+    name = f"measured as\npredicted, ±{100 * BAND:g} %"
+    ax.text(1.12 * at, (1 - 1.6 * BAND) * at, name, va="top", fontsize=SMALL, color="#555555")
+    ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    ax.set_xlabel("predicted dimension d*")
     ax.set_ylabel("measured dimension")
-    ax.set_title("threshold")
+
+
+def _draw_exact(ax: Axes, cases: pd.DataFrame) -> None:
+    ends = cases[["measured", "predicted"]].to_numpy(float)
+    _diagonal(ax, 0.6 * np.nanmin(ends), 1.7 * np.nanmax(ends[np.isfinite(ends)]), 0.42)
+    for kind, look in EXACT.items():
+        rows = cases[(cases["kind"] == kind) & np.isfinite(cases["measured"])]
+        bars = np.array([rows["measured"] - rows["low"], rows["high"] - rows["measured"]])
+        ax.errorbar(
+            rows["predicted"], rows["measured"], yerr=bars.clip(0.0), fmt=look.marker, ms=3.5,
+            lw=0.8, color=look.color, markeredgecolor="white", mew=0.4,
+        )  # fmt: skip
+    handles = [
+        Line2D([], [], linestyle="", marker=look.marker, color=look.color, ms=3.5, label=look.label)
+        for kind, look in EXACT.items()
+        if (cases["kind"] == kind).any()
+    ]
+    ax.legend(handles=handles, loc="upper left")
+    ax.set_title("exact solves: predicted and measured")
 
 
 def _draw_success(ax: Axes, curves: pd.DataFrame) -> None:
@@ -272,11 +267,63 @@ def _draw_success(ax: Axes, curves: pd.DataFrame) -> None:
             color=look.color, alpha=0.45, mew=0,
         )  # fmt: skip
     line = rows.sort_values("position")
-    ax.plot(line["position"], line["predicted"], color="#D55E00", lw=1.2)
-    ax.set_xlim(-3.2, 3.2)
-    ax.set_xlabel("(d - d*) / s")
-    ax.set_ylabel("share of subspaces that reach it")
-    ax.set_title("success")
+    ax.plot(line["position"], line["predicted"], color="#D55E00", lw=1.4)
+    names = [("predicted", "#D55E00", "-", "")]
+    names += [
+        (f"measured, {look.label}", look.color, "", look.marker)
+        for kind, look in EXACT.items()
+        if (rows["kind"] == kind).any()
+    ]
+    handles = [
+        Line2D([], [], color=color, linestyle=style, marker=marker, ms=3, label=label)
+        for label, color, style, marker in names
+    ]
+    ax.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 0.03))
+    ax.axvline(0.0, color="#555555", lw=0.7, ls=":")
+    ax.set_xlim(-3.2, 4.6)
+    ax.set_xlabel("(d − d*) / width s of the transition")
+    ax.set_ylabel("share of subspaces\nthat reach the target")
+    ax.set_title("exact solves: success around d*")
+
+
+def _draw_tuned(ax: Axes, cases: pd.DataFrame, tuned: dict[str, Look]) -> None:
+    finite = cases[np.isfinite(cases["measured"])]
+    reach = pd.concat([cases["predicted"], cases["cone"], finite["measured"]]).dropna()
+    top = 1.6 * max([*reach, float(cases["largest"].max() or 1)]) if len(cases) else 10.0
+    low = 0.55 * float(reach.min()) if len(reach) else 1.0
+    _diagonal(ax, low, top, 0.5)
+    for place, (of, look) in enumerate(tuned.items()):
+        beside = SIDE ** (place - (len(tuned) - 1) / 2)
+        own = cases[cases["of"] == of]
+        there = own[np.isfinite(own["measured"])]
+        y, high = there["measured"], there["high"].clip(upper=top)
+        bars = np.array([y - there["low"], high - y]).clip(0.0)
+        x, cone = there["predicted"] * beside, there["cone"] * beside
+        ax.hlines(y, cone, x, color=look.color, lw=0.4)
+        style = {"color": look.color, "ms": 4, "lw": 0.8}
+        ax.errorbar(x, y, yerr=bars, fmt=look.marker, label=look.label, **style)
+        ax.plot(cone, y, look.marker, mfc="white", mew=0.8, **style)
+        beyond = own[~np.isfinite(own["measured"])]
+        least = there[there["measured"] == there["smallest"]]
+        for bounded, at, arrow in (
+            (beyond, "largest", r"$\uparrow$"),
+            (least, "smallest", r"$\downarrow$"),
+        ):
+            height = bounded[at] * (1.15 if at == "largest" else 0.85)
+            ax.plot(
+                bounded["predicted"] * beside, height, linestyle="", marker=arrow, ms=6,
+                color=look.color,
+            )  # fmt: skip
+    handles = [
+        Line2D([], [], linestyle="", marker=look.marker, color=look.color, ms=4, label=look.label)
+        for look in tuned.values()
+    ]
+    for label, face in (("d* of the quadratic", "#333333"), ("d* of the cross-entropy", "white")):
+        made = Line2D([], [], linestyle="", marker="o", color="#333333", mfc=face, ms=4)
+        made.set_label(label)
+        handles.append(made)
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    ax.set_title("fine-tuned: predicted and measured")
 
 
 def _draw_losses(ax: Axes, curves: pd.DataFrame, tuned: dict[str, Look]) -> None:
@@ -296,6 +343,16 @@ def _draw_losses(ax: Axes, curves: pd.DataFrame, tuned: dict[str, Look]) -> None
     ax.xaxis.set_major_locator(FixedLocator(kept))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticklabels([str(t) for t in kept])
-    ax.set_xlabel("dimension d")
+    handles = [
+        Line2D([], [], color=look.color, marker=look.marker, ms=3, label=look.label)
+        for look in tuned.values()
+    ]
+    handles.append(Line2D([], [], color="#333333", label="measured"))
+    expected = Line2D([], [], color="#333333", ls="--", lw=0.9)
+    expected.set_label("expected of its\nGauss-Newton model")
+    ax.legend(
+        handles=[*handles, expected], loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3
+    )
+    ax.set_xlabel("dimension d of the subspace")
     ax.set_ylabel("loss / loss at the start")
-    ax.set_title("fine-tuned")
+    ax.set_title("fine-tuned: loss by dimension")

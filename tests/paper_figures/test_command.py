@@ -11,7 +11,7 @@ from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.runs.experiment import Experiment
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.runs.store import RunStore
-from deltacontrol.paper_figures import base, collect
+from deltacontrol.paper_figures import base, collect, readme
 from deltacontrol.paper_figures.command import Figures
 from deltacontrol.theory.errors import InputError
 from tests.paper_figures.synthetic import GRIDS, Grid, write
@@ -30,6 +30,7 @@ def synthetic_studies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(provenance, "modified_files", lambda: [])
     monkeypatch.setattr(provenance, "project_commit", lambda: {"commit": "0", "modified": False})
     monkeypatch.setattr(base, "GALLERY", tmp_path / "gallery")
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
 
 
 @pytest.fixture

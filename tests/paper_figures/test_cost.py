@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.runs.record import Record
-from deltacontrol.paper_figures import base, collect
+from deltacontrol.paper_figures import base, collect, readme
 from deltacontrol.paper_figures.command import Figures
 from deltacontrol.paper_figures.export import Exported
 from deltacontrol.paper_figures.figures import cost
@@ -41,12 +41,12 @@ def test_each_growth_has_a_panel_that_says_its_exponent(tmp_path: Path) -> None:
     records = written(tmp_path, record())
     texts = [[text.get_text() for text in ax.texts] for ax in drawn(records).axes]
     assert texts[:6] == [
-        ["1.00 (0.98–1.03)\nexpected 1"],
-        ["1.50 (1.48–1.53)\nexpected 1 to 2"],
-        ["1.00\nexpected 1"],
-        ["1.50\nexpected 1 to 2"],
-        ["2.50 (2.48–2.53)\nexpected 3"],
-        ["1.05 (1.03–1.08)\nexpected 1"],
+        ["slope 1.00 (0.98–1.03)\nexpected 1"],
+        ["slope 1.50 (1.48–1.53)\nexpected 1 to 2"],
+        ["slope 1.00\nexpected 1"],
+        ["slope 1.50\nexpected 1 to 2"],
+        ["slope 2.50 (2.48–2.53)\nexpected 3"],
+        ["slope 1.05 (1.03–1.08)\nexpected 1"],
     ]
     assert not any(texts[6:])
 
@@ -132,6 +132,7 @@ def test_publishing_shows_the_picture_and_leaves_the_record(
 ) -> None:
     shown: list[str] = []
     monkeypatch.setattr(provenance, "require_clean", lambda: None)
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     monkeypatch.setattr(collect, "show", lambda picture, gallery: shown.append(picture.name))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     Figures(preset="paper", only=("cost",), publish=True, out=tmp_path / "out").run()

@@ -7,16 +7,15 @@ from pathlib import Path
 import matplotlib.style
 import pandas as pd
 import pytest
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from matplotlib.text import Text
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures import base
 from deltacontrol.paper_figures.export import Exported, export, to_csv, to_latex
 from deltacontrol.theory.errors import InputError
+from tests.paper_figures.looking import words
 from tests.paper_figures.synthetic import MODULES
 
 
@@ -79,10 +78,7 @@ def test_png_is_as_wide_as_a_column_or_a_page(exported: Exported) -> None:
 @pytest.mark.slow
 def test_no_text_is_cut(picture: Figure) -> None:
     page, renderer = picture.bbox.padded(1.0), FigureCanvasAgg(picture).get_renderer()
-    for text in picture.findobj(Text):
-        assert isinstance(text, Text)
-        if not text.get_visible() or not text.get_text().strip() or _off_scale(text):
-            continue
+    for text in words(picture):
         box = text.get_window_extent(renderer)
         inside = all((page.containsx(x) and page.containsy(y)) for x, y in box.corners())
         assert inside, f"{text.get_text()!r} leaves the page: {box}"
@@ -129,17 +125,3 @@ def test_latex_of_laws_and_names() -> None:
     assert r"{[}P; x{]} $|$$\theta$$_0$$|$ $>$= 1 & é \\" in table
     with pytest.raises(InputError, match="'日' has no LaTeX form"):
         to_latex(pd.DataFrame({"task": ["日"]}))
-
-
-def _off_scale(text: Text) -> bool:
-    """Whether `text` labels a tick outside its axis, which matplotlib keeps and does not draw."""
-    figure = text.figure
-    assert figure is not None
-    for ax in figure.findobj(Axes):
-        assert isinstance(ax, Axes)
-        for axis in (ax.xaxis, ax.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
-                if text in (tick.label1, tick.label2):
-                    return not low <= tick.get_loc() <= high
-    return False

@@ -1,5 +1,6 @@
-"""The gallery shows what the committed records draw today."""
+"""The gallery and the README show what the committed records draw today."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 from matplotlib.image import imread
 from PIL import Image
 
-from deltacontrol.paper_figures import base, collect
+from deltacontrol.paper_figures import base, collect, readme
 from deltacontrol.paper_figures.command import Figures
 from deltacontrol.paper_figures.export import source_digest
+from deltacontrol.theory.markdown import rows_table
 
 # Share of pixels that may differ visibly. The fonts come with matplotlib and nothing is random, so
 # that on one version of it none does; a marker elsewhere is some five times as many.
@@ -61,3 +63,36 @@ def test_a_moved_marker_is_seen() -> None:
     assert differing(pictures[0], pictures[0].copy()) == 0.0
     assert differing(*pictures) > 4 * TOLERANCE
     assert differing(pictures[0], pictures[1][:-1]) == 1.0
+
+
+@pytest.mark.parametrize("name", readme.own())
+@pytest.mark.one_in(2)
+def test_the_readme_says_what_the_figure_shows(name: str) -> None:
+    rows = gallery().splitlines()
+    assert rows_table((), [readme.cells(name)]).splitlines()[-1] in rows, (
+        f"the gallery in README.md is stale at {name}; put what "
+        "deltacontrol.paper_figures.readme.markdown() returns between its markers"
+    )
+
+
+def test_the_readme_shows_each_figure_once_and_in_order() -> None:
+    shown = re.findall(r'href="paper_figures/gallery/(\w+)\.png"', gallery())
+    assert shown == readme.own()
+
+
+def test_only_a_readme_with_markers_is_rewritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readme, "markdown", lambda: "the gallery\n")
+    path = tmp_path / "README.md"
+    assert not readme.update(path)
+    path.write_text("no markers", encoding="utf-8")
+    assert not readme.update(path) and path.read_text(encoding="utf-8") == "no markers"
+    path.write_text(f"before\n{readme.BEGIN}old\n{readme.END}\nafter\n", encoding="utf-8")
+    assert readme.update(path)
+    text = f"before\n{readme.BEGIN}the gallery\n{readme.END}\nafter\n"
+    assert path.read_text(encoding="utf-8") == text
+
+
+def gallery() -> str:
+    return readme.README.read_text(encoding="utf-8").split(readme.BEGIN)[1].split(readme.END)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deltacontrol.experiments.runs.store import RunStore
@@ -13,15 +14,28 @@ from tests.paper_figures import synthetic
 
 def test_gaps_are_above_the_lowest_of_the_same_seed(tmp_path: Path) -> None:
     records = synthetic.write(RunStore(tmp_path), synthetic.GRIDS["solvers"](seeds=2))
-    table, curves = solvers.table(records), solvers.curves(records)
+    table, iterates = solvers.table(records), solvers.iterates(records)
     for seed in (0, 1):
-        lines = curves[curves["seed"] == seed]
+        lines = iterates[iterates["seed"] == seed]
         assert lines["gap"].min() == 0.0
         lowest = lines["objective"].min()
         assert (lines["gap"] - (lines["objective"] - lowest)).abs().max() == 0.0
         ends = table[table["seed"] == seed]
         assert ends["gap"].min() == 0.0 and (ends["gap"] >= 0).all()
     assert list(table["solver"].unique()) == list(solvers.NAMES)
+
+
+def test_lines_are_medians_of_the_iterates_in_bins_of_the_cost(tmp_path: Path) -> None:
+    records = synthetic.write(RunStore(tmp_path), synthetic.GRIDS["solvers"](seeds=2))
+    iterates, curves = solvers.iterates(records), solvers.curves(records)
+    chosen = (curves["solver"] == "adamw") & (curves["cost"] == "gradients")
+    line = curves[chosen & (curves["quantity"] == "residual")]
+    assert 20 < len(line) < 40 and line["at"].is_monotonic_increasing
+    assert ((line["low"] <= line["median"]) & (line["median"] <= line["high"])).all()
+    own = iterates[iterates["solver"] == "adamw"]
+    last = own[np.floor(solvers.BINS * np.log10(own["gradients"])) == 26]  # 398 to 501 gradients
+    assert len(last) > 100
+    assert line.iloc[-1]["median"] == pytest.approx(last["residual"].median(), rel=1e-12)
 
 
 def test_the_caption_tells_what_the_records_say(tmp_path: Path) -> None:
@@ -35,7 +49,7 @@ def test_the_caption_tells_what_the_records_say(tmp_path: Path) -> None:
     assert f"Newton-CG: residual {newton['residual'].median():.0e}" in text
     assert "Newton-CG" in solvers.summary(table)["solver"].tolist()
     alone = solvers.caption(table[table["seed"] == 0])
-    assert "thin ones" not in alone and "1 seed (" in alone
+    assert "(medians of 1 seed)" in alone and "2 seeds" not in alone
 
 
 @pytest.mark.parametrize("known", sorted(solvers.NAMES))

@@ -56,4 +56,4 @@ def grid(seeds: int = 2) -> Grid:
 
 def caption(table: pd.DataFrame) -> str:
     """A piece of the figure's caption."""
-    return "MiniLM: least at the mlp up of layer 5"
+    return "MiniLM's output moves with the least energy from the mlp up of layer 5"
