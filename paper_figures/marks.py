@@ -23,6 +23,7 @@ from deltacontrol.theory.evidence import CONFIDENCE, Interval
 SMALL = 6.5  # points, of words inside a panel; nothing is smaller than 6
 EDGE = 1e-3  # a share nearer to 0 or 1 counts as one at this distance: its log-odds are finite
 INTERVAL = f"{100 * CONFIDENCE:g} % Student t interval of the mean log-odds"
+_HAIRLINE = {"arrowstyle": "-", "lw": 0.5, "shrinkA": 1, "shrinkB": 2}
 _SPARE = ("#56B4E9", "#7A5C3E", "#882255", "#44AA99", "#999933")
 
 
@@ -106,7 +107,7 @@ def end_labels(
             va="center",
             fontsize=SMALL,
             color=color,
-            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkA": 1, "shrinkB": 2},
+            arrowprops={"relpos": (0, 0.5), "color": color, **_HAIRLINE},
             annotation_clip=False,
         )
 

@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates, groups
 from deltacontrol.paper_figures.figures.reachability import SITES
-from deltacontrol.paper_figures.marks import joined, letter, sentence, spread
+from deltacontrol.paper_figures.marks import joined, letter, seed_dot, sentence, spread
 
 TITLE = "Spectrum of the full fine-tuning update, and LoRA over its ranks"
 STUDY = "spectra"
@@ -145,13 +145,12 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
 
 def _lower_key(table: pd.DataFrame) -> list[Line2D]:
     """What is missing, then subspaces: colour is the side, the dash when."""
-    bars = "range of" if table["seed"].nunique() > 1 else "dots:"
-    seeds = f"{bars} {table['seed'].nunique()} seeds"
     made = [
         Line2D([], [], color=color, linestyle=style, marker=marker, markersize=3.2, label=label)
         for label, color, style, marker in GAPS.values()
     ]
-    made.append(Line2D([], [], color="#333333", marker="|", markersize=5, lw=0, label=seeds))
+    count = table["seed"].nunique()
+    made.append(seed_dot(label=f"a seed{f', bars: range of {count}' if count > 1 else ''}"))
     made += [
         Line2D([], [], color=color, marker=marker, markersize=3.2, label=f"{label} directions")
         for label, color, marker in SIDES.values()

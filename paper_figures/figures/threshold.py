@@ -288,9 +288,9 @@ def _draw_success(ax: Axes, curves: pd.DataFrame) -> None:
 
 def _draw_tuned(ax: Axes, cases: pd.DataFrame, tuned: dict[str, Look]) -> None:
     finite = cases[np.isfinite(cases["measured"])]
-    reach = pd.concat([cases["predicted"], cases["cone"], finite["measured"]]).dropna()
-    top = 1.6 * max([*reach, float(cases["largest"].max() or 1)]) if len(cases) else 10.0
-    low = 0.55 * float(reach.min()) if len(reach) else 1.0
+    reach = [*cases["predicted"], *cases["cone"].dropna(), *finite["measured"]]
+    top = 1.6 * max([*reach, *cases["largest"]], default=6.0)
+    low = 0.55 * min(reach, default=2.0)
     _diagonal(ax, low, top, 0.5)
     for place, (of, look) in enumerate(tuned.items()):
         beside = SIDE ** (place - (len(tuned) - 1) / 2)
