@@ -49,9 +49,9 @@ def letter(axes: Iterable[Axes]) -> None:
         ax.set_title(f"({chr(ord('a') + index)}) {ax.get_title(loc='left')}", loc="left")
 
 
-def percent(axis: Axis) -> None:
+def percent(axis: Axis, nbins: int = 6) -> None:
     """Label shares as percentages; the axis label says that they are."""
-    axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_locator(MaxNLocator(nbins=nbins, steps=[1, 2, 2.5, 5, 10]))
     axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}"))
 
 
@@ -68,10 +68,16 @@ def share_interval(shares: Iterable[float]) -> tuple[float, float] | None:
     return low, high
 
 
-def apart(places: Sequence[float] | np.ndarray, gap: float) -> np.ndarray:
+def apart(
+    places: Sequence[float] | np.ndarray,
+    gap: float,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> np.ndarray:
     """The places nearest to `places`, in the sense of least squares, that are `gap` apart.
 
-    With q_i = z_i + i·gap in the order of the places, z is the isotonic regression of p_i - i·gap.
+    With q_i = z_i + i·gap in the order of the places, z is the isotonic regression of p_i - i·gap,
+    and clipped it is that within bounds. Where there is no room, the bound `low` is kept.
     """
     from scipy.optimize import isotonic_regression
 
@@ -80,13 +86,12 @@ def apart(places: Sequence[float] | np.ndarray, gap: float) -> np.ndarray:
     steps = gap * np.arange(len(found))
     moved = np.empty(len(found))
     if len(found):
-        moved[order] = isotonic_regression(found[order] - steps).x + steps
+        z = isotonic_regression(found[order] - steps).x
+        moved[order] = np.maximum(np.minimum(z, high - steps[-1]), low) + steps
     return moved
 
 
-def end_labels(
-    ax: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.085
-) -> None:
+def end_labels(ax: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.085) -> None:
     """Name lines to the right of their ends, which a hairline joins; call it with final limits.
 
     Args:
@@ -98,7 +103,8 @@ def end_labels(
     to_axes = ax.transData + ax.transAxes.inverted()
     inside = [(min(max(x, left), right), min(max(y, low), high)) for x, y, *_ in ends]
     heights = [float(to_axes.transform(place)[1]) for place in inside]
-    for place, height, (_, _, name, color) in zip(inside, apart(heights, gap), ends, strict=True):
+    moved = apart(heights, gap, 0.02, 0.98)
+    for place, height, (_, _, name, color) in zip(inside, moved, ends, strict=True):
         ax.annotate(
             name,
             place,
@@ -110,6 +116,11 @@ def end_labels(
             arrowprops={"relpos": (0, 0.5), "color": color, **_HAIRLINE},
             annotation_clip=False,
         )
+
+
+def beside(ax: Axes) -> Axes:
+    """A place for a colour bar that touches its panel."""
+    return ax.inset_axes((1.03, 0.04, 0.045, 0.92))
 
 
 def seed_dot(color: str = "#333333", label: str = "a seed") -> Line2D:

@@ -176,7 +176,7 @@ def caption(table: pd.DataFrame) -> str:
         f"{seeds.max()} seeds at a dimension), lines their mean, long dashes the target: on text "
         "90 % of full fine-tuning of the pre-trained model. The learning rate was chosen for "
         f"every dimension on validation rows. Bars: {100 * found[0]['confidence']:.0f} % bootstrap "
-        "intervals; arrows: beyond the searched dimensions."
+        "intervals; arrows: beyond the searched dimensions.",
     ]
     counts = Counter(row["verdict"] for row in texts)
     if counts:

@@ -184,7 +184,7 @@ def _ordered(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 def _labels(table: pd.DataFrame) -> tuple[str, str, str]:
     split = joined(sorted(table["split"].unique()))
-    return f"{split} accuracy (%)", "step", "share of parameters trained"
+    return f"{split} accuracy (%)", "step", "trained share"
 
 
 def _key(table: pd.DataFrame, shown: dict[str, Look]) -> list[Line2D]:
@@ -249,11 +249,12 @@ def _draw_sizes(ax: Axes, runs: pd.DataFrame, shown: dict[str, Look]) -> None:
     places = np.exp(apart(np.log(shares), np.log(CLOSE)))
     for name, share in zip(present, places, strict=True):
         accuracy, look = runs.loc[runs["method"] == name, "accuracy"], shown[name]
-        ax.scatter(np.full(len(accuracy), share), accuracy, s=5, color=look.color, linewidths=0)
         ax.plot(
-            [share], [accuracy.mean()], marker=look.marker, color=look.color, markersize=5.5,
-            markeredgecolor="white", markeredgewidth=0.6,
+            [share], [accuracy.mean()], marker=look.marker, color=look.color, markersize=6,
+            markerfacecolor="white", markeredgewidth=1.0,
         )  # fmt: skip
+        dots = np.full(len(accuracy), share)
+        ax.scatter(dots, accuracy, s=5, color=look.color, linewidths=0, zorder=3)
     ax.set_xscale("log")
     ax.margins(x=0.08, y=0.1)
     ax.set_ylabel("accuracy (%)")

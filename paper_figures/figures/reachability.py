@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates, groups
-from deltacontrol.paper_figures.marks import SMALL, end_labels, joined, letter, seed_dot
+from deltacontrol.paper_figures.marks import SMALL, beside, end_labels, joined, letter, seed_dot
 
 TITLE = "Reachability of the output from each layer and site of a frozen model"
 STUDY = "reachability"
@@ -280,7 +280,7 @@ def _draw_map(figure: Figure, ax: Axes, table: pd.DataFrame, title: str) -> None
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     ax.set_xlabel("layer $t$")
     ax.set_title(f"{title}: least energy, one margin")
-    bar = figure.colorbar(image, ax=ax, aspect=25)
+    bar = figure.colorbar(image, cax=beside(ax))
     bar.set_label(r"$\frac{1}{2}\|u\|^2$")
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 

@@ -37,7 +37,7 @@ VERDICTS = {
 }
 CONTROL = "#7A7A7A"
 FARTHEST, BEST = 1e6, -3.0  # what is further on either side is drawn there
-LABEL_WIDTH, TITLE_WIDTH = 40, 36  # characters on a line
+LABEL_WIDTH, TITLE_WIDTH = 45, 41  # characters on a line
 ONE_COLUMN = 40  # lines; more are set in two columns
 
 
@@ -118,7 +118,7 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     del curves
     columns = _columns(_lines(table))
     tallest = max(sum(line.height for line in column) for column in columns)
-    figure = Figure(figsize=(PAGE_WIDTH, 1.0 + 0.122 * tallest), layout="constrained")
+    figure = Figure(figsize=(PAGE_WIDTH, 1.0 + 0.109 * tallest), layout="constrained")
     axes = figure.subplots(1, len(columns), squeeze=False)[0]
     for ax, column in zip(axes, columns, strict=True):
         _draw_column(ax, column, tallest)
@@ -239,8 +239,8 @@ def caption(table: pd.DataFrame) -> str:
     weak = table[table["control_left"] <= 0]["part"].tolist()
     revised = table[table["revised"]]["part"].tolist()
     sentences = [
-        f"Of the claims' {len(table)} parts: {', '.join(told)}. Each number is drawn by how far it is "
-        "beyond its threshold, in bounds; intervals are of 95 % (parts of one claim together, by "
+        f"Of the claims' {len(table)} parts: {', '.join(told)}. Each number is drawn by how far "
+        "it is beyond its threshold, in bounds; intervals are of 95 % (parts of one claim together, by "
         f"Holm's rule), over the unit that the claim names; {exact} parts are exact.",
     ]
     if weak:

@@ -19,7 +19,15 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates, groups
-from deltacontrol.paper_figures.marks import SMALL, end_labels, joined, letter, percent, spread
+from deltacontrol.paper_figures.marks import (
+    SMALL,
+    beside,
+    end_labels,
+    joined,
+    letter,
+    percent,
+    spread,
+)
 from deltacontrol.theory.errors import InputError
 
 TITLE = "Maps and ranks picked by linearised tuning as a convex program, with certificates"
@@ -263,7 +271,7 @@ def _draw_map(figure: Figure, ax: Axes, maps: pd.DataFrame) -> None:
     ax.set_title("where a map enters")
     ax.grid(False)
     ax.tick_params(length=0)
-    bar = figure.colorbar(image, ax=ax, pad=0.02, aspect=18)
+    bar = figure.colorbar(image, cax=beside(ax))
     bar.set_label("$\\lambda/\\lambda_{max}$ at entry")
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
@@ -372,7 +380,7 @@ def _draw_trained(ax: Axes, table: pd.DataFrame, column: str, name: str) -> None
             ax.scatter(x, values[column], s=14, color=SET_COLORS[part], alpha=0.8, linewidths=0)
         mean = rows[column].mean()
         ax.hlines(mean, place - 0.35, place + 0.35, color="black", linewidth=1.2, zorder=3)
-    ax.set_xticks(range(len(shown)), [SETS[part] for part in shown])
+    ax.set_xticks(range(len(shown)), [SETS[part] for part in shown], fontsize=6)
     ax.set_xlim(-0.6, len(shown) - 0.4)
     ax.grid(axis="x", visible=False)
     ax.set_title(f"trained: test {name}")

@@ -172,7 +172,7 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
         ends = [(row["at"], row["median"], _name(s), _color(s)) for s, row in lasts]
         end_labels(ax, ends)
     band = Patch(facecolor="#BBBBBB", label=f"middle 80 % of the iterates of {_seeds(table)}")
-    line = Line2D([], [], color="#333333", label="their median")
+    line = Line2D([], [], color="#333333", label="median")
     figure.legend(handles=[line, band], loc="outside lower center", ncols=2)
     return figure
 

@@ -68,8 +68,8 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
 def curves(records: Sequence[Record]) -> pd.DataFrame:
     """Over layers and seeds, with quartiles: spectra by index; stable ranks and overlaps by step.
 
-    A spectrum is relative to its largest value and averaged geometrically; of stable ranks it is the
-    median, of overlaps the mean.
+    A spectrum is relative to its largest value and averaged geometrically; of stable ranks it is
+    the median, of overlaps the mean.
     """
     parts = []
     for record in records:
@@ -150,7 +150,7 @@ def _lower_key(table: pd.DataFrame) -> list[Line2D]:
         for label, color, style, marker in GAPS.values()
     ]
     count = table["seed"].nunique()
-    made.append(seed_dot(label=f"a seed{f', bars: range of {count}' if count > 1 else ''}"))
+    made.append(seed_dot(label=f"a seed{f', bars: range of {count} seeds' if count > 1 else ''}"))
     made += [
         Line2D([], [], color=color, marker=marker, markersize=3.2, label=f"{label} directions")
         for label, color, marker in SIDES.values()

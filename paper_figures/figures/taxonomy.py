@@ -34,7 +34,7 @@ CATEGORIES = {
     "reparametrisation": "#009E73",
     "combined": "#CC79A7",
 }
-LINE = 44  # characters of a law on a line
+LINE = 54  # characters of a law on a line
 MAJORITY: dict[str, Any] = {"color": "#555555", "linestyle": "--", "linewidth": 0.8}
 GREEK = {
     "alpha": "α",
@@ -161,7 +161,7 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     for name, row in firsts.iterrows():
         sizes.scatter(row["num_trainable"], row["height"], color=_color(firsts, name), s=14)
     sizes.set_xscale("log")
-    sizes.set_xlabel("parameters,\nwithout the head's")
+    sizes.set_xlabel("parameters\n(no head)")
     sizes.set_title("size")
     for ax, task in zip(accuracies, tasks, strict=True):
         _draw_accuracy(ax, table[table["task"] == task], firsts)
@@ -249,9 +249,7 @@ def _write(ax: Axes, firsts: pd.DataFrame, heads: Mapping[str, float]) -> None:
     for name, row in firsts.iterrows():
         ax.text(0.0, row["height"], str(name), fontsize=6, color=_color(firsts, name), va="center")
         ax.text(0.225, row["height"], row["site"], fontsize=6, va="center")
-        ax.text(
-            0.445, row["height"], row["written"], fontsize=6, va="center", linespacing=1.05
-        )
+        ax.text(0.445, row["height"], row["written"], fontsize=6, va="center", linespacing=1.05)
     top = ax.get_ylim()[1] + 0.35
     for x, head in ((0.0, "method"), (0.225, "site"), (0.445, "control law")):
         ax.text(x, top, head, fontsize=7, va="bottom", style="italic")
@@ -267,4 +265,4 @@ def _draw_accuracy(ax: Axes, runs: pd.DataFrame, firsts: pd.DataFrame) -> None:
     majority = runs["majority_share"].dropna()
     if len(majority):
         ax.axvline(majority.iloc[0], zorder=0, **MAJORITY)
-    percent(ax.xaxis)
+    percent(ax.xaxis, nbins=4)

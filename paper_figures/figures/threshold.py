@@ -350,9 +350,7 @@ def _draw_losses(ax: Axes, curves: pd.DataFrame, tuned: dict[str, Look]) -> None
     handles.append(Line2D([], [], color="#333333", label="measured"))
     expected = Line2D([], [], color="#333333", ls="--", lw=0.9)
     expected.set_label("expected of its\nGauss-Newton model")
-    ax.legend(
-        handles=[*handles, expected], loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3
-    )
+    ax.legend(handles=[*handles, expected], loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     ax.set_xlabel("dimension d of the subspace")
     ax.set_ylabel("loss / loss at the start")
     ax.set_title("fine-tuned: loss by dimension")
