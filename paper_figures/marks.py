@@ -91,7 +91,7 @@ def apart(
     return moved
 
 
-def end_labels(ax: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.085) -> None:
+def end_labels(ax: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.075) -> None:
     """Name lines to the right of their ends, which a hairline joins; call it with final limits.
 
     Args:

@@ -37,7 +37,7 @@ VERDICTS = {
 }
 CONTROL = "#7A7A7A"
 FARTHEST, BEST = 1e6, -3.0  # what is further on either side is drawn there
-LABEL_WIDTH, TITLE_WIDTH = 45, 41  # characters on a line
+LABEL_WIDTH, TITLE_WIDTH = 42, 41  # characters on a line
 ONE_COLUMN = 40  # lines; more are set in two columns
 
 
@@ -162,7 +162,7 @@ def _lines(table: pd.DataFrame) -> list[_Line]:
         if row["claim"] and row["claim"] != before:
             lines.append(_Line(_wrapped(row["claim"], TITLE_WIDTH), None))
         before = row["claim"]
-        lines.append(_Line(_wrapped(f"{row['title']}  {row['part']}", LABEL_WIDTH), row))
+        lines.append(_Line(f"{_wrapped(row['title'], LABEL_WIDTH)}  {row['part']}", row))
     return lines
 
 
@@ -240,8 +240,8 @@ def caption(table: pd.DataFrame) -> str:
     revised = table[table["revised"]]["part"].tolist()
     sentences = [
         f"Of the claims' {len(table)} parts: {', '.join(told)}. Each number is drawn by how far "
-        "it is beyond its threshold, in bounds; intervals are of 95 % (parts of one claim together, by "
-        f"Holm's rule), over the unit that the claim names; {exact} parts are exact.",
+        "it is beyond its threshold, in bounds; intervals are of 95 % (parts of one claim "
+        f"together, by Holm's rule), over the unit that the claim names; {exact} parts are exact.",
     ]
     if weak:
         sentences.append(

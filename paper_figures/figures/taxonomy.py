@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, groups
@@ -161,6 +162,8 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     for name, row in firsts.iterrows():
         sizes.scatter(row["num_trainable"], row["height"], color=_color(firsts, name), s=14)
     sizes.set_xscale("log")
+    sizes.xaxis.set_major_locator(LogLocator(numticks=6))
+    sizes.xaxis.set_minor_locator(NullLocator())
     sizes.set_xlabel("parameters\n(no head)")
     sizes.set_title("size")
     for ax, task in zip(accuracies, tasks, strict=True):

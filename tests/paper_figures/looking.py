@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import Collection
@@ -60,9 +61,10 @@ def _meets(line: Line2D, box: Bbox) -> bool:
 
 def _paths(collection: Collection) -> Iterator[Path]:
     """The paths of a collection in pixels; of dots, their middles."""
-    offsets = collection.get_offset_transform().transform(collection.get_offsets())
+    places = np.ma.filled(collection.get_offsets(), np.nan)
+    offsets = collection.get_offset_transform().transform(places)
     if len(collection.get_sizes() if hasattr(collection, "get_sizes") else ()):
-        for x, y in offsets:
+        for x, y in offsets[np.isfinite(offsets).all(1)]:
             yield Path([(x, y), (x + 0.5, y + 0.5)])
         return
     for path in collection.get_paths():

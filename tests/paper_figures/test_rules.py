@@ -8,6 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import Collection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from deltacontrol.paper_figures import base
 from deltacontrol.paper_figures.marks import apart, end_labels, share_interval
@@ -56,6 +57,27 @@ def test_no_legend_shows_error_bars(shown: Figure) -> None:
         assert not bars, f"{[t.get_text() for t in legend.get_texts()]} show error bars"
 
 
+@pytest.mark.parametrize("drawn", ["line", "dots", "bars", "band", "nothing"])
+def test_a_legend_on_data_is_seen(drawn: str) -> None:
+    picture = Figure(figsize=(3.5, 2.0))
+    ax = picture.subplots()
+    x = np.linspace(0, 1, 2 if drawn == "line" else 9)
+    if drawn == "line":
+        ax.plot(x, x)
+    elif drawn == "dots":
+        ax.scatter(x, x)
+    elif drawn == "bars":
+        ax.errorbar(x, x, yerr=0.1, fmt="none")
+    elif drawn == "band":
+        ax.fill_between(x, x - 0.1, x + 0.1)
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    ax.legend(handles=[Line2D([], [], label="a legend in the middle")], loc="center")
+    FigureCanvasAgg(picture).draw()
+    (legend,) = legends(picture)
+    box = legend.get_window_extent(FigureCanvasAgg(picture).get_renderer())
+    assert bool(drawn_in(ax, box)) is (drawn != "nothing")
+
+
 @pytest.mark.parametrize("name", ["performance"], indirect=True, scope="module")
 @pytest.mark.slow
 def test_no_mark_of_an_accuracy_leaves_0_to_1(shown: Figure) -> None:
@@ -95,6 +117,8 @@ def test_places_are_moved_apart_and_no_further() -> None:
     moved = apart([0.0, 0.1, 5.0], 1.0)
     assert moved == pytest.approx([-0.45, 0.55, 5.0])
     assert apart([], 1.0).tolist() == []
+    assert apart([0.9, 1.0], 0.5, 0.0, 1.0) == pytest.approx([0.5, 1.0])
+    assert apart([0.1, 0.0, 0.05], 0.2, 0.0, 1.0) == pytest.approx([0.4, 0.0, 0.2])
 
 
 def test_names_of_lines_that_end_at_one_place_do_not_meet() -> None:
