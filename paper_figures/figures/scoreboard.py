@@ -191,7 +191,7 @@ def _draw_column(ax: Axes, lines: list[_Line], tallest: int) -> None:
             _draw_part(ax, float(y), line.row)
     ax.set_xscale("symlog", linthresh=1.0)
     ax.set_xlim(BEST * 1.1, FARTHEST * 1.9)
-    ax.xaxis.set_major_locator(FixedLocator([-1, 0, 1, 10, 1e2, 1e4, 1e6]))
+    ax.xaxis.set_major_locator(FixedLocator([-1, 0, 1, 1e2, 1e4, 1e6]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x)))
     ax.set_yticks(places, [line.label for line in lines])
     for label, line in zip(ax.get_yticklabels(), lines, strict=True):
