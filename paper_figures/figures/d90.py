@@ -8,6 +8,7 @@ model. One panel holds the two networks of digits against the published numbers.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from matplotlib.lines import Line2D
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, groups
 from deltacontrol.paper_figures.marks import (
+    end_labels,
     joined,
     letter,
     number,
@@ -52,7 +54,8 @@ NAMES = {
     "minilm-l6": "MiniLM-L6",
     "mpnet-base": "MPNet",
 }
-RANDOM: dict[str, Any] = {"marker": "^", "markerfacecolor": "white", "linestyle": ":"}
+HOLLOW = ("minilm-l6",)  # models whose markers are white inside: tell them apart without colour
+RANDOM: dict[str, Any] = {"marker": "^", "linestyle": ":"}
 TARGET: dict[str, Any] = {"linewidth": 0.8, "linestyle": (0, (5, 2))}
 CHANCE: dict[str, Any] = {"color": "#555555", "linewidth": 0.8, "linestyle": ":"}
 # Li et al., ICLR 2018, table 1 and section 3.1: d_int90 on all of MNIST.
@@ -234,16 +237,17 @@ def _color(model: str) -> str:
     return COLORS.get(model, SPARE[sum(map(ord, model)) % len(SPARE)])
 
 
-def _look(start: str, method: str) -> dict[str, Any]:
+def _look(start: str, method: str, model: str = "") -> dict[str, Any]:
+    look: dict[str, Any] = {"marker": MARKERS[method], "linestyle": LINES[method]}
     if start == "random" and method == "said":
-        return RANDOM
-    return {"marker": MARKERS[method], "linestyle": LINES[method]}
+        look = dict(RANDOM)
+    return look | {"markerfacecolor": "white"} if model in HOLLOW else look
 
 
 def _draw_task(ax: Axes, runs: pd.DataFrame, lines: pd.DataFrame) -> None:
-    levels = set()
+    levels: dict[str, tuple[float, str]] = {}
     for (model, _, start, method, _), dots in groups(runs, KEYS):
-        color, look, first = _color(model), _look(start, method), dots.iloc[0]
+        color, look, first = _color(model), _look(start, method, model), dots.iloc[0]
         same = (lines["model"] == model) & (lines["start"] == start) & (lines["method"] == method)
         line = lines[same & (lines["rule"] == first["rule"])]
         dots = dots[dots["dimension"].notna()]
@@ -255,8 +259,11 @@ def _draw_task(ax: Axes, runs: pd.DataFrame, lines: pd.DataFrame) -> None:
             markersize=2.8,
             **look,
         )
-        if (model, first["target"]) not in levels:
-            levels.add((model, first["target"]))
+        name = NAMES.get(model, model)
+        if first["task"] == DIGITS:
+            name = f"its 90 %,\n{name}" if first["rule"] == "own" else f"accuracy\n{first['rule']}"
+        if name not in levels:
+            levels[name] = first["target"], color
             ax.axhline(first["target"], color=color, **TARGET)
         if model in NAMES and (model, first["rule"]) in PUBLISHED:
             x = PUBLISHED[model, first["rule"]]
@@ -268,6 +275,8 @@ def _draw_task(ax: Axes, runs: pd.DataFrame, lines: pd.DataFrame) -> None:
     ax.set_xlabel("dimension $d$ of the subspace")
     ax.set_ylabel("test accuracy (%)")
     percent(ax.yaxis)
+    ends = [(math.inf, target, name, color) for name, (target, color) in levels.items()]
+    end_labels(ax, ends, gap=0.16 if (runs["task"] == DIGITS).any() else 0.075)
 
 
 def _draw_dimensions(ax: Axes, found: list[dict[str, Any]]) -> None:
@@ -277,7 +286,7 @@ def _draw_dimensions(ax: Axes, found: list[dict[str, Any]]) -> None:
         rows = [row for row in found if row["task"] == task]
         for row, offset in zip(rows, _offsets(len(rows)), strict=True):
             y, color = place + offset, _color(row["model"])
-            look = {**_look(row["start"], row["method"]), "linestyle": ""}
+            look = {**_look(row["start"], row["method"], row["model"]), "linestyle": ""}
             if row["verdict"] == "above budget":
                 end = row["largest"]
                 ax.plot([end], [y], color=color, markersize=4, **look)
@@ -307,7 +316,15 @@ def _offsets(count: int) -> np.ndarray:
 def _key(table: pd.DataFrame) -> list[Line2D]:
     """Colour is the model, marker and line the start and the method."""
     made = [
-        Line2D([], [], color=_color(model), label=NAMES.get(model, model))
+        Line2D(
+            [],
+            [],
+            color=_color(model),
+            label=NAMES.get(model, model),
+            marker="o",
+            markersize=3,
+            markerfacecolor="white" if model in HOLLOW else None,
+        )
         for model in dict.fromkeys(table["model"])
     ]
     kinds = dict.fromkeys(zip(table["start"], table["method"], table["task"], strict=True))
