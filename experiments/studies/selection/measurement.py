@@ -9,8 +9,10 @@ b_g is the change of the bias of linear map g (BitFit), W the change of the weig
 the first program picks first. Key biases are left out: they add the same number to all scores of a
 query, which softmax does not see, so they would only flatter the comparison below.
 
-Each solution comes with its duality gap. The changes are also put into the real model, and BitFit
-is really trained on the maps picked first, and on as many that the program proves to be unused.
+Each solution comes with its duality gap. The changes are also put into the real model, whose loss
+on held-out rows chooses λ: the linear one overshoots, since it has no normalisation that bounds its
+logits. BitFit is really trained on the maps picked first, and on as many that the program proves to
+be unused.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class Selection(Experiment):
         model: a BERT.
         task: a classification task.
         num_examples: training rows, drawn with the seed.
-        num_heldout: validation rows; they choose λ.
+        num_heldout: validation rows; with the changes put into the real model they choose λ.
         num_test: test rows; only the really trained models see them.
         max_length: tokens of a row at most.
         num_weights: points of a path.
@@ -145,8 +147,8 @@ class Selection(Experiment):
             bar.update()
         result = {
             "names": list(sites),
-            "chosen": int(np.argmin([row["heldout_loss"] for row in rows])),
-            "chosen_rank": int(np.argmin([row["heldout_loss"] for row in ranked])),
+            "chosen": int(np.argmin([row["heldout_loss_real"] for row in rows])),
+            "chosen_rank": int(np.argmin([row["heldout_loss_real"] for row in ranked])),
             "rank_site": first,
             "budget": budget,
             "selected": selected,
