@@ -34,6 +34,7 @@ REGISTRIES = {
     "experiments/claims",
     "experiments/cli",
     "experiments/models/packaged",
+    "experiments/predicting/predictors",
     "experiments/runs/executors",
     "experiments/tasks/packaged",
     "paper_figures/figures",

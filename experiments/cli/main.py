@@ -33,7 +33,10 @@ from deltacontrol.theory.errors import InputError, unknown
 
 GROUP = "deltacontrol.commands"
 # Options of several values; given twice, the values of the first would be lost without a word.
-SEVERAL = ("--delta", "--where", "--only", "--sizes", "--verbaliser", "--track")
+SEVERAL = (
+    *("--delta", "--deltas", "--where", "--only", "--sizes", "--predictors"),
+    *("--verbaliser", "--track"),
+)
 SHELLS = ("bash", "zsh", "fish")
 COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
 HEAD = "usage: deltacontrol [--load FILE] COMMAND [OPTIONS]\n\nDelta tuning as optimal control.\n"

@@ -1,0 +1,1 @@
+"""Which delta, which rate and which rank, before any training."""

@@ -1,0 +1,1 @@
+"""Predictors, one file each, found by `deltacontrol.experiments.predicting.registry`."""
