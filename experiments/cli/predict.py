@@ -38,10 +38,10 @@ class Predict:
     """Foretell which delta does best on a task, at which learning rate, from its start alone.
 
     Each method is linearised at its start on a few hundred rows: one forward and a few backward
-    passes for each of them. What follows is told with what rows that are drawn again would give: the
-    validation loss of the linearised training and the order by it, AdamW's learning rate from slope
-    and curvature, the rank that holds most of the gradient, and the layers in which it lies. Time
-    and memory are those of three real steps. The head is fitted first, to other rows.
+    passes for each of them. That tells the validation loss of the linearised training and the order
+    by it, AdamW's learning rate from slope and curvature, the rank that holds most of the gradient,
+    and the layers in which it lies; in brackets stands what rows that are drawn again would tell.
+    Time and memory are those of three real steps. The head is fitted first, to other rows.
 
     Nothing of this is calibrated against a study yet. With --verify the first few methods and the
     last one are trained at the predicted rates, and what came stands beside what was foretold.

@@ -68,10 +68,7 @@ class ExampleGradients:
     def _alone(self, batch: Batch) -> tuple[Tensor, Tensor]:
         outputs, rows = [], []
         for number, length in enumerate(batch["attention_mask"].sum(1).tolist()):
-            one = {
-                name: value[number : number + 1, :length] if value.ndim == 2 else value[number : number + 1]
-                for name, value in without_labels(batch).items()
-            }
+            one = {n: v[number : number + 1, :length] for n, v in without_labels(batch).items()}
             with torch.enable_grad(), differentiable_attention():
                 logits = self.controlled(**one).logits
                 found = logits @ self.contrasts.to(logits)

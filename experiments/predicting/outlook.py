@@ -219,9 +219,10 @@ class Foresight:
 
 
 def _with_rank(candidate: Candidate, rank: int) -> str | None:
-    """The text of a method at another rank; None where the user or nothing chose its rank."""
+    """The text of a method at another rank; None where that is its own, or the user's."""
     words = []
     for word, delta in zip(candidate.text.split(), candidate.deltas, strict=True):
-        free = any(f.name == "rank" for f in fields(delta)) and "rank=" not in word  # type: ignore[arg-type]
+        known = {f.name for f in fields(delta)}  # type: ignore[arg-type]
+        free = "rank" in known and "rank=" not in word and getattr(delta, "rank", rank) != rank
         words.append(f"{word}{',' if ':' in word else ':'}rank={rank}" if free else word)
     return " ".join(words) if words != candidate.text.split() else None

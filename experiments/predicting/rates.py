@@ -13,8 +13,8 @@ that it is wide where the two disagree. Momentum, warm-up and noise of the batch
 
 Sources: LeCun, Simard & Pearlmutter, NeurIPS 1992 (1/lambda_max); Cohen, Ghorbani, Krishnan et al.,
 *Adaptive gradient methods at the edge of stability*, arXiv 2207.14484 (the metric of Adam);
-Balles, Pedregosa & Le Roux, *The geometry of sign gradient descent*, arXiv 2002.08056 (the curvature
-that sign steps meet).
+Balles, Pedregosa & Le Roux, *The geometry of sign gradient descent*, arXiv 2002.08056 (what
+curvature sign steps meet).
 """
 
 from __future__ import annotations

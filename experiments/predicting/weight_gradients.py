@@ -10,7 +10,7 @@ and ``||G||_F^2`` over all sites says where the loss falls fastest. It is a numb
 its rows, before any delta.
 
 Source: Zhang, Liu & Chen, *LoRA-One: One-step full gradient could suffice for fine-tuning large
-language models, provably and efficiently*, ICML 2025 (the gradient's leading directions as a start).
+language models, provably and efficiently*, ICML 2025 (its leading directions as a start).
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ def weight_gradients(model: PreTrainedModel, batches: Iterable[Batch]) -> list[S
         for batch in batches:
             logits = model(**without_labels(batch)).logits
             loss = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum")
-            found = torch.autograd.grad(loss, list(weights.values()))
+            found = torch.autograd.grad(
+                loss, list(weights.values()), allow_unused=True, materialize_grads=True
+            )
             for path, gradient in zip(weights, found, strict=True):
                 sums[path] += gradient
             count += len(logits)

@@ -88,15 +88,20 @@ class Dense:
                 logits = torch.func.functional_call(controlled, moved, (), inputs).logits
                 return logits @ C
 
-            loss = lambda f, b=batch: torch.nn.functional.cross_entropy(f @ C.mT, b["labels"])  # noqa: E731
+            def loss(f: Tensor, batch: Batch = batch) -> Tensor:
+                return torch.nn.functional.cross_entropy(f @ C.mT, batch["labels"])
+
             found = ModelCurvature(outputs, loss, controlled.trainable())
-            parts.append(found.jacobian.dense())
+            rows = torch.eye(found.num_outputs, dtype=torch.float64)
+            parts.append(rows @ found.jacobian)
             values.append(found.value)
             if split == "train":
                 self.curvature = found
         self.J, self.outputs = torch.cat(parts), torch.cat(values)
         self.n = parts[0].shape[0]
         self.gradient = self.curvature.gradient
+        J = self.J[: self.n]
+        self.gauss_newton = J.mT @ self.curvature.output_hessian.dense() @ J
         own = self.curvature.residual.view(TRAIN, -1, 1) * self.J[: self.n].view(TRAIN, 2, -1)
         second = self.gradient.square() + (TRAIN * own.sum(1)).var(0, correction=0) / BATCH
         self.metric = torch.where(second > 0, 1 / (second.sqrt() + EPSILON), 0.0)
@@ -112,7 +117,9 @@ def test_kernels_slope_and_curvature_are_the_dense_ones(setting: Setting, delta:
     torch.testing.assert_close(start.kernel, J[:n] @ J[:n].mT, **close)
     torch.testing.assert_close(start.adam, (J * dense.metric) @ J[:n].mT, rtol=1e-6, atol=1e-6)
     assert start.slope == pytest.approx(float(dense.gradient.abs().sum()), rel=1e-9)
-    G = dense.curvature.gauss_newton.dense()
+    G = dense.gauss_newton
+    v = torch.randn(len(G), dtype=G.dtype)
+    torch.testing.assert_close(v @ dense.curvature.gauss_newton, v @ G, **close)
     s = dense.gradient.sign() * (dense.gradient.abs() > 1e-14)
     assert start.sign_curvature[0] == pytest.approx(float(s @ G @ s), rel=1e-6)
     root = dense.metric.sqrt()
@@ -185,7 +192,8 @@ def test_a_linear_model_ends_in_the_exact_optimum(setting: Setting) -> None:
     )
     expected = (offset + h @ exact.controls[0].mT) @ start.contrasts
     torch.testing.assert_close(found.view(TRAIN, 2), expected, rtol=1e-4, atol=1e-4)
-    loss = float(start.losses(torch.cat([found.view(TRAIN, 2), start.outputs[TRAIN:]]))[:TRAIN].mean())
+    outputs = torch.cat([found.view(TRAIN, 2), start.outputs[TRAIN:]])
+    loss = float(start.losses(outputs)[:TRAIN].mean())
     assert loss == pytest.approx(exact.loss, abs=1e-5)
 
 
@@ -199,7 +207,7 @@ def test_of_a_linear_model_gauss_newton_is_the_hessian(setting: Setting) -> None
 def test_the_sign_step_of_the_estimate_is_the_best_of_a_linear_model(setting: Setting) -> None:
     start, dense = started(setting)
     estimate = rate_estimate(start)
-    g, G = dense.gradient, dense.curvature.gauss_newton.dense()
+    g, G = dense.gradient, dense.gauss_newton
     s = -g.sign()
 
     def model(rate: float) -> float:

@@ -1,4 +1,4 @@
-"""The baseline that shares a cost out among trainings and gives half of the methods up each time."""
+"""The baseline that shares a cost out among trainings and gives up half of them each time."""
 
 from __future__ import annotations
 
