@@ -97,9 +97,7 @@ def critical_rate(
     return good, found
 
 
-def _line(
-    controlled: DeltaModel, situation: Situation
-) -> tuple[float, Callable[[float], float]]:
+def _line(controlled: DeltaModel, situation: Situation) -> tuple[float, Callable[[float], float]]:
     """The loss of the training rows at the start, and along the sign step from there."""
     tensors, factors = controlled.trainable(), controlled.rate_factors
     start = {name: p.detach().clone() for name, p in tensors.items()}
@@ -118,7 +116,7 @@ def _line(
                 )
                 for name, one in zip(tensors, found, strict=True):
                     sums[name] += one
-            total += float(loss)
+            total += float(loss.detach())
         return total
 
     before = losses(True)

@@ -13,10 +13,9 @@ from deltacontrol.experiments.predicting.candidate import Candidate
 
 @dataclass(frozen=True)
 class KernelCondition(Predictor):
-    """``log(lambda_max(K) / lambda_min(K))`` over the training rows: small where all rows are
-    learnt at like rates.
+    """``log(lambda_max(K) / lambda_min(K))`` over the training rows.
 
-    An eigenvalue below rounding counts as rounding's (claim 32 has the same number, of layers).
+    It is small where all rows are learnt at like rates. An eigenvalue below rounding counts as rounding's (claim 32 has the same number, of layers).
     """
 
     name = "kernel-condition"
@@ -25,6 +24,4 @@ class KernelCondition(Predictor):
 
     def scores(self, candidates: Sequence[Candidate]) -> list[Score]:
         """From the linearisation."""
-        return [
-            Score(math.log(condition_number(c.start.kernel)), c.start.cost) for c in candidates
-        ]
+        return [Score(math.log(condition_number(c.start.kernel)), c.start.cost) for c in candidates]

@@ -21,7 +21,7 @@ A_STEP = 0.5
 
 @dataclass(frozen=True)
 class Linearised(Predictor):
-    """The loss on validation rows after a descent of the outputs by the kernel of AdamW,
+    """The loss on validation rows after a descent of the outputs by the kernel of AdamW.
 
         f <- f - eta_t (A grad l(f_n) + lambda (f - f_0)),
 
