@@ -16,8 +16,9 @@ from deltacontrol.theory.linear.linear_descent import effective_dimension
 class EffectiveDimension(Predictor):
     """``-tr M (M + lambda I)^-1``, with Gauss-Newton ``M`` in AdamW's metric.
 
-    ``1/lambda`` is the time of the training, the sum of its rates at the estimated peak. More directions are taken to be better; how many of them are of the task it does not know.
-    Details hold the dimension and lambda.
+    ``1/lambda`` is the time of the training, the sum of its rates at the estimated peak. More
+    directions are taken to be better; how many of them are of the task it does not know. Details
+    hold the dimension and lambda.
     """
 
     name = "effective-dimension"

@@ -15,7 +15,8 @@ from deltacontrol.experiments.predicting.candidate import Candidate
 class KernelCondition(Predictor):
     """``log(lambda_max(K) / lambda_min(K))`` over the training rows.
 
-    It is small where all rows are learnt at like rates. An eigenvalue below rounding counts as rounding's (claim 32 has the same number, of layers).
+    It is small where all rows are learnt at like rates. An eigenvalue below rounding counts as
+    rounding's (claim 32 has the same number, of layers).
     """
 
     name = "kernel-condition"
