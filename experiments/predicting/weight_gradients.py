@@ -113,7 +113,7 @@ def useful_rank(gradients: Sequence[SiteGradient], share: float = SHARE) -> int:
     """The least rank that, the same at all of these sites, keeps a share of their energy in all.
 
     Example:
-        >>> one = SiteGradient(0, "mlp.up", "a", torch.tensor([3.0, 1.0, 0.1]).double())
+        >>> one = SiteGradient(0, "mlp.up", "a", torch.tensor([4.0, 1.0, 0.1]).double())
         >>> other = SiteGradient(1, "mlp.up", "b", torch.tensor([0.1, 0.0, 0.0]).double())
         >>> useful_rank([one, other]), useful_rank([one, other], 0.99)
         (1, 2)
