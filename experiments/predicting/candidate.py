@@ -143,7 +143,7 @@ class Candidate:
                     rows = setting.split("validation").eval_batches(64)
                     loss = evaluate(controlled, rows, "classification")["loss"]
                     cost += situation.num_heldout
-            base.to("cpu")  # a GPU is for trainings
+            base.to("cpu")  # type: ignore[arg-type] - a GPU is for trainings
         measures = result.measures
         memory = measures["peak_memory_bytes"] - measures["baseline_memory_bytes"]
         loss = math.inf if evaluated and not math.isfinite(loss) else loss

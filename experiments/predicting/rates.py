@@ -8,8 +8,10 @@ metric ``P`` of `deltacontrol.experiments.predicting.linear_start`,
 
 The first is the best single step of the direction that AdamW's first update has, the second half of
 the largest rate at which a descent with the metric ``P`` is stable. The estimate is their geometric
-mean; its interval goes from the 5 % to the 95 % quantile of both over rows that are drawn again, so
-that it is wide where the two disagree. Momentum, warm-up and noise of the batches are in neither.
+mean; its interval goes from the lower 5 % to the upper 95 % of both over rows that are drawn again,
+so that it is wide where the two disagree. Rows that come twice sharpen the curvature of every draw,
+hence only the spread of the draws around their median is taken. Momentum, warm-up and noise of the
+batches are in neither.
 
 Sources: LeCun, Simard & Pearlmutter, NeurIPS 1992 (1/lambda_max); Cohen, Ghorbani, Krishnan et al.,
 *Adaptive gradient methods at the edge of stability*, arXiv 2207.14484 (the metric of Adam);
@@ -23,7 +25,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from deltacontrol.experiments.predicting.linear_start import LinearStart
 
@@ -36,8 +37,8 @@ class RateEstimate:
 
     Attributes:
         value: the geometric mean of the two.
-        low: 5 % quantile of both over rows that are drawn again.
-        high: 95 % quantile.
+        low: the lower 5 % quantile of the two, over rows that are drawn again.
+        high: the upper 95 % quantile.
         sign: by the sign step.
         curvature: by the largest eigenvalue.
     """
@@ -55,6 +56,13 @@ def rate_estimate(start: LinearStart) -> RateEstimate:
     if not (start.slope > 0 and curved > 0 and top > 0):
         return RateEstimate(*[math.nan] * 5)
     sign, stable = start.slope / curved, 1 / top
-    drawn = torch.cat([start.drawn_slopes / drawn_curved, 1 / drawn_tops]).numpy()
-    low, high = np.quantile(drawn[np.isfinite(drawn)], ENDS)
-    return RateEstimate(math.sqrt(sign * stable), float(low), float(high), sign, stable)
+    ends = []
+    for value, drawn in (
+        (sign, start.drawn_slopes / drawn_curved),
+        (stable, 1 / drawn_tops),
+    ):
+        told = drawn[drawn.isfinite() & (drawn > 0)].numpy()
+        low, middle, high = np.quantile(told, (ENDS[0], 0.5, ENDS[1]))
+        ends.append((value * float(low / middle), value * float(high / middle)))
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    return RateEstimate(math.sqrt(sign * stable), low, high, sign, stable)

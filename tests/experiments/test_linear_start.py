@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ DELTAS = ("lora:rank=2", "bitfit", "houlsby:bottleneck=4", "prefix:length=2")
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     """A tiny random model on a task of three classes, in float64."""
-    places = tiny_model.write(tmp_path_factory.mktemp("places"))
+    places: dict[str, Any] = dict(tiny_model.write(tmp_path_factory.mktemp("places")))
     return Setting(
         **places, train_rows=TRAIN, validation_rows=HELDOUT, max_length=10, dtype="float64"
     )
@@ -120,7 +121,7 @@ def test_kernels_slope_and_curvature_are_the_dense_ones(setting: Setting, delta:
     start, dense = started(setting, delta)
     J, n = dense.J, dense.n
     # Padding moves the outputs of an example by rounding alone.
-    close = {"rtol": 1e-8, "atol": 1e-9}
+    close: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-9}
     torch.testing.assert_close(start.outputs, dense.outputs, **close)
     torch.testing.assert_close(start.kernel, J[:n] @ J[:n].mT, **close)
     torch.testing.assert_close(start.adam, (J * dense.metric) @ J[:n].mT, rtol=1e-6, atol=1e-6)
@@ -221,7 +222,8 @@ def test_the_sign_step_of_the_estimate_is_the_best_of_a_linear_model(setting: Se
 
     assert model(estimate.sign) < min(model(0.99 * estimate.sign), model(1.01 * estimate.sign))
     assert estimate.value == pytest.approx((estimate.sign * estimate.curvature) ** 0.5)
-    assert 0 < estimate.low < estimate.high
+    ends = sorted((estimate.sign, estimate.curvature))
+    assert 0 < estimate.low < ends[0] < ends[1] < estimate.high
 
 
 def test_drawn_entries_stand_for_all_with_an_error_that_halves(float64: None) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -37,7 +38,7 @@ QUICK = {"halving": "halving:cost=60", "probe": "probe:steps=2"}
 
 @pytest.fixture(scope="module")
 def training(tmp_path_factory: pytest.TempPathFactory) -> FineTuning:
-    places = tiny_model.write(tmp_path_factory.mktemp("places"))
+    places: dict[str, Any] = dict(tiny_model.write(tmp_path_factory.mktemp("places")))
     return FineTuning(**places, max_length=10, steps=8, batch_size=4, evaluate_on="validation")
 
 
@@ -231,7 +232,7 @@ def test_the_command_orders_writes_and_recommends(
     out = capsys.readouterr().out
     assert "not calibrated against a study yet" in out and "to be tried first" in out
     recommended = next(x for x in out.splitlines() if x.startswith("  deltacontrol finetune"))
-    made = tyro.extras.subcommand_cli_from_dict(
+    made: Any = tyro.extras.subcommand_cli_from_dict(
         cli.available(), args=recommended.split()[1:],
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )  # fmt: skip
@@ -279,7 +280,7 @@ def test_what_was_foretold_is_trained(
 def test_what_cannot_be_foretold_is_refused(
     training: FineTuning, options: dict, message: str
 ) -> None:
-    places = {"model": training.model, "task": training.task, "max_length": 10}
+    places: dict[str, Any] = {"model": training.model, "task": training.task, "max_length": 10}
     with pytest.raises(InputError, match=message):
         Predict(**places, **options).run()
 
