@@ -70,6 +70,8 @@ class Situation:
             )
         if self.training.shots is not None or self.training.train_limit is not None:
             raise InputError("predictions choose the rows themselves; leave out shots and limits")
+        if self.training.template is not None:
+            raise InputError("predictions are of a classification head; leave out the template")
         if self.most_rows < LEAST_ROWS:
             raise InputError(f"rows is {self.most_rows}; expected {LEAST_ROWS} or more")
 
