@@ -58,7 +58,8 @@ class Predict:
         task: A packaged classification task's name, or a file.
         deltas: The methods: each a delta, or several in quotes.
         budget: Leave out methods with more parameters, the head's not counted.
-        minutes: How long the prediction may take; methods for which no time is left are named.
+        minutes: After so many no further method is measured, and those left out are named. What
+            was begun ends, and ordering what was measured takes its time as well.
         rows: Training rows on which methods are linearised, and as many validation rows, at most;
             fewer of a task with many classes.
         predictors: What is computed of each method, such as probe:steps=30 or critical-sharpness;
