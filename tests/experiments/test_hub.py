@@ -39,7 +39,7 @@ def never(*arguments: object, **options: object) -> None:
 
 
 def test_a_hub_that_refuses_is_told_before_anything_is_loaded(monkeypatch) -> None:
-    monkeypatch.setattr(models, "build", never)
+    monkeypatch.setattr(models.loading, "build", never)
     with pytest.raises(InputError) as caught:
         models.load(NAME, kind="backbone")
     text = str(caught.value)
