@@ -112,7 +112,17 @@ class Delta(ABC):
         """An instance that fits any model, where all methods are compared; by default its defaults.
 
         Only a method that says nothing without its options gives another one.
+
+        Raises:
+            InputError: a field has no default.
         """
+        known = parsing.fields_of(cls).items()
+        needed = [name for name, (_, default) in known if default is dataclasses.MISSING]
+        if needed:
+            raise InputError(
+                f"{cls.name}: {', '.join(needed)} has no default; give it one, or define the class "
+                "method `example`, which makes the instance that is compared with other methods."
+            )
         return cls()
 
     @classmethod

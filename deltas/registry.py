@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -22,16 +21,8 @@ def available() -> dict[str, type[Delta]]:
 
 @cache
 def _own() -> dict[str, type[Delta]]:
-    found: dict[str, type[Delta]] = {}
     methods = importlib.import_module("deltacontrol.deltas.methods")
-    for info in pkgutil.iter_modules(methods.__path__):
-        if info.ispkg:  # what several methods share
-            continue
-        module = importlib.import_module(f"{methods.__name__}.{info.name}")
-        for value in vars(module).values():
-            concrete = isinstance(value, type) and issubclass(value, Delta) and value is not Delta
-            if concrete and value.__module__ == module.__name__ and hasattr(value, "name"):
-                found[value.name] = value
+    found = {kind.name: kind for kind in plugins.defined(methods, Delta) if hasattr(kind, "name")}
     return dict(sorted(found.items()))
 
 

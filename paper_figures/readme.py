@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deltacontrol.experiments.runs.store import COMMITTED
 from deltacontrol.paper_figures import base, collect
-from deltacontrol.theory.markdown import code, replaced, rows_table
+from deltacontrol.theory.markdown import code, rewritten, rows_table
 
 README = COMMITTED.parents[1] / "README.md"
 BEGIN, END = "<!-- figures:begin -->\n", "<!-- figures:end -->"
@@ -39,11 +39,4 @@ def cells(name: str) -> tuple[str, str]:
 
 def update(readme: Path | None = None) -> bool:
     """Put the gallery between the README's markers; False where there is no README with them."""
-    readme = readme or README
-    if not readme.exists():
-        return False
-    text = replaced(readme.read_text(encoding="utf-8"), BEGIN, END, markdown())
-    if text is None:
-        return False
-    readme.write_text(text, encoding="utf-8")
-    return True
+    return rewritten(readme or README, BEGIN, END, markdown)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
-__all__ = ["code", "escape", "fenced", "replaced", "rows_table"]
+__all__ = ["code", "escape", "fenced", "replaced", "rewritten", "rows_table"]
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>$#|~{}^])")
 
@@ -53,3 +54,12 @@ def replaced(text: str, begin: str, end: str, block: str) -> str | None:
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     return before + begin + block + end + after if found and closed else None
+
+
+def rewritten(file: Path, begin: str, end: str, block: Callable[[], str]) -> bool:
+    """Put what `block` makes between two markers of a file; False where no file has them."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    if replaced(text, begin, end, "") is None:
+        return False
+    file.write_text(str(replaced(text, begin, end, block())), encoding="utf-8")
+    return True

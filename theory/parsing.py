@@ -13,12 +13,13 @@ import typing
 from collections.abc import Callable, Mapping
 from functools import cache
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from deltacontrol.theory.errors import InputError, unknown
 
-__all__ = ["Fields", "checked", "converted", "fields_of", "split"]
+__all__ = ["Fields", "built", "checked", "converted", "fields_of", "split"]
 
+T = TypeVar("T")
 Fields: TypeAlias = Mapping[str, tuple[Any, Any]]
 """Names of fields with their type and default (`dataclasses.MISSING` where there is none)."""
 
@@ -66,6 +67,29 @@ def split(what: str, text: str, fields: Callable[[str], Fields]) -> tuple[str, d
             raise InputError(f"{key} is given twice in the {what} {text!r}.")
         values[key] = value.strip()
     return name, values
+
+
+def built(what: str, text: str, kinds: Mapping[str, type[T]]) -> T:
+    """The dataclass of a text ``name:field=value,field=value``.
+
+    Args:
+        what: what is written, for the messages.
+        text: the name of a class, and fields.
+        kinds: the classes by name.
+
+    Raises:
+        InputError: it is no text, names no class, or as `split` and `converted`.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"the {what} is {text!r}; expected a text such as {min(kinds)}")
+
+    def known(name: str) -> dict[str, tuple[Any, Any]]:
+        if name not in kinds:
+            raise unknown(what, name, kinds)
+        return fields_of(kinds[name])
+
+    name, values = split(what, text, known)
+    return kinds[name](**converted(what, name, values, known(name)))
 
 
 def converted(what: str, name: str, values: Mapping[str, Any], known: Fields) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import pkgutil
 import sys
 import tomllib
 import traceback
@@ -36,6 +37,7 @@ from deltacontrol.theory.errors import InputError
 __all__ = [
     "adopt",
     "configured",
+    "defined",
     "digest",
     "load",
     "load_sources",
@@ -160,6 +162,18 @@ def _installed() -> tuple[ModuleType, ...]:
                 f"{type(error).__name__}: {error}; mend or uninstall it"
             ) from error
     return tuple(found)
+
+
+def defined(package: ModuleType, kind: type[T]) -> Iterator[type[T]]:
+    """Concrete subclasses of ``kind`` that the modules of a package define, not its packages."""
+    for info in pkgutil.iter_modules(package.__path__):
+        if info.ispkg:  # what several of its modules share
+            continue
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        for value in vars(module).values():
+            own = inspect.isclass(value) and value.__module__ == module.__name__
+            if own and issubclass(value, kind) and not inspect.isabstract(value):
+                yield value
 
 
 def members(kind: type[T]) -> Iterator[type[T]]:

@@ -18,7 +18,7 @@ from deltacontrol.theory.claims import Claim, Part, Verdict
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.evidence import CONFIDENCE, Evidence
 from deltacontrol.theory.judging import Judgement, Outcome
-from deltacontrol.theory.markdown import replaced
+from deltacontrol.theory.markdown import rewritten
 
 README = COMMITTED.parents[1] / "README.md"
 BEGIN, END = "<!-- scoreboard:begin -->\n", "<!-- scoreboard:end -->"
@@ -338,14 +338,7 @@ def update_readme(readme: Path | None = None) -> bool:
 
     False where there is no README with the markers.
     """
-    readme = readme or README
-    if not readme.exists():
-        return False
-    text = replaced(readme.read_text(encoding="utf-8"), BEGIN, END, folded())
-    if text is None:
-        return False
-    readme.write_text(text, encoding="utf-8")
-    return True
+    return rewritten(readme or README, BEGIN, END, folded)
 
 
 def _committed() -> list[dict[str, Any]]:

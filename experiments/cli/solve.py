@@ -75,6 +75,8 @@ class SolveCommand(Solve):
         if self.certify:
             from deltacontrol.experiments.certifying import certificate_of
 
+            told = "as far as the solve went" if self.radius is None else f"within {self.radius:g}"
+            print(f"what other controls {told} could gain: seconds for a head, minutes for others")
             print(certificate_of(record, self.radius))
         return 0 if record.status == "converged" else 1
 

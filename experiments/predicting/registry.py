@@ -5,15 +5,11 @@ Users' own predictors are found as `deltacontrol.theory.plugins` says.
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 from functools import cache
 
 from deltacontrol.experiments.predicting import predictors
 from deltacontrol.experiments.predicting.base import Predictor
 from deltacontrol.theory import parsing, plugins
-from deltacontrol.theory.errors import unknown
 
 __all__ = ["available", "predictor_of"]
 
@@ -26,14 +22,7 @@ def available() -> dict[str, type[Predictor]]:
 
 @cache
 def _own() -> dict[str, type[Predictor]]:
-    found: dict[str, type[Predictor]] = {}
-    for info in pkgutil.iter_modules(predictors.__path__):
-        module = importlib.import_module(f"{predictors.__name__}.{info.name}")
-        for value in vars(module).values():
-            own = inspect.isclass(value) and value.__module__ == module.__name__
-            if own and issubclass(value, Predictor) and not inspect.isabstract(value):
-                found[value.name] = value
-    return found
+    return {kind.name: kind for kind in plugins.defined(predictors, Predictor)}
 
 
 def predictor_of(given: Predictor | str) -> Predictor:
@@ -48,12 +37,4 @@ def predictor_of(given: Predictor | str) -> Predictor:
     """
     if isinstance(given, Predictor):
         return given
-    name, values = parsing.split("predictor", given, lambda n: parsing.fields_of(_class(n)))
-    kind = _class(name)
-    return kind(**parsing.converted("predictor", name, values, parsing.fields_of(kind)))
-
-
-def _class(name: str) -> type[Predictor]:
-    if name not in available():
-        raise unknown("predictor", name, available())
-    return available()[name]
+    return parsing.built("predictor", given, available())

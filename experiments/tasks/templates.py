@@ -15,6 +15,7 @@ template says around it never is.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -192,7 +193,7 @@ class BoundTemplate:
                 f"{name} has {has}, and the template the places {_listed(self.places)}; give it "
                 "{text}, and {text_pair} where rows are pairs"
             )
-        texts = [[self._plain(text) for text in frame[place]] for place in self.places]
+        texts = [self._plain(frame[place].tolist(), name) for place in self.places]
         rows = [list(row) for row in zip(*texts, strict=True)]
         found = self._encoded(rows)
         if max_length is not None:
@@ -246,11 +247,18 @@ class BoundTemplate:
             )
         return token
 
-    def _plain(self, text: str) -> str:
-        """A text in which no mask stands but the template's."""
-        if not self.masked:
-            return text
-        return text.replace(str(self.tokenizer.mask_token), str(self.tokenizer.unk_token or ""))
+    def _plain(self, texts: list[str], name: str) -> list[str]:
+        """The texts, in which no mask stands but the template's; it is said where one did."""
+        mask, other = str(self.tokenizer.mask_token), str(self.tokenizer.unk_token or "")
+        having = sum(mask in text for text in texts) if self.masked else 0
+        if not having:
+            return texts
+        warnings.warn(
+            f"{having} texts of {name} hold {mask}, at which the template is read; it is taken for "
+            f"{other or 'nothing'} there",
+            stacklevel=2,
+        )
+        return [text.replace(mask, other) for text in texts]
 
     def _filled(self, texts: Sequence[str]) -> str:
         given = iter(texts)

@@ -13,6 +13,7 @@ from typing import get_args
 
 from deltacontrol.deltas import registry
 from deltacontrol.deltas.base import Category
+from deltacontrol.theory.markdown import rewritten
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 BEGIN, END = "<!-- support:begin -->\n", "<!-- support:end -->"
@@ -115,6 +116,4 @@ def render(refused: Mapping[tuple[str, str], str]) -> str:
 
 def write(refused: Mapping[tuple[str, str], str], readme: Path = README) -> None:
     """Put the matrix between the README's markers."""
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(before + BEGIN + render(refused) + END + after, encoding="utf-8")
+    assert rewritten(readme, BEGIN, END, lambda: render(refused))

@@ -8,21 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
-    BertTokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
     LlamaConfig,
     LlamaForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from tests import tiny_model
 
 
 def copied(tiny: dict[str, str], folder: Path) -> Path:
@@ -46,20 +43,7 @@ def named(folder: Path, classes: list[str]) -> None:
 
 def masked(folder: Path, words: Sequence[str]) -> str:
     """A tiny random BertForMaskedLM that knows these words; its path."""
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=24,
-        initializer_range=0.3,
-    )
-    _saved(BertForMaskedLM, config, folder)
+    tiny_model.bert(folder, words, BertForMaskedLM, max_position_embeddings=24)
     return str(folder)
 
 
@@ -74,21 +58,12 @@ def causal(folder: Path, words: Sequence[str]) -> str:
     ).save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
         max_position_embeddings=24,
         initializer_range=0.3,
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=0,
+        **tiny_model.SIZES,
     )
-    _saved(LlamaForCausalLM, config, folder)
+    tiny_model.saved(LlamaForCausalLM, config, folder)
     return str(folder)
-
-
-def _saved(kind: type[PreTrainedModel], config: PretrainedConfig, folder: Path) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        kind(config).save_pretrained(folder)

@@ -16,7 +16,6 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from deltacontrol.deltas import LoRA, Subspace
 from deltacontrol.experiments.runs.experiment import Workspace
@@ -25,6 +24,7 @@ from deltacontrol.experiments.runs.sweep import run, run_all
 from deltacontrol.experiments.training import rates
 from deltacontrol.experiments.training.finetune import FineTuning
 from deltacontrol.theory.errors import InputError
+from tests import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("good", "bad", "fine", "poor", "the", "film", "was", "a", "very", "so")
@@ -34,21 +34,7 @@ WORDS = ("good", "bad", "fine", "poor", "the", "film", "was", "a", "very", "so")
 def places(tmp_path_factory):
     """A tiny random model in a folder, and a task in a file."""
     folder = tmp_path_factory.mktemp("places")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    model = folder / "tiny-bert"
-    model.mkdir()
-    (model / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizerFast(vocab=str(model / "vocab.txt")).save_pretrained(model)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-    )
-    BertModel(config).save_pretrained(model)
+    tiny_model.bert(folder / "tiny-bert", WORDS, initializer_range=0.02)
     generator = np.random.default_rng(0)
     rows = []
     for index in range(300):

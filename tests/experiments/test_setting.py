@@ -14,9 +14,6 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoTokenizer,
-    BertConfig,
-    BertModel,
-    BertTokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
     DistilBertConfig,
     DistilBertForSequenceClassification,
 )
@@ -28,6 +25,7 @@ from deltacontrol.experiments.measures.identities import identity_difference, pe
 from deltacontrol.experiments.setting import Setting
 from deltacontrol.experiments.tasks.encoding import without_labels
 from deltacontrol.theory.errors import InputError
+from tests import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("good", "bad", "fine", "poor", "the", "film", "it", "was", "terrible", "great")
@@ -37,22 +35,8 @@ WORDS = ("good", "bad", "fine", "poor", "the", "film", "it", "was", "terrible", 
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A tiny random model, and files of two classes, three classes, numbers and plain text."""
     folder = tmp_path_factory.mktemp("places")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     model = folder / "tiny-bert"
-    model.mkdir()
-    (model / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizerFast(vocab=str(model / "vocab.txt")).save_pretrained(model)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        initializer_range=0.3,
-    )
-    BertModel(config).save_pretrained(model)
+    tiny_model.bert(model, WORDS)
     generator = np.random.default_rng(0)
     texts = [" ".join(generator.choice(WORDS, 2 + i % 9)) + f" {WORDS[i % 4]}" for i in range(200)]
     frame = pd.DataFrame({"text": texts})

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 import pytest
@@ -45,6 +45,16 @@ def test_each_method_of_the_taxonomy_can_be_laid_on_a_model() -> None:
         attached = attach(model, *map(registry.delta_of, run.deltas), seed=0)
         assert attached.num_trainable > 0, run.label
         attached.detach()
+
+
+def test_a_method_without_defaults_says_what_it_needs_to_be_compared() -> None:
+    @dataclass(frozen=True)
+    class Needy(LoRA):
+        width: int = field(kw_only=True)
+        name = "needy"
+
+    with pytest.raises(InputError, match=r"needy: width has no default.*`example`"):
+        Needy.example()
 
 
 def test_figures_never_tune_on_test_rows() -> None:

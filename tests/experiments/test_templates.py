@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,61 +17,22 @@ from deltacontrol.experiments.runs.experiment import PausedError, Workspace
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.experiments.runs.sweep import run
-from deltacontrol.experiments.setting import Setting
 from deltacontrol.experiments.tasks.encoding import without_labels
 from deltacontrol.experiments.tasks.templates import Template
 from deltacontrol.experiments.training.finetune import FineTuning
-from deltacontrol.theory.errors import InputError
-from tests import tiny_model
-from tests.experiments import model_folders
-
-WORDS = ("good", "bad", "fine", "poor", "the", "film", "a", "very", "so", "it", "It", "was", "is",
-         "great", "terrible", "and", ".")  # fmt: skip
-TEMPLATES = {"masked": "{text} It was [MASK].", "causal": "{text} It was"}
-VERBALISER = ("negative=terrible", "positive=great")
-KINDS = tuple(TEMPLATES)
+from tests.experiments.word_models import (
+    KINDS,
+    TEMPLATES,
+    VERBALISER,
+    setting_of,
+    tiny,
+    write,
+)
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Both kinds of language model, one without a head, and files of texts, pairs and numbers."""
-    folder = tmp_path_factory.mktemp("places")
-    found = {
-        "masked": model_folders.masked(folder / "masked", WORDS),
-        "causal": model_folders.causal(folder / "causal", WORDS),
-        "headless": tiny_model.write(folder)["model"],
-    }
-    generator = np.random.default_rng(0)
-    rows = []
-    for index in range(600):
-        words = generator.choice(WORDS[4:9], 2 + index % 12).tolist()
-        words.insert(index % len(words), WORDS[index % 4])
-        rows.append({"text": " ".join(words), "label": ("positive", "negative")[index % 2]})
-    frame = pd.DataFrame(rows)
-    tables = {
-        "task": frame,
-        "pairs": frame.assign(text_pair=frame["text"].iloc[::-1].to_numpy()),
-        "numbers": frame.assign(label=generator.normal(size=len(frame))),
-    }
-    for name, table in tables.items():
-        table.to_csv(folder / f"{name}.csv", index=False)
-        found[name] = str(folder / f"{name}.csv")
-    return found
-
-
-def setting_of(places: dict[str, str], kind: str, task: str = "task", **options: Any) -> Setting:
-    text = options.pop("text", TEMPLATES.get(kind, ""))
-    template = Template(text, options.pop("verbaliser", VERBALISER))
-    given = {"max_length": 12, "train_rows": 40, "template": template} | options
-    return Setting(places[kind], places[task], **given)
-
-
-def tiny(places: dict[str, str], kind: str, **options: Any) -> FineTuning:
-    fixed = {"model": places[kind], "task": places["task"], "device": "cpu", "precision": "fp32"}
-    sizes = {"steps": 12, "batch_size": 8, "max_length": 12, "learning_rate": 1e-2}
-    words = {"template": TEMPLATES[kind], "verbaliser": VERBALISER}
-    given: dict[str, Any] = {**fixed, **sizes, **words, **options}
-    return FineTuning(**given)
+    return write(tmp_path_factory.mktemp("places"))
 
 
 @pytest.fixture
@@ -139,7 +98,8 @@ def test_of_a_pair_the_longer_text_is_cut(places: dict[str, str]) -> None:
 def test_a_mask_in_a_text_is_not_that_of_the_template(places: dict[str, str]) -> None:
     setting = setting_of(places, "masked")
     frame = pd.DataFrame({"text": ["the [MASK] film", "[MASK]"], "label": [0, 1]})
-    batch = setting.encode(frame).batch()
+    with pytest.warns(UserWarning, match=r"2 texts of .* hold \[MASK\].*taken for \[UNK\]"):
+        batch = setting.encode(frame).batch()
     for ids in batch["input_ids"].tolist():
         assert ids.count(setting.tokenizer.mask_token_id) == 1
         assert ids.count(setting.tokenizer.unk_token_id) == 1
@@ -329,83 +289,3 @@ def test_a_run_without_a_template_keeps_its_identity(places: dict[str, str]) -> 
     assert with_words != tiny(places, "masked", template="{text} is [MASK].")
     assert with_words.company() is None
     assert tiny(places, "masked", template=None, verbaliser=()).company() is not None
-
-
-# -- what is refused -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"template": "It was [MASK]."}, r"expected \{text\} once"),
-        ({"template": "{text} {text} [MASK]"}, r"expected \{text\} once"),
-        ({"template": "{text} [MASK] [MASK]"}, r"2 times \[MASK\]"),
-        ({"template": "{tekst} [MASK]"}, r"has the place \{tekst\}"),
-        ({"template": "{text:>3} [MASK]"}, "has the place"),
-        ({"template": "{text} { [MASK]"}, "write a brace that is no place twice"),
-        ({"template": None}, "a verbaliser and no template"),
-        ({"verbaliser": ()}, "a template and no verbaliser"),
-        ({"verbaliser": ("positive", "negative=bad")}, "'positive' in the verbaliser"),
-        ({"verbaliser": ("a=good", "a=bad")}, "two words for the class a, good and bad"),
-        ({"verbaliser": 3}, "verbaliser is 3"),
-    ],
-)
-def test_a_template_that_cannot_be(
-    places: dict[str, str], options: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(InputError, match=words):
-        tiny(places, "masked", **options)
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "words"),
-    [
-        ("masked", {"text": "{text} It was"}, r"has no \[MASK\]"),
-        ("causal", {"text": "{text} It was [MASK] ."}, r"goes on behind \[MASK\]"),
-        ("masked", {"verbaliser": ("negative=very bad", "positive=great")}, "is not one token"),
-        ("causal", {"verbaliser": ("negative=very bad", "positive=great")}, "is not one token"),
-        ("masked", {"verbaliser": ("negative=awful", "positive=great")}, "'awful' of the class"),
-        ("causal", {"verbaliser": ("negative=awful", "positive=great")}, "'awful' of the class"),
-        ("masked", {"verbaliser": ("positive=great",)}, "no word for negative"),
-        ("masked", {"verbaliser": (*VERBALISER, "so=so")}, "words for so, which are no classes"),
-        ("masked", {"verbaliser": ("negative=great", "positive=Great")}, "the same token"),
-        ("masked", {"max_length": 6}, "the template alone is 6 tokens"),
-        ("causal", {"max_length": 2}, "the template alone is 2 tokens"),
-        ("masked", {"task": "pairs"}, "has pairs of texts"),
-        ("masked", {"text": "{text} {text_pair} [MASK]"}, "has one text a row"),
-        ("masked", {"task": "numbers"}, "has no classes"),
-        ("headless", {"text": "{text} is [MASK]."}, "no head that fills .*smollm2-135m"),
-        ("masked", {"max_length": 30}, "choose max_length <= 24"),
-    ],
-)
-def test_a_template_that_does_not_fit(
-    places: dict[str, str], kind: str, options: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(InputError, match=words):
-        _ = setting_of(places, kind, **options).encoded
-
-
-def test_a_missing_head_is_told_by_one_message(places: dict[str, str]) -> None:
-    """Not by what transformers says of the same weights."""
-    told: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addHandler(handler)
-    with pytest.raises(InputError, match="have no head that fills masked tokens in"):
-        models.load(places["headless"], kind="masked-lm")
-    logger.removeHandler(handler)
-    assert not told
-
-
-def test_a_template_needs_no_other_head(places: dict[str, str]) -> None:
-    with pytest.raises(InputError, match="leave out the head 'fitted'"):
-        replace(setting_of(places, "masked"), head="fitted")
-
-
-def test_literal_braces_are_written_twice(places: dict[str, str]) -> None:
-    setting = setting_of(places, "causal", text="{{ {text} }} It was")
-    frame = pd.DataFrame({"text": ["{good} film"], "label": [0]})
-    ids = setting.encode(frame).batch()["input_ids"][0].tolist()
-    expected = setting.tokenizer("{ {good} film } It was")["input_ids"]
-    assert ids == expected

@@ -94,6 +94,13 @@ def toys(log: Path, *given: str) -> list[Toy]:
     return [Toy(n, b, float(s or 0), str(log)) for n, (b, _, s) in enumerate(pairs)]
 
 
+def logged(root: Path) -> list[tuple[int, int]]:
+    """Seed and process of each beginning of a run."""
+    log = root.with_suffix(".log")
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    return [(int(line.split()[0]), int(line.split()[1])) for line in lines]
+
+
 def main() -> None:
     """A sweep of its own, which tests kill: exit code 2 where runs failed."""
     from deltacontrol.experiments.runs import sweep

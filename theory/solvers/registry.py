@@ -11,9 +11,7 @@ Two options differ from torch's defaults, because a solver lowers ``J`` alone: `
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 import re
 import types
 import typing
@@ -56,14 +54,7 @@ def _own() -> dict[str, type[Solver] | type[Optimizer]]:
     found: dict[str, Any] = {
         name.lower(): kind for name, kind in OPTIMISERS.items() if name not in _UNUSABLE
     }
-    for info in pkgutil.iter_modules(solvers.__path__):
-        if f"{solvers.__name__}.{info.name}" == __name__:
-            continue
-        module = importlib.import_module(f"{solvers.__name__}.{info.name}")
-        for value in vars(module).values():
-            own = inspect.isclass(value) and value.__module__ == module.__name__
-            if own and issubclass(value, Solver) and not inspect.isabstract(value):
-                found[_kebab(value.__name__)] = value
+    found |= {_kebab(kind.__name__): kind for kind in plugins.defined(solvers, Solver)}
     del found[_kebab(TorchOptimiser.__name__)]  # which is written by the optimiser's name
     return found
 

@@ -6,9 +6,6 @@ take that are not told, also those inside of a search.
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +14,7 @@ from functools import cache
 from deltacontrol.experiments.runs import executors
 from deltacontrol.experiments.runs.executors.base import Executor
 from deltacontrol.theory import parsing, plugins
-from deltacontrol.theory.errors import InputError, unknown
+from deltacontrol.theory.errors import InputError
 
 __all__ = [
     "DEFAULT",
@@ -41,16 +38,7 @@ def available() -> dict[str, type[Executor]]:
 
 @cache
 def _own() -> dict[str, type[Executor]]:
-    found: dict[str, type[Executor]] = {}
-    for info in pkgutil.iter_modules(executors.__path__):
-        if f"{executors.__name__}.{info.name}" == __name__:
-            continue
-        module = importlib.import_module(f"{executors.__name__}.{info.name}")
-        for value in vars(module).values():
-            own = inspect.isclass(value) and value.__module__ == module.__name__
-            if own and issubclass(value, Executor) and not inspect.isabstract(value):
-                found[value.name] = value
-    return found
+    return {kind.name: kind for kind in plugins.defined(executors, Executor)}
 
 
 def executor_of(given: Executor | str) -> Executor:
@@ -65,17 +53,7 @@ def executor_of(given: Executor | str) -> Executor:
     """
     if isinstance(given, Executor):
         return given
-    if not isinstance(given, str):
-        raise InputError(f"the executor is {given!r}; expected a text such as {DEFAULT}")
-    name, values = parsing.split("executor", given, lambda name: parsing.fields_of(_class(name)))
-    kind = _class(name)
-    return kind(**parsing.converted("executor", name, values, parsing.fields_of(kind)))
-
-
-def _class(name: str) -> type[Executor]:
-    if name not in available():
-        raise unknown("executor", name, available())
-    return available()[name]
+    return parsing.built("executor", given, available())
 
 
 def chosen(given: Executor | str | None = None, otherwise: str = DEFAULT) -> Executor:

@@ -9,9 +9,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import pytest
-import torch
 from transformers import (
-    BertTokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -36,21 +34,14 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A causal language model of random weights that knows the prompt and its two words."""
     folder: Path = tmp_path_factory.mktemp("lm")
     words = (*tiny_model.WORDS, "it", "great", "terrible")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
+        vocab_size=tiny_model.tokenizer(folder, words),
         max_position_embeddings=32,
         pad_token_id=0,
         initializer_range=0.3,
+        **tiny_model.SIZES,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_model.saved(LlamaForCausalLM, config, folder)
     return str(folder)
 
 
