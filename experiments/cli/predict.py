@@ -279,6 +279,13 @@ def lines(outlook: Outlook) -> list[str]:
         )
     for text, why in outlook.left_out.items():
         found.append(f"{text:24} left out: {why}")
+    for p in outlook.prospects:
+        start = p.candidate.start
+        if start.num_kept < start.num_controls:
+            found.append(
+                f"{p.candidate.text:24} from {start.num_kept:,} of {start.num_controls:,} controls "
+                "(head included), drawn at random; fewer --rows take more of them"
+            )
     found.append("in brackets: 5 % to 95 % on rows drawn again, of a rate over both estimates")
     return found + _advice(outlook)
 

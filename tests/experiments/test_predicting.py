@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from deltacontrol.experiments.heads import linear_head
 from deltacontrol.experiments.predicting.base import Predictor, Score
 from deltacontrol.experiments.predicting.candidate import Candidate
 from deltacontrol.experiments.predicting.known_tasks import FEATURES, KnownTask, features
+from deltacontrol.experiments.predicting.linear_start import linear_start
 from deltacontrol.experiments.predicting.outlook import Foresight, standings
 from deltacontrol.experiments.predicting.predictors.critical_sharpness import critical_rate
 from deltacontrol.experiments.predicting.predictors.halving import Halving
@@ -244,6 +246,18 @@ def test_the_command_orders_writes_and_recommends(
     table = pd.read_csv(tmp_path / "out.csv")
     assert table["place"].tolist() == [1, 2, 3] and table["linearised"].is_monotonic_increasing
     assert set(first["scores"]) == set(Predict().predictors)
+
+
+def test_controls_that_are_left_out_are_said(
+    training: FineTuning, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = words(training, "--deltas", "layer-norm")
+    assert cli._main(line) == 0
+    assert "drawn at random" not in capsys.readouterr().out
+    monkeypatch.setitem(linear_start.__kwdefaults__, "capacity", 50 * ROWS)
+    assert cli._main(line) == 0
+    told = re.search(r"layer-norm +from (\d+) of (\d+) controls", capsys.readouterr().out)
+    assert told is not None and 0 < int(told[1]) < int(told[2])
 
 
 def test_what_was_foretold_is_trained(
