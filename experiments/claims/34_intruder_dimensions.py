@@ -370,7 +370,9 @@ CLAIM = Claim(
             name="b",
             title="Scaling intruders down lowers forgetting",
             threshold=Threshold(
-                ">=", REMOVED, "share of the mean rise of the held loss that is removed"
+                ">=",
+                0.0,
+                f"held loss removed beyond {REMOVED:g} of its rise, nats, mean over tasks",
             ),
             measure=lambda prediction: _after("removed", intruders=True),
             # As many leading directions that are no intruders,
