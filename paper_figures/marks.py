@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.lines import Line2D
@@ -41,6 +42,14 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
     for index, name in enumerate(name for name in present if name not in found):
         found[name] = Look(name, _SPARE[index % len(_SPARE)], "hxd*p"[index % 5])
     return dict(sorted(found.items(), key=lambda item: item[1].place))
+
+
+def by_method(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Rows sorted by the keys, methods in the order of legends, under a plain index."""
+    order = {name: index for index, name in enumerate(looks(frame["method"]))}
+    return frame.sort_values(
+        list(keys), key=lambda column: column.map(order) if column.name == "method" else column
+    ).reset_index(drop=True)
 
 
 def letter(axes: Iterable[Axes]) -> None:
@@ -142,6 +151,11 @@ def spread(mean: float, deviation: float, digits: int = 1) -> str:
 def joined(words: Sequence[str]) -> str:
     """`a, b and c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def counted(number: int, unit: str) -> str:
+    """``3 tasks``, or ``1 task``."""
+    return f"{number} {unit}{'' if number == 1 else 's'}"
 
 
 def sentence(text: str) -> str:
