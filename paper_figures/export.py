@@ -59,8 +59,9 @@ def export(name: str, figure: FigureModule, records: Sequence[Record], out: Path
         f"{name}.tex": to_latex(summary).encode(),
         f"{name}.txt": f"{caption}\n".encode(),
     }
-    if hasattr(figure, "agreement"):
-        contents[f"{name}-source.csv"] = to_csv(_beside(figure.agreement(table)))
+    compare = getattr(figure, "agreement", None)
+    if compare is not None:
+        contents[f"{name}-source.csv"] = to_csv(_beside(compare(table)))
     matplotlib.use("Agg")
     # The reset makes a user's own matplotlibrc count for nothing.
     with matplotlib.style.context(["default", STYLE]):

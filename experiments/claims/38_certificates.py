@@ -90,7 +90,7 @@ def _quadratic(draw: np.random.Generator, seed: int, *, curved: bool) -> _Exact:
 
         flat = flatten(u)
         H = torch.autograd.functional.hessian(objective, flat)
-        return H, torch.autograd.functional.jacobian(objective, flat)
+        return H, torch.autograd.functional.jacobian(objective, flat)  # type: ignore[return-value]
 
     H, g = second_order(problem)
     depth = float(draw.uniform(2, 6))
@@ -119,7 +119,7 @@ def _trust_region(H: Tensor, g: Tensor, radius: float) -> Tensor:
     eye = torch.eye(len(g), dtype=g.dtype)
     upper = torch.cat([-H, torch.outer(g, g) / radius**2], 1)
     matrix = torch.cat([upper, torch.cat([eye, -H], 1)])
-    multiplier = float(scipy.linalg.eigvals(matrix.numpy()).real.max())
+    multiplier = float(scipy.linalg.eigvals(matrix.numpy()).real.max())  # type: ignore[attr-defined]
     return -torch.linalg.solve(H + multiplier * eye, g)
 
 

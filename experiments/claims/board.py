@@ -275,7 +275,9 @@ def changes() -> list[dict[str, str]]:
     found = []
     for claim in scoreboard.available().values():
         outcome = scoreboard.stored(claim)
-        for entry in scoreboard.history(claim) if outcome else ():
+        if outcome is None:
+            continue
+        for entry in scoreboard.history(claim):
             found.append(
                 {
                     "claim": f"{claim.id} {claim.title}",
