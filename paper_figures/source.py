@@ -12,6 +12,7 @@ from pathlib import Path
 
 from deltacontrol.paper_figures import base, collect
 from deltacontrol.paper_figures.agreement import WORDS, Agreement
+from deltacontrol.paper_figures.marks import counted
 from deltacontrol.paper_figures.readme import README
 from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.markdown import escape, rewritten, rows_table
@@ -50,9 +51,12 @@ def sentence(found: list[Agreement]) -> str:
     if not found:
         return "No published result stands beside ours yet."
     counts = Counter(one.verdict for one in found)
-    told = [f"{counts[word]} {word}" for word in WORDS.values() if counts[word]]
-    rows = len(dict.fromkeys(one.row for one in found))
-    return f"Of {len(found)} published results in {rows} experiments, {', '.join(told)}."
+    told = []
+    for word in WORDS.values():
+        plural = word.removesuffix("s") if counts[word] > 1 else word
+        told += [f"{counts[word]} {plural}"] if counts[word] else []
+    rows = counted(len(dict.fromkeys(one.row for one in found)), "experiment")
+    return f"Of {counted(len(found), 'published result')} in {rows}, {', '.join(told)}."
 
 
 def markdown() -> str:

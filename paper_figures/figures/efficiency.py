@@ -199,6 +199,6 @@ def _draw_lines(ax: Axes, rows: pd.DataFrame, x: str, y: str) -> None:
         ax.plot(line[x], line[y], color=look.color, marker=look.marker, markersize=3.5)
     ax.set(xscale="log", yscale="log")
     ticks = sorted(set(rows[x]))
-    names = [f"{value / 1e6:.3g}M" if value >= 1e6 else f"{value:g}" for value in ticks]
+    names = [f"{value / 1e6:.0f}M" if value >= 1e6 else f"{value:g}" for value in ticks]
     ax.set_xticks(ticks, names)
     ax.xaxis.set_minor_locator(NullLocator())

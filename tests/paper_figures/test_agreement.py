@@ -78,6 +78,7 @@ def test_the_table_counts_and_explains(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(source, "agreements", lambda: found)
     text = source.markdown()
     assert text.startswith("Of 3 published results in 2 experiments, 1 agrees, 1 disagrees, 1")
+    assert source.sentence(found[:1] * 2) == "Of 2 published results in 1 experiment, 2 agree."
     assert "a\\|b" in text and "**one: c.** Because of this." in text
     path = tmp_path / "README.md"
     path.write_text(f"before\n{source.BEGIN}BEFORE\n{source.END}\nafter\n", encoding="utf-8")
