@@ -21,8 +21,8 @@
 #
 # **A.** For every point $w$ with $e = \nabla f(w)$, $q = c - w$ and $h = e + \sigma q$,
 #
-# $$\min_B f \;\ge\; f(w) + \langle e, q \rangle + \tfrac{\sigma}{2} \|q\|^2
-#   + \min_{0 \le s \le r} \bigl(\tfrac{\sigma}{2} s^2 - \|h\| s\bigr).$$
+# $$\min_B f \;\ge\; f(w) + \langle e, q \rangle + \tfrac{\sigma}{2} \|q\|^2 +
+#   \min_{0 \le s \le r} \bigl(\tfrac{\sigma}{2} s^2 - \|h\| s\bigr).$$
 #
 # **B.** Equality holds at a $w \in B$ with $e = \lambda q$, where $\lambda \ge 0$,
 # $\lambda + \sigma \ge 0$, and $\lambda = 0$ unless $\|q\| = r$. Minimisers of a convex $f$ on $B$
@@ -47,19 +47,24 @@
 # $\frac{\sigma}{2}\|v\|^2$ to both sides,
 # $f(v) \ge f(w) + \langle e, v - w \rangle + \frac{\sigma}{2}\|v - w\|^2$. With $v = c + s t$,
 # $\|t\| = 1$ and $0 \le s \le r$ the right side is
-# $f(w) + \langle e, q \rangle + \frac{\sigma}{2}\|q\|^2 + s \langle h, t \rangle
-# + \frac{\sigma}{2} s^2$, and least for $t = -h/\|h\|$. Nothing was asked of $w$.
+#
+# $$f(w) + \langle e, q \rangle + \tfrac{\sigma}{2}\|q\|^2 + s \langle h, t \rangle +
+#   \tfrac{\sigma}{2} s^2,$$
+#
+# and least for $t = -h/\|h\|$. Nothing was asked of $w$.
 #
 # **B.** There $h = (\lambda + \sigma) q$ with $\lambda + \sigma \ge 0$. If $\lambda = 0$ then
 # $e = 0$, $h = \sigma q$, and $s = \|q\|$ gives $-\frac{\sigma}{2}\|q\|^2$. Else $\|q\| = r$, the
 # slope $\sigma s - \|h\|$ in $s$ is at most $\sigma r - (\lambda + \sigma) r \le 0$, so that
-# $s = r$, and the terms sum to $\lambda r^2 + \frac{\sigma}{2} r^2 + \frac{\sigma}{2} r^2
-# - (\lambda + \sigma) r^2 = 0$. The condition is that of Karush, Kuhn and Tucker for a convex $f$,
-# and that of Moré and Sorensen for a quadratic.
+# $s = r$, and the terms are $\lambda r^2$, $\frac{\sigma}{2} r^2$ twice, and
+# $-(\lambda + \sigma) r^2$, whose sum is 0. The condition is that of Karush, Kuhn and Tucker for a
+# convex $f$, and that of Moré and Sorensen for a quadratic.
 #
 # **C.** At any $z'$ with $a = \nabla\Phi(z')$,
-# $\Phi(z + G d + \rho(d)) \ge \Phi(z') + \langle a, z + G d - z' \rangle
-# + \langle a, \rho(d) \rangle$.
+#
+# $$\Phi(z + G d + \rho(d)) \ge \Phi(z') + \langle a, z + G d - z' \rangle +
+#   \langle a, \rho(d) \rangle.$$
+#
 # Without the last term, and with $\frac{w}{2}\|u + d\|^2$, the right side is the paraboloid of A
 # for the linearised problem, hence not below $J(u)$ less its bound. $\blacksquare$
 

@@ -31,8 +31,8 @@ def test_everything_has_a_page() -> None:
     assert names("deltas") - {"support"} == set(registry.available())
     assert names("solvers") - {solvers.TORCH} == set(solvers.own()) and solvers.own()
     files = {scoreboard.source(claim).stem for claim in scoreboard.available().values()}
-    assert names("claims") - {"statements"} == files
-    assert names("figures") == set(base.names())
+    assert names("claims") - {"statements", "changes"} == files
+    assert names("figures") - {"source"} == set(base.names())
     assert names("figures/studies") == set(studies.available())
     assert names("commands") == set(cli.available())
     assert names("notebooks") == {p.stem for p in (ROOT / "proofs_notebooks").glob("*.py")}
