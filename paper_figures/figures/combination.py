@@ -93,7 +93,7 @@ def _label(record: Record) -> tuple[str, str, str]:
 
 
 def _accuracies(record: Record) -> list[tuple[int, float | None]]:
-    """The stages of a sequence, counted from 1, with their accuracy; else stage 0 and the test's."""
+    """Accuracy after each stage of a sequence, from 1; else that on test rows, as stage 0."""
     if not record.config.get("sequential"):
         return [(0, record.result["accuracy"])]
     found = record.curve()[["stage", "validation_accuracy"]].dropna()

@@ -1,4 +1,4 @@
-"""All subsets of adapter, BitFit and prompt tuning, and their sequences, on six tasks of six corpora.
+"""All subsets of adapter, BitFit and prompt tuning, and their sequences, on six tasks.
 
 A subset is trained at once, on 640 rows (each seen once) and on 16 rows a class; the empty one
 trains the head alone. A sequence trains one delta after another, each for all steps, the earlier
