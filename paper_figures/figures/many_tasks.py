@@ -225,8 +225,10 @@ def agreement(table: pd.DataFrame) -> list[Agreement]:
     columns = np.stack([part for mask in masks for part in (less * mask, mask)], 1)
     between = clusters.of_means(
         pd.DataFrame(columns),
-        lambda means: means[:, 0] / np.maximum(means[:, 1], 1e-12)
-        - means[:, 2] / np.maximum(means[:, 3], 1e-12),
+        lambda means: (
+            means[:, 0] / np.maximum(means[:, 1], 1e-12)
+            - means[:, 2] / np.maximum(means[:, 3], 1e-12)
+        ),
     )
     theirs = PUBLISHED_PROMPT["pair"] - PUBLISHED_PROMPT["sentiment"]
     text = "prompt tuning is further behind the adapter on pairs than on sentiment"
