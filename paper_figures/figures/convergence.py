@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.agreement import Agreement, same_order, same_size
@@ -124,8 +124,8 @@ def caption(table: pd.DataFrame) -> str:
     steps, shown, first = _averages(table, "steps_95"), looks(table["method"]), table.iloc[0]
     order = sorted(steps, key=lambda name: steps[name].value)
     return (
-        f"{sentence(shown[order[0]].label)} is nearly done first, after {steps[order[0]].text(0)} updates, "
-        f"and {shown[order[-1]].label} last, after {steps[order[-1]].text(0)}. {TITLE}: "
+        f"{sentence(shown[order[0]].label)} is nearly done first, after "
+        f"{steps[order[0]].text(0)} updates, and {shown[order[-1]].label} last, after {steps[order[-1]].text(0)}. {TITLE}: "
         f"{first['model']}, {first['steps']} updates of {first['batch_size']} rows, validation "
         f"rows every {first['eval_every']} updates, {table['task'].nunique()} tasks of as many "
         f"corpora, {table['seed'].nunique()} seeds. The way of a training is from the accuracy of "
@@ -208,7 +208,8 @@ def _draw_times(ax: Axes, table: pd.DataFrame, what: str, label: str) -> None:
         ax.plot([found.low, found.high], [place] * 2, color=INK, marker="|", markersize=4)
         ax.plot([found.value], [place], "D", color=color, markersize=4.5, zorder=4)
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ticks = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 2, 3, 5)]
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_yticks(range(wide.shape[1]), [shown[str(name)].label for name in wide])
