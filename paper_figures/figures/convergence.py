@@ -125,7 +125,8 @@ def caption(table: pd.DataFrame) -> str:
     order = sorted(steps, key=lambda name: steps[name].value)
     return (
         f"{sentence(shown[order[0]].label)} is nearly done first, after "
-        f"{steps[order[0]].text(0)} updates, and {shown[order[-1]].label} last, after {steps[order[-1]].text(0)}. {TITLE}: "
+        f"{steps[order[0]].text(0)} updates, and {shown[order[-1]].label} last, after "
+        f"{steps[order[-1]].text(0)}. {TITLE}: "
         f"{first['model']}, {first['steps']} updates of {first['batch_size']} rows, validation "
         f"rows every {first['eval_every']} updates, {table['task'].nunique()} tasks of as many "
         f"corpora, {table['seed'].nunique()} seeds. The way of a training is from the accuracy of "
