@@ -174,7 +174,8 @@ def caption(table: pd.DataFrame) -> str:
         "its size. Lines are means over tasks. (a) Points of test accuracy. (b) Points above full "
         "fine-tuning. (c) Updates until 95 % of the way from the majority's accuracy to the last "
         f"one, geometric mean. (d) Standard deviation over "
-        f"{joined([shown[name].label for name in PLACEMENTS])}, mean over tasks with its 95 % interval, drawn from tasks."
+        f"{joined([shown[name].label for name in PLACEMENTS])}, mean over tasks with its 95 % "
+        "interval, drawn from tasks."
     )
 
 
