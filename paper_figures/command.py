@@ -15,7 +15,7 @@ from deltacontrol.experiments.runs import provenance
 from deltacontrol.experiments.runs.executors.registry import DEFAULT, executor_of, using
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
 from deltacontrol.experiments.runs.store import RunStore
-from deltacontrol.paper_figures import base, collect, readme
+from deltacontrol.paper_figures import base, collect, readme, source
 from deltacontrol.theory.errors import InputError
 
 
@@ -86,6 +86,7 @@ class Figures:
                 except InputError as error:
                     failures[name] = error
         if self.publish and not (self.plan or failures) and readme.update():
+            source.update()
             print("the gallery in README.md is up to date")
         if failures:
             reasons = "; ".join(f"{name}: {error}" for name, error in failures.items())
@@ -125,8 +126,8 @@ class Figures:
             collect.publish(figure.STUDY, records)
         if self.publish:
             collect.show(self.out / f"{name}.png", base.GALLERY)
-        source = "committed evidence" if fixed else f"{len(records)} runs"
-        print(f"\n{name}: {figure.TITLE} ({source})\n")
+        origin = "committed evidence" if fixed else f"{len(records)} runs"
+        print(f"\n{name}: {figure.TITLE} ({origin})\n")
         print(done.summary.to_string(index=False))
         print(f"\n{textwrap.fill(done.caption, 100)}\n")
         print("\n".join(f"wrote {path}" for path in done.files))

@@ -1,7 +1,7 @@
 """Write a figure's files. The same records give the same bytes.
 
 `NAME.pdf`, `NAME.png`, `NAME.csv` (the table), `NAME-curves.csv`, `NAME.tex` (the summary) and
-`NAME.txt` (the caption). No file holds a time, so a redraw that changes nothing changes no file.
+`NAME.txt` (the caption), and `NAME-source.csv` where published results stand beside ours. No file holds a time, so a redraw that changes nothing changes no file.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from deltacontrol.theory.errors import InputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
+
+    from deltacontrol.paper_figures.agreement import Agreement
 
 PNG_DPI = 300
 PACKAGE = "deltacontrol.paper_figures"
@@ -56,6 +58,8 @@ def export(name: str, figure: FigureModule, records: Sequence[Record], out: Path
         f"{name}.tex": to_latex(summary).encode(),
         f"{name}.txt": f"{caption}\n".encode(),
     }
+    if hasattr(figure, "agreement"):
+        contents[f"{name}-source.csv"] = to_csv(_beside(figure.agreement(table)))
     matplotlib.use("Agg")
     # The reset makes a user's own matplotlibrc count for nothing.
     with matplotlib.style.context(["default", STYLE]):
@@ -74,6 +78,14 @@ def export(name: str, figure: FigureModule, records: Sequence[Record], out: Path
     except OSError as error:
         raise InputError(f"cannot write figures to {out}: {error.strerror or error}") from error
     return Exported(files, summary, caption)
+
+
+def _beside(found: Sequence[Agreement]) -> DataFrame:
+    """The published results of a figure beside ours."""
+    import pandas as pd
+
+    columns = ("experiment", "source", "compared", "published", "ours", "verdict")
+    return pd.DataFrame([one.cells() for one in found], columns=list(columns))
 
 
 def source_digest(figure: FigureModule, table: DataFrame, curves: DataFrame) -> str:
