@@ -1,7 +1,8 @@
 """Write a figure's files. The same records give the same bytes.
 
 `NAME.pdf`, `NAME.png`, `NAME.csv` (the table), `NAME-curves.csv`, `NAME.tex` (the summary) and
-`NAME.txt` (the caption), and `NAME-source.csv` where published results stand beside ours. No file holds a time, so a redraw that changes nothing changes no file.
+`NAME.txt` (the caption), and `NAME-source.csv` where published results stand beside ours. No file
+holds a time, so a redraw that changes nothing changes no file.
 """
 
 from __future__ import annotations
