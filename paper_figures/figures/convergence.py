@@ -6,7 +6,7 @@ a* the mean of the last three looks. It is nearly done at
     t95 = the first t with a(t) - m ≥ 0.95 (a* - m),
 
 between two looks where the line through them says. Times are averaged as logarithms, over seeds and
-then over tasks, each of a corpus of its own.
+then over tasks, each of a corpus of its own. One that learns nothing counts with all of its steps.
 """
 
 from __future__ import annotations
@@ -159,14 +159,15 @@ def agreement(table: pd.DataFrame) -> list[Agreement]:
 
 
 def nearly_done(steps: Sequence[float], accuracy: Sequence[float], majority: float) -> float:
-    """t95 of a training; the first look where it never leaves the majority's accuracy."""
+    """t95 of a training; all of its steps where it never leaves the majority's accuracy."""
     t, a = np.asarray(steps, dtype=float), np.asarray(accuracy, dtype=float)
-    goal = majority + SHARE * (float(a[-LAST:].mean()) - majority)
-    first = int(np.argmax(a >= goal)) if (a >= goal).any() else len(a) - 1
-    before, at = (0.0, min(majority, goal)) if first == 0 else (t[first - 1], a[first - 1])
-    rise = a[first] - at
-    share = (goal - at) / rise if rise > 0 else 1.0
-    return float(before + min(max(share, 0.0), 1.0) * (t[first] - before))
+    way = float(a[-LAST:].mean()) - majority
+    if not way > 0:
+        return float(t[-1])
+    goal = majority + SHARE * way
+    first = int(np.argmax(a >= goal))
+    before, at = (0.0, majority) if first == 0 else (t[first - 1], a[first - 1])
+    return float(before + (goal - at) / (a[first] - at) * (t[first] - before))
 
 
 def _seen(record: Record) -> pd.DataFrame:

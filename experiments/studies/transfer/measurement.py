@@ -113,7 +113,7 @@ class Transfer(Experiment):
         for target in tqdm(self.targets, disable=not workspace.progress, unit="task"):
             setting = self._setting(target)
             _start_from(setting.controlled, control)
-            found[target] = {**_probed(setting), **self._tuned(setting)}
+            found[target] = {**_probed(setting), **self._tuned(target, setting)}
         result: dict[str, Any] = {"targets": found, "own": own}
         if self.source:
             result |= self._update(control)
@@ -167,7 +167,7 @@ class Transfer(Experiment):
             seed=self.seed,
         )
 
-    def _tuned(self, setting: Setting) -> dict[str, float | None]:
+    def _tuned(self, target: str, setting: Setting) -> dict[str, float | None]:
         """Accuracy and loss after a few updates of control and head."""
         from deltacontrol.experiments.training import loop
         from deltacontrol.experiments.training.execution import (
@@ -177,7 +177,7 @@ class Transfer(Experiment):
         )
 
         model = setting.controlled
-        options = self._training(setting.data.name, self.tune_steps)
+        options = self._training(target, self.tune_steps)
         batches = TrainingBatches(setting.encoded, self.seed, self.batch_size)
         settings = training_settings(options, "classification", float("inf"))
         trained = loop.train(model, batches, settings, progress=False)

@@ -1,0 +1,163 @@
+"""What the figures of combination, transfer, convergence, scale and forgetting compute."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from deltacontrol.experiments.runs.record import Record
+from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.experiments.studies.transfer.grid import TASKS
+from deltacontrol.paper_figures import base
+from deltacontrol.paper_figures.figures import (
+    combination,
+    convergence,
+    forgetting,
+    scale,
+    transfer,
+)
+from deltacontrol.theory.errors import InputError
+from tests.paper_figures.synthetic import GRIDS, write
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]]:
+    names = ("combination", "convergence", "forgetting", "robustness", "scale", "transfer")
+    return {n: write(RunStore(tmp_path_factory.mktemp(n)), GRIDS[n]()) for n in names}
+
+
+def test_a_gain_of_a_subset_is_over_the_adapter_of_the_same_task(records) -> None:
+    table = combination.table(records["combination"])
+    above = combination._above(table, combination.ALL)
+    rows = table[table["block"] == combination.ALL]
+    means = rows.groupby(["task", "method"])["points"].mean()
+    for task in above.index:
+        expected = means[task, "bitfit"] - means[task, "houlsby"]
+        assert above.loc[task, "bitfit"] == pytest.approx(expected, abs=1e-12)
+    assert (above["houlsby"] == 0).all() and above.shape == (6, 8)
+
+
+def test_the_stages_of_a_sequence_are_in_its_own_order(records) -> None:
+    table = combination.table(records["combination"])
+    rows = table[table["block"] == combination.IN_TURN]
+    assert rows["method"].nunique() == 6 and set(rows["stage"]) == {1, 2, 3}
+    record = next(r for r in records["combination"] if r.config.get("sequential"))
+    seen = record.curve()["validation_accuracy"].dropna().tolist()
+    own = rows[rows["run"] == record.id].sort_values("stage")["points"].tolist()
+    assert own == pytest.approx([100 * a for a in seen], abs=1e-9)
+
+
+def test_a_combination_that_helps_disagrees_with_the_source(records) -> None:
+    def verdict(found: list[Record]) -> bool | None:
+        return combination.agreement(combination.table(found))[1].agrees
+
+    assert verdict(records["combination"]) is True
+    better = [
+        replace(r, result=r.result | {"accuracy": r.result["accuracy"] + 0.05})
+        if len(r.config["deltas"]) == 3 and not r.config.get("shots")
+        else r
+        for r in records["combination"]
+    ]
+    assert verdict(better) is False
+
+
+def test_kinds_that_help_each_other_are_told_from_kinds_that_do_not(records) -> None:
+    table = transfer.table(records["transfer"])
+    found = transfer.kinds_apart(table, "probe")
+    assert found.value == pytest.approx(4.0, abs=0.3) and found.p < 0.01
+    assert all(one.agrees for one in transfer.agreement(table))
+    # The same gains on tasks that are moved among the kinds.
+    names = list(TASKS)
+    moved = dict(zip(names, names[::3] + names[1::3] + names[2::3], strict=True)) | {"": ""}
+    other = table.assign(source=table["source"].map(moved), target=table["target"].map(moved))
+    found = transfer.kinds_apart(other, "probe")
+    assert found.p > 0.05
+    assert transfer.agreement(other)[0].agrees is None
+    near = transfer.nearness(transfer.curves(records["transfer"]), "probe")
+    assert near.value > 0.2 and near.p < 0.01
+
+
+def test_gains_are_over_the_same_seed_without_a_control(records) -> None:
+    table = transfer.table(records["transfer"])
+    base_rows = table[table["source"] == ""]
+    assert (base_rows[["probe_gain", "tuned_gain"]] == 0).all(axis=None)
+    row = table[(table["source"] == "rt") & (table["target"] == "bbc") & (table["seed"] == 1)]
+    before = base_rows[(base_rows["target"] == "bbc") & (base_rows["seed"] == 1)]
+    expected = row["probe"].iloc[0] - before["probe"].iloc[0]
+    assert row["probe_gain"].iloc[0] == pytest.approx(expected, abs=1e-12)
+    lacking = [r for r in records["transfer"] if r.config["source"]]
+    with pytest.raises(InputError, match="the run without a source is lacking"):
+        transfer.table(lacking)
+
+
+@pytest.mark.parametrize("time", [5.0, 12.0, 30.0])
+def test_nearly_done_is_where_the_curve_says(time: float) -> None:
+    """On the interpolated curve of 1 - exp(-t/τ), within what three last looks leave."""
+    step = np.arange(2, 401, 2)
+    found = convergence.nearly_done(step, 0.5 + 0.3 * (1 - np.exp(-step / time)), 0.5)
+    assert found == pytest.approx(-time * math.log(0.05), rel=0.01)
+
+
+def test_a_training_that_learns_nothing_takes_all_of_its_steps() -> None:
+    assert convergence.nearly_done([4, 8, 12], [0.5, 0.5, 0.5], 0.5) == 12.0
+    assert convergence.nearly_done([10, 20, 30, 40], [0.5, 0.4, 0.4, 0.4], 0.5) == 40.0
+    # Within the first stretch the way begins at the majority's accuracy at step 0.
+    assert convergence.nearly_done([10, 20, 30], [0.9, 0.9, 0.9], 0.5) == pytest.approx(9.5)
+
+
+def test_slow_methods_stand_behind_in_the_order(records) -> None:
+    found = convergence.agreement(convergence.table(records["convergence"]))
+    assert [one.agrees for one in found] == [True, True, True]
+    averages = convergence._averages(convergence.table(records["convergence"]), "steps_95")
+    assert averages["prompt"].value == pytest.approx(88, rel=0.1)
+
+
+def test_slopes_are_those_that_the_points_have(records) -> None:
+    table = scale.table(records["scale"])
+    # lora: 3 points below, less by a third of them per ten times the size, beside 6 of all.
+    assert scale.slope(table, "gap", "lora").value == pytest.approx(1.0, abs=0.3)
+    assert scale.slope(table, "points", "full").value == pytest.approx(6.0, abs=0.3)
+    expected = np.polyfit(
+        np.log10(table.drop_duplicates("model")["parameters"].astype(float)),
+        table[table["method"] == "prefix"].groupby("model", sort=False)["points"].mean(),
+        1,
+    )[0]
+    assert scale.slope(table, "points", "prefix").value == pytest.approx(expected, abs=1e-9)
+    assert scale.spread_slope(table).high < 0
+
+
+def test_the_distance_at_a_loss_is_read_between_two_looks() -> None:
+    path = pd.DataFrame({"loss": [5.0, 4.0, 3.0], "kl": [0.0, 0.1, 0.4]})
+    assert forgetting.distance(path, 3.5) == pytest.approx(0.25)
+    assert forgetting.distance(path, 5.0) == 0.0
+    assert math.isnan(forgetting.distance(path, 2.9))
+
+
+def test_every_method_reaches_the_common_loss_with_a_rate(records) -> None:
+    table = forgetting.table(records["forgetting"])
+    reached = table.groupby("method")["kl_at_common"].apply(lambda kl: kl.notna().any())
+    assert reached.all()
+    least = table.groupby(["method", "learning_rate"])["least_loss"].mean()
+    hardest = least.groupby("method").min().max()
+    assert table["common_loss"].iloc[0] == pytest.approx(hardest + 1e-3)
+
+
+def test_what_a_correction_gives_back_is_of_what_was_lost(records) -> None:
+    from deltacontrol.paper_figures.figures import robustness
+
+    table = robustness.table(records["robustness"])
+    assert robustness.recovered(table, "lora") == pytest.approx(0.5, abs=0.05)
+    worse = table.assign(accuracy=table["accuracy"].where(table["condition"] != "clean", 0.3))
+    assert math.isnan(robustness.recovered(worse, "lora"))
+
+
+@pytest.mark.parametrize("name", ["combination", "convergence", "forgetting", "scale", "transfer"])
+def test_runs_of_two_settings_are_not_averaged(records, name: str) -> None:
+    one = records[name][-1]
+    other = replace(one, config=one.config | {"steps": 7, "seed": 99})
+    with pytest.raises(InputError, match="differ in more than their seed"):
+        base.load(name).table([*records[name], other])
