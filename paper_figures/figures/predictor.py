@@ -148,6 +148,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             {
                 "predictor": predictor,
                 "kind": _kind(predictor),
+                "methods": str(_spoken(table, predictor)),
                 "rank correlation": _text(judged["correlation"], 2),
                 "regret (points)": _text(judged["regret"], 1),
                 "best first (%)": _text(judged["top 1"], 0, 100),
@@ -178,49 +179,49 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
         ax.set_yticks(range(len(order)), order if ax is axes[0] else [])
         ax.set_ylim(len(order) - 0.5, -0.5)
         ax.grid(axis="y", visible=False)
-        ax.set(xlabel=label, title=label.partition(" (")[0])
+        ax.set_title(label)
     axes[0].axvline(0, color=INK, linewidth=0.8, zorder=0)
     _draw_rates(axes[3], table)
     letter(axes)
+    handles, labels = axes[3].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=6)
     return figure
 
 
 def caption(table: pd.DataFrame) -> str:
     """Whether theory beats the baselines, and how it was measured."""
-    judged = {name: judge(table, name) for name in _predictors(table)}
     first = table.iloc[0]
     return (
         f"{verdict(table)} {TITLE}: {table['task'].nunique()} tasks of "
         f"{table['corpus'].nunique()} corpora, {table['method'].nunique()} methods on "
-        f"{first['model']}, predictions from {first['rows']} rows or fewer; blue: from the method's "
-        "start alone, red: learnt from the other half of the corpora, grey: baselines. Intervals "
-        "(95 %) draw corpora. (a) Spearman's correlation of scores and test losses over methods. "
+        f"{first['model']}, predictions from {first['rows']} rows or fewer; blue: from "
+        "a method's start alone, red: learnt from the other half of the corpora, grey: baselines. "
+        "Intervals (95 %) draw corpora. (a) Spearman's correlation of scores and test losses over methods. "
         "(b) Accuracy that is lost by taking the method with the best score. (c) How often the "
         "best method is among the three best scores. (d) Predicted learning rates against those "
         f"that a search chose for the category; in the mean {_text(rate_error(table), 1)} octaves "
-        f"off. The best baseline is {best(judged, 'baseline')}."
+        "off."
     )
 
 
 def verdict(table: pd.DataFrame) -> str:
-    """One sentence: the best theory and the best baseline, paired over corpora."""
+    """One sentence: the combination and the best baseline, paired over corpora."""
     judged = {name: judge(table, name) for name in _predictors(table)}
-    ours, theirs = best(judged, "theory"), best(judged, "baseline", "learnt")
-    difference = between(table, ours, theirs)
-    low, high = difference.bounds()
+    theirs = best(judged, "baseline", "learnt")
+    low, high = between(table, COMBINATION, theirs).bounds()
     word = "beats" if low > 0 else "falls behind" if high < 0 else "cannot be told from"
     return (
-        f"The best prediction from a method's start ({ours}, rank correlation "
-        f"{_text(judged[ours]['correlation'], 2)}) {word} the best baseline ({theirs}, "
-        f"{_text(judged[theirs]['correlation'], 2)})."
+        "What is computed at a method's start, combined, foretells the order of methods with rank "
+        f"correlation {_text(judged[COMBINATION]['correlation'], 2)}, which {word} the best "
+        f"baseline ({theirs}, {_text(judged[theirs]['correlation'], 2)})."
     )
 
 
 def judge(table: pd.DataFrame, predictor: str) -> dict[str, Evidence]:
-    """Correlation with losses; regret and hits in points."""
+    """Correlation with losses; regret and hits in points, against the best of all methods."""
     own = table[table["predictor"] == predictor]
     losses = calibrate(_foretold(own, lambda row: row["loss"]))
-    points = calibrate(_foretold(own, lambda row: -row["points"]))
+    points = calibrate(_foretold(own, lambda row: -row["points"], silent_last=True))
     return {
         "correlation": losses.correlation,
         "regret": points.regret,
@@ -343,15 +344,18 @@ def _theory_cost(new: pd.DataFrame) -> float:
     return float(own.groupby(["task", "method"])["cost"].sum().mean())
 
 
-def _foretold(own: pd.DataFrame, loss: Callable[[Any], float]) -> list[Foretold]:
-    """Tasks of which the predictor says something of two methods or more."""
+def _foretold(
+    own: pd.DataFrame, loss: Callable[[Any], float], *, silent_last: bool = False
+) -> list[Foretold]:
+    """The tasks; a method without a score is left out, or stands behind all others."""
     found = []
     for task, rows in own.groupby("task", sort=False):
-        told = rows[rows["score"].notna()]
-        losses = {row["method"]: float(loss(row)) for _, row in told.iterrows()}
-        losses = {name: value for name, value in losses.items() if not np.isnan(value)}
-        if len(losses) > 1:
-            scores = dict(zip(told["method"], told["score"], strict=True))
+        scores = dict(zip(rows["method"], rows["score"], strict=True))
+        if silent_last:
+            scores = {m: np.inf if np.isnan(score) else score for m, score in scores.items()}
+        losses = {row["method"]: float(loss(row)) for _, row in rows.iterrows()}
+        told = [m for m in scores if not np.isnan(scores[m]) and not np.isnan(losses[m])]
+        if len(told) > 1:
             found.append(Foretold(str(task), str(rows["corpus"].iloc[0]), scores, losses))
     return found
 
@@ -374,6 +378,12 @@ def _rates(table: pd.DataFrame) -> pd.DataFrame:
     return rows[(rows["rate"] > 0) & (rows["searched_rate"] > 0)]
 
 
+def _spoken(table: pd.DataFrame, predictor: str) -> int:
+    """Of how many methods it says something, the median over tasks."""
+    own = table[table["predictor"] == predictor]
+    return int(own.groupby("task")["score"].count().median())
+
+
 def _text(evidence: Evidence, digits: int, scale: float = 1.0) -> str:
     values = (evidence.value, *evidence.bounds())
     shown = [f"{scale * value:.{digits}f}" for value in values]
@@ -393,4 +403,3 @@ def _draw_rates(ax: Axes, table: pd.DataFrame) -> None:
     ]
     ax.plot(ends, ends, color=INK, linewidth=0.8, zorder=0)
     ax.set(xscale="log", yscale="log", xlabel="searched rate", ylabel="predicted", title="rates")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, fontsize=6)
