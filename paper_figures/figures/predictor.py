@@ -1,134 +1,70 @@
 """Predictions before training, held against the study of many tasks.
 
-Of every task there are a predictor's scores of the methods, and what these reached: the loss on
-test rows, of which the rank correlation is, and 100 × accuracy, of which regret and hits are. Means
-are over corpora, of each the mean over its tasks, and intervals draw corpora. What learns from
-tasks (the combination, the nearest task, the mean order) learns from the other half of the corpora.
-
-The combination is a ridge regression of a method's standardised loss within its task on the
-standardised scores of the predictors that follow from the method's start. The mean order is each
-method's mean standardised loss: always the same ranking, but a learnt one.
+`deltacontrol.experiments.studies.foretelling.judgement` says how they are judged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from deltacontrol.experiments.predicting.calibration import (
-    Foretold,
-    calibrate,
-    octaves,
-    over_corpora,
-    rank_correlation,
-    split_by_corpus,
-)
 from deltacontrol.experiments.runs.record import Record
-from deltacontrol.experiments.studies.many_tasks.grid import RATES, key, questions
+from deltacontrol.experiments.studies.foretelling import judgement
+from deltacontrol.experiments.studies.foretelling.judgement import (
+    COMBINATION,
+    Outcome,
+    Outcomes,
+    best,
+    between,
+    cost_share,
+    judge,
+    kind,
+    predictors,
+    rate_error,
+    spoken,
+)
 from deltacontrol.paper_figures import collect
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates
-from deltacontrol.paper_figures.marks import letter, looks, method, number
-from deltacontrol.theory.errors import InputError
+from deltacontrol.paper_figures.marks import letter, looks, method
 from deltacontrol.theory.evidence import Evidence
 
 TITLE = "Predictions before training, and what came"
 STUDY = "foretelling"
 
-THEORY = (
-    *("linearised", "curvature", "kernel-condition", "effective-dimension", "control-energy"),
-    *("gradient-spectrum", "critical-sharpness"),
-)
-COMBINATION, NEAREST, MEAN_ORDER = "combination", "nearest task", "mean order"
-LEARNT = (COMBINATION, NEAREST, MEAN_ORDER)
-SHARE, FOLD_SEED, RIDGE = 0.5, 0, 1.0
 COLORS = {"theory": "#0072B2", "learnt": "#D55E00", "baseline": "#777777"}
 INK = "#222222"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a training of the study reached.
-
-    Attributes:
-        loss: on test rows; NaN after a divergence.
-        points: 100 × accuracy; that of the majority class after a divergence.
-    """
-
-    loss: float
-    points: float
-
-
 @cache
-def outcomes() -> Mapping[tuple[str, str], Outcome]:
-    """The committed results of the study of many tasks, by task and method.
+def outcomes() -> Outcomes:
+    """The committed results of the study of many tasks.
 
     Raises:
         InputError: they are not committed.
     """
-    found = {}
-    for record in collect.committed("many_tasks"):
-        if "accuracy" in record.result:
-            accuracy = number(record.result["accuracy"])
-            share = record.result["majority_share"] if np.isnan(accuracy) else accuracy
-            label = str(record.config["task"]), method(record.config["deltas"])
-            found[label] = Outcome(number(record.result["loss"]), 100 * float(share))
-    return found
+    return {
+        (str(record.config["task"]), method(record.config["deltas"])): Outcome.of(record)
+        for record in collect.committed("many_tasks")
+        if "accuracy" in record.result
+    }
 
 
 def table(records: Sequence[Record]) -> pd.DataFrame:
     """One row per task, predictor and method: score, loss, points, cost and rate."""
-    labels = [str(record.config["task"]) for record in records]
-    check_replicates(records, labels)
-    rows = []
-    known, rates = outcomes(), RATES.recorded()
-    for record, task in zip(records, labels, strict=True):
-        result, question = record.result, questions()[task]
-        for predictor, scores in result["scores"].items():
-            for name, score in scores.items():
-                if (task, name) not in known:
-                    raise InputError(f"the study of many tasks has no run of {name} on {task}")
-                came, rate = known[task, name], result["rates"][name][0]
-                rows.append(
-                    {
-                        "task": task,
-                        "corpus": question.corpus,
-                        "category": question.category,
-                        "predictor": predictor.partition(":")[0],
-                        "method": name,
-                        "score": number(score),
-                        "loss": came.loss,
-                        "points": came.points,
-                        "cost": number(result["costs"][predictor][name]),
-                        "cost_of_training": result["cost_of_training"],
-                        "rate": number(rate),
-                        "searched_rate": rates.get(key(question.category, name), np.nan),
-                        "model": record.config["model"],
-                        "rows": record.config["rows"],
-                        "run": record.id,
-                    }
-                )
-    frame = pd.concat([pd.DataFrame(rows), _learnt(pd.DataFrame(rows), records)])
-    order = {name: place for place, name in enumerate(_predictors(frame))}
-    places = {task: place for place, task in enumerate(questions())}
-    methods = {name: place for place, name in enumerate(looks(frame["method"]))}
-    return frame.sort_values(
-        ["predictor", "task", "method"],
-        key=lambda c: c.map({"predictor": order, "task": places, "method": methods}[str(c.name)]),
-    ).reset_index(drop=True)
+    check_replicates(records, [record.config["task"] for record in records])
+    return judgement.table(records, outcomes())
 
 
 def curves(records: Sequence[Record]) -> pd.DataFrame:
     """By predictor its calibration, each number with an interval over corpora."""
     frame = table(records)
     rows = []
-    for predictor in _predictors(frame):
+    for predictor in predictors(frame):
         judged = judge(frame, predictor)
         for what, evidence in judged.items():
             low, high = evidence.bounds()
@@ -142,13 +78,13 @@ def curves(records: Sequence[Record]) -> pd.DataFrame:
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """One row a predictor."""
     rows = []
-    for predictor in _predictors(table):
+    for predictor in predictors(table):
         judged = judge(table, predictor)
         rows.append(
             {
                 "predictor": predictor,
-                "kind": _kind(predictor),
-                "methods": str(_spoken(table, predictor)),
+                "kind": kind(predictor),
+                "methods": str(spoken(table, predictor)),
                 "rank correlation": _text(judged["correlation"], 2),
                 "regret (points)": _text(judged["regret"], 1),
                 "best first (%)": _text(judged["top 1"], 0, 100),
@@ -168,12 +104,12 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
         ("regret", "regret (points)"),
         ("top 3", "best in 3"),
     )
-    order = _predictors(table)
+    order = predictors(table)
     for ax, (what, label) in zip(axes, panels, strict=False):
         found = curves[curves["what"] == what].set_index("predictor")
         for place, name in enumerate(order):
             value, low, high = (float(found[c][name]) for c in ("value", "low", "high"))
-            color = COLORS[_kind(name)]
+            color = COLORS[kind(name)]
             ax.plot([low, high], [place, place], color=color, marker="|", markersize=4)
             ax.plot([value], [place], "o", color=color, markersize=3.5)
         ax.set_yticks(range(len(order)), order if ax is axes[0] else [])
@@ -197,16 +133,16 @@ def caption(table: pd.DataFrame) -> str:
         f"{first['model']}, predictions from {first['rows']} rows or fewer; blue: from "
         "a method's start alone, red: learnt from the other half of the corpora, grey: baselines. "
         "Intervals (95 %) draw corpora. (a) Spearman's correlation of scores and test losses over "
-        "methods. (b) Accuracy that is lost by taking the method with the best score. (c) How often the "
-        "best method is among the three best scores. (d) Predicted learning rates against those "
-        f"that a search chose for the category; in the mean {_text(rate_error(table), 1)} octaves "
-        "off."
+        "methods. (b) Accuracy that is lost by taking the method with the best score. (c) How "
+        "often the best method is among the three best scores. (d) Predicted learning rates "
+        "against those that a search chose for the category; in the mean "
+        f"{_text(rate_error(table), 1)} octaves off."
     )
 
 
 def verdict(table: pd.DataFrame) -> str:
     """One sentence: the combination and the best baseline, paired over corpora."""
-    judged = {name: judge(table, name) for name in _predictors(table)}
+    judged = {name: judge(table, name) for name in predictors(table)}
     theirs = best(judged, "baseline", "learnt")
     low, high = between(table, COMBINATION, theirs).bounds()
     word = "beats" if low > 0 else "falls behind" if high < 0 else "cannot be told from"
@@ -217,173 +153,6 @@ def verdict(table: pd.DataFrame) -> str:
     )
 
 
-def judge(table: pd.DataFrame, predictor: str) -> dict[str, Evidence]:
-    """Correlation with losses; regret and hits in points, against the best of all methods."""
-    own = table[table["predictor"] == predictor]
-    losses = calibrate(_foretold(own, lambda row: row["loss"]))
-    points = calibrate(_foretold(own, lambda row: -row["points"], silent_last=True))
-    return {
-        "correlation": losses.correlation,
-        "regret": points.regret,
-        "top 1": points.top_one,
-        "top 3": points.top_three,
-    }
-
-
-def between(table: pd.DataFrame, one: str, other: str) -> Evidence:
-    """Mean difference of the rank correlations of two predictors, over the same tasks."""
-    found = {}
-    for name in (one, other):
-        own = table[table["predictor"] == name]
-        found[name] = {
-            task.task: (task.corpus, rank_correlation(*task.pairs))
-            for task in _foretold(own, lambda row: row["loss"])
-        }
-    shared = [task for task in found[one] if task in found[other]]
-    values = [found[one][task][1] - found[other][task][1] for task in shared]
-    return over_corpora(values, [found[one][task][0] for task in shared])
-
-
-def best(judged: Mapping[str, Mapping[str, Evidence]], *kinds: str) -> str:
-    """The predictor of these kinds with the largest mean rank correlation."""
-    names = [name for name in judged if _kind(name) in kinds]
-    return max(names, key=lambda name: judged[name]["correlation"].value)
-
-
-def cost_share(table: pd.DataFrame, predictor: str) -> float:
-    """Cost of the scores over that of training every method, mean over tasks."""
-    own = table[table["predictor"] == predictor].groupby("task")
-    return float((own["cost"].sum() / own["cost_of_training"].sum()).mean())
-
-
-def rate_error(table: pd.DataFrame) -> Evidence:
-    """Mean size of the error of a predicted rate in octaves, over methods."""
-    rows = _rates(table)
-    errors = [abs(octaves(r["rate"], r["searched_rate"])) for _, r in rows.iterrows()]
-    return over_corpora(errors, rows["corpus"].tolist())
-
-
-def _learnt(frame: pd.DataFrame, records: Sequence[Record]) -> pd.DataFrame:
-    """Scores of what learns from tasks, every task judged by the half without its corpus."""
-    tasks = list(dict.fromkeys(frame["task"]))
-    corpora = [questions()[task].corpus for task in tasks]
-    one, other = split_by_corpus(corpora, SHARE, seed=FOLD_SEED)
-    features = {str(r.config["task"]): r.result["features"] for r in records}
-    parts = []
-    for learn, held in ((one, other), (other, one)):
-        known = frame[frame["task"].isin([tasks[i] for i in learn])]
-        new = frame[frame["task"].isin([tasks[i] for i in held])]
-        for name, score, cost in (
-            (COMBINATION, _combined(known, new), _theory_cost(new)),
-            (MEAN_ORDER, _mean_order(known, new), 0.0),
-            (NEAREST, _nearest(known, new, features), 0.0),
-        ):
-            base = _one_row_each(new)
-            parts.append(base.assign(predictor=name, score=score.loc[base.index], cost=cost))
-    return pd.concat(parts)
-
-
-def _one_row_each(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row a task and method, under both."""
-    rows = frame.drop_duplicates(["task", "method"])
-    return rows.set_index(["task", "method"], drop=False).rename_axis([None, None])
-
-
-def _standardised(wide: pd.DataFrame) -> pd.DataFrame:
-    """Within each task less its mean, over its standard deviation; nothing said is the mean."""
-    ranks = wide.groupby(level="task").rank()
-    groups = ranks.groupby(level="task")
-    centred = (ranks - groups.transform("mean")) / groups.transform("std").replace(0, np.nan)
-    return centred.fillna(0.0)
-
-
-def _inputs(frame: pd.DataFrame) -> pd.DataFrame:
-    own = frame[frame["predictor"].isin([*THEORY, "parameters"])]
-    wide = own.pivot(index=["task", "method"], columns="predictor", values="score")
-    return _standardised(wide)
-
-
-def _targets(frame: pd.DataFrame) -> pd.Series:
-    rows = frame.drop_duplicates(["task", "method"]).set_index(["task", "method"])
-    return _standardised(rows[["loss"]])["loss"]
-
-
-def _combined(known: pd.DataFrame, new: pd.DataFrame) -> pd.Series:
-    from sklearn.linear_model import Ridge
-
-    x, y = _inputs(known), _targets(known)
-    fitted = Ridge(alpha=RIDGE).fit(x.to_numpy(), y.loc[x.index].to_numpy())
-    z = _inputs(new)[x.columns]
-    return pd.Series(fitted.predict(z.to_numpy()), z.index)
-
-
-def _mean_order(known: pd.DataFrame, new: pd.DataFrame) -> pd.Series:
-    means = _targets(known).groupby(level="method").mean()
-    index = _one_row_each(new).index
-    return pd.Series([float(means[name]) for _, name in index], index)
-
-
-def _nearest(
-    known: pd.DataFrame, new: pd.DataFrame, features: Mapping[str, Sequence[float]]
-) -> pd.Series:
-    names = list(dict.fromkeys(known["task"]))
-    points = np.array([features[name] for name in names], dtype=float)
-    spread = points.std(0)
-    spread[spread == 0] = 1.0
-    targets, index = _targets(known), _one_row_each(new).index
-    values = []
-    for task, name in index:
-        distance = (((points - np.array(features[task])) / spread) ** 2).sum(1)
-        values.append(float(targets[names[int(distance.argmin())], name]))
-    return pd.Series(values, index)
-
-
-def _theory_cost(new: pd.DataFrame) -> float:
-    """One linearisation and the passes of what is not part of it, per method."""
-    own = new[new["predictor"].isin(["linearised", "gradient-spectrum", "critical-sharpness"])]
-    return float(own.groupby(["task", "method"])["cost"].sum().mean())
-
-
-def _foretold(
-    own: pd.DataFrame, loss: Callable[[Any], float], *, silent_last: bool = False
-) -> list[Foretold]:
-    """The tasks; a method without a score is left out, or stands behind all others."""
-    found = []
-    for task, rows in own.groupby("task", sort=False):
-        scores = dict(zip(rows["method"], rows["score"], strict=True))
-        if silent_last:
-            scores = {m: np.inf if np.isnan(score) else score for m, score in scores.items()}
-        losses = {row["method"]: float(loss(row)) for _, row in rows.iterrows()}
-        told = [m for m in scores if not np.isnan(scores[m]) and not np.isnan(losses[m])]
-        if len(told) > 1:
-            found.append(Foretold(str(task), str(rows["corpus"].iloc[0]), scores, losses))
-    return found
-
-
-def _predictors(table: pd.DataFrame) -> list[str]:
-    """Theory first, then what is learnt, then the baselines."""
-    present = list(dict.fromkeys(table["predictor"]))
-    order = [*THEORY, *LEARNT]
-    return [n for n in order if n in present] + sorted(n for n in present if n not in order)
-
-
-def _kind(predictor: str) -> str:
-    if predictor in (*THEORY, COMBINATION):
-        return "theory"
-    return "learnt" if predictor in LEARNT else "baseline"
-
-
-def _rates(table: pd.DataFrame) -> pd.DataFrame:
-    rows = table[table["predictor"] == "linearised"]
-    return rows[(rows["rate"] > 0) & (rows["searched_rate"] > 0)]
-
-
-def _spoken(table: pd.DataFrame, predictor: str) -> int:
-    """Of how many methods it says something, the median over tasks."""
-    own = table[table["predictor"] == predictor]
-    return int(own.groupby("task")["score"].count().median())
-
-
 def _text(evidence: Evidence, digits: int, scale: float = 1.0) -> str:
     values = (evidence.value, *evidence.bounds())
     shown = [f"{scale * value:.{digits}f}" for value in values]
@@ -391,7 +160,7 @@ def _text(evidence: Evidence, digits: int, scale: float = 1.0) -> str:
 
 
 def _draw_rates(ax: Axes, table: pd.DataFrame) -> None:
-    rows = _rates(table)
+    rows = judgement.rates(table)
     for name, look in looks(rows["method"]).items():
         own = rows[rows["method"] == name]
         jitter = 2 ** (0.25 * (np.arange(len(own)) / max(len(own) - 1, 1) - 0.5))

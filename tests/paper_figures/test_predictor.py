@@ -10,6 +10,7 @@ import pytest
 from deltacontrol.experiments.predicting.calibration import split_by_corpus
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.runs.store import RunStore
+from deltacontrol.experiments.studies.foretelling import judgement
 from deltacontrol.experiments.studies.learning_rates.of_study import StudyRates
 from deltacontrol.experiments.studies.many_tasks.grid import DELTAS, key, questions
 from deltacontrol.paper_figures.figures import predictor
@@ -67,13 +68,13 @@ def test_what_learns_never_sees_the_corpus_that_it_is_judged_on(records, known) 
     for m in DELTAS:
         known[task, m] = predictor.Outcome(*reversed(sorted((0.1 * DELTAS.index(m), 50.0))))
     after = predictor.table(records)
-    learnt = before["predictor"].isin(predictor.LEARNT)
+    learnt = before["predictor"].isin(judgement.LEARNT)
     moved = before.loc[learnt, "score"].to_numpy() != after.loc[learnt, "score"].to_numpy()
     rows = before.loc[learnt]
     assert moved.any() and not moved[(rows["corpus"] == corpus).to_numpy()].any()
     names = list(dict.fromkeys(before["task"]))
     corpora = [questions()[name].corpus for name in names]
-    one, other = split_by_corpus(corpora, predictor.SHARE, seed=predictor.FOLD_SEED)
+    one, other = split_by_corpus(corpora, judgement.SHARE, seed=judgement.FOLD_SEED)
     assert not {corpora[i] for i in one} & {corpora[i] for i in other}
 
 
@@ -96,7 +97,7 @@ def test_a_method_of_which_nothing_is_said_is_left_out(records) -> None:
     corpora = own.drop_duplicates("task").set_index("task")["corpus"]
     expected = (best - lora).groupby(corpora).mean().mean()
     assert judged["regret"].value == pytest.approx(expected)
-    inputs = predictor._inputs(table[~table["predictor"].isin(predictor.LEARNT)])
+    inputs = judgement._inputs(table[~table["predictor"].isin(judgement.LEARNT)])
     assert np.isfinite(inputs.to_numpy()).all()
 
 
