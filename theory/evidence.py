@@ -40,6 +40,7 @@ POWER = 0.8
 RESAMPLES = 4000
 QUANTILES = 801  # of the bootstrap's draws that are kept
 LEAST_ROWS = 5  # that are drawn again
+_PLURALS = {"corpus": "corpora"}  # of units whose plural is no s
 
 
 @dataclass(frozen=True)
@@ -319,7 +320,8 @@ class Evidence:
             cases = f", worst of {self.cases} cases" if self.cases > 1 else ""
             return f"{self.value:.3g}{cases}"
         low, high = self.bounds(confidence)
-        units = f"{self.interval.count} {self.interval.unit}" + "s" * (self.interval.count > 1)
+        unit, count = self.interval.unit, self.interval.count
+        units = f"{count} {_PLURALS.get(unit, f'{unit}s') if count > 1 else unit}"
         at = "" if math.isclose(confidence, CONFIDENCE) else f" at {100 * confidence:.3g} %"
         return f"{self.value:.3g} [{low:.3g}, {high:.3g}]{at}, {units}"
 

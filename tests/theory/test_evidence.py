@@ -21,6 +21,7 @@ def test_students_interval_is_that_of_scipy() -> None:
         assert found.bounds(confidence) == pytest.approx(tuple(expected), rel=1e-12)
     assert found.value == pytest.approx(np.mean(values))
     assert "5 seeds" in found.text
+    assert "2 corpora" in Evidence.mean([1.0, 2.0], "corpus").text
 
 
 def test_a_geometric_mean_has_the_interval_of_its_logarithms() -> None:

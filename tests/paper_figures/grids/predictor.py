@@ -12,7 +12,6 @@ from deltacontrol.experiments.studies.foretelling.measurement import PREDICTORS
 from deltacontrol.experiments.studies.many_tasks.grid import DELTAS
 from tests.paper_figures.made_up import Grid, Synthetic
 
-
 COSTS = {"parameters": 0.0, "fixed-order": 0.0, "probe:steps=30": 848.0}
 
 
