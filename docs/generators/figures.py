@@ -19,7 +19,11 @@ def pages() -> Pages:
     from deltacontrol.experiments import studies
     from deltacontrol.paper_figures import base
 
-    found: Pages = {"figures/index.md": _gallery, "figures/studies/index.md": _studies}
+    found: Pages = {
+        "figures/index.md": _gallery,
+        "figures/source.md": _source,
+        "figures/studies/index.md": _studies,
+    }
     for name in base.names():
         found[f"figures/{name}.md"] = lambda name=name: _figure(name)
     for name in studies.available():
@@ -39,7 +43,8 @@ def _gallery() -> str:
         "# Figures",
         "Every figure is drawn from committed records, byte for byte: "
         "`deltacontrol figures --preset paper`. A picture opens its page, with the table, the "
-        "caption and the command. What was run is in the [studies](studies/index.md).",
+        "caption and the command. What was run is in the [studies](studies/index.md), and beside "
+        "what the source found it stands in [the source's results beside ours](source.md).",
         "::::{grid} 1 2 2 2\n:gutter: 3",
     ]
     for name in base.names():
@@ -48,8 +53,24 @@ def _gallery() -> str:
             f":::{{grid-item-card}} {title}\n:link: {name}\n:link-type: doc\n:img-top: {name}.png\n"
             f"`{name}`\n:::"
         )
-    out += ["::::", toctree([*base.names(), "studies/index"], hidden=True), ""]
+    out += ["::::", toctree([*base.names(), "source", "studies/index"], hidden=True), ""]
     return "\n\n".join(out)
+
+
+def _source() -> str:
+    from deltacontrol.paper_figures import source
+
+    return "\n\n".join([
+        "# The source's results beside ours",
+        "The empirical half of Ding et al., Nature Machine Intelligence 5, 2023, at the size of a "
+        "laptop. An interval decides, as "
+        "[agreement](../api/deltacontrol.paper_figures.agreement.md) says.",
+        source.sentence(found := source.agreements()),
+        markdown.table(source.HEAD, ([escape(cell) for cell in one.cells()] for one in found)),
+        *(f"**{escape(one.row)}: {escape(one.says)}.** {escape(one.why)}"
+          for one in found if one.agrees is False and one.why),
+        "",
+    ])  # fmt: skip
 
 
 @cache
