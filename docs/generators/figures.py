@@ -64,7 +64,7 @@ def _source() -> str:
         "# The source's results beside ours",
         "The empirical half of Ding et al., Nature Machine Intelligence 5, 2023, at the size of a "
         "laptop. An interval decides, as "
-        "[agreement](../api/deltacontrol.paper_figures.agreement.md) says.",
+        "[paper_figures.agreement](../api/paper_figures.md) says.",
         source.sentence(found := source.agreements()),
         markdown.table(source.HEAD, ([escape(cell) for cell in one.cells()] for one in found)),
         *(f"**{escape(one.row)}: {escape(one.says)}.** {escape(one.why)}"

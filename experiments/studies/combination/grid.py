@@ -81,11 +81,12 @@ def experiments(preset: str) -> list[FineTuning]:
     """
     if preset == "quick":
         rates: Mapping[str, float] = RATES.recorded()
-        tasks, in_turn, seeds = ("bbc",), ("bbc",), 1
+        tasks, in_turn, orders, seeds = ("bbc",), ("bbc",), [PARTS], 1
         short: dict[str, Any] = {"steps": 8, "eval_limit": 60}
     else:
         rates = RATES.known(map(name, subsets()))
         tasks, in_turn, seeds, short = tuple(TASKS), IN_TURN, SEEDS, {}
+        orders = list(permutations(PARTS))
     few: dict[str, Any] = {"shots": SHOTS}
     return [
         *(
@@ -101,7 +102,7 @@ def experiments(preset: str) -> list[FineTuning]:
                 **short, eval_every=short.get("steps", STEPS),
             )
             for task in in_turn
-            for order in permutations(PARTS)
+            for order in orders
             for seed in range(seeds)
         ),
     ]  # fmt: skip
