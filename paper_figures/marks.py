@@ -144,6 +144,11 @@ def joined(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
+def counted(number: int, unit: str) -> str:
+    """``3 tasks``, or ``1 task``."""
+    return f"{number} {unit}{'' if number == 1 else 's'}"
+
+
 def sentence(text: str) -> str:
     """`text` with a capital at its beginning."""
     return text[:1].upper() + text[1:]

@@ -21,7 +21,7 @@ from deltacontrol.experiments.studies.combination.grid import PARTS, TASKS, name
 from deltacontrol.paper_figures.agreement import Agreement, no_gain, same_order, same_side
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates, groups
 from deltacontrol.paper_figures.clusters import Clusters, Estimate
-from deltacontrol.paper_figures.marks import joined, letter, number
+from deltacontrol.paper_figures.marks import counted, joined, letter, number
 
 TITLE = "Adapter, BitFit and prompt tuning, together and in turn"
 STUDY = "combination"
@@ -169,7 +169,8 @@ def caption(table: pd.DataFrame) -> str:
         "from it.",
         f"{TITLE}: AP adapter (Houlsby), BF BitFit, PT prompt, none the head alone; "
         f"{first['model']}, {first['steps']} updates of {first['batch_size']} rows, "
-        f"{seeds.min()} seeds, {table['task'].nunique()} tasks of as many corpora. (a, b) Points "
+        f"{counted(seeds.min(), 'seed')}, {counted(table['task'].nunique(), 'task')} of as many "
+        "corpora. (a, b) Points "
         "of test accuracy above the adapter alone: a dot is a task, the diamond the mean over "
         "tasks with its 95 % interval, drawn from tasks; crosses are the published averages of "
         "GLUE with RoBERTa-large (Ding et al., 2023, Table 2). (c) Loss on test rows less the mean "

@@ -23,7 +23,15 @@ from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.agreement import Agreement, same_order, same_size
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates
 from deltacontrol.paper_figures.clusters import Clusters, Estimate
-from deltacontrol.paper_figures.marks import end_labels, letter, looks, method, number, sentence
+from deltacontrol.paper_figures.marks import (
+    counted,
+    end_labels,
+    letter,
+    looks,
+    method,
+    number,
+    sentence,
+)
 
 TITLE = "Updates and seconds until nearly done"
 STUDY = "convergence"
@@ -76,6 +84,8 @@ def curves(records: Sequence[Record]) -> pd.DataFrame:
             name = method(record.config["deltas"])
             part = {"task": record.config["task"], "method": name, "step": seen["step"]}
             runs.append(pd.DataFrame({**part, "share": (seen["accuracy"] - majority) / way}))
+    if not runs:
+        return pd.DataFrame(columns=["method", "step", "share"])
     of_task = pd.concat(runs).groupby(["method", "task", "step"])["share"].mean()
     return _ordered(of_task.groupby(["method", "step"]).mean().reset_index(), ["method", "step"])
 
@@ -105,12 +115,15 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     shown, ends = looks(table["method"]), []
     for name, look in shown.items():
         line = curves[curves["method"] == name]
+        if line.empty:  # it learnt nothing
+            continue
         way.plot(line["step"], line["share"], color=look.color)
         last = (float(line["step"].iloc[-1]), float(line["share"].iloc[-1]))
         ends.append((*last, look.label.removesuffix(" fine-tuning"), look.color))
     way.axhline(SHARE, color=INK, linestyle="--", linewidth=0.8)
     way.set(xlabel="step", ylabel="share of the way", title="validation accuracy")
-    way.set_ylim(min(-0.05, float(curves["share"].min()) - 0.03), 1.12)
+    if len(curves):
+        way.set_ylim(min(-0.05, float(curves["share"].min()) - 0.03), 1.12)
     end_labels(way, ends)
     _draw_times(steps, table, "steps_95", "steps to 95 %")
     _draw_times(seconds, table, "seconds_95", "seconds to 95 %")
@@ -128,8 +141,10 @@ def caption(table: pd.DataFrame) -> str:
         f"{steps[order[0]].text(0)} updates, and {shown[order[-1]].label} last, after "
         f"{steps[order[-1]].text(0)}. {TITLE}: "
         f"{first['model']}, {first['steps']} updates of {first['batch_size']} rows, validation "
-        f"rows every {first['eval_every']} updates, {table['task'].nunique()} tasks of as many "
-        f"corpora, {table['seed'].nunique()} seeds. The way of a training is from the accuracy of "
+        f"rows every {first['eval_every']} updates, {counted(table['task'].nunique(), 'task')} of "
+        "as many "
+        f"corpora, {counted(table['seed'].nunique(), 'seed')}. The way of a training is from the "
+        "accuracy of "
         f"the majority class to the mean of the last {LAST} looks; it is nearly done where "
         f"{100 * SHARE:g} % of it are behind it. (a) Mean share of the way over tasks and seeds. "
         "(b, c) Steps and seconds until then: a dot is a task (mean of the logarithms over seeds), "

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates
-from deltacontrol.paper_figures.marks import end_labels, joined, letter, looks, number
+from deltacontrol.paper_figures.marks import counted, end_labels, joined, letter, looks, number
 
 TITLE = "What tuning a language model moves elsewhere"
 STUDY = "forgetting"
@@ -120,7 +120,8 @@ def caption(table: pd.DataFrame) -> str:
         f"For a task loss of {first['common_loss']:.3f} nats a token, predictions on held text "
         f"move least by {words}. {TITLE}: {first['model']} tuned on {first['task']} for "
         f"{first['steps']} updates, texts of {first['held']} as held ones, "
-        f"{table['seed'].nunique()} seeds, two rates a method (solid: the larger). Lines are means "
+        f"{counted(table['seed'].nunique(), 'seed')}, two rates a method (solid: the larger). "
+        "Lines are means "
         "over seeds of a look every few updates and begin at the base model. (a) Task loss against "
         "KL(base, tuned) on held text; dashed, the loss that all methods reach. (b) Loss on held "
         "text against the same KL. Smaller KL is of the better rate."

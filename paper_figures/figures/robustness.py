@@ -17,6 +17,7 @@ from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates
 from deltacontrol.paper_figures.marks import (
     INTERVAL,
+    counted,
     joined,
     letter,
     looks,
@@ -149,7 +150,8 @@ def caption(table: pd.DataFrame) -> str:
     return (
         f"The correction gives back {joined(told)} of the accuracy that the attack costs. {TITLE}: "
         f"{first['model']} on {first['task']}, {first['num_test']} test rows, "
-        f"{table['seed'].nunique()} seeds. (a) Clean texts. (b) An attack by gradients on the "
+        f"{counted(table['seed'].nunique(), 'seed')}. (a) Clean texts. (b) An attack by gradients "
+        "on the "
         f"embeddings, of radius {first['epsilon']:g}, that does not know the correction; in grey, "
         "the same choice of a correction on random subspaces. (c) An attack whose gradients pass "
         f"through the correction, beside the plain one of (b). (d) Typing errors in "

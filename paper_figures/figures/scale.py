@@ -22,7 +22,15 @@ from deltacontrol.paper_figures.agreement import Agreement, same_side
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates
 from deltacontrol.paper_figures.clusters import Clusters, Estimate
 from deltacontrol.paper_figures.figures.convergence import nearly_done
-from deltacontrol.paper_figures.marks import end_labels, joined, letter, looks, method, number
+from deltacontrol.paper_figures.marks import (
+    counted,
+    end_labels,
+    joined,
+    letter,
+    looks,
+    method,
+    number,
+)
 
 TITLE = "Deltas as the model grows"
 STUDY = "scale"
@@ -169,8 +177,10 @@ def caption(table: pd.DataFrame) -> str:
         f"and the spread of placements by {spread_slope(table).text(sign='+')}. {TITLE}: "
         f"{len(sizes)} encoders of one recipe with {sizes.min() / 1e6:.2g} to "
         f"{sizes.max() / 1e6:.2g} million parameters, {first['steps']} updates of "
-        f"{first['batch_size']} rows, {table['task'].nunique()} tasks of as many corpora, "
-        f"{table['seed'].nunique()} seeds, each method at a rate that validation rows chose for "
+        f"{first['batch_size']} rows, {counted(table['task'].nunique(), 'task')} of as many "
+        "corpora, "
+        f"{counted(table['seed'].nunique(), 'seed')}, each method at a rate that validation rows "
+        "chose for "
         "its size. Lines are means over tasks. (a) Points of test accuracy. (b) Points above full "
         "fine-tuning. (c) Updates until 95 % of the way from the majority's accuracy to the last "
         f"one, geometric mean. (d) Standard deviation over "

@@ -22,7 +22,7 @@ from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.studies.transfer.grid import TASKS
 from deltacontrol.paper_figures.agreement import Agreement
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates
-from deltacontrol.paper_figures.marks import beside, letter, number
+from deltacontrol.paper_figures.marks import beside, counted, letter, number
 from deltacontrol.theory.errors import InputError
 
 TITLE = "Controls of one task on others"
@@ -157,7 +157,8 @@ def caption(table: pd.DataFrame) -> str:
     return (
         f"A task gains more from the control of a task of its kind than from others by "
         f"{' and '.join(told)}. {TITLE}: {first['delta']} on {first['model']}, "
-        f"{table['target'].nunique()} tasks, means over {seeds} seeds, in points of test accuracy "
+        f"{counted(table['target'].nunique(), 'task')}, means over {counted(seeds, 'seed')}, in "
+        "points of test accuracy "
         "above the model without a control. (a) The control stays and a linear head is fitted to "
         f"the target's rows. (b) Control and head are trained for {first['tune_steps']} updates. "
         "Rows: the task whose control it is; squares: tasks of one kind. (c) The same by kind, "
