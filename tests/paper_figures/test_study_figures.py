@@ -16,6 +16,7 @@ from deltacontrol.paper_figures import base
 from deltacontrol.paper_figures.figures import (
     combination,
     convergence,
+    efficiency,
     forgetting,
     scale,
     transfer,
@@ -26,7 +27,8 @@ from tests.paper_figures.synthetic import GRIDS, write
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]]:
-    names = ("combination", "convergence", "forgetting", "robustness", "scale", "transfer")
+    names = ("combination", "convergence", "efficiency", "forgetting", "robustness", "scale",
+             "transfer")  # fmt: skip
     return {n: write(RunStore(tmp_path_factory.mktemp(n)), GRIDS[n]()) for n in names}
 
 
@@ -144,6 +146,18 @@ def test_every_method_reaches_the_common_loss_with_a_rate(records) -> None:
     least = table.groupby(["method", "learning_rate"])["least_loss"].mean()
     hardest = least.groupby("method").min().max()
     assert table["common_loss"].iloc[0] == pytest.approx(hardest + 1e-3)
+
+
+def test_savings_are_ratios_of_the_same_setting(records) -> None:
+    table = efficiency.table(records["efficiency"])
+    assert efficiency.ratio(table, "lora", "seconds").value == pytest.approx(2 / 3)
+    means = table.groupby(["model", "batch_size", "max_length", "method"])["memory_mb"].mean()
+    wide = means.unstack("method")
+    expected = np.exp(np.log(wide["lora"] / wide["full"]).mean())
+    assert efficiency.ratio(table, "lora", "memory_mb").value == pytest.approx(expected)
+    assert all(one.agrees for one in efficiency.agreement(table))
+    middle = efficiency._middle(table).iloc[0]
+    assert (middle["model"], middle["batch_size"], middle["max_length"]) == ("minilm-l6", 8, 64)
 
 
 def test_what_a_correction_gives_back_is_of_what_was_lost(records) -> None:

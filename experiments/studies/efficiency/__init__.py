@@ -1,0 +1,1 @@
+"""What a training costs in memory, time and stored bytes, by batch, length and model."""
