@@ -1,7 +1,8 @@
 """Task loss against the distance from the base model, along trainings of a language model.
 
 The base model is the first point of every path. At a common task loss, the largest of those that
-the methods reach with their better rate, the distance is read off each path between two looks.
+the methods reach with their better rate, the distance is read off each path between two looks. The
+foretold front of a delta is that of one quadratic model at its start, before any training.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from deltacontrol.paper_figures.marks import counted, end_labels, joined, letter
 TITLE = "What tuning a language model moves elsewhere"
 STUDY = "forgetting"
 
+FRONT = "forgetting-front"  # the kind of the records of foretold fronts
+
 INK = "#222222"
 
 
 def table(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per run: its end, and the task loss at the start."""
+    """One row per training: its end, and the task loss at the start."""
+    records = [record for record in records if record.kind != FRONT]
     labels = [_label(record) for record in records]
     check_replicates(records, labels)
     rows = []
@@ -61,14 +65,25 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def curves(records: Sequence[Record]) -> pd.DataFrame:
-    """The paths: task loss, held loss and KL by step, means over seeds."""
-    rows = []
+    """The paths: task loss, held loss and KL by step, means over seeds; and foretold fronts."""
+    rows, fronts = [], []
     for record in records:
+        if record.kind == FRONT:
+            fronts.append(record.curve().assign(method=str(record.config["delta"]["name"])))
+            continue
         name, rate = _label(record)
         rows.append(_path(record).assign(method=name, learning_rate=rate))
     keys = ["method", "learning_rate", "step"]
     means = pd.concat(rows).groupby(keys)[["loss", "held_loss", "kl"]].mean()
-    return _ordered(means.reset_index(), keys)
+    paths = _ordered(means.reset_index(), keys).assign(what="path")
+    if not fronts:
+        return paths
+    start = float(paths.loc[paths["step"] == 0, "loss"].mean())
+    front = pd.concat(fronts)
+    front = front.assign(loss=start - front["gain"], what="foretold")[
+        ["method", "loss", "kl", "what"]
+    ]
+    return pd.concat([paths, _ordered(front, ["method", "kl"])], ignore_index=True)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -95,7 +110,12 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     """Paths in the plane of task loss and KL, and of KL and held loss."""
     figure = Figure(figsize=(PAGE_WIDTH, 3.0), layout="constrained")
     front, held = figure.subplots(1, 2)
+    foretold, curves = curves[curves["what"] == "foretold"], curves[curves["what"] == "path"]
     _draw_paths(front, curves, "kl", "loss")
+    for name, look in looks(foretold["method"]).items():
+        line = foretold[foretold["method"] == name]
+        line = line[line["loss"] >= 0.95 * curves["loss"].min()]
+        front.plot(line["kl"], line["loss"], color=look.color, linestyle=":", linewidth=1.0)
     front.set(xlabel="KL on held text (nats a token)", ylabel="task loss (nats a token)")
     front.set_title("the front")
     front.axhline(table["common_loss"].iloc[0], color=INK, linestyle="--", linewidth=0.8)
@@ -123,7 +143,9 @@ def caption(table: pd.DataFrame) -> str:
         f"{counted(table['seed'].nunique(), 'seed')}, two rates a method (solid: the larger). "
         "Lines are means "
         "over seeds of a look every few updates and begin at the base model. (a) Task loss against "
-        "KL(base, tuned) on held text; dashed, the loss that all methods reach. (b) Loss on held "
+        "KL(base, tuned) on held text; the horizontal line is the loss that all methods reach, "
+        "dots "
+        "are the front that one Gauss-Newton model at the start foretells. (b) Loss on held "
         "text against the same KL. Smaller KL is of the better rate."
     )
 

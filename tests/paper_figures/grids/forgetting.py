@@ -38,7 +38,19 @@ def grid(seeds: int = 2) -> Grid:
                 start = {"loss": 4.8, "held_loss": 5.2, "kl": 0.0}
                 result = {"start": start, "end": end, "trainable_share": 0.003}
                 grid.append((Synthetic(config), result, curve))
+    for name, cost in COST.items():
+        if name != "full":
+            gain = np.linspace(0.01, 0.6, 20)
+            curve = pd.DataFrame({"mu": 1 / gain, "gain": gain, "kl": 0.05 * cost * gain**2})
+            config = {"delta": {"name": name}, "seed": 0, "model": "smollm2-135m"}
+            grid.append((Front(config), {"task_loss": 4.8, "num_controls": 9}, curve))
     return grid
+
+
+class Front(Synthetic):
+    """A foretold front."""
+
+    kind = "forgetting-front"
 
 
 def caption(table: pd.DataFrame) -> str:
