@@ -25,11 +25,21 @@ from deltacontrol.theory.errors import InputError
 from tests.paper_figures.synthetic import GRIDS, write
 
 
+class Made(dict[str, list[Record]]):
+    """Synthetic records by figure, each made when it is asked for."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        super().__init__()
+        self.factory = factory
+
+    def __missing__(self, name: str) -> list[Record]:
+        self[name] = write(RunStore(self.factory.mktemp(name)), GRIDS[name](seeds=2))
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]]:
-    names = ("combination", "convergence", "efficiency", "forgetting", "robustness", "scale",
-             "transfer")  # fmt: skip
-    return {n: write(RunStore(tmp_path_factory.mktemp(n)), GRIDS[n]()) for n in names}
+def records(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory)
 
 
 def test_a_gain_of_a_subset_is_over_the_adapter_of_the_same_task(records) -> None:
