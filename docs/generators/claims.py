@@ -13,7 +13,11 @@ STATEMENTS = "experiments/claims/statements"
 
 def pages() -> Pages:
     """A page for each claim and each statement of a paper, and the scoreboard."""
-    found: Pages = {"claims/index.md": _index, "claims/statements.md": _statements}
+    found: Pages = {
+        "claims/index.md": _index,
+        "claims/statements.md": _statements,
+        "claims/changes.md": _changes,
+    }
     for claim in _available():
         found[f"claims/{stem(claim)}.md"] = lambda claim=claim: _page(claim)
     return found
@@ -64,9 +68,26 @@ def _index() -> str:
         "[How a claim is judged](../concepts/claims.md) has the rules.",
         escape(board.chance()),
         table(("#", "claim", "on", "condition", "measured", "negative control", "verdict"), rows),
+        "[Revised checks](changes.md): their verdicts before and now, and why.",
         "[Statements of papers](statements.md) that `deltacontrol judge` decides by fine-tuning "
         "are written down as well, before anything is trained.",
-        toctree([*pages.values(), "statements"], hidden=True),
+        toctree([*pages.values(), "statements", "changes"], hidden=True),
+        "",
+    ])  # fmt: skip
+
+
+def _changes() -> str:
+    from deltacontrol.experiments.claims import board
+
+    rows = [
+        [escape(row["claim"]), row["before"], row["now"], inline(row["why"])]
+        for row in board.changes()
+    ]
+    return "\n\n".join([
+        "# Revised checks",
+        "A check that changes after a result makes its row `revised`: the verdict of before stays, "
+        "beside the one of now. Letters are parts.",
+        table(("claim", "before", "now", "why"), rows),
         "",
     ])  # fmt: skip
 

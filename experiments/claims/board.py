@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +268,38 @@ table.addEventListener("click", event => {{
 }});
 </script></body></html>
 """
+
+
+def changes() -> list[dict[str, str]]:
+    """The claims whose check is another one than before: verdicts before and now, and why."""
+    found = []
+    for claim in scoreboard.available().values():
+        outcome = scoreboard.stored(claim)
+        for entry in scoreboard.history(claim) if outcome else ():
+            found.append(
+                {
+                    "claim": f"{claim.id} {claim.title}",
+                    "before": _verdicts((old["name"], old["verdict"]) for old in entry["parts"]),
+                    "now": _verdicts((part.name, part.verdict.value) for part in outcome.parts),
+                    "why": str(entry["why"]),
+                    "commit": str(entry["commit"])[:12],
+                }
+            )
+    return found
+
+
+def _verdicts(parts: Iterable[tuple[str, str]]) -> str:
+    """``a, b hold; c fails``: parts of one verdict together, in their order."""
+    names: dict[str, list[str]] = {}
+    for name, verdict in parts:
+        names.setdefault(verdict.replace("_", " "), []).append(name)
+    plural = {"holds": "hold", "fails": "fail"}
+    told = []
+    for verdict, own in names.items():
+        words = plural.get(verdict, verdict) if len(own) > 1 else verdict
+        told.append(f"{', '.join(filter(None, own))} {words}".strip())
+    return "; ".join(told)
+
 
 FORMATS: dict[str, Callable[[], str]] = {
     "markdown": markdown,

@@ -25,6 +25,7 @@ from deltacontrol.theory.errors import InputError
 
 IN_PROCESS = "in-process"  # runs of claims are few
 LEAST_TITLE = 24  # columns of the list
+Action = Literal["list", "judge", "run", "show", "changes", "new"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Claims:
 
         deltacontrol claims judge
         deltacontrol claims show 15
+        deltacontrol claims changes
         deltacontrol claims run 1 2
         deltacontrol claims run --preset quick
         deltacontrol claims list --format html > board.html
@@ -50,7 +52,8 @@ class Claims:
     Attributes:
         action: list prints the scoreboard, with your own results beside the committed ones; judge
             gives every verdict anew from recorded evidence, without training; run measures anew and
-            trains what is not recorded; show prints a claim in full; new writes the files of a
+            trains what is not recorded; show prints a claim in full; changes tells which checks
+            were revised, their verdicts before and now, and why; new writes the files of a
             claim of your own, which run at once.
         which: Numbers or names of claims, and of new ones the name; none means all. A name may be
             that of a file of yours here, without .py.
@@ -67,7 +70,7 @@ class Claims:
         workers: With run, runs at a time.
     """
 
-    action: tyro.conf.Positional[Literal["list", "judge", "run", "show", "new"]] = "list"
+    action: tyro.conf.Positional[Action] = "list"
     which: tyro.conf.Positional[tuple[str, ...]] = ()
     runs: Path = Path("runs")
     preset: Literal["paper", "quick"] = "paper"
@@ -105,6 +108,8 @@ class Claims:
             return self._list(chosen)
         if self.action == "show":
             return self._show(chosen)
+        if self.action == "changes":
+            return self._changes(chosen)
         with using(self.executor, self.workers) if self.action == "run" else nullcontext():
             return self._judge(chosen)
 
@@ -193,6 +198,17 @@ class Claims:
                 if outcome is not None or folder is None:
                     print(board.page_of(claim, folder))
         return int(not all(holding))
+
+    def _changes(self, chosen: list[Claim]) -> int:
+        ids = {str(claim.id) for claim in chosen}
+        rows = [row for row in board.changes() if row["claim"].partition(" ")[0] in ids]
+        for row in rows:
+            print(f"{row['claim']} (check of before: commit {row['commit']})")
+            print(f"  before: {row['before']}\n  now:    {row['now']}")
+            print(textwrap.fill(row["why"], 80, initial_indent="  why:    ",
+                                subsequent_indent="          ") + "\n")  # fmt: skip
+        print(f"{len(rows)} checks were revised")
+        return 0
 
     def _new(self) -> int:
         if len(self.which) != 1:

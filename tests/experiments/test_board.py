@@ -260,6 +260,31 @@ def test_the_whole_board_is_printed_in_other_formats(claim: Claim) -> None:
         Claims(action="show", which=("9" * 5000,)).run()
 
 
+def test_revised_checks_are_told_with_both_verdicts(capsys: pytest.CaptureFixture) -> None:
+    found = board.changes()
+    revised = [c for c in scoreboard.available().values() if scoreboard.history(c)]
+    assert {row["claim"].partition(" ")[0] for row in found} == {str(c.id) for c in revised}
+    for row in found:
+        claim = scoreboard.find(int(row["claim"].partition(" ")[0]))
+        outcome = scoreboard.stored(claim)
+        assert outcome is not None and row["why"] and len(row["commit"]) == 12
+        for part in outcome.parts:
+            assert part.name in row["now"] and part.verdict.text.rstrip("s") in row["now"]
+    assert Claims(action="changes").run() == 0
+    told = capsys.readouterr().out
+    assert told.endswith(f"{len(found)} checks were revised\n")
+    assert max(map(len, told.splitlines())) < 140
+    one = str(revised[0].id)
+    assert Claims(action="changes", which=(one,)).run() == 0
+    assert capsys.readouterr().out.startswith(f"{one} ")
+
+
+def test_verdicts_of_several_parts_are_joined() -> None:
+    parts = [("a", "holds"), ("b", "fails"), ("c", "holds"), ("d", "assumption_not_met")]
+    assert board._verdicts(parts) == "a, c hold; b fails; d assumption not met"
+    assert board._verdicts([("", "holds")]) == "holds"
+
+
 def test_a_name_is_one_of_a_file_and_of_one_claim(
     claim: Claim, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,6 +163,12 @@ def test_claim_34_finds_low_rank_updates_and_no_others(
     gentle = intruders._after("cost", intruders=False, scale=1.0)
     same = intruders._after("cost", intruders=True, scale=1.0)
     assert gentle.value == pytest.approx(same.value)
+    undone = intruders._after("cost", intruders=True, undone=True)
+    assert all(part["scaled"] == part["base"] for part in undone.details.values())
+    removed, found = intruders._after("removed", intruders=True), undone.details.values()
+    after, before = (sum(part[name] for part in found) for name in ("tuned", "base"))
+    scaled = sum(part["scaled"] for part in removed.details.values())
+    assert removed.value == pytest.approx((after - scaled) / (after - before), rel=1e-9)
     # The mutated system: LoRA's update is one of full rank.
     monkeypatch.setattr(intruders, "_tuned", lambda task: made(low=False))
     for name in ("_of_lora", "_of_full", "_scaled"):
