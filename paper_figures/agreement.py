@@ -3,7 +3,7 @@
 A figure whose study the source has too defines ``agreement(table)``, a list of `Agreement`. Each
 is about one of three things:
 
-    ``ordering``   which of several is ahead: Kendall's τ with the published order
+    ``ordering``   which of several is ahead: each of the next one in the published order
     ``sign``       which side of zero a difference is on
     ``size``       how large it is: our interval against the published number and a margin
 
@@ -105,7 +105,7 @@ def no_gain(
     why: str = "",
 ) -> Agreement:
     """Whether a gain that the source did not find stays below a margin here too."""
-    agrees = True if ours.high < margin else False if ours.low > 0 else None
+    agrees = True if ours.high < margin else False if ours.low > margin else None
     told, text = f"{published:+.{digits}f}", ours.text(digits, "+")
     return Agreement(row, says, "size", f"{told} (below {margin:g})", text, agrees, why)
 
@@ -121,7 +121,9 @@ def same_order(
 ) -> Agreement:
     """Whether averages stand in a published order, the best first.
 
-    Kendall's τ is the mean over pairs of +1 for the published order, -1 for the contrary.
+    They do where each is ahead of the next one, by an interval of their difference; they do not
+    where some is behind the next one. Kendall's τ, the mean over pairs of +1 for the published
+    order and -1 for the contrary, tells how near they are.
 
     Args:
         row: as in `Agreement`.
@@ -136,7 +138,16 @@ def same_order(
     def tau(means: np.ndarray) -> np.ndarray:
         return np.mean([np.sign(means[:, i] - means[:, j]) for i, j in pairs], axis=0)
 
-    found = clusters.of_means(points[list(order)], tau)
-    agrees = True if found.low > 0 else False if found.high < 0 else None
+    own = points[list(order)]
+    found = clusters.of_means(own, tau)
+    steps = [
+        clusters.of_means(own, lambda means, i=i: means[:, i] - means[:, i + 1])
+        for i in range(len(order) - 1)
+    ]
+    agrees = None
+    if all(step.low > 0 for step in steps):
+        agrees = True
+    elif any(step.high < 0 for step in steps):
+        agrees = False
     says = " > ".join(names or order)
     return Agreement(row, says, "ordering", "τ 1", f"τ {found.text(2)}", agrees, why)

@@ -55,6 +55,11 @@ def how_to_measure(study: str) -> str:
     )
 
 
+def is_published(study: str, root: Path | None = None) -> bool:
+    """Whether a study has committed records."""
+    return ((root or COMMITTED) / FIGURES / study / GRID_FILE).exists()
+
+
 def committed(study: str, root: Path | None = None) -> list[Record]:
     """The records that a study's figures were published with, in the order of its grid.
 

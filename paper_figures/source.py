@@ -34,6 +34,8 @@ def agreements(names: Iterable[str] | None = None) -> list[Agreement]:
             if names is not None:
                 raise InputError(f"the figure {name} has no published results beside its own")
             continue
+        if names is None and not collect.is_published(figure.STUDY):
+            continue
         found += compare(figure.table(collect.committed(figure.STUDY)))
     return found
 

@@ -109,7 +109,7 @@ assert (leading.scaled(W, leading.intruders, 0.0) - W0).norm() < 0.5 * (W - W0).
 # A: random updates as large as LoRA's and of full rank have no intruders; of rank one they have
 # them. B: as many leading directions that are no intruders are scaled down, which takes from the
 # pre-trained matrix and leaves the update. Where these directions are what has changed, scaling
-# them removes the change. C: all of the update is taken back.
+# them removes the change. C: all of the update is scaled down.
 
 # %%
 leading = Leading.of(W, before, 3, 0.5)

@@ -1,22 +1,29 @@
 """What the control of one task is worth for another, by kinds of tasks and by nearness of controls.
 
-Points are 100 × test accuracy, and a gain is what the model without a control has not. Whether
-tasks of one kind gain more from each other than from tasks of other kinds is tested by permuting
-the kinds among the tasks, and whether nearer controls gain more by permuting the tasks of one of
-the two matrices (Mantel, Cancer Research 27(2), 1967); a task's gain from itself takes no part.
+Points are 100 × test accuracy, and a gain is what the model without a control has not; a training
+that diverged has the accuracy of the majority class. Some controls help every task, and some tasks
+are helped by every control, so that a gain y of source s and target t is taken apart,
+
+    y_st = a_s + b_t + c · [s and t are of one kind] + rest,
+
+and c is tested by permuting the kinds among the tasks (Freedman & Lane, J. Bus. Econ. Stat. 1(4),
+1983: what a_s and b_t explain is taken out of both sides first). For nearness the cosine of the two
+tasks' updates stands in the place of the kinds, and the tasks are permuted (Mantel, Cancer Research
+27(2), 1967). Pairs of tasks of one corpus, a task with itself among them, take no part: texts of
+the target may have been seen in training.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import rankdata
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.studies.transfer.grid import TASKS
@@ -72,7 +79,8 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
             "source": source,
             "target": target,
             "seed": record.config["seed"],
-            **{way: 100 * number(found[way]) for way in WAYS},
+            **{way: 100 * _accuracy(found, way) for way in WAYS},
+            "diverged": found["tuned"] is None,
             "majority": 100 * found["majority_share"],
             "own": 100 * number(record.result["own"]),
             "norm": record.result.get("norm", math.nan),
@@ -99,6 +107,10 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
     ).reset_index(drop=True)
 
 
+def _accuracy(found: Mapping[str, Any], way: str) -> float:
+    return float(found["majority_share"] if found[way] is None else found[way])
+
+
 def curves(records: Sequence[Record]) -> pd.DataFrame:
     """Per source and target the mean gains, whether they are of one kind, and the cosine of ΔW."""
     frame, near = table(records), _cosines(records)
@@ -109,7 +121,8 @@ def curves(records: Sequence[Record]) -> pd.DataFrame:
             {
                 "source": source,
                 "target": target,
-                "same_kind": TASKS[str(source)] == TASKS[str(target)],
+                "same_kind": TASKS[str(source)].kind == TASKS[str(target)].kind,
+                "same_corpus": TASKS[str(source)].corpus == TASKS[str(target)].corpus,
                 "cosine": near.get((str(source), str(target)), math.nan),
                 **{f"{way}_gain": runs[f"{way}_gain"].mean() for way in WAYS},
             }
@@ -118,18 +131,21 @@ def curves(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a source: mean gains of tasks of its kind and of others, and on itself."""
+    """One row a source: mean gains of itself, of its kind and of others, of other corpora."""
     rows = []
     for source, runs in table[table["source"] != ""].groupby("source", sort=False):
-        kinds = runs["target"].map(TASKS) == TASKS[str(source)]
-        itself = runs["target"] == source
-        row = {"source": source, "kind": TASKS[str(source)], "own": f"{runs['own'].mean():.1f}"}
+        own = TASKS[str(source)]
+        kinds = np.array([TASKS[t].kind == own.kind for t in runs["target"]])
+        others = np.array([TASKS[t].corpus != own.corpus for t in runs["target"]])
+        itself = (runs["target"] == source).to_numpy()
+        row = {"source": source, "kind": own.kind, "own": f"{runs['own'].mean():.1f}"}
         for way, words in WAYS.items():
-            gains = runs[f"{way}_gain"]
-            for name, rows_of in (
-                ("itself", itself), ("its kind", kinds & ~itself), ("others", ~kinds)
+            gains = runs[f"{way}_gain"].to_numpy(float)
+            for name, chosen in (
+                ("itself", itself), ("its kind", kinds & others), ("others", ~kinds & others)
             ):  # fmt: skip
-                row[f"{words}: {name}"] = f"{gains[rows_of].mean():+.1f}"
+                told = f"{gains[chosen].mean():+.1f}" if chosen.any() else ""
+                row[f"{words}: {name}"] = told
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -149,21 +165,21 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
 def caption(table: pd.DataFrame) -> str:
     """What tasks of one kind gain from each other, and how it was measured."""
     first, kinds = table.iloc[0], {way: kinds_apart(table, way) for way in WAYS}
-    seeds = table["seed"].nunique()
-    told = [
-        f"{kinds[way].value:+.1f} points {words} (p = {kinds[way].p:.2g})"
-        for way, words in WAYS.items()
-    ]
+    told = [f"{kinds[way].text()} points {words}" for way, words in WAYS.items()]
+    diverged = int(table["diverged"].sum())
+    seeds = counted(table["seed"].nunique(), "seed")
     return (
-        f"A task gains more from the control of a task of its kind than from others by "
-        f"{' and '.join(told)}. {TITLE}: {first['delta']} on {first['model']}, "
-        f"{counted(table['target'].nunique(), 'task')}, means over {counted(seeds, 'seed')}, in "
-        "points of test accuracy "
-        "above the model without a control. (a) The control stays and a linear head is fitted to "
-        f"the target's rows. (b) Control and head are trained for {first['tune_steps']} updates. "
-        "Rows: the task whose control it is; squares: tasks of one kind. (c) The same by kind, "
-        "without a task's own control; bars are means. (d) Gain under a new head against the "
-        "cosine of the weight updates of the two tasks. p: permutations of the tasks."
+        f"The control of a task of the same kind gains {' and '.join(told)} more than that of "
+        f"another kind. {TITLE}: {first['delta']} on {first['model']}, "
+        f"{counted(table['target'].nunique(), 'task')}, means over {seeds}, in points of test "
+        "accuracy above the model without a control. (a) The control stays and a linear head is "
+        f"fitted to the target's rows. (b) Control and head are trained for {first['tune_steps']} "
+        "updates. Rows: the task whose control it is; squares: tasks of one kind. (c) The same by "
+        "kind, pairs of different corpora; bars are means. (d) Gain under a new head against the "
+        "cosine of the weight updates of the two tasks, of different corpora. What a control gains "
+        "on all tasks, and a task from all controls, is taken out of what is tested; p: "
+        "permutations of the tasks."
+        + (f" {diverged} of {len(table)} trainings diverged." if diverged else "")
     )
 
 
@@ -180,54 +196,79 @@ def agreement(table: pd.DataFrame) -> list[Agreement]:
 
 
 def kinds_apart(table: pd.DataFrame, way: str) -> Tested:
-    """Mean gain within kinds less that between them, with the kinds permuted among the tasks."""
+    """c: what tasks of one kind gain more, the kinds permuted among the tasks."""
     gains, names = _matrix(table, way)
-    kinds = np.array([TASKS[name] for name in names])
+    kinds = np.array([TASKS[name].kind for name in names])
 
-    def statistic(order: np.ndarray) -> float:
-        same = kinds[order][:, None] == kinds[order][None, :]
-        return float(gains[same & _apart(names)].mean() - gains[~same].mean())
+    def same(order: np.ndarray) -> np.ndarray:
+        return (kinds[order][:, None] == kinds[order][None, :]).astype(float)
 
-    return _permuted(statistic, len(names))
+    return _permuted(gains, same, _apart(names))
 
 
 def nearness(curves: pd.DataFrame, way: str) -> Tested:
-    """Spearman's correlation of gain and cosine over pairs, with the tasks permuted."""
-    wide = curves.pivot(index="source", columns="target", values=f"{way}_gain")
-    names = [task for task in TASKS if task in wide.index]
-    gains = wide.loc[names, names].to_numpy(float)
-    near = curves.pivot(index="source", columns="target", values="cosine")
-    cosines = near.loc[names, names].to_numpy(float)
-    apart = _apart(names)
-    ranks = rankdata(gains[apart])
-
-    def statistic(order: np.ndarray) -> float:
-        moved = rankdata(cosines[np.ix_(order, order)][apart])
-        return float(np.corrcoef(ranks, moved)[0, 1])
-
-    return _permuted(statistic, len(names))
+    """The same for the cosine of the updates: points per unit, the tasks permuted."""
+    names = [task for task in TASKS if task in set(curves["source"])]
+    gains, cosines = (
+        curves.pivot(index="source", columns="target", values=what)
+        .loc[names, names]
+        .to_numpy(float)
+        for what in (f"{way}_gain", "cosine")
+    )
+    return _permuted(gains, lambda order: cosines[np.ix_(order, order)], _apart(names))
 
 
-def _permuted(statistic: Callable[[np.ndarray], float], count: int) -> Tested:
+def _permuted(
+    gains: np.ndarray, explains: Callable[[np.ndarray], np.ndarray], used: np.ndarray
+) -> Tested:
+    """The coefficient of what explains, with effects of sources and targets taken out of both.
+
+    Args:
+        gains: (tasks, tasks).
+        explains: from an order of the tasks to (tasks, tasks).
+        used: which cells take part (tasks, tasks).
+    """
+    count = len(gains)
+    sources, targets = np.nonzero(used)
+    effects = np.zeros((len(sources), 2 * count))
+    effects[np.arange(len(sources)), sources] = 1.0
+    effects[np.arange(len(sources)), count + targets] = 1.0
+    left = np.linalg.svd(effects, full_matrices=False)
+    basis = left.U[:, left.S > 1e-9 * left.S[0]]
+
+    def rest(values: np.ndarray) -> np.ndarray:
+        return values - basis @ (basis.T @ values)
+
+    y = rest(gains[used])
+
+    def coefficient(order: np.ndarray) -> float:
+        x = rest(explains(order)[used])
+        size = float(x @ x)
+        return float(x @ y) / size if size > 1e-12 else math.nan
+
+    value = coefficient(np.arange(count))
+    if not math.isfinite(value):  # nothing is explained, or a gain is no number
+        return Tested(value, 1.0, 1.0)
     generator = np.random.default_rng(0)
-    value = statistic(np.arange(count))
-    drawn = [statistic(generator.permutation(count)) for _ in range(PERMUTATIONS)]
+    drawn = np.array([coefficient(generator.permutation(count)) for _ in range(PERMUTATIONS)])
+    drawn = drawn[np.isfinite(drawn)]
     tolerance = 1e-9 * max(1.0, abs(value))  # sums in another order are the same number
-    above = sum(one >= value - tolerance for one in drawn)
-    below = sum(one <= value + tolerance for one in drawn)
-    return Tested(value, (above + 1) / (PERMUTATIONS + 1), (below + 1) / (PERMUTATIONS + 1))
+    above, below = ((drawn >= value - tolerance).sum(), (drawn <= value + tolerance).sum())
+    return Tested(value, float(above + 1) / (len(drawn) + 1), float(below + 1) / (len(drawn) + 1))
 
 
 def _matrix(table: pd.DataFrame, way: str) -> tuple[np.ndarray, list[str]]:
     """Mean gains (sources, targets), and the names of the tasks."""
     tuned = table[table["source"] != ""]
-    wide = tuned.pivot_table(index="source", columns="target", values=f"{way}_gain")
+    wide = tuned.groupby(["source", "target"])[f"{way}_gain"].mean().unstack("target")
     names = [task for task in TASKS if task in wide.index]
     return wide.loc[names, names].to_numpy(float), names
 
 
 def _apart(names: Sequence[str]) -> np.ndarray:
-    return ~np.eye(len(names), dtype=bool)
+    """Pairs of tasks of different corpora."""
+    corpora = np.array([TASKS[name].corpus for name in names])
+    return corpora[:, None] != corpora[None, :]
 
 
 def _cosines(records: Sequence[Record]) -> dict[tuple[str, str], float]:
@@ -253,7 +294,7 @@ def _draw_matrix(ax: Axes, curves: pd.DataFrame, way: str) -> None:
     top = max(1.0, float(np.nanquantile(np.abs(gains), 0.97)))
     shown = ax.imshow(gains, cmap="RdBu", vmin=-top, vmax=top)
     ax.figure.colorbar(shown, cax=beside(ax), extend="both")
-    kinds = [TASKS[name] for name in names]
+    kinds = [TASKS[name].kind for name in names]
     for kind in dict.fromkeys(kinds):
         first, count = kinds.index(kind), kinds.count(kind)
         x = np.array([0, 0, 1, 1, 0]) * count + first - 0.5
@@ -268,7 +309,7 @@ def _draw_matrix(ax: Axes, curves: pd.DataFrame, way: str) -> None:
 
 
 def _draw_kinds(ax: Axes, curves: pd.DataFrame) -> None:
-    others = curves[curves["source"] != curves["target"]]
+    others = curves[~curves["same_corpus"]]
     generator = np.random.default_rng(0)
     labels = []
     for place, (way, same) in enumerate((w, s) for w in WAYS for s in (True, False)):
@@ -287,7 +328,7 @@ def _draw_kinds(ax: Axes, curves: pd.DataFrame) -> None:
 
 
 def _draw_nearness(ax: Axes, curves: pd.DataFrame) -> None:
-    others = curves[curves["source"] != curves["target"]]
+    others = curves[~curves["same_corpus"]]
     for same, rows in others.groupby("same_kind"):
         ax.scatter(
             rows["cosine"], rows["probe_gain"], s=8, color=COLORS[bool(same)], linewidths=0
@@ -296,4 +337,4 @@ def _draw_nearness(ax: Axes, curves: pd.DataFrame) -> None:
     ax.axhline(0, color=INK, linewidth=0.8, zorder=0)
     ax.set_xlabel("cosine of the updates")
     ax.set_ylabel("gain (points)")
-    ax.set_title(f"nearness: Spearman {found.value:+.2f} (p = {found.p:.2g})")
+    ax.set_title(f"nearness: {found.text()} per unit")

@@ -44,7 +44,8 @@ def test_a_size_agrees_within_its_margin(low: float, high: float, agrees: bool |
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "agrees"), [(-1.0, 0.9, True), (0.5, 2.0, False), (-1.0, 1.5, None)]
+    ("low", "high", "agrees"),
+    [(-1.0, 0.9, True), (1.1, 2.0, False), (0.5, 2.0, None), (-1.0, 1.5, None)],
 )
 def test_no_gain_means_below_the_margin(low: float, high: float, agrees: bool | None) -> None:
     # A gain that is surely there but below the margin is none.
@@ -61,6 +62,9 @@ def test_an_order_is_judged_by_the_means_of_whole_clusters() -> None:
     assert same_order("row", ("a", "b", "c"), points, clusters).agrees is True
     reverse = same_order("row", ("c", "b", "a"), points, clusters)
     assert reverse.agrees is False and reverse.says == "c > b > a"
+    # One exchange among neighbours is another order, however large τ is.
+    exchanged = same_order("row", ("b", "a", "c"), points, clusters)
+    assert exchanged.agrees is False and "τ 0.33" in exchanged.ours
     same = points.assign(b=points["a"] + np.tile([3.0, -3.0], 5))
     assert same_order("row", ("b", "a"), same, clusters).agrees is None
 

@@ -56,8 +56,7 @@ class Transfer(Experiment):
         seed: of the control's start, the head and the batches.
         steps: updates of the training for the source.
         tune_steps: updates of the training for a target from there.
-        learning_rate: of all trainings; by default the method's for the source, or for the target
-            where there is no source.
+        learning_rate: peak rate of all trainings.
         batch_size: rows of an update.
         max_length: tokens of a text at most; a pair may have twice as many.
         rows: training rows of a target at most.

@@ -155,20 +155,26 @@ def test_claim_34_finds_low_rank_updates_and_no_others(
     monkeypatch.setattr(intruders, "_tuned", lambda task: made(low=True))
     assert intruders._more().value >= intruders.MORE
     for part in intruders._after("removed", intruders=True).details.values():
-        assert part["intruders"] > 0 and part["scaled"] != part["tuned"]
+        if isinstance(part, dict):
+            assert part["intruders"] > 0 and part["scaled"] != part["tuned"]
     assert not any(x.intruders.any() for x in intruders._own().values())
     # Where the leading directions are what has changed, scaling them takes all of it back.
     back = intruders._after("removed", intruders=False, doubled=True)
-    assert back.value == pytest.approx(1.0, abs=1e-3)
+    share = "share of the mean rise that is removed"
+    assert back.details[share] == pytest.approx(1.0, abs=1e-3)
     gentle = intruders._after("cost", intruders=False, scale=1.0)
     same = intruders._after("cost", intruders=True, scale=1.0)
     assert gentle.value == pytest.approx(same.value)
-    undone = intruders._after("cost", intruders=True, undone=True)
-    assert all(part["scaled"] == part["base"] for part in undone.details.values())
-    removed, found = intruders._after("removed", intruders=True), undone.details.values()
-    after, before = (sum(part[name] for part in found) for name in ("tuned", "base"))
-    scaled = sum(part["scaled"] for part in removed.details.values())
-    assert removed.value == pytest.approx((after - scaled) / (after - before), rel=1e-9)
+    gone = intruders._after("cost", intruders=True, scale=0.0, whole=True)
+    parts = [part for name, part in gone.details.items() if name != share]
+    assert all(part["scaled"] == part["base"] for part in parts)
+    removed = intruders._after("removed", intruders=True)
+    values = [
+        part["tuned"] - part["scaled"] - intruders.REMOVED * (part["tuned"] - part["base"])
+        for name, part in removed.details.items()
+        if name != share
+    ]
+    assert removed.value == pytest.approx(sum(values) / len(values), rel=1e-9)
     # The mutated system: LoRA's update is one of full rank.
     monkeypatch.setattr(intruders, "_tuned", lambda task: made(low=False))
     for name in ("_of_lora", "_of_full", "_scaled"):
