@@ -42,11 +42,21 @@ class Clusters:
 
     Args:
         labels: the cluster of each task (tasks,).
+        alike: give every cluster the same weight, whatever its number of tasks. Where sizes are
+            very unequal, intervals of plain means over tasks are too narrow.
         draws: how often they are drawn.
         seed: of the draws.
     """
 
-    def __init__(self, labels: Sequence[str], *, draws: int = RESAMPLES, seed: int = 0) -> None:
+    def __init__(
+        self,
+        labels: Sequence[str],
+        *,
+        alike: bool = False,
+        draws: int = RESAMPLES,
+        seed: int = 0,
+    ) -> None:
+        self.alike = alike
         names, self._place = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
         self.count = len(names)
         taken = np.random.default_rng(seed).integers(0, self.count, (draws, self.count))
@@ -56,24 +66,23 @@ class Clusters:
         times[0] = 1.0
         self._times = times
 
-    def means(self, values: pd.DataFrame | np.ndarray, *, alike: bool = False) -> np.ndarray:
+    def means(self, values: pd.DataFrame | np.ndarray) -> np.ndarray:
         """Means over tasks of each column (1 + draws, columns), that of the sample first.
 
         Args:
             values: a row a task, in the order of the labels (tasks, columns).
-            alike: give every cluster the same weight, whatever its number of tasks.
         """
         values = np.asarray(values, dtype=float)
         sums = np.zeros((self.count, values.shape[1]))
         np.add.at(sums, self._place, values)
         sizes = np.bincount(self._place).astype(float)
-        if alike:
+        if self.alike:
             sums, sizes = sums / sizes[:, None], np.ones(self.count)
         return (self._times @ sums) / (self._times @ sizes)[:, None]
 
     def estimate(self, numbers: np.ndarray) -> Estimate:
         """A number of the sample with the interval of its draws (1 + draws,)."""
-        if self.count < LEAST_ROWS:
+        if self.count < LEAST_ROWS or not math.isfinite(numbers[0]):
             return Estimate(float(numbers[0]))
         found = Evidence.of_draws(float(numbers[0]), numbers[1:], "corpus", self.count)
         return Estimate(found.value, *found.bounds())

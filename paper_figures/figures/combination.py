@@ -96,7 +96,7 @@ def _accuracies(record: Record) -> list[tuple[int, float | None]]:
     """Accuracy after each stage of a sequence, from 1; else that on test rows, as stage 0."""
     if not record.config.get("sequential"):
         return [(0, record.result["accuracy"])]
-    found = record.curve()[["stage", "validation_accuracy"]].dropna()
+    found = record.curve().reindex(columns=["stage", "validation_accuracy"]).dropna()
     ends = found.groupby("stage", sort=False)["validation_accuracy"].last()
     accuracies = [ends.get(delta["name"]) for delta in record.config["deltas"]]
     return list(enumerate(accuracies, start=1))
@@ -111,7 +111,7 @@ def curves(records: Sequence[Record]) -> pd.DataFrame:
             ("points above AP", _above(frame, block)),
             ("loss gap", _wide(frame, block, "loss_gap")),
         ):
-            for method, found in _averages(wide).items():
+            for method, found in _averages(wide.dropna()).items():
                 rows.append({"block": block, "what": what, "method": method, **vars(found)})
     for (method, stage), runs in groups(frame[frame["block"] == IN_TURN], ["method", "stage"]):
         mean = runs.groupby("task")["points"].mean().mean()
@@ -173,7 +173,8 @@ def caption(table: pd.DataFrame) -> str:
         "of test accuracy above the adapter alone: a dot is a task, the diamond the mean over "
         "tasks with its 95 % interval, drawn from tasks; crosses are the published averages of "
         "GLUE with RoBERTa-large (Ding et al., 2023, Table 2). (c) Loss on test rows less the mean "
-        "training loss of the last ten updates. (d) Accuracy on validation rows after each stage "
+        "training loss of the last ten updates; with all rows each is seen once. (d) Accuracy on "
+        "validation rows after each stage "
         f"of a sequence, mean over {joined(_in_turn(table))}; the text names the order.",
     ]
     constant = int((table["status"] == "diverged").sum())
@@ -314,7 +315,7 @@ def _draw_gaps(ax: Axes, curves: pd.DataFrame, blocks: Sequence[str]) -> None:
     ax.axvline(0, color=INK, linewidth=0.8, zorder=0)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("test loss less training loss")
-    ax.set_title("generalisation gap")
+    ax.set_title("test loss beyond training loss")
     handles = [
         Line2D([], [], linestyle="", marker=marker, color=COLORS[block], label=block)
         for marker, block in zip("os", blocks, strict=False)

@@ -1,12 +1,8 @@
 """How many updates, and how many seconds, each method needs to be nearly done.
 
-Of a training, a(t) is the accuracy on validation rows at step t, m that of the majority class, and
-a* the mean of the last three looks. It is nearly done at
-
-    t95 = the first t with a(t) - m ≥ 0.95 (a* - m),
-
-between two looks where the line through them says. Times are averaged as logarithms, over seeds and
-then over tasks, each of a corpus of its own. One that learns nothing counts with all of its steps.
+`deltacontrol.paper_figures.progress.nearly_done` says when a training is. Times are averaged as
+logarithms over tasks, each of a corpus of its own. A training that learns nothing counts with all
+of its steps.
 """
 
 from __future__ import annotations
@@ -32,11 +28,17 @@ from deltacontrol.paper_figures.marks import (
     number,
     sentence,
 )
+from deltacontrol.paper_figures.progress import (
+    SHARE,
+    least_way,
+    looks_of,
+    nearly_done,
+    smoothed,
+)
 
 TITLE = "Updates and seconds until nearly done"
 STUDY = "convergence"
 
-SHARE, LAST = 0.95, 3
 # Ding et al., Nature Machine Intelligence 5, 2023, section "Convergence": T5-base.
 PUBLISHED_ORDER = (("full", "houlsby", "prefix"), ("full", "lora", "prefix"))
 ALIKE, FACTOR = ("houlsby", "lora"), 1.5  # their times differ by less than the factor
@@ -49,10 +51,14 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
     check_replicates(records, labels)
     rows = []
     for record, (task, name) in zip(records, labels, strict=True):
-        seen = _seen(record)
+        seen, config = looks_of(record), record.config
         majority = number(record.result["majority_share"])
-        last = float(seen["accuracy"].tail(LAST).mean())
-        steps = nearly_done(seen["step"], seen["accuracy"], majority)
+        last = float(smoothed(seen["accuracy"])[-1]) if len(seen) > 1 else majority
+        least = least_way(majority, config["eval_limit"])
+        steps = nearly_done(
+            seen["step"], seen["accuracy"], majority,
+            rows=config["eval_limit"], last=config["steps"],
+        )  # fmt: skip
         rows.append(
             {
                 "task": task,
@@ -60,6 +66,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                 "seed": record.config["seed"],
                 "majority": majority,
                 "last": last,
+                "learnt": last - majority >= least,
                 "steps_95": steps,
                 "seconds_95": steps * number(record.result["seconds_per_step"]),
                 "learning_rate": record.config["learning_rate"],
@@ -75,15 +82,18 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def curves(records: Sequence[Record]) -> pd.DataFrame:
-    """The share of the way, (a(t) - m) / (a* - m), by method and step: mean over tasks."""
+    """The share of the way by method and step, of trainings that learn: mean over tasks."""
     runs = []
     for record in records:
-        seen, majority = _seen(record), number(record.result["majority_share"])
-        way = float(seen["accuracy"].tail(LAST).mean()) - majority
-        if way > 0:
+        seen, majority = looks_of(record), number(record.result["majority_share"])
+        if len(seen) < 2:
+            continue
+        accuracy = smoothed(seen["accuracy"])
+        way = float(accuracy[-1]) - majority
+        if way >= least_way(majority, record.config["eval_limit"]):
             name = method(record.config["deltas"])
             part = {"task": record.config["task"], "method": name, "step": seen["step"]}
-            runs.append(pd.DataFrame({**part, "share": (seen["accuracy"] - majority) / way}))
+            runs.append(pd.DataFrame({**part, "share": (accuracy - majority) / way}))
     if not runs:
         return pd.DataFrame(columns=["method", "step", "share"])
     of_task = pd.concat(runs).groupby(["method", "task", "step"])["share"].mean()
@@ -136,20 +146,25 @@ def caption(table: pd.DataFrame) -> str:
     """Which method is nearly done first, and how it was measured."""
     steps, shown, first = _averages(table, "steps_95"), looks(table["method"]), table.iloc[0]
     order = sorted(steps, key=lambda name: steps[name].value)
+    nothing = int((~table["learnt"]).sum())
     return (
         f"{sentence(shown[order[0]].label)} is nearly done first, after "
         f"{steps[order[0]].text(0)} updates, and {shown[order[-1]].label} last, after "
-        f"{steps[order[-1]].text(0)}. {TITLE}: "
-        f"{first['model']}, {first['steps']} updates of {first['batch_size']} rows, validation "
-        f"rows every {first['eval_every']} updates, {counted(table['task'].nunique(), 'task')} of "
-        "as many "
-        f"corpora, {counted(table['seed'].nunique(), 'seed')}. The way of a training is from the "
-        "accuracy of "
-        f"the majority class to the mean of the last {LAST} looks; it is nearly done where "
-        f"{100 * SHARE:g} % of it are behind it. (a) Mean share of the way over tasks and seeds. "
-        "(b, c) Steps and seconds until then: a dot is a task (mean of the logarithms over seeds), "
-        "the diamond the geometric mean with its 95 % interval, drawn from tasks. Seconds are of "
-        "this machine, without the looks."
+        f"{steps[order[-1]].text(0)}. {TITLE}: {first['model']}, {first['steps']} updates of "
+        f"{first['batch_size']} rows, a look at validation rows every {first['eval_every']} "
+        f"updates, {counted(table['task'].nunique(), 'task')} of as many corpora. The way of a "
+        "training is from the accuracy of the majority class to that of its end (running means of "
+        f"three looks), and it is nearly done where {100 * SHARE:g} % of it are behind it. (a) "
+        "Mean "
+        "share of the way over tasks. (b, c) Steps and seconds until then: a dot is a task, the "
+        "diamond the geometric mean with its 95 % interval, drawn from tasks. Seconds are of this "
+        "machine, without the looks."
+        + (
+            f" {nothing} of {len(table)} trainings learn nothing that so few rows tell: they count "
+            "with all of their steps, and are not in (a)."
+            if nothing
+            else ""
+        )
     )
 
 
@@ -171,24 +186,6 @@ def agreement(table: pd.DataFrame) -> list[Agreement]:
     text += f" in units of log {FACTOR:g})"
     found.append(same_size("convergence", text, 0.0, ratio, 1.0, digits=2))
     return found
-
-
-def nearly_done(steps: Sequence[float], accuracy: Sequence[float], majority: float) -> float:
-    """t95 of a training; all of its steps where it never leaves the majority's accuracy."""
-    t, a = np.asarray(steps, dtype=float), np.asarray(accuracy, dtype=float)
-    way = float(a[-LAST:].mean()) - majority
-    if not way > 0:
-        return float(t[-1])
-    goal = majority + SHARE * way
-    first = int(np.argmax(a >= goal))
-    before, at = (0.0, majority) if first == 0 else (t[first - 1], a[first - 1])
-    return float(before + (goal - at) / (a[first] - at) * (t[first] - before))
-
-
-def _seen(record: Record) -> pd.DataFrame:
-    """The looks: step and accuracy."""
-    found = record.curve()[["step", "validation_accuracy"]].dropna()
-    return found.rename(columns={"validation_accuracy": "accuracy"}).reset_index(drop=True)
 
 
 def _wide(table: pd.DataFrame, what: str) -> pd.DataFrame:

@@ -20,8 +20,8 @@ from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.agreement import Agreement, same_side
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates
 from deltacontrol.paper_figures.clusters import Estimate
-from deltacontrol.paper_figures.marks import counted, joined, letter, looks, method, number
-from deltacontrol.theory.evidence import Evidence
+from deltacontrol.paper_figures.marks import joined, letter, looks, method, number
+from deltacontrol.theory.errors import InputError
 
 TITLE = "What a training costs"
 STUDY = "efficiency"
@@ -39,6 +39,11 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
     rows = []
     for record, (model, batch, length, name) in zip(records, labels, strict=True):
         result = record.result
+        if result.get("copies_trained_together", 1) > 1:
+            raise InputError(
+                f"run {record.id} shared its passes with others, so that its time and its memory "
+                "are not those of one training; run it alone"
+            )
         peak, before = (number(result[f"{n}_memory_bytes"]) for n in ("peak", "baseline"))
         rows.append(
             {
@@ -48,7 +53,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                 "max_length": length,
                 "method": name,
                 "seed": record.config["seed"],
-                "memory_mb": max(peak - before, 0.0) / 1e6,
+                "memory_mb": (peak - before) / 1e6,
                 "seconds": number(result["seconds_per_step"]),
                 "stored_mb": BYTES * result["num_trainable"] / 1e6,
                 "steps": record.config["steps"],
@@ -126,10 +131,11 @@ def caption(table: pd.DataFrame) -> str:
     ]
     return (
         f"{shown[least].label} takes {memory[least].text(2)} of the memory of full fine-tuning and "
-        f"{time[least].text(2)} of its time, in the geometric mean over settings. {TITLE}: medians "
-        f"of {first['steps']} updates, {counted(table['seed'].nunique(), 'seed')}; where nothing "
+        f"{time[least].text(2)} of its time (geometric mean, least and largest of the settings). "
+        f"{TITLE}: medians of the updates after the fifth, of {first['steps']}; where nothing "
         f"else is said {first['model']}, batches of {first['batch_size']} texts of "
-        f"{first['max_length']} tokens, two cores. Memory is what the process took at most beyond "
+        f"{first['max_length']} tokens, on one machine. Memory is what the process took at most "
+        "beyond "
         f"the model. Memory and time over those of full fine-tuning: {joined(told)}."
     )
 
@@ -137,7 +143,7 @@ def caption(table: pd.DataFrame) -> str:
 def agreement(table: pd.DataFrame) -> list[Agreement]:
     """The source's statement on costs beside ours."""
     found = []
-    for name in PUBLISHED:
+    for name in (n for n in PUBLISHED if n in set(table["method"])):
         label = looks([name])[name].label
         for what, words in (("memory_mb", "memory"), ("seconds", "time")):
             log = _logs(ratio(table, name, what))
@@ -148,15 +154,23 @@ def agreement(table: pd.DataFrame) -> list[Agreement]:
 
 
 def ratio(table: pd.DataFrame, name: str, what: str) -> Estimate:
-    """Of a method over full fine-tuning: geometric mean over settings, with its interval."""
+    """Of a method over full fine-tuning: geometric mean, least and largest over the settings.
+
+    Raises:
+        InputError: a number is not positive, so that nothing was measured there.
+    """
     keys = ["model", "batch_size", "max_length"]
     means = table.groupby([*keys, "method"])[what].mean().unstack("method")
-    values = (means[name] / means[REFERENCE]).dropna()
-    values = values[values > 0]
-    if len(values) < 2:
-        return Estimate(float(values.iloc[0]) if len(values) else float("nan"))
-    found = Evidence.geometric_mean(values.tolist(), "setting")
-    return Estimate(found.value, *found.bounds())
+    own = means[[name, REFERENCE]]
+    if (own <= 0).any(axis=None):
+        where = own.index[(own <= 0).any(axis=1)][0]
+        raise InputError(
+            f"{what} at {where} is not above 0 for {name} or {REFERENCE}: the process had freed as "
+            "much before; measure these runs again"
+        )
+    values = (own[name] / own[REFERENCE]).dropna()
+    mean = float(np.exp(np.log(values).mean()))
+    return Estimate(mean, float(values.min()), float(values.max()))
 
 
 def _logs(found: Estimate) -> Estimate:

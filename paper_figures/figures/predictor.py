@@ -37,6 +37,7 @@ TITLE = "Predictions before training, and what came"
 STUDY = "foretelling"
 
 COLORS = {"theory": "#0072B2", "learnt": "#D55E00", "baseline": "#777777"}
+COMBINED = "#009E73"
 INK = "#222222"
 
 
@@ -109,7 +110,7 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
         found = curves[curves["what"] == what].set_index("predictor")
         for place, name in enumerate(order):
             value, low, high = (float(found[c][name]) for c in ("value", "low", "high"))
-            color = COLORS[kind(name)]
+            color = COMBINED if name == COMBINATION else COLORS[kind(name)]
             ax.plot([low, high], [place, place], color=color, marker="|", markersize=4)
             ax.plot([value], [place], "o", color=color, markersize=3.5)
         ax.set_yticks(range(len(order)), order if ax is axes[0] else [])
@@ -131,7 +132,9 @@ def caption(table: pd.DataFrame) -> str:
         f"{verdict(table)} {TITLE}: {table['task'].nunique()} tasks of "
         f"{table['corpus'].nunique()} corpora, {table['method'].nunique()} methods on "
         f"{first['model']}, predictions from {first['rows']} rows or fewer; blue: from "
-        "a method's start alone, red: learnt from the other half of the corpora, grey: baselines. "
+        "a method's start alone, green: these combined, and red: orders, both learnt from the "
+        "other "
+        "half of the corpora, grey: baselines. "
         "Intervals (95 %) draw corpora. (a) Spearman's correlation of scores and test losses over "
         "methods. (b) Accuracy that is lost by taking the method with the best score. (c) How "
         "often the best method is among the three best scores. (d) Predicted learning rates "

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates
+from deltacontrol.paper_figures.clusters import Estimate
 from deltacontrol.paper_figures.marks import (
     INTERVAL,
     counted,
@@ -25,6 +26,7 @@ from deltacontrol.paper_figures.marks import (
     seed_dot,
     share_interval,
 )
+from deltacontrol.theory.evidence import Evidence
 
 TITLE = "Clean, perturbed and corrected texts"
 STUDY = "robustness"
@@ -105,7 +107,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         own = means[name]
         row = {"method": look.label}
         row |= {c.replace("_", ", "): f"{100 * own[c]:.1f}" for c in own.index}
-        row["recovered (%)"] = f"{100 * recovered(table, name):.0f}"
+        row["recovered (%)"] = _text(recovered(table, name, "corrected"))
+        row["by random subspaces (%)"] = _text(recovered(table, name, "random"))
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -146,22 +149,37 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
 def caption(table: pd.DataFrame) -> str:
     """What the correction gives back, and how it was measured."""
     first, shown = table.iloc[0], looks(table["method"])
-    told = [f"{100 * recovered(table, name):.0f} % ({look.label})" for name, look in shown.items()]
+    told = []
+    for name, look in shown.items():
+        own, random = (_text(recovered(table, name, c)) for c in ("corrected", "random"))
+        told.append(f"{look.label} {own} (random subspaces {random})")
     return (
-        f"The correction gives back {joined(told)} of the accuracy that the attack costs. {TITLE}: "
-        f"{first['model']} on {first['task']}, {first['num_test']} test rows, "
-        f"{counted(table['seed'].nunique(), 'seed')}. (a) Clean texts. (b) An attack by gradients "
-        "on the "
-        f"embeddings, of radius {first['epsilon']:g}, that does not know the correction; in grey, "
-        "the same choice of a correction on random subspaces. (c) An attack whose gradients pass "
-        f"through the correction, beside the plain one of (b). (d) Typing errors in "
-        f"{100 * first['typo_rate']:g} % of the words. Marks are means, bars the {INTERVAL} over "
-        "seeds."
+        f"Of the accuracy that the attack costs, the correction gives back, in per cent, "
+        f"{joined(told)}. {TITLE}: {first['model']} on {first['task']}, {first['num_test']} test "
+        f"rows, {counted(table['seed'].nunique(), 'seed')}. (a) Clean texts. (b) An attack by "
+        f"gradients on the embeddings, of radius {first['epsilon']:g}, that does not know the "
+        "correction; in grey, the same choice of a correction on random subspaces. (c) An attack "
+        "whose gradients pass through the correction, beside the plain one of (b). (d) Typing "
+        f"errors in {100 * first['typo_rate']:g} % of the words. Marks are means, bars the "
+        f"{INTERVAL} over seeds; shares have Student's interval."
     )
 
 
-def recovered(table: pd.DataFrame, name: str) -> float:
-    """(corrected - attacked) / (clean - attacked), of the means over seeds."""
-    own = table[table["method"] == name].groupby("condition")["accuracy"].mean()
-    lost = own["clean"] - own["attacked"]
-    return float((own["attacked_corrected"] - own["attacked"]) / lost) if lost > 0 else float("nan")
+def recovered(table: pd.DataFrame, name: str, how: str) -> Estimate:
+    """(corrected - attacked) / (clean - attacked) by seed: mean, with Student's interval.
+
+    Seeds whose attack costs nothing are left out; NaN without any.
+    """
+    own = table[table["method"] == name]
+    wide = own.pivot(index="seed", columns="condition", values="accuracy")
+    lost = wide["clean"] - wide["attacked"]
+    shares = ((wide[f"attacked_{how}"] - wide["attacked"]) / lost)[lost > 0].tolist()
+    if len(shares) < 2:
+        return Estimate(shares[0] if shares else float("nan"))
+    found = Evidence.mean(shares, "seed")
+    return Estimate(found.value, *found.bounds())
+
+
+def _text(found: Estimate) -> str:
+    scaled = Estimate(100 * found.value, 100 * found.low, 100 * found.high)
+    return "nothing to tell" if np.isnan(found.value) else scaled.text(0)

@@ -2,8 +2,9 @@
 
 Points are 100 × accuracy on test rows, means over seeds. Slopes are least squares in log₁₀ of the
 model's parameters, so that a slope is what ten times as many gain. The spread of placements is the
-standard deviation over the methods that choose which parameters are trained. Every task is of a
-corpus of its own, and intervals draw tasks.
+variance over the methods that choose which parameters are trained, less what it would be if seeds
+alone made it: the mean variance over seeds, over their number. These methods do not train equally
+many parameters. Every task is of a corpus of its own, and intervals draw tasks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from deltacontrol.experiments.studies.scale.grid import TASKS
 from deltacontrol.paper_figures.agreement import Agreement, same_side
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates
 from deltacontrol.paper_figures.clusters import Clusters, Estimate
-from deltacontrol.paper_figures.figures.convergence import nearly_done
 from deltacontrol.paper_figures.marks import (
     counted,
     end_labels,
@@ -31,6 +31,7 @@ from deltacontrol.paper_figures.marks import (
     method,
     number,
 )
+from deltacontrol.paper_figures.progress import looks_of, nearly_done
 
 TITLE = "Deltas as the model grows"
 STUDY = "scale"
@@ -52,7 +53,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
     for record, (model, task, name) in zip(records, labels, strict=True):
         result, majority = record.result, number(record.result["majority_share"])
         found = number(result["accuracy"])
-        seen = record.curve()[["step", "validation_accuracy"]].dropna()
+        seen, config = looks_of(record), record.config
         rows.append(
             {
                 "model": model,
@@ -61,9 +62,13 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                 "method": name,
                 "seed": record.config["seed"],
                 "points": 100 * (majority if np.isnan(found) else found),
-                "steps_95": nearly_done(seen["step"], seen["validation_accuracy"], majority)
-                if len(seen)
-                else np.nan,
+                "steps_95": nearly_done(
+                    seen["step"],
+                    seen["accuracy"],
+                    majority,
+                    rows=config["eval_limit"],
+                    last=config["steps"],
+                ),
                 "trainable_share": result["trainable_share"],
                 "learning_rate": record.config["learning_rate"],
                 "steps": record.config["steps"],
@@ -156,8 +161,8 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     for size, low, high in zip(spread["parameters"], spread["low"], spread["high"], strict=True):
         ax.plot([size, size], [low, high], color=INK, marker="_", markersize=5)
     ax.plot(spread["parameters"], spread["value"], "D-", color="#0072B2", markersize=4)
-    _by_log_size(ax, "spread of placements", "standard deviation (points)")
-    ax.set_ylim(bottom=0)
+    _by_log_size(ax, "spread of placements", "variance (points²)")
+    ax.axhline(0, color=INK, linewidth=0.8, zorder=0)
     letter(axes.flat)
     return figure
 
@@ -174,7 +179,7 @@ def caption(table: pd.DataFrame) -> str:
     sizes = table.drop_duplicates("model")["parameters"]
     return (
         f"Ten times as many parameters move the gap to full fine-tuning by {joined(told)} points, "
-        f"and the spread of placements by {spread_slope(table).text(sign='+')}. {TITLE}: "
+        f"and the variance over placements by {spread_slope(table).text(sign='+')}. {TITLE}: "
         f"{len(sizes)} encoders of one recipe with {sizes.min() / 1e6:.2g} to "
         f"{sizes.max() / 1e6:.2g} million parameters, {first['steps']} updates of "
         f"{first['batch_size']} rows, {counted(table['task'].nunique(), 'task')} of as many "
@@ -183,9 +188,9 @@ def caption(table: pd.DataFrame) -> str:
         "chose for "
         "its size. Lines are means over tasks. (a) Points of test accuracy. (b) Points above full "
         "fine-tuning. (c) Updates until 95 % of the way from the majority's accuracy to the last "
-        f"one, geometric mean. (d) Standard deviation over "
-        f"{joined([shown[name].label for name in PLACEMENTS])}, mean over tasks with its 95 % "
-        "interval, drawn from tasks."
+        f"one, geometric mean. (d) Variance over "
+        f"{joined([shown[name].label for name in PLACEMENTS])}, less that over seeds, mean over "
+        "tasks with its 95 % interval, drawn from tasks."
     )
 
 
@@ -200,7 +205,7 @@ def agreement(table: pd.DataFrame) -> list[Agreement]:
         found.append(_signed("scale, convergence", text, -1.0, slope(table, "log_steps", name)))
     text = "larger models close the gap between LoRA and full fine-tuning"
     found.append(_signed("scale, gap", text, 1.0, slope(table, "gap", "lora")))
-    text = "where the trained parameters sit matters less in larger models"
+    text = "which parameters are trained matters less in larger models (points²)"
     found.append(_signed("scale, placement", text, -1.0, spread_slope(table)))
     return found
 
@@ -246,15 +251,14 @@ def _by_size(table: pd.DataFrame, what: str) -> dict[tuple[str, str], pd.Series]
 
 
 def _spreads(table: pd.DataFrame) -> pd.DataFrame:
-    """The spread of placements: a row a task, a column a model."""
-    points = _by_size(table, "points")
-    models = list(dict.fromkeys(model for model, _ in points))
-    return pd.DataFrame(
-        {
-            model: pd.concat([points[model, name] for name in PLACEMENTS], axis=1).std(axis=1)
-            for model in models
-        }
-    )
+    """The spread of placements in points²: a row a task, a column a model."""
+    own = table[table["method"].isin(PLACEMENTS)]
+    cells = own.groupby(["model", "task", "method"], sort=False)["points"]
+    means, variances, counts = cells.mean(), cells.var(), cells.count()
+    between = means.groupby(["model", "task"], sort=False).var()
+    noise = (variances / counts).fillna(0.0).groupby(["model", "task"], sort=False).mean()
+    wide = (between - noise).unstack("model")
+    return wide.loc[_tasks(table), list(dict.fromkeys(table["model"]))]
 
 
 def _tasks(table: pd.DataFrame) -> list[str]:

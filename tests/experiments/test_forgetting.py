@@ -58,7 +58,6 @@ def test_kl_is_zero_at_the_start_and_as_torch_has_it_later(tiny: Forgetting) -> 
         tokens += int(known.sum())
     assert found["kl"] == pytest.approx(divergence / tokens, rel=1e-4) and found["kl"] > 0.01
     assert found["held_loss"] == pytest.approx(loss / tokens, rel=1e-5)
-    assert model.training is False or not any(m.training for m in model.modules())
 
 
 def test_a_run_looks_on_the_way_and_ends_where_it_says(tiny: Forgetting, tmp_path: Path) -> None:
@@ -133,6 +132,7 @@ def test_a_whole_subspace_gives_the_dense_front_and_a_part_is_not_above_it(
     assert gains == sorted(gains, reverse=True) and gains[-1] > 0
     # At equal distance the part gains no more than the whole does.
     kl, gain = np.array([[p["kl"], p["gain"]] for p in reversed(whole)]).T
-    for point in part:
-        if kl[0] < point["kl"] < kl[-1]:
-            assert point["gain"] <= np.interp(point["kl"], kl, gain) * 1.05 + 1e-9
+    inside = [point for point in part if kl[0] < point["kl"] < kl[-1]]
+    assert len(inside) > 2
+    for point in inside:
+        assert point["gain"] <= np.interp(point["kl"], kl, gain) * 1.05 + 1e-9

@@ -14,13 +14,15 @@ from deltacontrol.experiments.studies.many_tasks.grid import (
     DELTAS,
     LENGTH,
     MODEL,
-    QUICK,
+    RATES,
     STEPS,
     Question,
+    key,
     questions,
 )
 
 EACH = 7
+QUICK = ("tweets", "trec6", "bbc", "movie", "amazon")  # five corpora
 
 
 def foretold() -> list[Question]:
@@ -37,18 +39,22 @@ def foretold() -> list[Question]:
 
 
 def experiments(preset: str) -> list[Foretelling]:
-    """One run a task."""
+    """One run a task; short trainings have the rates of the study.
+
+    Raises:
+        InputError: the rates of the study of many tasks are not searched.
+    """
     if preset == "quick":
-        few: dict[str, Any] = {"rows": 24, "steps": 6, "methods": ("lora", "bitfit")}
+        few: dict[str, Any] = {"rows": 16, "methods": ("lora", "bitfit"), "max_length": LENGTH}
+        few |= {"steps": STEPS, "batch_size": BATCH}
         predictors = ("linearised", "parameters", "probe:steps=2")
-        return [
-            Foretelling(task=task, model=MODEL, predictors=predictors, max_length=LENGTH, **few)
-            for task in QUICK[:2]
-        ]
+        return [Foretelling(task=task, model=MODEL, predictors=predictors, **few) for task in QUICK]
+    rates = RATES.known(key(question.category, d) for question in foretold() for d in DELTAS)
     return [
         Foretelling(
             task=question.name,
             methods=DELTAS,
+            rates=tuple(rates[key(question.category, delta)] for delta in DELTAS),
             model=MODEL,
             steps=STEPS,
             batch_size=BATCH,

@@ -5,9 +5,11 @@ test rows, of which the rank correlation is, and 100 × accuracy, of which regre
 are over corpora, of each the mean over its tasks, and intervals draw corpora. What learns from
 tasks (the combination, the nearest task, the mean order) learns from the other half of the corpora.
 
-The combination is a ridge regression of a method's standardised loss within its task on the
-standardised scores of the predictors that follow from the method's start. The mean order is each
-method's mean standardised loss: always the same ranking, but a learnt one.
+The combination is a ridge regression of the rank of a method's loss within its task on the ranks of
+its scores, all standardised within the task, by the predictors that follow from the method's start
+and by the number of its parameters. The mean order is the mean of these ranks of a method's losses:
+always the same order, but a learnt one. The fit of the head, which all methods share, is in none
+of the costs.
 """
 
 from __future__ import annotations

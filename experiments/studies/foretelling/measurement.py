@@ -31,6 +31,8 @@ class Foretelling(Experiment):
     Attributes:
         task: a classification task.
         methods: what is foretold of.
+        rates: of their short trainings, which some predictors make; by default the recorded or
+            default ones.
         predictors: what foretells, such as ``"probe:steps=30"``.
         model: the model.
         rows: training rows that are linearised on, and as many validation rows, at most.
@@ -42,6 +44,7 @@ class Foretelling(Experiment):
 
     task: str = "movie"
     methods: tuple[str, ...] = ("lora", "bitfit")
+    rates: tuple[float, ...] = ()
     predictors: tuple[str, ...] = PREDICTORS
     model: str = "minilm-l3"
     rows: int = 128
@@ -54,8 +57,13 @@ class Foretelling(Experiment):
 
     def __post_init__(self) -> None:
         """Check the fields, and make tuples of a record's lists."""
-        for name in ("methods", "predictors"):
+        for name in ("methods", "predictors", "rates"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.rates and len(self.rates) != len(self.methods):
+            raise InputError(
+                f"{len(self.rates)} rates of {len(self.methods)} methods; give one each, or none"
+            )
+        for name in ("methods", "predictors"):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty; give some, such as {PREDICTORS[0]!r}")
         for name in ("rows", "steps", "batch_size", "max_length"):
@@ -88,7 +96,8 @@ class Foretelling(Experiment):
         from deltacontrol.experiments.predicting.situation import Situation
 
         situation = Situation(self.training(), self.rows)
-        candidates = [Candidate(situation, method) for method in self.methods]
+        given = self.rates or (None,) * len(self.methods)
+        candidates = [Candidate(situation, *pair) for pair in zip(self.methods, given, strict=True)]
         _ = situation.base
         rows, seconds = [], {}
         for text in tqdm(self.predictors, disable=not workspace.progress, unit="predictor"):

@@ -1,9 +1,9 @@
 """Seven methods on encoders of one recipe that differ in size alone, on six tasks of six corpora.
 
 The models are those of `deltacontrol pretrain`. Three of the methods choose which parameters are
-trained, so that where they sit can be told from how many there are: the last block, the attention,
-and a random twentieth. Every method has a rate of its own at every size, searched on validation
-rows (`deltacontrol.experiments.studies.scale.rates`).
+trained, and not equally many: the last block, the attention, and a random twentieth. Every method
+has a rate of its own at every size, searched on validation rows
+(`deltacontrol.experiments.studies.scale.rates`).
 
 Sources: Ding et al., Nature Machine Intelligence 5, 2023, "The power of scale"; Su et al.,
 *Exploring the impact of model scaling on parameter-efficient tuning*, EMNLP 2023.

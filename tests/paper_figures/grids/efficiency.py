@@ -9,7 +9,7 @@ SIZES = {"minilm-l3": 17_000_000, "minilm-l6": 22_700_000, "mpnet-base": 109_000
 TRAINED = dict(zip(DELTAS, (1.0, 0.006, 0.013, 0.004, 0.0003, 0.002, 0.001), strict=True))
 
 
-def grid(seeds: int = 2) -> Grid:
+def grid(seeds: int = 1) -> Grid:
     grid: Grid = []
     for seed in range(seeds):
         for model, batch, length in points("paper"):
@@ -21,7 +21,7 @@ def grid(seeds: int = 2) -> Grid:
                     "seed": seed,
                     "batch_size": batch,
                     "max_length": length,
-                    "steps": 8,
+                    "steps": 20,
                 }
                 moving = 12 * SIZES[model] * share
                 kept = 40_000 * batch * length * (1.0 if delta == "full" else 0.7)
@@ -32,7 +32,7 @@ def grid(seeds: int = 2) -> Grid:
                     "peak_memory_bytes": int(500_000_000 + moving + kept),
                     "seconds_per_step": 1e-4 * batch * length * (1.5 if delta == "full" else 1),
                 }
-                curve = pd.DataFrame({"step": range(1, 9), "loss": 0.7})
+                curve = pd.DataFrame({"step": range(1, 21), "loss": 0.7})
                 grid.append((Synthetic(config), result, curve))
     return grid
 

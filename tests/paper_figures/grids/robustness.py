@@ -38,6 +38,9 @@ def grid(seeds: int = 3) -> Grid:
 
 def caption(table: pd.DataFrame) -> str:
     """A piece of the figure's caption: what LoRA's correction gives back."""
-    own = table[table["method"] == "lora"].groupby("condition")["accuracy"].mean()
-    share = (own["attacked_corrected"] - own["attacked"]) / (own["clean"] - own["attacked"])
-    return f"gives back {100 * share:.0f} % (LoRA)"
+    own = table[table["method"] == "lora"].pivot(
+        index="seed", columns="condition", values="accuracy"
+    )
+    lost = own["clean"] - own["attacked"]
+    share = ((own["attacked_corrected"] - own["attacked"]) / lost).mean()
+    return f"in per cent, LoRA {100 * share:.0f} ["

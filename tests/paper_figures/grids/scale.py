@@ -33,6 +33,7 @@ def one(model: str, size: float, task: str, delta: str, seed: int, points: float
         "learning_rate": 1e-3,
         "steps": 80,
         "batch_size": 8,
+        "eval_limit": 300,
     }
     result = {
         "accuracy": points / 100,
