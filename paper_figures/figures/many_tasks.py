@@ -1,4 +1,4 @@
-"""Deltas beside full fine-tuning on more than a hundred tasks, which ten corpora share.
+"""Deltas beside full fine-tuning on more than a hundred tasks, which nine corpora share.
 
 Points are 100 × accuracy, and 100 × Pearson correlation for regressions: one scale of 0 to 100 on
 which both mean "all right" at its top. A run that diverged, or whose outputs are constant, has the

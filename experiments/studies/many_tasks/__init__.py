@@ -1,1 +1,1 @@
-"""How far deltas are from full fine-tuning over more than a hundred tasks of ten corpora."""
+"""How far deltas are from full fine-tuning over more than a hundred tasks of nine corpora."""
