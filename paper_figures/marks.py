@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.lines import Line2D
@@ -41,6 +42,14 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
     for index, name in enumerate(name for name in present if name not in found):
         found[name] = Look(name, _SPARE[index % len(_SPARE)], "hxd*p"[index % 5])
     return dict(sorted(found.items(), key=lambda item: item[1].place))
+
+
+def by_method(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Rows sorted by the keys, methods in the order of legends, under a plain index."""
+    order = {name: index for index, name in enumerate(looks(frame["method"]))}
+    return frame.sort_values(
+        list(keys), key=lambda column: column.map(order) if column.name == "method" else column
+    ).reset_index(drop=True)
 
 
 def letter(axes: Iterable[Axes]) -> None:

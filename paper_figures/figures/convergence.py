@@ -20,6 +20,7 @@ from deltacontrol.paper_figures.agreement import Agreement, same_order, same_siz
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates
 from deltacontrol.paper_figures.clusters import Clusters, Estimate
 from deltacontrol.paper_figures.marks import (
+    by_method,
     counted,
     end_labels,
     letter,
@@ -78,7 +79,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                 "run": record.id,
             }
         )
-    return _ordered(pd.DataFrame(rows), ["task", "method", "seed"])
+    return by_method(pd.DataFrame(rows), ["task", "method", "seed"])
 
 
 def curves(records: Sequence[Record]) -> pd.DataFrame:
@@ -97,7 +98,7 @@ def curves(records: Sequence[Record]) -> pd.DataFrame:
     if not runs:
         return pd.DataFrame(columns=["method", "step", "share"])
     of_task = pd.concat(runs).groupby(["method", "task", "step"])["share"].mean()
-    return _ordered(of_task.groupby(["method", "step"]).mean().reset_index(), ["method", "step"])
+    return by_method(of_task.groupby(["method", "step"]).mean().reset_index(), ["method", "step"])
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -205,13 +206,6 @@ def _averages(table: pd.DataFrame, what: str) -> dict[str, Estimate]:
         name: Estimate(*(float(np.exp(x)) for x in (e.value, e.low, e.high)))
         for name, e in found.items()
     }
-
-
-def _ordered(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    order = {name: index for index, name in enumerate(looks(frame["method"]))}
-    return frame.sort_values(
-        keys, key=lambda column: column.map(order) if column.name == "method" else column
-    ).reset_index(drop=True)
 
 
 def _draw_times(ax: Axes, table: pd.DataFrame, what: str, label: str) -> None:

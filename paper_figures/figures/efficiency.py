@@ -20,12 +20,13 @@ from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.agreement import Agreement, same_side
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates
 from deltacontrol.paper_figures.clusters import Estimate
-from deltacontrol.paper_figures.marks import joined, letter, looks, method, number
+from deltacontrol.paper_figures.marks import by_method, joined, letter, looks, method, number
 from deltacontrol.theory.errors import InputError
 
 TITLE = "What a training costs"
 STUDY = "efficiency"
 
+KEYS = ("parameters", "batch_size", "max_length")
 REFERENCE = "full"
 # Ding et al., Nature Machine Intelligence 5, 2023: deltas cut down computation and storage costs.
 PUBLISHED = ("lora", "houlsby", "prefix", "bitfit")
@@ -60,7 +61,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                 "run": record.id,
             }
         )
-    return _ordered(pd.DataFrame(rows), ["parameters", "batch_size", "max_length"])
+    return by_method(pd.DataFrame(rows), [*KEYS, "method", "seed"])
 
 
 def curves(records: Sequence[Record]) -> pd.DataFrame:
@@ -190,14 +191,6 @@ def _setting(record: Record) -> tuple[str, int, int, str]:
     config = record.config
     name = method(config["deltas"])
     return str(config["model"]), int(config["batch_size"]), int(config["max_length"]), name
-
-
-def _ordered(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    order = {name: index for index, name in enumerate(looks(frame["method"]))}
-    return frame.sort_values(
-        [*keys, "method", "seed"],
-        key=lambda column: column.map(order) if column.name == "method" else column,
-    ).reset_index(drop=True)
 
 
 def _draw_lines(ax: Axes, rows: pd.DataFrame, x: str, y: str) -> None:

@@ -17,7 +17,15 @@ from matplotlib.figure import Figure
 
 from deltacontrol.experiments.runs.record import Record
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates
-from deltacontrol.paper_figures.marks import counted, end_labels, joined, letter, looks, number
+from deltacontrol.paper_figures.marks import (
+    by_method,
+    counted,
+    end_labels,
+    joined,
+    letter,
+    looks,
+    number,
+)
 
 TITLE = "What tuning a language model moves elsewhere"
 STUDY = "forgetting"
@@ -56,7 +64,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                 "run": record.id,
             }
         )
-    frame = _ordered(pd.DataFrame(rows), ["method", "learning_rate", "seed"])
+    frame = by_method(pd.DataFrame(rows), ["method", "learning_rate", "seed"])
     goal = common_loss(frame)
     paths = {record.id: _path(record) for record in records}
     frame["common_loss"] = goal
@@ -75,7 +83,7 @@ def curves(records: Sequence[Record]) -> pd.DataFrame:
         rows.append(_path(record).assign(method=name, learning_rate=rate))
     keys = ["method", "learning_rate", "step"]
     means = pd.concat(rows).groupby(keys)[["loss", "held_loss", "kl"]].mean()
-    paths = _ordered(means.reset_index(), keys).assign(what="path")
+    paths = by_method(means.reset_index(), keys).assign(what="path")
     if not fronts:
         return paths
     start = float(paths.loc[paths["step"] == 0, "loss"].mean())
@@ -83,7 +91,7 @@ def curves(records: Sequence[Record]) -> pd.DataFrame:
     front = front.assign(loss=start - front["gain"], what="foretold")[
         ["method", "loss", "kl", "what"]
     ]
-    return pd.concat([paths, _ordered(front, ["method", "kl"])], ignore_index=True)
+    return pd.concat([paths, by_method(front, ["method", "kl"])], ignore_index=True)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -188,13 +196,6 @@ def _label(record: Record) -> tuple[str, float]:
 def _both(values: pd.Series, digits: int) -> str:
     """Every seed."""
     return ", ".join("never" if np.isnan(v) else f"{v:.{digits}f}" for v in values)
-
-
-def _ordered(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    order = {name: index for index, name in enumerate(looks(frame["method"]))}
-    return frame.sort_values(
-        keys, key=lambda column: column.map(order) if column.name == "method" else column
-    ).reset_index(drop=True)
 
 
 def _draw_paths(ax: Axes, curves: pd.DataFrame, x: str, y: str) -> None:

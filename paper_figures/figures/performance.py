@@ -21,6 +21,7 @@ from deltacontrol.paper_figures.marks import (
     INTERVAL,
     Look,
     apart,
+    by_method,
     end_labels,
     joined,
     letter,
@@ -63,7 +64,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
         }
         for record, label in zip(records, labels, strict=True)
     ]
-    return _ordered(pd.DataFrame(rows), [*KEYS, "seed"])
+    return by_method(pd.DataFrame(rows), [*KEYS, "seed"])
 
 
 def curves(records: Sequence[Record]) -> pd.DataFrame:
@@ -89,7 +90,7 @@ def curves(records: Sequence[Record]) -> pd.DataFrame:
         )
         kept = np.unique(np.linspace(0, len(frame) - 1, NUM_POINTS).round().astype(int))
         frames.append(frame.iloc[kept])
-    return _ordered(pd.concat(frames), [*KEYS, "step"])
+    return by_method(pd.concat(frames), [*KEYS, "step"])
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -173,13 +174,6 @@ def _count(table: pd.DataFrame) -> str:
 def _group(record: Record) -> tuple[str, str, str]:
     config = record.config
     return str(config["model"]), str(config["task"]), method(config["deltas"])
-
-
-def _ordered(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    order = {name: index for index, name in enumerate(looks(frame["method"]))}
-    return frame.sort_values(
-        keys, key=lambda column: column.map(order) if column.name == "method" else column
-    ).reset_index(drop=True)
 
 
 def _labels(table: pd.DataFrame) -> tuple[str, str, str]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltacontrol.experiments.models.family import SIZES, Member
+from deltacontrol.experiments.studies.combination.grid import TASKS
 from deltacontrol.experiments.studies.learning_rates.of_study import StudyRates
 from deltacontrol.experiments.training.finetune import FineTuning
 
@@ -22,15 +23,6 @@ DELTAS = (
     *("full", "lora", "houlsby", "prefix"),
     *("last-layers", "selected-modules", "random-mask:density=0.05"),
 )
-# Task → what it asks, one task a corpus.
-TASKS = {
-    "movie": "sentiment",
-    "tweets": "sentiment",
-    "trec50:is-HUM:ind": "question type",
-    "bbc": "topic",
-    "20ng:same-class": "pair",
-    "r8:same-class": "pair",
-}
 SEEDS = 2
 STEPS, BATCH = 80, 8
 LENGTH = 24  # tokens of a text; a pair has two
