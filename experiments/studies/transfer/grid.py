@@ -36,7 +36,7 @@ TASKS = {
     "sms": Question("spam", "sms"),
 }
 QUICK = ("movie", "amazon", "bbc")
-SEEDS = 3
+SEEDS = 2
 
 
 def experiments(preset: str) -> list[Transfer]:

@@ -73,8 +73,8 @@ class Transfer(Experiment):
     learning_rate: float = 3e-3
     batch_size: int = 8
     max_length: int = 24
-    rows: int = 400
-    test_rows: int = 300
+    rows: int = 240
+    test_rows: int = 240
 
     kind: ClassVar[str] = "transfer"
     in_full: ClassVar[tuple[str, ...]] = ("delta",)
