@@ -86,7 +86,7 @@ def _beside(found: Sequence[Agreement]) -> DataFrame:
     """The published results of a figure beside ours."""
     import pandas as pd
 
-    columns = ("experiment", "source", "compared", "published", "ours", "verdict")
+    columns = ("experiment", "source", "published", "ours", "verdict")
     return pd.DataFrame([one.cells() for one in found], columns=list(columns))
 
 

@@ -18,7 +18,7 @@ from deltacontrol.theory.errors import InputError
 from deltacontrol.theory.markdown import escape, rewritten, rows_table
 
 BEGIN, END = "<!-- source:begin -->\n", "<!-- source:end -->"
-HEAD = ("experiment", "the source finds", "what", "theirs", "ours", "verdict")
+HEAD = ("experiment", "the source finds", "theirs", "ours", "verdict")
 
 
 def agreements(names: Iterable[str] | None = None) -> list[Agreement]:

@@ -63,7 +63,7 @@ def _source() -> str:
     return "\n\n".join([
         "# The source's results beside ours",
         "The empirical half of Ding et al., Nature Machine Intelligence 5, 2023, at the size of a "
-        "laptop. An interval decides, as "
+        "laptop. A range decides, as "
         "[paper_figures.agreement](../api/paper_figures.md) says.",
         source.sentence(found := source.agreements()),
         markdown.table(source.HEAD, ([escape(cell) for cell in one.cells()] for one in found)),

@@ -34,15 +34,13 @@ def test_savings_are_ratios_of_the_same_setting(records) -> None:
     assert (middle["model"], middle["batch_size"], middle["max_length"]) == ("minilm-l6", 8, 64)
 
 
-def test_what_saves_nothing_disagrees(records) -> None:
+def test_one_setting_that_saves_nothing_is_enough_to_doubt(records) -> None:
     table = efficiency.table(records)
     worse = table.assign(seconds=table["seconds"].where(table["method"] == "full", 1e3))
-    verdicts = {one.says: one.agrees for one in efficiency.agreement(worse)}
-    assert verdicts["LoRA takes less time than full fine-tuning"] is False
+    assert [one.agrees for one in efficiency.agreement(worse)] == [False, True]
     one = table["method"].eq("lora") & table["batch_size"].eq(1)
     mixed = table.assign(seconds=table["seconds"].where(~one, 1e3))
-    verdicts = {one.says: one.agrees for one in efficiency.agreement(mixed)}
-    assert verdicts["LoRA takes less time than full fine-tuning"] is None
+    assert [one.agrees for one in efficiency.agreement(mixed)] == [None, True]
 
 
 def test_shared_passes_and_freed_memory_are_refused(records) -> None:
@@ -56,7 +54,7 @@ def test_shared_passes_and_freed_memory_are_refused(records) -> None:
 
 def test_a_part_of_the_methods_is_drawn_too(records) -> None:
     few = [r for r in records if r.config["deltas"][0]["name"] in ("full", "lora", "bitfit")]
-    assert len(efficiency.agreement(efficiency.table(few))) == 4
+    assert all("2 deltas" in one.row for one in efficiency.agreement(efficiency.table(few)))
 
 
 def test_no_two_runs_of_the_grid_can_share_a_pass() -> None:
