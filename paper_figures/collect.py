@@ -197,8 +197,11 @@ def show(picture: Path, gallery: Path) -> None:
         raise InputError(f"cannot write to {gallery}: {error.strerror or error}") from error
 
 
-def publish(study: str, records: Sequence[Record], root: Path | None = None) -> None:
+def publish(study: str, records: Sequence[Record], root: Path | None = None) -> int:
     """Make `records`, in their order, the committed ones of a study; trained controls stay out.
+
+    A run that is committed already stays as it is; how many of these have other results than the
+    given ones is returned.
 
     Raises:
         InputError: A record is damaged, or the folder cannot be written.
@@ -207,3 +210,5 @@ def publish(study: str, records: Sequence[Record], root: Path | None = None) -> 
     publish_records(records, f"{FIGURES}/{study}", root, exactly=True)
     text = json.dumps({"runs": [record.id for record in records]}, indent=1) + "\n"
     (root / FIGURES / study / GRID_FILE).write_text(text, encoding="utf-8")
+    pairs = zip(records, committed(study, root), strict=True)
+    return sum(one.result != other.result for one, other in pairs)

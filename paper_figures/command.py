@@ -121,9 +121,16 @@ class Figures:
                 workers=self.workers,
                 limit_minutes=self.limit_minutes,
             )
-        done = export(name, figure, records, self.out)
         if self.publish and not fixed:
-            collect.publish(figure.STUDY, records)
+            # What is shown is what is committed: a record that was there already stays.
+            kept = collect.publish(figure.STUDY, records)
+            records = collect.committed(figure.STUDY)
+            if kept:
+                print(
+                    f"{name}: {kept} runs are committed already with other results, and stay; to "
+                    f"publish those of now, remove them from experiments/records/figures first"
+                )
+        done = export(name, figure, records, self.out)
         if self.publish:
             collect.show(self.out / f"{name}.png", base.GALLERY)
         origin = "committed evidence" if fixed else f"{len(records)} runs"

@@ -64,9 +64,7 @@ def markdown() -> str:
     found = agreements()
     parts = [sentence(found)]
     if found:
-        rows = [[escape(cell) for cell in one.cells()] for one in found]
-        table = rows_table(HEAD, rows)
-        parts.append(f"<details><summary>All of them</summary>\n\n{table}\n\n</details>")
+        parts.append(rows_table(HEAD, [[escape(cell) for cell in one.cells()] for one in found]))
     parts += [
         f"**{escape(one.row)}: {escape(one.says)}.** {escape(one.why)}"
         for one in found

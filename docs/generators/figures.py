@@ -65,10 +65,7 @@ def _source() -> str:
         "The empirical half of Ding et al., Nature Machine Intelligence 5, 2023, at the size of a "
         "laptop. A range decides, as "
         "[paper_figures.agreement](../api/paper_figures.md) says.",
-        source.sentence(found := source.agreements()),
-        markdown.table(source.HEAD, ([escape(cell) for cell in one.cells()] for one in found)),
-        *(f"**{escape(one.row)}: {escape(one.says)}.** {escape(one.why)}"
-          for one in found if one.agrees is False and one.why),
+        source.markdown(),
         "",
     ])  # fmt: skip
 

@@ -129,6 +129,20 @@ def test_publishing_drops_stale_records(name: str, grid: Grid, tmp_path: Path) -
     assert collect.committed("toys", root) == records[:0:-1]  # in the order of the grid
 
 
+def test_a_run_that_is_committed_stays_and_that_is_said(
+    name: str, grid: Grid, tmp_path: Path
+) -> None:
+    """Another measurement of the same runs is neither published in silence nor drawn."""
+    root = tmp_path / "published"
+    first = write(RunStore(tmp_path / "runs"), grid[:2])
+    assert collect.publish("toys", first, root) == 0
+    experiment, result, curve = grid[0]
+    anew = [(experiment, result | {"measured": "anew"}, curve), grid[1]]
+    second = write(RunStore(tmp_path / "other"), anew)
+    assert collect.publish("toys", second, root) == 1
+    assert [r.result for r in collect.committed("toys", root)] == [r.result for r in first]
+
+
 def test_nothing_is_published_from_a_dirty_checkout(
     name: str, sweep: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
