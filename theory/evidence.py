@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 from deltacontrol.theory.errors import InputError, unknown
 
-__all__ = ["CONFIDENCE", "Evidence", "Interval"]
+__all__ = ["CONFIDENCE", "Evidence", "Interval", "units"]
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -41,6 +41,16 @@ RESAMPLES = 4000
 QUANTILES = 801  # of the bootstrap's draws that are kept
 LEAST_ROWS = 5  # that are drawn again
 _PLURALS = {"corpus": "corpora"}  # of units whose plural is no s
+
+
+def units(count: int, unit: str) -> str:
+    """How many of a unit, in words.
+
+    Example:
+        >>> units(1, "corpus"), units(6, "corpus"), units(5, "seed")
+        ('1 corpus', '6 corpora', '5 seeds')
+    """
+    return f"{count} {_PLURALS.get(unit, f'{unit}s') if count > 1 else unit}"
 
 
 @dataclass(frozen=True)
@@ -320,10 +330,9 @@ class Evidence:
             cases = f", worst of {self.cases} cases" if self.cases > 1 else ""
             return f"{self.value:.3g}{cases}"
         low, high = self.bounds(confidence)
-        unit, count = self.interval.unit, self.interval.count
-        units = f"{count} {_PLURALS.get(unit, f'{unit}s') if count > 1 else unit}"
+        told = units(self.interval.count, self.interval.unit)
         at = "" if math.isclose(confidence, CONFIDENCE) else f" at {100 * confidence:.3g} %"
-        return f"{self.value:.3g} [{low:.3g}, {high:.3g}]{at}, {units}"
+        return f"{self.value:.3g} [{low:.3g}, {high:.3g}]{at}, {told}"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values; `Evidence(**...)` is the inverse."""

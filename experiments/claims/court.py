@@ -20,9 +20,10 @@ and, where the defaults are not wanted, ``model``, ``steps``, ``batch_size``, ``
 search on validation rows: among these rates, by default those that the delta's own file names, with
 that many trainings of each.
 
-How it is judged. The number is the mean over tasks of the paired difference of test scores, with
-Student's interval over tasks (over seeds, where there is one task). "higher": the whole interval is
-above δ. "equivalent": it is within ±δ.
+How it is judged. The number is the mean over corpora of the paired difference of test scores, of
+each the mean over its tasks, with Student's interval over corpora (over seeds, where there is one):
+tasks of one corpus, such as trec6 and trec50, are not independent of each other. "higher": the
+whole interval is above δ. "equivalent": it is within ±δ.
 
 Assumptions as code: no chosen rate is at an end of its grid; the differences that give the interval
 are not all the same, from which no spread can be told; with ``equal`` the trained parameters,
@@ -43,7 +44,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from deltacontrol.experiments.measures.paired import Scores, paired
+from deltacontrol.experiments.measures.paired import Difference, Scores, paired
+from deltacontrol.experiments.tasks import corpus_of
 from deltacontrol.theory.claims import Claim, Evidence, Records, Threshold
 from deltacontrol.theory.errors import InputError, unknown
 
@@ -245,7 +247,7 @@ class Statement:
         """
         court = _Court(self, rates, tuple(at_end))
         higher = self.relation == "higher"
-        name = "test score of the first less that of the second, mean over tasks"
+        name = "test score of the first less that of the second, mean over corpora"
         bound: Any = self.by if higher else (-self.by, self.by)
         return Claim(
             id=self.id,
@@ -260,6 +262,7 @@ class Statement:
             passing_control=lambda prediction, records: court.passing(records),
             on="real fine-tuning",
             runs=court.trainings,
+            revised="tasks of one corpus are one unit now, not several independent ones",
         )
 
 
@@ -285,7 +288,7 @@ class _Court:
         s = self.statement
         first, second = (self._scores(records, c) for c in (s.first, s.second))
         more, sizes = self._alike(records)
-        pairs = paired(("first", "second"), first, second, margin=1.0, quantity="score")
+        pairs = self._paired(first, second)
         spread = {"the differences are not all the same": not pairs.flat}
         rates_inside = {"no chosen rate is at an end of its grid": not self.at_end}
         return self._evidence(
@@ -345,9 +348,14 @@ class _Court:
         }
 
     def _evidence(self, first: Scores, second: Scores, **more: Any) -> Evidence:
-        found = paired(("first", "second"), first, second, margin=1.0, quantity="score").evidence
+        found = self._paired(first, second).evidence
         details = dict(found.details) | dict(more.pop("details", {}))
         return Evidence(found.value, found.interval, details=details, **more)
+
+    def _paired(self, first: Scores, second: Scores) -> Difference:
+        corpora = {task: corpus_of(task) for task in self.statement.tasks}
+        names = ("first", "second")
+        return paired(names, first, second, margin=1.0, quantity="score", corpora=corpora)
 
     def _alike(self, records: Records) -> tuple[dict[str, Any], dict[str, bool]]:
         """Parameters and seconds of both, and whether what is to be equal is."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from deltacontrol.experiments import tasks as known_tasks
 from deltacontrol.experiments.measures.paired import Difference, paired, require_margin
 from deltacontrol.experiments.runs.executors.registry import DEFAULT, using
 from deltacontrol.experiments.runs.interrupts import LIMIT_MINUTES, require_minutes
@@ -62,10 +63,10 @@ class Compare:
 
     Every contestant is fine-tuned on every task with every seed; trainings that are recorded are
     not repeated, and what is missing runs in as many processes as there are cores. Differences are
-    paired by task and seed, with a 95 % interval over tasks (over seeds where there is one task).
-    Where it is told neither that one is higher nor that both are equivalent within the margin, the
-    command says about how many tasks or seeds in all would do. Every pair is told by itself,
-    without a correction for the number of pairs.
+    paired by task and seed, with a 95 % interval over tasks, or over corpora where tasks share one,
+    or over seeds where there is one. Where it is told neither that one is higher nor that both are
+    equivalent within the margin, the command says about how many units in all would do. Every pair
+    is told by itself, without a correction for the number of pairs.
 
     A contestant is one argument: a delta, or several in quotes, with a learning rate behind @ if
     it is to have another one than the recorded or default one.
@@ -145,8 +146,11 @@ class Compare:
                 "different tasks"
             )
         require_margin(self.margin)
-        if self.measure == "score" and self.seeds * len(self.tasks) < 2:
-            raise InputError("one seed of one task has no interval; take two seeds, or two tasks")
+        if self.measure == "score" and self.seeds < 2 and len(set(self._corpora.values())) < 2:
+            raise InputError(
+                "one seed of one task has no interval, nor one of several tasks of one corpus "
+                f"({', '.join(self._corpora)}); take two seeds, or tasks of two corpora"
+            )
         if self.measure == "dimension" and not 2 <= self.seeds <= 5:
             raise InputError(
                 f"seeds is {self.seeds}; a search for a dimension takes two to five, so give "
@@ -214,14 +218,17 @@ class Compare:
         known = "" if rate is None else f" (rate {rate:.3g})"
         return f"{task} {sum(values) / len(values):.3f}{known}"
 
+    @property
+    def _corpora(self) -> dict[str, str]:
+        return {task: known_tasks.corpus_of(task) for task in self.tasks}
+
     def _pairs(
         self, chosen: Sequence[Contestant], found: dict[str, Any], quantity: str
     ) -> list[Difference]:
+        given: dict[str, Any] = {"margin": self.margin, "quantity": quantity}
+        given["corpora"] = self._corpora
         pairs = combinations([c.text for c in chosen], 2)
-        return [
-            paired((a, b), found[a], found[b], margin=self.margin, quantity=quantity)
-            for a, b in pairs
-        ]
+        return [paired((a, b), found[a], found[b], **given) for a, b in pairs]
 
     def _training(self, c: Contestant, task: str, seed: int, rate: float | None) -> FineTuning:
         from deltacontrol.experiments.training.finetune import FineTuning

@@ -1,10 +1,12 @@
 """Two contestants, paired over tasks and seeds: difference, interval, equivalence, what is missing.
 
 With scores a_{ts} and b_{ts} of task t and seed s the difference of a task is the mean of
-a_{ts} - b_{ts} over the seeds that both have. The unit of replication is the task where there are
-two or more, else the seed; the interval is Student's over it. Two contestants are *equivalent*
-within a margin where the 90 % interval lies inside ±margin, which is the pair of one-sided tests at
-5 % (Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15, 1987).
+a_{ts} - b_{ts} over the seeds that both have, and that of a corpus the mean over its tasks, which
+are not independent of each other. The unit of replication is the corpus where there are two or more
+(the task, where each has a corpus of its own), else the seed; the interval is Student's over it.
+Two contestants are *equivalent* within a margin where the 90 % interval lies inside ±margin, which
+is the pair of one-sided tests at 5 % (Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics
+15, 1987).
 
 Scores on few rows take few values, so that all differences can be the same by chance. Nothing is
 then known of their spread: the interval is a point, and no verdict follows.
@@ -13,11 +15,12 @@ then known of their spread: the interval is a point, and no verdict follows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from deltacontrol.theory.errors import InputError
-from deltacontrol.theory.evidence import CONFIDENCE, Evidence
+from deltacontrol.theory.evidence import CONFIDENCE, Evidence, units
 
 Scores = Mapping[tuple[str, int], float]  # by task and seed
 FARTHEST = 1e6  # half widths of an interval, beyond which no number of units is named
@@ -92,11 +95,17 @@ class Difference:
         if not found:
             return ""
         goal = min(found, key=lambda name: found[name])
-        return f"about {found[goal]} {unit.unit}s would {goal}"
+        return f"about {units(found[goal], unit.unit)} would {goal}"
 
 
 def paired(
-    names: tuple[str, str], first: Scores, second: Scores, *, margin: float, quantity: str
+    names: tuple[str, str],
+    first: Scores,
+    second: Scores,
+    *,
+    margin: float,
+    quantity: str,
+    corpora: Mapping[str, str] | None = None,
 ) -> Difference:
     """The difference of two contestants over the pairs of task and seed that both have.
 
@@ -106,29 +115,41 @@ def paired(
         second: scores of the second one.
         margin: within which both count as equal, a positive number.
         quantity: what the scores are.
+        corpora: whose texts each task has; a task that is not there has texts of its own.
 
     Raises:
         InputError: fewer than two units are shared, or the margin is not positive.
     """
     require_margin(margin)
-    by_task: dict[str, list[float]] = {}
+    by_task: dict[str, dict[int, float]] = {}
     for task, seed in sorted(first.keys() & second.keys()):
-        by_task.setdefault(task, []).append(first[task, seed] - second[task, seed])
-    tasks = [sum(values) / len(values) for values in by_task.values()]
-    several = len(tasks) > 1
-    units = tasks if several else next(iter(by_task.values()), [])
-    if len(units) < 2:
+        by_task.setdefault(task, {})[seed] = first[task, seed] - second[task, seed]
+    tasks = {task: _mean(values.values()) for task, values in by_task.items()}
+    by_corpus: dict[str, list[float]] = {}
+    for task, value in tasks.items():
+        by_corpus.setdefault((corpora or {}).get(task, task), []).append(value)
+    means = {corpus: _mean(values) for corpus, values in by_corpus.items()}
+    details: dict[str, Any] = {"by task": tasks}
+    if len(means) > 1:
+        shared = len(means) < len(tasks)
+        data, unit = list(means.values()), "corpus" if shared else "task"
+        details |= {"by corpus": means} if shared else {}
+    else:
+        seeds = sorted(set.intersection(*(set(v) for v in by_task.values()))) if by_task else []
+        data, unit = [_mean(v[seed] for v in by_task.values()) for seed in seeds], "seed"
+    if len(data) < 2:
         raise InputError(
-            f"{names[0]} and {names[1]} share {len(units)} pairs of task and seed; a difference "
-            "with an interval needs two tasks, or two seeds of one"
+            f"{names[0]} and {names[1]} share {len(data)} pairs of task and seed; a difference "
+            "with an interval needs tasks of two corpora, or two seeds of one"
         )
-    seeds = min(map(len, by_task.values()))
-    evidence = Evidence.mean(
-        units,
-        "task" if several else "seed",
-        details={"by task": dict(zip(by_task, tasks, strict=True)), "seeds of a task": seeds},
-    )
+    details["seeds of a task"] = min(map(len, by_task.values()))
+    evidence = Evidence.mean(data, unit, details=details)
     return Difference(*names, evidence, margin, quantity)
+
+
+def _mean(values: Iterable[float]) -> float:
+    kept = list(values)
+    return sum(kept) / len(kept)
 
 
 def require_margin(margin: float) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "PackagedTask",
     "Task",
     "available",
+    "corpus_of",
     "digest",
     "load",
     "reading_of",
@@ -108,6 +109,19 @@ def digest(
     if is_file_name(name):
         return file_digest(name, text_column=text_column, label_column=label_column, kind=kind)
     return _packaged(name, kind, text_column, label_column).digest
+
+
+def corpus_of(name: str) -> str:
+    """Whose texts a task has: tasks of one corpus are not independent of each other.
+
+    A file is a corpus of its own, and so is a task that names none.
+
+    Raises:
+        InputError: there is no such task.
+    """
+    if is_file_name(name):
+        return name
+    return _packaged(name, None, "text", "label").corpus or name
 
 
 def _packaged(

@@ -92,6 +92,25 @@ def test_a_contestant_is_deltas_and_a_rate() -> None:
             Contestant.parse(text)
 
 
+def test_tasks_of_one_corpus_are_one_unit() -> None:
+    a = {(task, seed): value + seed for task, value in (("x", 1.0), ("y", 3.0), ("z", 8.0))
+         for seed in (0, 1)}  # fmt: skip
+    b = dict.fromkeys(a, 0.0)
+    found = paired(NAMES, a, b, margin=1.0, quantity="s", corpora={"x": "one", "y": "one"}).evidence
+    assert found.interval is not None and found.interval.unit == "corpus"
+    assert found.interval.data == (2.5, 8.5) and found.value == 5.5
+    assert found.details["by corpus"] == {"one": 2.5, "z": 8.5}
+    assert "2 corpora" in found.text
+    # Of one corpus alone the seeds are what is repeated.
+    same = dict.fromkeys("xyz", "one")
+    found = paired(NAMES, a, b, margin=1.0, quantity="s", corpora=same).evidence
+    assert found.interval is not None and found.interval.unit == "seed"
+    assert found.interval.data == (4.0, 5.0)
+    one_seed = {key: value for key, value in a.items() if key[1] == 0}
+    with pytest.raises(InputError, match="tasks of two corpora, or two seeds"):
+        paired(NAMES, one_seed, b, margin=1.0, quantity="s", corpora=same)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -103,6 +122,7 @@ def test_a_contestant_is_deltas_and_a_rate() -> None:
         ({"contestants": ("lora", "bitfit"), "tasks": ("movie", "movie")}, "different tasks"),
         ({"contestants": ("lora", "bitfit"), "margin": float("nan")}, "margin is nan"),
         ({"contestants": ("lora", "bitfit"), "tasks": ("movie",), "seeds": 1}, "no interval"),
+        ({"contestants": ("lora", "bitfit"), "tasks": ("movie", "rt"), "seeds": 1}, "one corpus"),
         ({"contestants": ("lora", "bitfit@0")}, "positive number"),
         ({"contestants": ("lora", "bitfit@nan")}, "positive number"),
         (
