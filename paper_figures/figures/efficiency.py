@@ -153,7 +153,8 @@ def agreement(table: pd.DataFrame) -> list[Agreement]:
         ours = _spanned(ratios)
         row = f"efficiency, {len(deltas)} deltas in up to {len(_settings(table))} settings"
         agrees = on_side(ours, 1.0, above=False)
-        found.append(Agreement(row, says, "below 1", ours.text(3), agrees))
+        told = f"{ours.value:.2g} [{ours.low:.2g}, {ours.high:.2g}]"
+        found.append(Agreement(row, says, "below 1", told, agrees))
     return found
 
 
