@@ -1,4 +1,4 @@
-# make figures | test | slow | lint | docs | notebooks | clean.  Needs make and Python >= 3.11 with pip and venv.
+# make figures | test | slow | lint | docs | browser | notebooks | clean.  Needs make and Python >= 3.11 with pip and venv.
 
 VENV ?= .venv
 PRESET ?= quick
@@ -13,7 +13,7 @@ test slow: export OMP_NUM_THREADS = 1
 test slow: export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help install figures test slow lint docs notebooks clean
+.PHONY: help install figures test slow lint docs browser notebooks clean
 
 help:
 	@echo "make figures   compute what is missing and draw every figure (PRESET=quick|paper)"
@@ -21,6 +21,7 @@ help:
 	@echo "make slow      the tests that train or solve for minutes"
 	@echo "make lint      ruff and pyright"
 	@echo "make docs      the documentation site, in build/docs/html (EXECUTE=1 runs the notebooks)"
+	@echo "make browser   open every page of that site in Chromium, at two widths; ONLY=concepts/ some"
 	@echo "make notebooks the notebooks with their outputs, as .ipynb and HTML, in build/notebooks"
 	@echo "make clean     remove $(VENV), figures/ and caches; runs/ stays"
 
@@ -65,6 +66,11 @@ docs: $(VENV)/.docs-installed
 	  build/docs/source build/docs/html
 	"$(BIN)/python" -m docs.check build/docs/html
 	@echo "open build/docs/html/index.html"
+
+# Playwright drives the Chromium of the system, or its own: playwright install chromium.
+browser: $(VENV)/.docs-installed
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"
+	"$(BIN)/python" -m docs.browser build/docs/html $(if $(ONLY),--only $(ONLY))
 
 # Those whose text is as when they were executed are left alone; ANEW=1 executes all, in an hour.
 notebooks: export OMP_NUM_THREADS = 1

@@ -29,6 +29,7 @@ pygments_style = "tango"
 html_theme = "pydata_sphinx_theme"
 html_title = "deltacontrol"
 html_context = {"default_mode": "auto"}
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_extra_path = ["_extra"]
 html_css_files = ["site.css"]
