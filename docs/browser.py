@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 WIDTHS = {"desk": (1280, 900), "phone": (390, 844)}
-SETTLED = (
-    "() => !window.MathJax?.startup?.promise || window.MathJax.startup.promise.then(() => true)"
-)
+SETTLED = """() => {
+    const promise = window.MathJax?.startup?.promise;
+    return promise ? promise.then(() => true) : true;
+}"""
 FORMULAS = """() => ({
-    plain: [...document.querySelectorAll('.math')].filter(e => !e.querySelector('mjx-container')).length,
+    plain: [...document.querySelectorAll('.math')]
+        .filter(e => !e.querySelector('mjx-container')).length,
     wrong: document.querySelectorAll('mjx-merror, [data-mjx-error]').length,
     shown: document.querySelectorAll('mjx-container').length,
     wide: document.documentElement.scrollWidth - window.innerWidth,
@@ -67,9 +69,7 @@ def main() -> None:
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        sys.exit(
-            "this needs Playwright: pip install playwright, and Chromium or playwright install chromium"
-        )
+        sys.exit("this needs pip install playwright, and Chromium or playwright install chromium")
     names = [path.relative_to(options.site).as_posix() for path in pages(options.site)]
     names = [n for n in names if n.startswith(options.only) and not n.startswith(options.skip)]
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(options.site)))
