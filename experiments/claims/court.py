@@ -2,7 +2,7 @@
 
 A statement is a TOML file:
 
-    id = 951                        # a number above 900, of your own
+    id = 991                        # a number above 900, of your own
     name = "lora-beats-bitfit"      # letters, digits, - and _: it names the file of the result
     title = "LoRA beats BitFit by a point"
     statement = "At equal steps and tuned rates LoRA is at least a point more accurate"

@@ -27,7 +27,7 @@ class Judge:
 
     The file says who is compared, on what, by how much, and what is to be equal:
 
-        id = 951
+        id = 991
         name = "lora-beats-bitfit"      # letters, digits, - and _
         title = "LoRA beats BitFit by a point"
         statement = "At equal steps and tuned rates LoRA is at least a point more accurate"
