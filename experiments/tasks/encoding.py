@@ -203,6 +203,35 @@ def token_starts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
     return [[begin for begin, _ in offsets] for offsets in found]  # type: ignore[union-attr]
 
 
+def _without_ends(
+    tokenizer: PreTrainedTokenizerBase, columns: list[list[str]], most: int
+) -> list[list[str]]:
+    """Pairs of texts, each up to a word behind so many tokens; the longer one stays the longer one.
+
+    A tokenizer that cuts a pair pairs all the parts that it cuts off, too, in a time that grows
+    with the square of the length; what cannot be among the first tokens is left out before that.
+    """
+    if tokenizer.truncation_side != "right":
+        return columns
+    found: list[list[str]] = [[], []]
+    starts = (token_starts(tokenizer, texts) for texts in columns)
+    for first, second, *both in zip(*columns, *starts, strict=True):
+        texts = (first, second)
+        places = [_word_starts(*one, most) for one in zip(texts, both, strict=True)]
+        longer = len(both[0]) > len(both[1])  # which decides who of them has an odd token more
+        while (places[0][0][0] > places[1][0][0]) is not longer:
+            places[not longer].pop(0)
+        for text, place, kept in zip(texts, places, found, strict=True):
+            kept.append(text[: place[0][1]])
+    return found
+
+
+def _word_starts(text: str, starts: list[int], most: int) -> list[tuple[int, int]]:
+    """Numbers of tokens, from ``most`` on, behind which a word begins, and where; last, the end."""
+    words = [(n, at) for n, at in enumerate(starts) if n >= most and text[at - 1 : at].isspace()]
+    return [*words, (len(starts), len(text))]
+
+
 def encode_rows(
     frame: pd.DataFrame,
     tokenizer: PreTrainedTokenizerBase,
@@ -245,9 +274,11 @@ def encode_rows(
     if template is not None:
         ids = template(frame, max_length, name)
     elif len(frame):
+        columns = [frame[name].tolist() for name in ("text", "text_pair")[: 1 + pairs]]
+        if pairs and max_length is not None:
+            columns = _without_ends(tokenizer, columns, max_length)
         found = tokenizer(
-            frame["text"].tolist(),
-            frame["text_pair"].tolist() if pairs else None,
+            *columns,
             truncation=max_length is not None,
             max_length=max_length,
             return_attention_mask=False,

@@ -1,5 +1,7 @@
 """Batches: complete, repeatable, padded as little as they can be."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from deltacontrol.experiments.tasks import Task
+from deltacontrol.experiments.tasks import Task, encoding
 from deltacontrol.experiments.tasks.encoding import IGNORED, Encoded, encode_rows
 from deltacontrol.theory.errors import InputError
 
@@ -216,8 +218,8 @@ def test_texts_of_one_token_leave_nothing_to_predict(tokenizer: PreTrainedTokeni
         encode(source, tokenizer, max_length=8)
 
 
-@pytest.mark.parametrize("max_length", [None, 9])
-def test_pairs_are_as_the_tokenizer_has_them(max_length: int | None) -> None:
+def with_types() -> PreTrainedTokenizerFast:
+    """Words as tokens, and pairs as BERT has them."""
     words = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])}
     words |= {f"w{i}": i for i in range(4, 60)}
     inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
@@ -226,11 +228,16 @@ def test_pairs_are_as_the_tokenizer_has_them(max_length: int | None) -> None:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )  # fmt: skip
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         pad_token="[PAD]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
+
+
+@pytest.mark.parametrize("max_length", [None, 9])
+def test_pairs_are_as_the_tokenizer_has_them(max_length: int | None) -> None:
+    tokenizer = with_types()
     rows = frame(4, 12, "classification")
     rows["text_pair"] = rows["text"].iloc[::-1].to_numpy()
     split = encode_rows(rows, tokenizer, kind="classification", max_length=max_length)
@@ -246,3 +253,29 @@ def test_pairs_are_as_the_tokenizer_has_them(max_length: int | None) -> None:
         rows.drop(columns="text_pair"), tokenizer, kind="classification", max_length=max_length
     )
     assert "token_type_ids" not in alone.batch()
+
+
+@pytest.mark.parametrize("max_length", [9, 10, 24])
+def test_long_pairs_are_cut_as_the_tokenizer_cuts_them(
+    max_length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left out beforehand is nothing that the tokenizer would have kept."""
+    tokenizer, random = with_types(), np.random.default_rng(0)
+    texts = [
+        [" ".join(f"w{k}" for k in random.integers(4, 60, length)) for length in lengths]
+        for lengths in (random.integers(1, 60, 300), [*random.integers(1, 60, 200), *[40] * 100])
+    ]
+    rows = pd.DataFrame({"text": texts[0], "text_pair": texts[1], "label": [0, 1] * 150})
+    given: list[list[list[str]]] = []
+    cut = encoding._without_ends
+
+    def watched(*arguments: Any) -> list[list[str]]:
+        given.append(cut(*arguments))
+        return given[-1]
+
+    monkeypatch.setattr(encoding, "_without_ends", watched)
+    split = encode_rows(rows, tokenizer, kind="classification", max_length=max_length)
+    expected = tokenizer(*texts, truncation=True, max_length=max_length, padding=True)
+    for name in ("input_ids", "token_type_ids"):
+        assert split.batch()[name].tolist() == expected[name]
+    assert sum(map(len, given[0][0])) < 0.7 * sum(map(len, texts[0]))
