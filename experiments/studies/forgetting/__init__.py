@@ -1,0 +1,1 @@
+"""How far a tuned language model moves from its base on other text."""
