@@ -1,6 +1,7 @@
 """Eight methods on the hundred tasks, each at the rate that was searched for a task's category.
 
-The tasks are those of `deltacontrol.experiments.tasks.families.chosen` that are no language models.
+The tasks are the first ones of `deltacontrol.experiments.tasks.families.chosen` that are no language
+models.
 ``tasks.json`` beside this file has their names, categories, corpora and validation rows, so that
 the grid is known without the data; it is the output of
 
@@ -22,6 +23,7 @@ from deltacontrol.experiments.studies.learning_rates.of_study import StudyRates
 from deltacontrol.experiments.training.finetune import FineTuning
 
 TASKS_FILE = Path(__file__).with_name("tasks.json")
+DRAWN = 126  # of which six are language models, so that 120 are left
 
 MODEL = "minilm-l3"
 DELTAS = (
@@ -56,7 +58,7 @@ def drawn() -> list[Question]:
     """The same from the data, which are fetched where they are missing."""
     return [
         Question(task.name, task.category, task.corpus, len(task.load().validation))
-        for task in tasks.study_tasks()
+        for task in tasks.study_tasks(DRAWN)
         if task.kind != "causal-lm"
     ]
 
