@@ -1,6 +1,6 @@
 """Eight methods on the hundred tasks, each at the rate that was searched for a task's category.
 
-The tasks are the first ones of `deltacontrol.experiments.tasks.families.chosen` that are no language
+The tasks are the first of `deltacontrol.experiments.tasks.families.chosen` that are no language
 models. ``tasks.json`` beside this file has their names, categories, corpora and validation rows, so
 that the grid is known without the data; it is the output of
 
