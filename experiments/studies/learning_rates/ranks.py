@@ -1,4 +1,4 @@
-"""Losses of LoRA over learning rates, ranks and multipliers, on one task, as one record.
+"""Losses of LoRA over learning rates, ranks, multipliers and step ratios, as one record of a task.
 
 The multiplier s of W + s·B A follows a power of the rank r,
 
@@ -21,7 +21,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from deltacontrol.experiments.runs.experiment import Experiment, Outcome, Workspace
 from deltacontrol.experiments.training.settings import check_count, check_number
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
     from deltacontrol.experiments.setting import Setting
 
-Pair = tuple[int, float]  # a rank and its multiplier
+Cell = tuple[int, float, float]  # a rank, its multiplier, and the rate of B over that of A
 
 
 @dataclass(frozen=True)
 class RankRates(Experiment):
-    """Train LoRA at every rank, multiplier and rate.
+    """Train LoRA at every rank, multiplier, step ratio and rate.
 
     Attributes:
         model: as in `deltacontrol.experiments.models.load`.
@@ -47,7 +47,9 @@ class RankRates(Experiment):
         exponents: γ, one multiplier of each rank for each of them.
         multiplier: s₀.
         reference: r₀.
-        rates: of Adam.
+        rates: of Adam, for A.
+        step_ratios: the rate of B over that of A.
+        sites: where LoRA acts; its own sites if empty.
         rows: training rows, drawn by the seed.
         head_rows: rows to which the head is fitted, the training rows first.
         head_ridge: λ of that fit.
@@ -64,6 +66,8 @@ class RankRates(Experiment):
     multiplier: float = 4.0
     reference: int = 4
     rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
+    step_ratios: Sequence[float] = (1.0,)
+    sites: Sequence[str] = ()
     rows: int = 64
     head_rows: int = 256
     head_ridge: float = 1e-2
@@ -73,12 +77,13 @@ class RankRates(Experiment):
     seed: int = 0
 
     kind: ClassVar[str] = "rank-rates"
+    younger: ClassVar[tuple[str, ...]] = ("step_ratios", "sites")
 
     def __post_init__(self) -> None:
         """Check the numbers."""
         for name in ("reference", "rows", "batch_size", "steps"):
             check_count(self, name, least=1)
-        for name in ("ranks", "rates"):
+        for name in ("ranks", "rates", "step_ratios"):
             values = list(getattr(self, name))
             if not values or values != sorted(set(values)) or not 0 < values[0] <= values[-1] < 1e9:
                 raise InputError(f"{name} are {values}; expected increasing numbers above 0")
@@ -104,9 +109,9 @@ class RankRates(Experiment):
     def execute(self, workspace: Workspace) -> Outcome:
         """Train.
 
-        The curve has a row for each step of each training: rank, multiplier, rate, step, and the
-        loss before the update; a training whose loss is not finite ends there. The result holds
-        their number, and head_loss, that of the fitted head over its rows.
+        The curve has a row for each step of each training: rank, multiplier, step_ratio, rate,
+        step, and the loss before the update; a training whose loss is not finite ends there. The
+        result holds their number, and head_loss, that of the fitted head over its rows.
 
         Raises:
             InputError: there are fewer rows than asked for, or no classification.
@@ -116,17 +121,23 @@ class RankRates(Experiment):
 
         setting, head_loss = self._fitted()
         done = _Done(workspace.folder)
-        pairs = dict.fromkeys((r, self.scaled(r, g)) for g in self.exponents for r in self.ranks)
-        count, frames = len(pairs) * len(self.rates), []
+        cells: dict[Cell, None] = dict.fromkeys(
+            (rank, self.scaled(rank, exponent), ratio)
+            for exponent in self.exponents
+            for rank in self.ranks
+            for ratio in self.step_ratios
+        )
+        count, frames = len(cells) * len(self.rates), []
         with tqdm(total=count, disable=not workspace.progress, unit="training") as bar:
-            for pair in pairs:
-                if pair not in done:
-                    done.keep(pair, [self._losses(setting, pair, rate) for rate in self.rates])
+            for cell in cells:
+                if cell not in done:
+                    done.keep(cell, [self._losses(setting, cell, rate) for rate in self.rates])
                 bar.update(len(self.rates))
-                for rate, losses in zip(self.rates, done[pair], strict=True):
+                of_cell = dict(zip(("rank", "multiplier", "step_ratio"), cell, strict=True))
+                for rate, losses in zip(self.rates, done[cell], strict=True):
                     steps = range(1, len(losses) + 1)
-                    columns = {"rank": pair[0], "multiplier": pair[1], "rate": rate, "step": steps}
-                    frames.append(pd.DataFrame(columns | {"loss": losses}))
+                    rows = of_cell | {"rate": rate, "step": steps, "loss": losses}
+                    frames.append(pd.DataFrame(rows))
         result = {"num_trainings": count, "head_loss": head_loss}
         return Outcome("completed", result, pd.concat(frames, ignore_index=True))
 
@@ -171,16 +182,18 @@ class RankRates(Experiment):
             head.bias.copy_(W[:, -1])
         return setting, float(cross_entropy(h @ W.mT, labels))
 
-    def _losses(self, setting: Setting, pair: Pair, rate: float) -> list[float]:
+    def _losses(self, setting: Setting, cell: Cell, rate: float) -> list[float]:
         """Of one training, one a step."""
         from deltacontrol.deltas import LoRA, attach
         from deltacontrol.experiments.training.execution import TrainingBatches
         from deltacontrol.experiments.training.loop import train
         from deltacontrol.experiments.training.settings import Settings
 
-        rank, multiplier = pair
+        rank, multiplier, ratio = cell
         base: PreTrainedModel = setting.base
-        controlled = attach(base, LoRA(rank=rank, alpha=multiplier * rank), seed=self.seed)
+        where: dict[str, Any] = {"sites": tuple(self.sites)} if self.sites else {}
+        delta = LoRA(rank=rank, alpha=multiplier * rank, step_ratio=ratio, **where)
+        controlled = attach(base, delta, seed=self.seed)
         try:
             trained = train(
                 controlled,
@@ -204,18 +217,18 @@ class RankRates(Experiment):
         return trained.curve["loss"].tolist()
 
 
-class _Done(dict[Pair, list[list[float]]]):
-    """The losses of each pair's rates, kept in a file of an interrupted run."""
+class _Done(dict[Cell, list[list[float]]]):
+    """The losses of each cell's rates, kept in a file of an interrupted run."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "losses.json"
         known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else []
-        super().__init__({(rank, multiplier): losses for rank, multiplier, losses in known})
+        super().__init__({(rank, *more): losses for rank, *more, losses in known})
 
-    def keep(self, pair: Pair, losses: list[list[float]]) -> None:
-        """Add those of a pair, and write all of them down."""
-        self[pair] = losses
+    def keep(self, cell: Cell, losses: list[list[float]]) -> None:
+        """Add those of a cell, and write all of them down."""
+        self[cell] = losses
         self.file.parent.mkdir(parents=True, exist_ok=True)
         beside = self.file.with_suffix(".partial")
-        beside.write_text(json.dumps([[*p, found] for p, found in self.items()]), encoding="utf-8")
+        beside.write_text(json.dumps([[*c, found] for c, found in self.items()]), encoding="utf-8")
         os.replace(beside, self.file)

@@ -190,7 +190,8 @@ def test_claim_14_slopes_of_the_best_ratios(tiny: Tiny, monkeypatch: pytest.Monk
     torch.testing.assert_close(few(fixed=64).losses(64, 0), few().losses(64, 0))
     monkeypatch.setattr(lora_widths, "WidthStudy", few)
     claim = tiny("14_lora_step_ratio", WIDTHS=(64, 256), SEEDS=(0, 1), FIXED=64)
-    part = judge(claim.CLAIM).part()
+    exact = replace(claim.CLAIM, parts=claim.CLAIM.parts[:1], runs=None)
+    part = judge(replace(exact, predict=lambda: {"slope": 1.0})).part()
     assert part.passing is not None
     for evidence in (part.evidence, part.control, part.passing):
         ratios = evidence.details["log2 of the best ratio"]
@@ -210,12 +211,12 @@ def test_claim_14_a_known_ratio_gives_its_slope(
     for power, passes in ((1.0, True), (0.0, False), (2.0, False)):
         found = lambda width, seed, *_: (power * math.log2(width) + 1e-3 * seed, 1e-3, False)  # noqa: B023, E731
         monkeypatch.setattr(claim, "_best", found)
-        evidence = claim._measure({"slope": 1.0})
+        evidence = claim._measure({"slope": 1.0}, None)
         assert evidence.value == pytest.approx(power, abs=1e-9)
         assert threshold.passes(evidence.value) is passes and evidence.assumption_met
     edges = lambda width, seed, *_: (math.log2(width), 0.5, width == 64)  # noqa: E731
     monkeypatch.setattr(claim, "_best", edges)
-    assert not any(claim._measure({"slope": 1.0}).assumptions.values())
+    assert not any(claim._measure({"slope": 1.0}, None).assumptions.values())
 
 
 @pytest.mark.slow
