@@ -110,6 +110,26 @@ of_a, of_b = exponents(lambda width: width // 2)
 print(f"half as many inputs as outputs: {of_a:.3f} (A), {of_b:.3f} (B)")
 assert abs(of_a - 1) < 0.1 and abs(of_b) < 0.1
 
+# %% [markdown]
+# ## With a multiplier, and a rank that grows
+#
+# Let the layer be $W + s\,B A$ of rank $r$. The sums over $k$ have $r$ terms, and a step of $B$
+# comes with the factor $s$:
+# $$\delta(sBAh) = \Theta(s\,\eta_B\, r) + \Theta(s\,\eta_B\, r \cdot \eta_A n),$$
+# both of order one for $\eta_B = \Theta(1/(s r))$ and $\eta_A = \Theta(1/n)$, so that
+# $\eta_B/\eta_A = \Theta(n/(s r))$. With a fixed $s$ and a rank in proportion to the width the ratio
+# stays: the negative control in pre-trained models, whose layers always have inputs that grow. With
+# the usual $s = \alpha/r$ it is $\Theta(n)$ for every rank, which has to pass.
+
+# %%
+rank, s = sp.symbols("r s", positive=True)
+first, second = s * b * rank, s * b * rank * a * n
+(rates,) = sp.solve([sp.Eq(first, 1), sp.Eq(second, 1)], [a, b], dict=True)
+ratio = sp.simplify(rates[b] / rates[a])
+assert sp.simplify(ratio - n / (s * rank)) == 0
+assert ratio.subs(rank, n / 16).free_symbols == {s}
+assert sp.simplify(ratio.subs(s, 16 / rank)) == n / 16
+
 # %%
 import matplotlib.pyplot as plt
 
