@@ -118,7 +118,7 @@ assert abs(of_a - 1) < 0.1 and abs(of_b) < 0.1
 # $$\delta(sBAh) = \Theta(s\,\eta_B\, r) + \Theta(s\,\eta_B\, r \cdot \eta_A n),$$
 # both of order one for $\eta_B = \Theta(1/(s r))$ and $\eta_A = \Theta(1/n)$, so that
 # $\eta_B/\eta_A = \Theta(n/(s r))$. With a fixed $s$ and a rank in proportion to the width the
-# ratio stays: the negative control in pre-trained models, whose layers always have inputs that grow.
+# ratio stays: the negative control in pre-trained models, whose layers all have inputs that grow.
 # With the usual $s = \alpha/r$ it is $\Theta(n)$ for every rank, which has to pass.
 
 # %%
