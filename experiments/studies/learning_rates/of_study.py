@@ -2,15 +2,16 @@
 
 A study names the kind of a run by a key, such as ``topic/lora``. The rate of a key is the one of
 the best mean metric over the trials of that key; the mean loss breaks ties. Trials of a rate are
-runs that differ in task and seed. Test rows are never looked at. A rate at an end of those that
-were tried is marked, because the best one may lie outside.
+runs that differ in task and seed. Test rows are never looked at. Where the best rate is at an end of
+those that were tried, a next one beyond it is tried, a few times; if it is still at an end it is
+marked, because the best one may lie outside.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,6 +25,7 @@ from deltacontrol.experiments.training.finetune import FineTuning
 from deltacontrol.theory.errors import InputError
 
 LOSSES = {"accuracy": "loss", "pearson": "mse"}  # which breaks ties of the metric
+BEYOND, STRIDE = 3, 3.0  # how often an end is moved, and by which factor
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,18 @@ class StudyRates:
                 ends.append(name)
         return {"rates": rates, "at_end_of_grid": ends, "trials": kept}
 
+    def beyond(self, trials: Sequence[FineTuning], records: Sequence[Record]) -> list[FineTuning]:
+        """The trials at a next rate of every key whose best rate is at an end."""
+        chosen, found = self.choose(records), {}
+        for name in chosen["at_end_of_grid"]:
+            low, high = (chosen["trials"][name][place]["rate"] for place in (0, -1))
+            rate = low / STRIDE if chosen["rates"][name] == low else high * STRIDE
+            for trial in trials:
+                if self.key(trial.to_config()) == name:
+                    further = replace(trial, learning_rate=float(f"{rate:.3g}"))
+                    found[repr(further)] = further
+        return list(found.values())
+
     def publish(self, records: Sequence[Record]) -> None:
         """Make the committed rates those of the given records."""
         publish(records, f"rates/{self.study}", exactly=True)
@@ -98,7 +112,13 @@ class StudyRates:
             require_clean()
         from deltacontrol.experiments.runs.sweep import run_all  # imports torch
 
-        found = run_all(trials(), both_homes(asked.runs, keep_controls=False), asked.workers)
+        store, first = both_homes(asked.runs, keep_controls=False), trials()
+        found = run_all(first, store, asked.workers)
+        for _ in range(BEYOND):
+            further = self.beyond(first, found)
+            if not further:
+                break
+            found += run_all(further, store, asked.workers)
         chosen = self.choose(found)
         print(json.dumps({part: chosen[part] for part in ("rates", "at_end_of_grid")}, indent=1))
         if asked.publish:
