@@ -2,8 +2,8 @@
 
 A study names the kind of a run by a key, such as ``topic/lora``. The rate of a key is the one of
 the best mean metric over the trials of that key; the mean loss breaks ties. Trials of a rate are
-runs that differ in task and seed. Test rows are never looked at. Where the best rate is at an end of
-those that were tried, a next one beyond it is tried, a few times; if it is still at an end it is
+runs that differ in task and seed. Test rows are never looked at. Where the best rate is at an end
+of those that were tried, a next one beyond it is tried, a few times; if it is still at an end it is
 marked, because the best one may lie outside.
 """
 
