@@ -27,6 +27,8 @@ import numpy as np
 import pandas as pd
 
 from deltacontrol.paper_figures.clusters import Clusters, Estimate
+from deltacontrol.theory.errors import InputError
+from deltacontrol.theory.evidence import CONFIDENCE
 
 __all__ = ["Agreement", "no_gain", "on_side", "same_order", "same_side", "same_size"]
 
@@ -99,7 +101,7 @@ def same_size(
     low, high = ours.low - published, ours.high - published
     outside = low > margin or high < -margin
     agrees = True if -margin <= low and high <= margin else False if outside else None
-    told, text = f"{published:+.{digits}f} ± {margin:g}", ours.text(digits, "+")
+    told, text = f"{published:+.{digits}f} (our margin {margin:g})", ours.text(digits, "+")
     return Agreement(row, says, told, text, agrees, why)
 
 
@@ -116,7 +118,7 @@ def no_gain(
     """Whether a gain that the source did not find stays below a margin here too."""
     agrees = on_side(ours, margin, above=False)
     told, text = f"{published:+.{digits}f}", ours.text(digits, "+")
-    return Agreement(row, says, f"{told} (below {margin:g})", text, agrees, why)
+    return Agreement(row, says, f"{told} (our margin {margin:g})", text, agrees, why)
 
 
 def same_order(
@@ -130,33 +132,44 @@ def same_order(
 ) -> Agreement:
     """Whether averages stand in a published order, the best first.
 
-    They do where each is ahead of the next one, by an interval of their difference; they do not
-    where some is behind the next one. Kendall's τ, the mean over pairs of +1 for the published
-    order and -1 for the contrary, tells how near they are.
+    They do where each is ahead of the next one, by the 95 % interval of their difference. They do
+    not where some is behind the next one; as any of k steps may be, the intervals that say so are
+    those of 1 - 0.05/k. Kendall's τ, the mean over pairs of +1 for the published order and -1 for
+    the contrary, tells how near they are.
 
     Args:
         row: as in `Agreement`.
-        order: columns of ``points``.
+        order: columns of ``points``, two or more.
         points: a row a task, a column a method.
         clusters: of the tasks.
         names: of the methods, as they are shown.
         why: as in `Agreement`.
+
+    Raises:
+        InputError: the order is of fewer than two methods, or of one that has no points.
     """
-    pairs = list(combinations(range(len(order)), 2))
+    lacking = [name for name in order if name not in points]
+    if lacking or len(order) < 2:
+        raise InputError(
+            f"an order of {', '.join(order) or 'no method'} cannot be held against "
+            f"{', '.join(map(str, points))}; it needs two methods or more, all of them there"
+        )
+    pairs, count = list(combinations(range(len(order)), 2)), len(order) - 1
+    own = points[list(order)]
 
     def tau(means: np.ndarray) -> np.ndarray:
         return np.mean([np.sign(means[:, i] - means[:, j]) for i, j in pairs], axis=0)
 
-    own = points[list(order)]
-    found = clusters.of_means(own, tau)
-    steps = [
-        clusters.of_means(own, lambda means, i=i: means[:, i] - means[:, i + 1])
-        for i in range(len(order) - 1)
-    ]
+    def steps(confidence: float) -> list[Estimate]:
+        return [
+            clusters.of_means(own, lambda means, i=i: means[:, i] - means[:, i + 1], confidence)
+            for i in range(count)
+        ]
+
     agrees = None
-    if all(step.low > 0 for step in steps):
+    if all(step.low > 0 for step in steps(CONFIDENCE)):
         agrees = True
-    elif any(step.high < 0 for step in steps):
+    elif any(step.high < 0 for step in steps(1 - (1 - CONFIDENCE) / count)):
         agrees = False
-    says = " > ".join(names or order)
+    says, found = " > ".join(names or order), clusters.of_means(own, tau)
     return Agreement(row, says, "τ 1", f"τ {found.text(2)}", agrees, why)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from deltacontrol.theory.evidence import LEAST_ROWS, RESAMPLES, Evidence
+from deltacontrol.theory.evidence import CONFIDENCE, LEAST_ROWS, RESAMPLES, Evidence
 
 __all__ = ["Clusters", "Estimate"]
 
@@ -85,21 +85,26 @@ class Clusters:
             sums, sizes = sums / sizes[:, None], np.ones(self.count)
         return (self._times @ sums) / (self._times @ sizes)[:, None]
 
-    def estimate(self, numbers: np.ndarray) -> Estimate:
+    def estimate(self, numbers: np.ndarray, confidence: float = CONFIDENCE) -> Estimate:
         """A number of the sample with the interval of its draws (1 + draws,)."""
         if self.count < LEAST_ROWS or not math.isfinite(numbers[0]):
             return Estimate(float(numbers[0]))
         found = Evidence.of_draws(float(numbers[0]), numbers[1:], "corpus", self.count)
-        return Estimate(found.value, *found.bounds())
+        return Estimate(found.value, *found.bounds(confidence))
 
     def of_means(
-        self, values: pd.DataFrame, statistic: Callable[[np.ndarray], np.ndarray] | None = None
+        self,
+        values: pd.DataFrame,
+        statistic: Callable[[np.ndarray], np.ndarray] | None = None,
+        confidence: float = CONFIDENCE,
     ) -> Estimate:
         """A statistic of the columns' means; of one column the mean itself.
 
         Args:
             values: a row a task, in the order of the labels.
             statistic: of the means (1 + draws, columns), a number a row.
+            confidence: of the interval.
         """
         means = self.means(values)
-        return self.estimate(means[:, 0] if statistic is None else statistic(means))
+        numbers = means[:, 0] if statistic is None else statistic(means)
+        return self.estimate(numbers, confidence)

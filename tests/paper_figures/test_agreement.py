@@ -62,7 +62,7 @@ def test_a_whole_interval_on_one_side_decides_a_sign(published, low, high, agree
 )
 def test_a_size_agrees_within_its_margin(low: float, high: float, agrees: bool | None) -> None:
     found = same_size("row", "says", 1.0, Estimate(0.5 * (low + high), low, high), 0.5)
-    assert found.agrees is agrees and found.published == "+1.0 ± 0.5"
+    assert found.agrees is agrees and found.published == "+1.0 (our margin 0.5)"
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,10 @@ def test_an_order_is_judged_by_the_means_of_whole_clusters() -> None:
     # One exchange among neighbours is another order, however large τ is.
     exchanged = same_order("row", ("b", "a", "c"), points, clusters)
     assert exchanged.agrees is False and "τ 0.33" in exchanged.ours
+    with pytest.raises(InputError, match="an order of a cannot be held against a, b, c"):
+        same_order("row", ("a",), points, clusters)
+    with pytest.raises(InputError, match="two methods or more, all of them there"):
+        same_order("row", ("a", "d"), points, clusters)
     same = points.assign(b=points["a"] + np.tile([3.0, -3.0], 5))
     assert same_order("row", ("b", "a"), same, clusters).agrees is None
 
