@@ -1,8 +1,9 @@
 """How many updates, and how many seconds, each method needs to be nearly done.
 
 `deltacontrol.paper_figures.progress.nearly_done` says when a training is. Times are averaged as
-logarithms over tasks, each of a corpus of its own. A training that learns nothing counts with all
-of its steps.
+logarithms over tasks, each of a corpus of its own. A training that learns nothing, or diverges, is
+never nearly done; it counts with all of its steps in averages, which are too small then, and not at
+all where methods are compared.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ STUDY = "convergence"
 # Ding et al., Nature Machine Intelligence 5, 2023, section "Convergence": T5-base.
 PUBLISHED_ORDER = (("full", "houlsby", "prefix"), ("full", "lora", "prefix"))
 ALIKE, FACTOR = ("houlsby", "lora"), 1.5  # their times differ by less than the factor
+ROW = "convergence, tasks that these learn"
 INK = "#222222"
 
 
@@ -56,6 +58,8 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
         majority = number(record.result["majority_share"])
         last = float(smoothed(seen["accuracy"])[-1]) if len(seen) > 1 else majority
         least = least_way(majority, config["eval_limit"])
+        learnt = last - majority >= least
+        learnt &= record.status != "diverged"
         steps = nearly_done(
             seen["step"], seen["accuracy"], majority,
             rows=config["eval_limit"], last=config["steps"],
@@ -67,9 +71,11 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                 "seed": record.config["seed"],
                 "majority": majority,
                 "last": last,
-                "learnt": last - majority >= least,
-                "steps_95": steps,
-                "seconds_95": steps * number(record.result["seconds_per_step"]),
+                "learnt": learnt,
+                "rises": learnt and _rise(seen["accuracy"]) > least,
+                "steps_95": steps if learnt else float(config["steps"]),
+                "seconds_95": (steps if learnt else config["steps"])
+                * number(record.result["seconds_per_step"]),
                 "learning_rate": record.config["learning_rate"],
                 "model": record.config["model"],
                 "steps": record.config["steps"],
@@ -80,6 +86,12 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
             }
         )
     return by_method(pd.DataFrame(rows), ["task", "method", "seed"])
+
+
+def _rise(accuracy: pd.Series) -> float:
+    """The mean of the last quarter of the looks less that of the quarter before."""
+    quarter = max(1, len(accuracy) // 4)
+    return float(accuracy.iloc[-quarter:].mean() - accuracy.iloc[-2 * quarter : -quarter].mean())
 
 
 def curves(records: Sequence[Record]) -> pd.DataFrame:
@@ -147,46 +159,62 @@ def caption(table: pd.DataFrame) -> str:
     """Which method is nearly done first, and how it was measured."""
     steps, shown, first = _averages(table, "steps_95"), looks(table["method"]), table.iloc[0]
     order = sorted(steps, key=lambda name: steps[name].value)
-    nothing = int((~table["learnt"]).sum())
+    nothing, rising = int((~table["learnt"]).sum()), int(table["rises"].sum())
     return (
         f"{sentence(shown[order[0]].label)} is nearly done first, after "
         f"{steps[order[0]].text(0)} updates, and {shown[order[-1]].label} last, after "
         f"{steps[order[-1]].text(0)}. {TITLE}: {first['model']}, {first['steps']} updates of "
-        f"{first['batch_size']} rows, a look at validation rows every {first['eval_every']} "
-        f"updates, {counted(table['task'].nunique(), 'task')} of as many corpora. The way of a "
-        "training is from the accuracy of the majority class to that of its end (running means of "
-        f"three looks), and it is nearly done where {100 * SHARE:g} % of it are behind it. (a) "
-        "Mean "
-        "share of the way over tasks. (b, c) Steps and seconds until then: a dot is a task, the "
-        "diamond the geometric mean with its 95 % interval, drawn from tasks. Seconds are of this "
-        "machine, without the looks."
+        f"{first['batch_size']} rows at a constant rate, a look at validation rows every "
+        f"{first['eval_every']} updates, {counted(table['task'].nunique(), 'task')} of "
+        "as many corpora. The way of a training is from the accuracy of the majority class to that "
+        "of its end (running means of three looks), and it is nearly done where "
+        f"{100 * SHARE:g} % of it are behind it. (a) Mean share of the way over tasks. (b, c) "
+        "Steps and seconds until then: a dot is a task, the diamond the geometric mean with its "
+        "95 % interval, drawn from tasks. Seconds are of this machine, without the looks."
         + (
             f" {nothing} of {len(table)} trainings learn nothing that so few rows tell: they count "
             "with all of their steps, and are not in (a)."
             if nothing
             else ""
         )
+        + (f" {rising} still rise in the last quarter." if rising else "")
     )
 
 
 def agreement(table: pd.DataFrame) -> list[Agreement]:
-    """The published order of convergence beside ours."""
-    speeds, shown = -np.log(_wide(table, "steps_95")), looks(table["method"])
-    clusters = Clusters([str(task) for task in speeds.index])
-    found = [
-        same_order(
-            "convergence", order, speeds, clusters, names=[shown[name].label for name in order]
-        )
-        for order in PUBLISHED_ORDER
-    ]
+    """The published order of convergence beside ours, on tasks that all of its methods learn."""
+    shown, found = looks(table["method"]), []
+    for order in PUBLISHED_ORDER:
+        speeds, clusters = _speeds(table, order)
+        names = [shown[name].label for name in order]
+        if clusters is None:
+            found.append(Agreement(ROW, " > ".join(names), "τ 1", "no such task", None))
+            continue
+        row = f"{ROW} ({len(speeds)})"
+        found.append(same_order(row, order, speeds, clusters, names=names))
     one, other = ALIKE
-    ratio = clusters.of_means(
-        speeds[[other, one]], lambda means: (means[:, 0] - means[:, 1]) / np.log(FACTOR)
-    )
+    speeds, clusters = _speeds(table, ALIKE)
+    ratio = Estimate(np.nan)
+    if clusters is not None:
+        ratio = clusters.of_means(
+            speeds[[other, one]], lambda means: (means[:, 0] - means[:, 1]) / np.log(FACTOR)
+        )
+    row = f"{ROW} ({len(speeds)})"
     text = f"{shown[one].label} and {shown[other].label} converge alike (log of the ratio of steps"
     text += f" in units of log {FACTOR:g})"
-    found.append(same_size("convergence", text, 0.0, ratio, 1.0, digits=2))
+    found.append(same_size(row, text, 0.0, ratio, 1.0, digits=2))
     return found
+
+
+def _speeds(table: pd.DataFrame, methods: Sequence[str]) -> tuple[pd.DataFrame, Clusters | None]:
+    """Minus the log of the steps, on tasks that all of the methods learn with every seed."""
+    own = table[table["method"].isin(list(methods))]
+    learnt = own.groupby("task")["learnt"].all()
+    kept = own[own["task"].map(learnt)]
+    if kept.empty:
+        return kept, None
+    speeds = -np.log(_wide(kept, "steps_95"))
+    return speeds, Clusters([str(task) for task in speeds.index])
 
 
 def _wide(table: pd.DataFrame, what: str) -> pd.DataFrame:

@@ -60,6 +60,29 @@ def test_slow_methods_stand_behind_in_the_order(records) -> None:
     assert averages["prompt"].value == pytest.approx(88, rel=0.1)
 
 
+def test_what_learns_nothing_or_diverges_is_compared_with_nothing(records) -> None:
+    """Level times of two methods that learn nothing are no agreement."""
+    tasks = sorted({str(r.config["task"]) for r in records})
+
+    def idle(record: Record) -> bool:
+        return record.config["deltas"][0]["name"] in ("lora", "houlsby")
+
+    few = [
+        replace(r, result=r.result | {"majority_share": 0.79})
+        if idle(r) and r.config["task"] in tasks[:6]
+        else replace(r, status="diverged")
+        if idle(r)
+        else r
+        for r in records
+    ]
+    table = convergence.table(few)
+    own = table[table["method"].isin(["lora", "houlsby"])]
+    assert not own["learnt"].any() and (own["steps_95"] == own["steps"]).all()
+    found = convergence.agreement(table)
+    assert [one.agrees for one in found] == [None] * 3 and found[0].ours == "no such task"
+    assert f"{len(own)} of {len(table)} trainings learn nothing" in convergence.caption(table)
+
+
 def test_runs_of_two_settings_are_not_averaged(records) -> None:
     other = replace(records[0], config=records[0].config | {"steps": 7, "seed": 99})
     with pytest.raises(InputError, match="differ in more than their seed"):

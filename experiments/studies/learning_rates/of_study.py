@@ -69,13 +69,25 @@ class StudyRates:
         return rates
 
     def choose(self, records: Sequence[Record]) -> dict[str, Any]:
-        """The best rate of every key; a rate that diverged in a trial cannot win."""
+        """The best rate of every key; a rate that diverged in a trial cannot win.
+
+        Raises:
+            InputError: the rates of a key were not tried on the same tasks with the same seeds.
+        """
         trials: dict[str, dict[float, list[Record]]] = {}
         for record in sorted(records, key=lambda r: r.id):
             of_rate = trials.setdefault(self.key(record.config), {})
             of_rate.setdefault(record.config["learning_rate"], []).append(record)
         rates, ends, kept = {}, [], {}
         for name, by_rate in sorted(trials.items()):
+            on = [
+                sorted((r.config["task"], r.config["seed"]) for r in rs) for rs in by_rate.values()
+            ]
+            if any(one != on[0] for one in on):
+                raise InputError(
+                    f"the rates of {name} were not tried on the same tasks and seeds; run "
+                    f"python -m deltacontrol.experiments.studies.{self.study}.rates to its end"
+                )
             rows = [_trial(rate, by_rate[rate]) for rate in sorted(by_rate)]
             kept[name] = rows
             told = [row for row in rows if row["score"] is not None]
