@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from deltacontrol.experiments.runs.record import Record
-from deltacontrol.paper_figures.agreement import Agreement, Estimate, on_side
+from deltacontrol.paper_figures.agreement import Agreement, on_side
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates
+from deltacontrol.paper_figures.clusters import Estimate
 from deltacontrol.paper_figures.marks import by_method, joined, letter, looks, method, number
 from deltacontrol.theory.errors import InputError
 
