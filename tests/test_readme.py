@@ -66,5 +66,7 @@ def test_commands_exist() -> None:
 def test_linked_files_exist() -> None:
     text = README.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    missing = [link for link in links if not (README.parent / link).exists()]
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    places = {f"#{re.sub(r'[^a-z0-9 -]', '', one.lower()).replace(' ', '-')}" for one in headings}
+    missing = [n for n in links if n not in places and not (README.parent / n).exists()]
     assert links and not missing

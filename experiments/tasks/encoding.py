@@ -278,7 +278,8 @@ def encode_rows(
         if pairs and max_length is not None:
             columns = _without_ends(tokenizer, columns, max_length)
         found = tokenizer(
-            *columns,
+            columns[0],
+            columns[1] if pairs else None,
             truncation=max_length is not None,
             max_length=max_length,
             return_attention_mask=False,

@@ -22,7 +22,8 @@ LAST = ("steps", "parameters", "score", "status", "date")
 # Of these, the first to be kept where there is little room; then other fields by their order.
 KEPT = ("id", "delta", "score", "task", "model", "seed", "rate", "status", "kind", "parameters",
         "steps")  # fmt: skip
-WIDEST = 34  # letters of a cell
+CHIEFLY = KEPT[:4]  # for which longer cells are cut, where there is little room
+WIDEST = (34, 26, 20)  # letters of a cell
 LEAST_ID = 8
 # Names of one thing that another column shows already.
 _SHOWN_ELSEWHERE = {"deltas", "learning_rate", "result.steps"}
@@ -38,10 +39,14 @@ def lines(rows: Sequence[Row], ids: Sequence[str], width: int) -> list[str]:
     """
     if not rows:
         return []
-    columns = {name: [_cut(cell) for cell in cells] for name, cells in table(rows, ids).items()}
-    heading = {name: [title(name, rows)] for name in columns}
-    sizes = {name: max(map(len, (*heading[name], *columns[name]))) for name in columns}
-    shown, left_out = _fitting(sizes, width)
+    whole = table(rows, ids)
+    heading = {name: [title(name, rows)] for name in whole}
+    for widest in WIDEST:
+        columns = {name: [_cut(cell, widest) for cell in cells] for name, cells in whole.items()}
+        sizes = {name: max(map(len, (*heading[name], *columns[name]))) for name in columns}
+        shown, left_out = _fitting(sizes, width)
+        if not set(CHIEFLY) & set(left_out):
+            break
     right = {name for name in shown if all(_is_numeral(cell) for cell in columns[name])}
     found = []
     for source in (heading, columns):
@@ -191,8 +196,8 @@ def _argument(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else _text(value).replace(",", "")
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _is_numeral(text: str) -> bool:
