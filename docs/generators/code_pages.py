@@ -13,6 +13,7 @@ PATTERNS = (
     "theory/**/*.py",
     "deltas/**/*.py",
     "experiments/**/*.py",
+    "experiments/claims/statements/*.toml",
     "paper_figures/**/*.py",
     "proofs_notebooks/*.py",
     "src/deltacontrol/*.py",
@@ -53,10 +54,10 @@ def write(out: Path) -> int:
 def _coloured(place: Path, text: str) -> str:
     from pygments import highlight
     from pygments.formatters import HtmlFormatter
-    from pygments.lexers import JsonLexer, PythonLexer
+    from pygments.lexers import JsonLexer, PythonLexer, TOMLLexer
 
-    lexer = JsonLexer() if place.suffix == ".json" else PythonLexer()
-    return highlight(text, lexer, HtmlFormatter())
+    lexer = {".json": JsonLexer, ".toml": TOMLLexer}.get(place.suffix, PythonLexer)
+    return highlight(text, lexer(), HtmlFormatter())
 
 
 _PAGE = """<!doctype html>

@@ -64,7 +64,7 @@ def _source() -> str:
         "# The source's results beside ours",
         "The empirical half of Ding et al., Nature Machine Intelligence 5, 2023, at the size of a "
         "laptop. A range decides, as "
-        "[paper_figures.agreement](../api/paper_figures.md) says.",
+        "[paper_figures.agreement](../api/deltacontrol.paper_figures.md) says.",
         source.markdown(),
         "",
     ])  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -17,7 +18,7 @@ from deltacontrol.experiments.claims import scoreboard
 from deltacontrol.experiments.cli import main as cli
 from deltacontrol.paper_figures import base
 from docs import check, generate
-from docs.generators import api, commands, deltas, figures, markdown, notebooks, solvers
+from docs.generators import api, code_pages, commands, deltas, figures, markdown, notebooks, solvers
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = generate.pages()
@@ -50,6 +51,19 @@ def test_every_page_is_in_a_table_of_contents() -> None:
                         listed.add((Path(page).parent / f"{target}.md").as_posix())
     assert set(PAGES) <= listed
     assert listed <= set(PAGES)
+
+
+def test_pages_that_are_drawn_from_records_link_to_what_is_there() -> None:
+    shown = {path.relative_to(ROOT).as_posix() for path in code_pages.files()}
+    drawn = [page for page in PAGES if re.match("claims/[a-z]|figures/source", page)]
+    assert len(drawn) > 5
+    for page in drawn:
+        text = PAGES[page]()
+        code = re.findall(r"\(?\.\./code/([^)#\s\"]+)\.html", text)
+        assert set(code) <= shown, page
+        for target in re.findall(r"\]\(([^):]+\.md)", text):
+            place = os.path.normpath(Path(page).parent / target)
+            assert place in PAGES, f"{page} links to {target}"
 
 
 @pytest.mark.parametrize("name", sorted(registry.available()))
