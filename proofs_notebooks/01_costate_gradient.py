@@ -17,10 +17,13 @@
 # ## Statement
 #
 # Let $x_{t+1} = f_t(x_t, u_t)$, $t = 0, \dots, L-1$, with $x_0$ given, and
+#
 # $$J(u) = \Phi(x_L) + \sum_{t=0}^{L-1} \ell_t(x_t, u_t), \qquad
 # H_t(x, u, p) = \ell_t(x, u) + \langle p, f_t(x, u) \rangle .$$
+#
 # Define the costates backwards by $p_L = \nabla\Phi(x_L)$ and
 # $p_t = \nabla_x H_t(x_t, u_t, p_{t+1})$. Then
+#
 # $$\boxed{\;\nabla_{u_t} J(u) = \nabla_u H_t(x_t, u_t, p_{t+1})\;} \qquad t = 0, \dots, L-1 .$$
 #
 # Hence $\nabla J = 0$ if and only if $\nabla_u H_t = 0$ at every step, and one backward sweep gives
@@ -41,15 +44,18 @@
 #
 # Let $V_t(x)$ be the cost to go from state $x$ at step $t$ under the fixed controls
 # $u_t, \dots, u_{L-1}$:
+#
 # $$V_L(x) = \Phi(x), \qquad V_t(x) = \ell_t(x, u_t) + V_{t+1}(f_t(x, u_t)) .$$
 #
 # *Step 1: $p_t = \nabla V_t(x_t)$.* True for $t = L$ by definition. If it is true for $t+1$, the
 # chain rule gives
+#
 # $$\nabla V_t(x_t) = \nabla_x \ell_t + (\partial_x f_t)^\top \nabla V_{t+1}(x_{t+1})
 # = \nabla_x \ell_t + (\partial_x f_t)^\top p_{t+1} = \nabla_x H_t(x_t, u_t, p_{t+1}) = p_t .$$
 #
 # *Step 2.* A change of $u_t$ alone leaves $x_0, \dots, x_t$ and the costs before $t$ as they are,
 # so
+#
 # $$\nabla_{u_t} J = \nabla_{u_t} \bigl[ \ell_t(x_t, u_t) + V_{t+1}(f_t(x_t, u_t)) \bigr]
 # = \nabla_u \ell_t + (\partial_u f_t)^\top p_{t+1} = \nabla_u H_t(x_t, u_t, p_{t+1}) .
 # \qquad\blacksquare$$

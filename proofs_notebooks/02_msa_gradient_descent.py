@@ -53,8 +53,10 @@
 #
 # **B.** $H_t$ is a quadratic function of its control with Hessian $R_t$, the states and costates
 # held fixed. Its minimiser is one Newton step from anywhere, in particular from the present $u_t$:
+#
 # $$\arg\min_v H_t(x_t, v, p_{t+1}) = u_t - R_t^{-1} \nabla_u H_t(x_t, u_t, p_{t+1})
 # = u_t - R_t^{-1} \nabla_{u_t} J(u) .$$
+#
 # As $\nabla J(u) = (R + M) u + g$, the error obeys $e^{k+1} = -R^{-1} M\, e^k$. $R^{-1}M$ is
 # similar to the symmetric $R^{-1/2} M R^{-1/2}$, so that its eigenvalues are real and its powers
 # tend to zero if and only if all of them lie in $(-1, 1)$. When $M \succeq 0$ (no cross term,
@@ -63,7 +65,9 @@
 # *Scalar example.* $x_{t+1} = x_t + b u_t$, $J = \frac q2 x_L^2 + \frac r2 \sum_t u_t^2$: here $M =
 # q b^2\, \mathbf 1 \mathbf 1^\top$, whose one eigenvalue other than $0$ is $q b^2 L$. Exact MSA
 # converges from every start if and only if
+#
 # $$\frac{q\, b^2 L}{r} < 1,$$
+#
 # and multiplies the error along $\mathbf 1$ by $-q b^2 L / r$ each time otherwise, although $J$ is
 # strictly convex: depth alone destroys it. Gradient descent converges for every
 # $\eta < 2/(r + q b^2 L)$.
@@ -95,8 +99,10 @@ assert contraction.rank() == 1
 # vectors, $G_t b = \sigma a$, and put $s a$ in the first column of $A$, $-s b^\top$ in the first
 # row of $B$: $\langle G_t, AB \rangle = -s^2 \sigma \to -\infty$. With weight decay, for all $A,
 # B$,
+#
 # $$|\langle G_t, AB \rangle| \le \sigma_{\max}(G_t)\, \|A\| \|B\|
 # \le \tfrac12 \sigma_{\max}(G_t) \left( \|A\|^2 + \|B\|^2 \right),$$
+#
 # and the singular vectors attain it: $H_t - \mathrm{const} \ge
 # \frac12 (\lambda - \sigma_{\max}) (\|A\|^2 + \|B\|^2)$. $\blacksquare$
 #

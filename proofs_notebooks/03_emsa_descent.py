@@ -17,13 +17,17 @@
 # ## Statement
 #
 # Let $x, p$ be the states and costates of the controls $u$, and for controls $v$
+#
 # $$D_t(v_t) = |f_t(x_t, v_t) - x_{t+1}|^2 + |\nabla_x H_t(x_t, v_t, p_{t+1}) - p_t|^2, \qquad
 # K_t(v_t) = H_t(x_t, v_t, p_{t+1}) + \tfrac\rho2 D_t(v_t),$$
+#
 # so that $D_t(u_t) = 0$. Extended MSA (Li, Chen, Tai & E, JMLR 18(165), 2018, algorithm 2) replaces
 # all $u_t$ at once by minimisers of $K_t$.
 #
 # **A.** With a constant $C$ of notebook 4, for every $v$,
+#
 # $$J(v) - J(u) \le \sum_t [K_t(v_t) - K_t(u_t)] - (\tfrac\rho2 - C) \sum_t D_t(v_t) .$$
+#
 # For $\rho \ge 2C$ the function $J(u) + \sum_t [K_t(v_t) - K_t(u_t)]$ is a majorant of $J$ which
 # touches it at $v = u$.
 #
@@ -33,8 +37,10 @@
 # K_t(u_t)|^2$ in every iteration, and $J$ is bounded below, then $\nabla J \to 0$.
 #
 # **C.** On a linear-quadratic problem with cross terms $x^\top N_t u$ the exact step is
+#
 # $$u_t \leftarrow u_t - (R_t + \rho\, G_t)^{-1} \nabla_{u_t} J, \qquad
 # G_t = B_t^\top B_t + N_t^\top N_t,$$
+#
 # and with $\nabla^2 J = R + M$ it never raises $J$, from any start, if and only if $M - R \preceq 2
 # \rho\, G$. Where $G \succ 0$ the constant is known exactly: $\rho^* = \frac12 \lambda_{\max}(M -
 # R,\, G)$. For $x_{t+1} = x_t + b u_t$, $J = \frac q2 x_L^2 + \frac r2 \sum u_t^2$ it is $\rho^* =
@@ -69,7 +75,9 @@
 # **C.** $\Delta f_t = B_t (v_t - u_t)$ and $\Delta \nabla_x H_t = N_t (v_t - u_t)$: the Hessian of
 # $K_t$ is $R_t + \rho G_t$, its gradient at $u_t$ is $\nabla_{u_t} J$, and one Newton step
 # minimises it. With $P = R + \rho G$, $g = \nabla J(u)$ and the step $-P^{-1} g$,
+#
 # $$J(v) - J(u) = -g^\top P^{-1} g + \tfrac12 g^\top P^{-1} (R + M) P^{-1} g,$$
+#
 # never positive if and only if $R + M \preceq 2 P$, since $g$ takes every value where $R + M$ is
 # regular. In the example $M = q b^2\, \mathbf 1 \mathbf 1^\top$, $G = b^2 I$, $R = r I$.
 # $\blacksquare$

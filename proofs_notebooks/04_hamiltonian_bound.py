@@ -18,19 +18,25 @@
 #
 # Go from controls $u$ to controls $v$, near or far. Let $x, p$ be the states and costates of $u$,
 # and for any function $g_t$ of state and control write
+#
 # $$\Delta g_t = g_t(x_t, v_t) - g_t(x_t, u_t),$$
+#
 # the states (and costates) of $u$ held fixed. In particular $\Delta H_t = H_t(x_t, v_t, p_{t+1}) -
 # H_t(x_t, u_t, p_{t+1})$. Then, for one example,
 #
 # **A.**
+#
 # $$\Big| J(v) - J(u) - \sum_t \Delta H_t \Big| \le
 # C_f \sum_t |\Delta f_t|^2 + \tfrac12 \sum_{t \ge 1} |\Delta \nabla_x H_t|^2, \qquad
 # C_f = \tfrac12 \sum_{t=1}^{L-1} (1 + K_t)\, S_t + \tfrac12 K_\Phi S_L,$$
+#
 # with $S_t = \sum_{s<t} \prod_{s<r<t} \Lambda_r^2$ and the constants of the assumptions.
 #
 # **B.** As $\Delta \nabla_x H_t = (\Delta \partial_x f_t)^\top p_{t+1} + \Delta \nabla_x \ell_t$,
+#
 # $$J(v) - J(u) \le \sum_t \Delta H_t + C \sum_t \big( |\Delta f_t|^2 + |(\Delta \partial_x
 # f_t)^\top p_{t+1}|^2 + |\Delta \nabla_x \ell_t|^2 \big), \qquad C = \max(C_f, 1),$$
+#
 # and $C = \max(C_f, \frac12)$ suffices where $\ell_t$ does not depend on the state. All norms are
 # Euclidean, of vectors; every term is evaluated at $x_t$ and $p_{t+1}$ of the *old* controls. The
 # published form (Li & Hao, ICML 2018, theorem 2) has $\|\Delta \partial_x f_t\|^2$, a matrix norm;
@@ -61,19 +67,27 @@
 # Let $\delta_t = x'_t - x_t$, $\delta_0 = 0$. As $\sum_t [\langle p_{t+1}, \delta_{t+1} \rangle -
 # \langle p_t, \delta_t \rangle] = \langle \nabla \Phi(x_L), \delta_L \rangle$ and
 # $\langle p_{t+1}, \delta_{t+1} \rangle = \langle p_{t+1}, f_t(x'_t, v_t) - f_t(x_t, u_t) \rangle$,
+#
 # $$J(v) - J(u) = r_\Phi + \sum_t \big[ H_t(x'_t, v_t) - H_t(x_t, u_t) - \langle p_t, \delta_t
 # \rangle \big],$$
+#
 # $$r_\Phi = \Phi(x'_L) - \Phi(x_L) - \langle \nabla \Phi(x_L), \delta_L \rangle,$$
+#
 # every $H_t$ with $p_{t+1}$. Insert $H_t(x_t, v_t)$, and $p_t = \nabla_x H_t(x_t, u_t)$:
+#
 # $$J(v) - J(u) = \sum_t \Delta H_t + \sum_{t \ge 1} \langle \Delta \nabla_x H_t, \delta_t \rangle +
 # \sum_{t \ge 1} r_t + r_\Phi, \tag{1}$$
+#
 # $$r_t = H_t(x'_t, v_t) - H_t(x_t, v_t) - \langle \nabla_x H_t(x_t, v_t), \delta_t \rangle .$$
+#
 # This is an identity. By the assumptions $|r_t| \le \frac12 K_t |\delta_t|^2$, $|r_\Phi| \le
 # \frac12 K_\Phi |\delta_L|^2$, and $|\langle a, b \rangle| \le \frac12 |a|^2 + \frac12 |b|^2$.
 # Finally $|\delta_{t+1}| \le |f_t(x'_t, v_t) - f_t(x_t, v_t)| + |\Delta f_t| \le \Lambda_t
 # |\delta_t| + |\Delta f_t|$, hence
+#
 # $$|\delta_t| \le \sum_{s<t} \Big( \prod_{s<r<t} \Lambda_r \Big) |\Delta f_s|, \qquad
 # |\delta_t|^2 \le S_t \sum_s |\Delta f_s|^2$$
+#
 # by Cauchy and Schwarz. Collecting gives A. B is $|a + b|^2 \le 2 |a|^2 + 2 |b|^2$; C is the mean
 # of A. $\blacksquare$
 #

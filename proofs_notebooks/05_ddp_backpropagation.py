@@ -43,9 +43,12 @@
 # ## Derivation
 #
 # With $V' = V_{t+1}$ and all derivatives at the trajectory, the model of DDP is
+#
 # $$Q_x = \ell_x + f_x^\top V'_x, \qquad Q_u = \ell_u + f_u^\top V'_x,$$
+#
 # $$Q_{xx} = \ell_{xx} + f_x^\top V'_{xx} f_x + V'_x \cdot f_{xx}, \qquad
 # Q_{uu} = \ell_{uu} + f_u^\top V'_{xx} f_u + V'_x \cdot f_{uu},$$
+#
 # and the value function after the minimisation is
 # $V_x = Q_x - Q_{xu} Q_{uu}^{-1} Q_u$, $V_{xx} = Q_{xx} - Q_{xu} Q_{uu}^{-1} Q_{ux}$.
 #

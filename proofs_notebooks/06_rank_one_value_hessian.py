@@ -46,17 +46,23 @@
 #
 # For $f = A x + b(u)$ both $f_{xx}$ and $f_{ux}$ vanish, and with $\ell = \ell(u)$ so do
 # $\ell_{xx}$ and $\ell_{ux}$. With $B = b'(u)$ and $V' = V_{t+1}$,
+#
 # $$Q_{xx} = A^\top V' A, \qquad Q_{ux} = B^\top V' A, \qquad Q_{uu} = R + B^\top V' B,$$
+#
 # where $R$ collects $\ell_{uu}$, $p \cdot b''$ and any damping. Therefore
+#
 # $$V = Q_{xx} - Q_{xu} Q_{uu}^{-1} Q_{ux}
 # = A^\top \left( V' - V' B\, Q_{uu}^{-1} B^\top V' \right) A
 # = A^\top V' \left( I - B\, Q_{uu}^{-1} B^\top V' \right) A ,$$
+#
 # and $V'$ is a factor: the rank cannot grow, whether or not the controls are optimised. Only
 # $V = Q_{xx} - \dots$ was used, so that the same formula serves with $Q_{ux} = 0$.
 #
 # With $V' = v' g' g'^\top$ and $\beta = B^\top g'$ this is $V = v\, g g^\top$, $g = A^\top g'$,
+#
 # $$v = v' - v'^2\, \beta^\top (R + v' \beta \beta^\top)^{-1} \beta
 # = \frac{v'}{1 + v'\, \beta^\top R^{-1} \beta}$$
+#
 # by Sherman & Morrison (for invertible $R$): optimising the control only shrinks the scalar.
 #
 # *Gauss-Newton.* Dropping $p \cdot f_{xx}$, $p \cdot f_{ux}$ and $p \cdot f_{uu}$ leaves the same

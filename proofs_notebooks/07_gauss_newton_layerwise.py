@@ -19,10 +19,12 @@
 # Let $x_{t+1} = f_t(x_t, u_t)$ with $J(u) = \Phi(x_L) + \sum_t \ell_t(x_t, u_t)$, and along a
 # trajectory $A_t = \partial f_t / \partial x$, $B_t = \partial f_t / \partial u$. For
 # $\mu \ge 0$ let $d$ minimise
+#
 # $$\sum_t \Big[ \ell_x^\top \delta x_t + \ell_u^\top d_t + \tfrac12
 # \begin{pmatrix} \delta x_t \\ d_t \end{pmatrix}^{\!\top} \nabla^2 \ell_t
 # \begin{pmatrix} \delta x_t \\ d_t \end{pmatrix} + \tfrac\mu2 \|d_t\|^2 \Big] +
 # \Phi_x^\top \delta x_L + \tfrac12 \delta x_L^\top \nabla^2 \Phi\, \delta x_L$$
+#
 # subject to $\delta x_{t+1} = A_t \delta x_t + B_t d_t$, $\delta x_0 = 0$.
 #
 # **A.** $d$ is the damped Gauss-Newton step: $(G + \mu I)\, d = -\nabla J(u)$, with $G$ the
@@ -52,7 +54,9 @@
 # **A.** Stack $\delta x = (\delta x_1, \dots, \delta x_L)$. The constraint is linear, so
 # $\delta x = S d$ with $S = \partial x / \partial u$, the derivative of the rollout. With
 # $y = (x, u)$, total cost $c(y)$ and $T = (S; I)$, the objective is
+#
 # $$\nabla c^\top T d + \tfrac12 d^\top T^\top \nabla^2 c\, T d + \tfrac\mu2 \|d\|^2 .$$
+#
 # By the chain rule $T^\top \nabla c = \nabla J(u)$, and $T^\top \nabla^2 c\, T = G$ by definition.
 # The unique minimiser solves $(G + \mu I) d = -\nabla J$. It is also the solution of the problem
 # that dynamic programming solves backward in $t$. $\blacksquare$

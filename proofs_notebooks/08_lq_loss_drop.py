@@ -18,7 +18,9 @@
 #
 # Let $d$ be a direction in the space of all controls and $s > 0$. The linear-quadratic model of
 # notebook 7 predicts the decrease
+#
 # $$\Delta_G(s) = -s\, \nabla J^\top d - \tfrac{s^2}{2}\, d^\top G d,$$
+#
 # and $\Delta_H(s)$ is the same with the exact Hessian in place of $G$. Let $\Delta(s) = J(u) -
 # J(u + s d)$ be the actual one.
 #
@@ -51,8 +53,10 @@
 # \frac{s^3}{6} J'''(\xi)[d, d, d]$. Subtracting the model gives A and B at once.
 #
 # The neglected form is, with $\delta x_{t+1} = A_t \delta x_t + B_t d_t$,
+#
 # $$d^\top (\nabla^2 J - G) d = \sum_t \big\langle p_{t+1},\; \nabla^2_{x,u} f_t\,
 # [(\delta x_t, d_t), (\delta x_t, d_t)] \big\rangle ,$$
+#
 # because the second derivative of $s \mapsto x_{t+1}$ along the segment, $\ddot x_{t+1} = A_t \ddot
 # x_t + \nabla^2 f_t [\cdot, \cdot]$, enters $J$ through the costates. It vanishes if all $p$ do, or
 # if all $\nabla^2 f_t$ do. That is D.

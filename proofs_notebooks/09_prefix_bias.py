@@ -40,11 +40,15 @@
 # ## Derivation
 #
 # With $Z_i = \sum_k e^{q_i^\top k_k}$ and $P_i = \sum_m e^{q_i^\top p_m}$,
+#
 # $$A'_{ij} = \frac{e^{q_i^\top k_j}}{Z_i + P_i} = \frac{Z_i}{Z_i + P_i} A_{ij}
 # = (1 - \lambda_i) A_{ij}, \qquad \lambda_i = \frac{P_i}{Z_i + P_i}.$$
+#
 # The factor does not depend on $j$, which is **A**. Then
+#
 # $$t'_i = \sum_j A'_{ij} v_j + \sum_m \frac{e^{q_i^\top p_m}}{Z_i + P_i} w_m
 # = (1 - \lambda_i)\, t_i + \sum_m \mu_{im} w_m, \qquad \sum_m \mu_{im} = \lambda_i,$$
+#
 # which is **B**. A prefix at layer 1 changes its outputs, the inputs of layer 2; the scores there
 # are functions of those, which leaves nothing of the argument: **C**. $\blacksquare$
 

@@ -18,9 +18,11 @@
 #
 # One attention head, $\mathrm{Attn}(h) = \mathrm{softmax}(h W_q K^\top) V$ at a state $h$ (a row).
 # With $l$ prefix keys $P_k$ and values $P_v$ in front,
+#
 # $$\boxed{\; \mathrm{Attn}'(h) = (1 - \lambda(h))\, \mathrm{Attn}(h) +
 # \lambda(h)\, \phi(h W_d)\, W_u \;}, \qquad W_d = W_q P_k^\top,\; W_u = P_v,\;
 # \phi = \mathrm{softmax},$$
+#
 # $\lambda(h)$ being the softmax mass on the prefix. This is an adapter of bottleneck $l$, parallel
 # to the attention, with a gate that depends on the state; an adapter proper has no gate.
 #
@@ -37,9 +39,11 @@
 # ## Derivation
 #
 # Let $Z = \sum_j e^{h W_q k_j^\top}$ and $P = \sum_m e^{h W_q p_m^\top}$. Then
+#
 # $$\mathrm{Attn}'(h) = \frac{\sum_j e^{h W_q k_j^\top} v_j + \sum_m e^{h W_q p_m^\top} w_m}{Z + P}
 # = \frac{Z}{Z+P} \cdot \frac{\sum_j e^{h W_q k_j^\top} v_j}{Z} +
 # \frac{P}{Z+P} \cdot \frac{\sum_m e^{h W_q p_m^\top} w_m}{P},$$
+#
 # and $P/(Z+P) = 1/(1 + e^{\log Z - \log P}) = \sigma(\log P - \log Z)$. $\blacksquare$
 
 # %%

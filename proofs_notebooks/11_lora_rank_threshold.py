@@ -19,16 +19,20 @@
 # *Linear.* $W_1, \dots, W_M \in \mathbb{R}^{n \times n}$ are frozen, $\bar W$ is a target,
 # $E = \bar W - W_M \cdots W_1$, and $\sigma_1 \ge \sigma_2 \ge \dots$ its singular values. Changes
 # $\Delta_l$ of rank at most $R$ give
+#
 # $$\min_{\Delta} \left\| (W_M + \Delta_M) \cdots (W_1 + \Delta_1) - \bar W \right\|_2
 #   = \sigma_{MR+1}(E),$$
+#
 # if $W_M \cdots W_1$ and the partial sums $W_M \cdots W_1 + E_1 + \dots + E_l$, $l < M$, are
 # invertible, the $E_l$ being the $MR$ leading singular parts of $E$, $R$ for each layer in some
 # order.
 #
 # *ReLU.* A target network $h \mapsto \mathrm{ReLU}(\bar W_i h + \bar b_i)$, $i = 1 \dots \bar L$,
 # and a frozen one of the same width with $L = M \bar L$ layers, whose biases may be chosen. If
+#
 # $$\boxed{\; R \;\ge\; \left\lceil \max_i\, \mathrm{rank}\big(\bar W_i -
 #   \textstyle\prod_{l \in \text{group } i} W_l\big) / M \right\rceil \;}$$
+#
 # then there are changes of rank $R$ and biases with which the frozen network computes the target
 # exactly on any given ball. A generic target has full-rank differences, so the threshold is
 # $n \bar L / L$: width times the ratio of the depths.
@@ -49,9 +53,11 @@
 #
 # *Upper bound.* Let $T_l = W_M \cdots W_1 + E_1 + \dots + E_l$ and let layer $l$ account for $E_l$:
 # with $V_j = W_j + \Delta_j$ for the layers already changed,
+#
 # $$(W_M \cdots W_{l+1})\, \Delta_l\, (V_{l-1} \cdots V_1) = E_l
 #   \quad\Longleftrightarrow\quad
 #   \Delta_l = (W_M \cdots W_{l+1})^{-1} E_l\, (V_{l-1} \cdots V_1)^{-1}.$$
+#
 # The first inverse exists since $W_M \cdots W_1$ is invertible; the second because
 # $W_M \cdots W_l\, V_{l-1} \cdots V_1 = T_{l-1}$ is. The rank of $\Delta_l$ is that of $E_l$, at
 # most $R$. After layer $M$ the product is $T_M$, at the distance $\sigma_{MR+1}(E)$.

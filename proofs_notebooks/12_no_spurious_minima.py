@@ -12,14 +12,16 @@
 # ---
 
 # %% [markdown]
-# # 12. LoRA of rank $r(r+1)/2 > KN$ has no spurious minima in the kernel regime
+# # 12. LoRA of a rank r with r(r + 1)/2 > KN has no spurious minima in the kernel regime
 #
 # ## Statement
 #
 # $N$ examples with $K$ outputs that are linear in the change $X = BA$ of a matrix,
 # $z_j(X) = z_j + \langle G_j, X\rangle$ for $j = 1, \dots, KN$, a convex loss $\ell$ of them, and
+#
 # $$\Phi(A, B) = \ell(z(BA)) + \tfrac{\lambda}{2}(\|A\|_F^2 + \|B\|_F^2), \qquad
 #   B \in \mathbb{R}^{p\times r},\; A \in \mathbb{R}^{r\times q},\; \lambda > 0.$$
+#
 # $$\boxed{\; \tfrac{r(r+1)}{2} > KN \;\Rightarrow\; \text{for generic } G_j \text{ every local
 #   minimum of } \Phi \text{ is global. } \;}$$
 
@@ -37,10 +39,13 @@
 # *The convex program.* $\min \tfrac12(\|A\|^2+\|B\|^2)$ over $BA = X$ is $\|X\|_*$, if $r \ge
 # \operatorname{rank} X$. So $\min \Phi \ge \min_X \ell(z(X)) + \lambda\|X\|_*$, with equality for
 # large $r$. With $M = \sum_j \partial_j\ell\, G_j$ the optimality of $X = BA$ is
+#
 # $$\|M\|_2 \le \lambda, \qquad M^\top B = -\lambda A^\top,\quad M A^\top = -\lambda B.$$
 #
 # *Stationary points.* $\nabla\Phi = 0$ is the second pair of equations: with $Q = [B; A^\top]$ and
+#
 # $$S = \begin{pmatrix} \lambda I & M\\ M^\top & \lambda I\end{pmatrix}, \qquad S Q = 0.$$
+#
 # Only $\|M\|_2 \le \lambda$, that is $S \succeq 0$, may be missing.
 #
 # *A local minimum whose $Q$ has a null vector is global.* If $Qv = 0$, $\|v\| = 1$, move along

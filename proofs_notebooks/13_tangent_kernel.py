@@ -18,6 +18,7 @@
 #
 # Controls $u$ of a model with outputs $z(u) \in \mathbb{R}^n$, Jacobian $J(u)$, kernel
 # $K(u) = J J^\top$, $K = K(u_0)$. Gradient descent on $\ell(z(u))$ with rate $\eta$, beside
+#
 # $$\hat z_{k+1} = \hat z_k - \eta\, K\, \nabla\ell(\hat z_k).$$
 #
 # 1. If $z$ is linear in $u$ then $z(u_k) = \hat z_k$ for all $k$, on unseen examples too.
@@ -29,6 +30,7 @@
 #    $$\mathbb{E}\,K^{\mathrm{LoRA}} = s^2 r\sigma^2\, K^{W},\qquad
 #      \frac{\operatorname{Var} K^{\mathrm{LoRA}}_{ij}}{(s^2 r\sigma^2)^2} =
 #      \frac{\operatorname{tr} MM^\top + \operatorname{tr} M^2}{r}, \quad M = X_i^\top X_j,$$
+#
 #    for Gaussian entries, $X_i = \partial z_i/\partial W$ and $K^W_{ij} = \operatorname{tr} M$:
 #    it is the kernel of full fine-tuning of $W$, up to a factor and $O(1/\sqrt r)$.
 #

@@ -20,6 +20,7 @@
 # variance $1/n$, $B \in \mathbb{R}^{n \times r}$ zero, and inputs $h$ with entries of order one.
 # Under Adam, whose first steps are $\eta\,\mathrm{sign}(g)$ entry by entry, both factors contribute
 # a change of order one to the features $(W + BA)h$, in a fixed number of steps, exactly if
+#
 # $$\boxed{\; \eta_B = \Theta(1), \quad \eta_A = \Theta(1/n), \qquad \eta_B/\eta_A = \Theta(n) \;}$$
 
 # %% [markdown]
@@ -35,11 +36,17 @@
 #
 # With one example $g_A = (B^\top q) h^\top$, so that $\mathrm{sign}(g_A)_{kj} =
 # \mathrm{sign}(B^\top q)_k\, \mathrm{sign}(h_j)$ and
+#
 # $$(\delta A\, h)_k = -\eta_A\, \mathrm{sign}(B^\top q)_k \sum_j |h_j| = \Theta(\eta_A n).$$
+#
 # With $g_B = q (A h)^\top$,
+#
 # $$(\delta B\, A h)_j = -\eta_B\, \mathrm{sign}(q_j) \sum_k |(A h)_k| = \Theta(\eta_B),$$
+#
 # because $A h$ has entries of order one. After a step $B = \Theta(\eta_B)$, hence
+#
 # $$\delta(BAh) = \delta B\, A h + B\, \delta A\, h = \Theta(\eta_B) + \Theta(\eta_B\, \eta_A n).$$
+#
 # The first term is of order one for $\eta_B = \Theta(1)$, the second then for
 # $\eta_A = \Theta(1/n)$. With a common rate $\eta$ the terms are $\eta$ and $\eta^2 n$: where the
 # second is of order one, $\eta = n^{-1/2}$, the first vanishes with the width. $\blacksquare$

@@ -23,6 +23,7 @@
 # 1. **Pre-training.** A start that is closer to the solutions, $\theta_0 - \theta^* = c\,x$ with
 #    smaller $c$, needs fewer dimensions for the same target loss.
 # 2. **Size.** More parameters that do the same, copies of each, change nothing:
+#
 # $$\boxed{\; \frac{\partial d^*}{\partial c} > 0, \qquad d^*(s \text{ copies}) = d^*(1) \;}$$
 #
 # So the first half follows from a distance; the second does not follow from the number of
@@ -44,7 +45,9 @@
 #
 # With $x = \theta_0 - \theta^*$ in the eigenbasis, training in $d = \sum_i \lambda_i/(\lambda_i +
 # \kappa)$ random directions leaves the excess loss
+#
 # $$\rho(\kappa) = \tfrac12 \sum_i \lambda_i x_i^2 \, \frac{\kappa}{\lambda_i + \kappa},$$
+#
 # the whole excess minus the fall $\frac12 g^\top (H + \kappa)^{-1} g$ with $g_i = \lambda_i x_i$.
 # The threshold $d^*$ belongs to the $\kappa$ with $\rho(\kappa) = \varepsilon$. $\rho$ grows with
 # $\kappa$, and $d$ falls with it.

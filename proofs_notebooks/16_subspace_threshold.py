@@ -19,12 +19,16 @@
 # $L(\theta) = L_{\min} + \tfrac12 (\theta-\theta^*)^\top H (\theta-\theta^*)$ with $H \succeq 0$
 # of rank $n$, start $\theta_0$, gradient $g = H(\theta_0 - \theta^*)$, and $P \in
 # \mathbb{R}^{D \times d}$ Gaussian. Let
+#
 # $$F(\kappa) = \tfrac12\, g^\top (H + \kappa I)^{-1} g, \qquad
 #   d(\kappa) = \operatorname{tr} H (H + \kappa I)^{-1} =
 #   \sum_i \frac{\lambda_i}{\lambda_i+\kappa}.$$
+#
 # Then, to leading order in $n$,
+#
 # $$\boxed{\; L(\theta_0) - \min_z L(\theta_0 + Pz) \approx F(\kappa) \quad\text{at}\quad
 #   d = d(\kappa), \;}$$
+#
 # so that half of the subspaces of dimension $d^* = d(\kappa^*)$, $F(\kappa^*) = L(\theta_0) -
 # L_{\text{target}}$, reach the target, and the share that does is $\Phi((d - d^*)/s)$ with
 # $s^2 = 2\sum_i \lambda_i\kappa/(\lambda_i+\kappa)^2$.
@@ -44,8 +48,10 @@
 # subspace of directions meets the cone $C = \{t(\theta - \theta_0): \theta \in S, t \ge 0\}$. By
 # Gordon's inequality, and sharply by Amelunxen et al., it does so with probability near one or
 # near zero as $d$ is above or below the statistical dimension of the polar cone,
+#
 # $$d^* = D - \delta(C), \qquad
 #   \delta(C) = \mathbb{E} \max_{x \in C,\, \|x\| \le 1} (h^\top x)_+^2, \quad h \sim N(0, I_D).$$
+#
 # $\delta(C)$ is the squared Gaussian width $w^2$ of $C \cap S^{D-1}$, up to one.
 #
 # *The cone of an ellipsoid.* With $\delta = \theta - \theta_0$, $x$ is in $C$ iff for some $t > 0$
@@ -55,13 +61,18 @@
 #
 # *Projection on it.* With a multiplier $\mu \ge 0$ for $x^\top A x \le 0$ the projection of $h$ is
 # $x = (I + \mu A)^{-1} h$ with $x^\top A x = 0$, so that $h^\top x = \|x\|^2$ and
+#
 # $$\|h - x\|^2 = \|h\|^2 - h^\top x = h^\top \big(I - (I+\mu A)^{-1}\big) h.$$
+#
 # Without its rank-one part $I + \mu A$ is diagonal, $1 + 2F\mu\lambda_i$. The rank-one part makes
 # one eigenvalue small: the constraint needs a component $x_v$ of order $\sqrt n$ along its
 # eigenvector $v$, and $h_v$ is of order one. To leading order, then, $I + \mu A$ is singular. With
 # $\kappa = 1/(2F\mu)$ this reads $1 = \mu\, g^\top(I + 2F\mu H)^{-1} g$, that is
+#
 # $$g^\top (H + \kappa I)^{-1} g = 2F,$$
+#
 # and $h_v x_v = O(\sqrt n)$ leaves, with the shares $a_i = \lambda_i/(\lambda_i+\kappa)$,
+#
 # $$D - \delta(C) = \mathbb{E}\,\|h - x\|^2 \approx \sum_i a_i = d^*.$$
 
 # %%

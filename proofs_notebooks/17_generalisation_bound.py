@@ -25,6 +25,7 @@
 # 2. *PAC-Bayes.* For all distributions $Q$ over classifiers at once, with means over $Q$,
 #    $$\boxed{\; \mathrm{kl}(q(Q) \| e(Q)) \le \frac{\mathrm{KL}(Q \| P) + \ln \xi(n)/\delta}{n},
 #    \quad \xi(n) = \sum_k \binom nk \left(\tfrac kn\right)^k \left(1 - \tfrac kn\right)^{n-k} \;}$$
+#
 # 3. *Draws.* $q(Q)$ itself is bounded from $m$ draws with means $q_1, \dots, q_m \in [0, 1]$:
 #    $\mathrm{kl}(\bar q \| q(Q)) \le \ln(1/\delta)/m$ or $q(Q) \le \bar q$.
 #

@@ -23,7 +23,9 @@
 # $\frac\lambda2 \|\delta u\|^2$, $\lambda > 0$. If the step $t$ alone is controlled, then
 #
 # **A.** the objective $\phi(C_t \delta u) + \frac\lambda2 \|\delta u\|^2$ falls at most by
+#
 # $$\boxed{\; G_t = \tfrac12\, g^\top (\lambda I + W_t H)^{-1} W_t\, g \;}$$
+#
 # attained at $y^* = -(\lambda I + W_t H)^{-1} W_t g$. Only $W_t$ enters, never $C_t$.
 #
 # **B.** $G_t$ grows with $W_t$ in the order of positive semidefinite matrices: more controls never
@@ -34,7 +36,9 @@
 # **C.** For LoRA, $x \mapsto x W + s\, x A B$ with $B = 0$ at the start, the columns of $A$ are
 # zero, and over the draw of $A \in \mathbb R^{d \times r}$ with independent entries of mean zero
 # and variance $\sigma^2$,
+#
 # $$\mathbb E\, W_{\mathrm{LoRA}} = s^2 r \sigma^2\; W_{\mathrm{full}},$$
+#
 # $W_{\mathrm{full}}$ the Gramian of the whole matrix. With the usual $A_{ij} \sim
 # \mathcal U(-d^{-1/2}, d^{-1/2})$, $\sigma^2 = 1/(3d)$ and the factor is $s^2 r / (3 d)$.
 #
@@ -58,8 +62,10 @@
 # slope $C^\top g$ at $0$, so that it falls by
 # $\frac12 g^\top C (\lambda I + C^\top H C)^{-1} C^\top g$. From
 # $C (\lambda I + C^\top H C) = (\lambda I + C C^\top H)\, C$,
+#
 # $$C (\lambda I + C^\top H C)^{-1} C^\top = (\lambda I + W H)^{-1} C C^\top =
 # (\lambda I + W H)^{-1} W .$$
+#
 # The inverse exists: the eigenvalues of $W H$ are those of $H^{1/2} W H^{1/2} \succeq 0$.
 # The minimiser is $\delta u^* = -(\lambda I + C^\top H C)^{-1} C^\top g$, and $y^* = C \delta u^*$.
 # $\blacksquare$
@@ -71,8 +77,10 @@
 # **C.** For one output, let $q_\tau$ be its derivative by the site's output at token $\tau$ and
 # $x_\tau$ the site's input (a row). Its derivative by $B$ is $s \sum_\tau A^\top x_\tau^\top
 # q_\tau$, by $A$ it is $s \sum_\tau x_\tau^\top q_\tau B^\top = 0$. Two outputs $i, j$ hence have
+#
 # $$(W_{\mathrm{LoRA}})_{ij} = s^2 \sum_{\tau, \tau'} (x_\tau A A^\top x_{\tau'}^\top)\,
 # (q_\tau q_{\tau'}^\top), \qquad \mathbb E\, A A^\top = r \sigma^2 I ,$$
+#
 # and without $A A^\top$ that is $s^2$ times the entry of $W_{\mathrm{full}}$. The variance of
 # $\mathcal U(-a, a)$ is $a^2/3$. $\blacksquare$
 

@@ -21,7 +21,9 @@
 # energy $E(u) = \frac12 u^\top R u$, $R \succ 0$.
 #
 # **A.** Every control, however it was found, obeys
+#
 # $$\boxed{\; E(u) \;\ge\; \tfrac12\, y^\top W^+ y, \qquad y = C u \;}$$
+#
 # with equality exactly for $u = R^{-1} C^\top W^+ y$.
 #
 # **B.** With $R = I$: gradient descent from $u = 0$ on any loss of $y$, with any step sizes,
@@ -49,6 +51,7 @@
 #
 # **A.** With $v = R^{1/2} u$ and $S = C R^{-1/2}$, $y = S v$ and $W = S S^\top$. Split
 # $v = S^+ y + n$ with $S n = 0$; the two are orthogonal, $S^+ y$ lying in the range of $S^\top$. So
+#
 # $$E(u) = \tfrac12 \|v\|^2 = \tfrac12 \|S^+ y\|^2 + \tfrac12 \|n\|^2, \qquad
 # \|S^+ y\|^2 = y^\top (S S^\top)^+ y = y^\top W^+ y. \qquad \blacksquare$$
 #

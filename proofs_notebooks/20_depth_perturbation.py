@@ -18,7 +18,9 @@
 #
 # Let $x_{t+1} = f_t(x_t)$, $t = 0, \dots, L-1$, and let $y_0, \dots, y_L$ be *any* other sequence
 # of states, with defects $d_t = y_{t+1} - f_t(y_t)$. With
+#
 # $$\mathrm{Lip}_t = \sup_{0 \le s \le 1} \big\| Df_t(x_t + s (y_t - x_t)) \big\|_2 ,$$
+#
 # $$\boxed{\; \|y_L - x_L\| \;\le\; \Big(\prod_t \mathrm{Lip}_t\Big) \|y_0 - x_0\| +
 # \sum_t \Big(\prod_{s>t} \mathrm{Lip}_s\Big) \|d_t\| .\;}$$
 #
@@ -52,7 +54,9 @@
 # ## Derivation
 #
 # Put $e_t = y_t - x_t$. By the definition of the defect,
+#
 # $$e_{t+1} = d_t + f_t(y_t) - f_t(x_t) = d_t + \int_0^1 Df_t(x_t + s e_t)\, e_t \, ds ,$$
+#
 # and the norm of the integral is at most $\sup_s \|Df_t(x_t + s e_t)\|_2 \|e_t\|$ (the mean value
 # inequality; for vectors there is no mean value *equation*). So $\|e_{t+1}\| \le \|d_t\| +
 # \mathrm{Lip}_t \|e_t\|$. Unrolling from $\|e_0\|$ gives the bound by induction. $\blacksquare$

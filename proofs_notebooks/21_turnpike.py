@@ -20,7 +20,9 @@
 # $(\bar x, \bar u, \bar p)$ be a stationary point of the steady problem
 # $\min \ell(x, u)$ subject to $x = f(x, u)$. If an optimal trajectory of depth $L$ comes near it,
 # then, with a constant $C$ that does not depend on $L$,
+#
 # $$\|u_t - \bar u\| + \|x_t - \bar x\| \le C \left( e^{-\mu t} + e^{-\mu (L - t)} \right),$$
+#
 # for every $\mu$ below $-\log \rho(F)$, where $F = A - BK$ is the closed loop of the
 # discrete algebraic Riccati equation at the steady point. So the rate is known before the deep
 # problem is solved. Without a term of $\ell$ that sees the state there is no such rate.
@@ -45,13 +47,17 @@
 # $0 = \nabla_u H(x_t, u_t, p_{t+1})$: the same three equations in each layer, with $x_0$ and $p_L$
 # prescribed. The steady point is a solution that does not depend on $t$. Linearised there, in
 # deviations,
+#
 # $$x_{t+1} = A x_t + B u_t, \quad p_t = Q x_t + S u_t + A^\top p_{t+1}, \quad
 # 0 = S^\top x_t + R u_t + B^\top p_{t+1},$$
+#
 # the optimality system of a linear-quadratic problem.
 #
 # *Two invariant subspaces.* Put $p_t = P x_t + w_t$ with $P$ the stabilising Riccati solution, so
 # $u_t = -K x_t - (R + B^\top P B)^{-1} B^\top w_{t+1}$. Inserting,
+#
 # $$w_t = F^\top w_{t+1}, \qquad x_{t+1} = F x_t - B (R + B^\top P B)^{-1} B^\top w_{t+1} .$$
+#
 # The system is triangular: $w_t = (F^\top)^{L-t} w_L$ decays *backward* from the last layer, and
 # $x_t = F^t x_0 + $ (a sum of $F^{t-1-s} \cdots (F^\top)^{L-s-1} w_L$) decays forward from the
 # first. With the Stein equation $Y = F Y F^\top + B (R + B^\top P B)^{-1} B^\top$ the sum is

@@ -21,6 +21,7 @@
 # $\mathrm{Im}\,\psi$, and $\tilde F = F \circ \psi$. Let $\tilde\theta$ be a point of the image
 # next to $\theta^+$, $\rho = \|\tilde\theta - \theta^+\|$, and $\Lambda$ the Lipschitz constant of
 # $F$ on the segment $[\theta^+, \tilde\theta]$. Then
+#
 # $$\boxed{\; 0 \;\le\; \min \tilde F - \min F \;\le\; \Lambda\, \rho \;}$$
 #
 # If $F$ is differentiable, $\Lambda = \max_s \|\nabla F(\theta^+ + s(\tilde\theta - \theta^+))\|$

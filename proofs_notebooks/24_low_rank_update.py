@@ -25,6 +25,7 @@
 #    of rank $r$ reaches exceeds the minimum by exactly $\frac h2 \mathrm{tail}(r)$, hence
 #    $$\boxed{\; \frac{L_r - L_{\text{full}}}{L_0 - L_{\text{full}}}
 #      = \frac{\mathrm{tail}(r)}{\mathrm{tail}(0)} \;}$$
+#
 #    with $L_0$ the loss without the change. There is no constant to be fitted.
 # 3. If the Hessian lies between $h_- I$ and $h_+ I$, both sides agree to a factor of $h_+ / h_-$.
 # 4. The stable rank $\|D\|_F^2 / s_1^2$ of a Gaussian matrix tends to

@@ -24,7 +24,9 @@
 # if $\eta \le 2/\lambda_{\max}(G)$. If $\eta$ is larger and the residual $y - z_0$ has a part in
 # the leading eigenspace of $C C^\top/N$, the loss grows without bound. With $\pi$ the share of that
 # part in the initial loss, it has exceeded its initial value after at most $K$ steps once
+#
 # $$\eta \;\ge\; \frac{1 + \pi^{-1/(2K)}}{\lambda_{\max}(G)} ,$$
+#
 # so that an experiment of $K$ steps finds a threshold between $2/\lambda_{\max}$ and this.
 #
 # **B.** The eigenvalues of $G$ that are not zero are those of the $Nc \times Nc$ matrix
@@ -35,7 +37,9 @@
 # $z = a b$ with $a = a_0$, $b = 0$ and the target $y$: $\lambda_{\max}(G) = a_0^2$, whereas the
 # Hessian at the start has the largest eigenvalue $\frac12 (a_0^2 + \sqrt{a_0^4 + 4 y^2})$, and the
 # minimum that gradient flow reaches has the curvature
+#
 # $$a^2 + b^2 = \sqrt{a_0^4 + 4 y^2} = a_0^2 \sqrt{1 + 4 y^2/a_0^4} .$$
+#
 # So with the start's $2/\lambda_{\max}(G)$ gradient descent cannot settle there whenever $2|y|$ is
 # not small against $a_0^2$; the prediction is right in the limit of a large frozen factor.
 #
@@ -63,7 +67,9 @@
 #
 # **A.** Let $e_k = z_k - y$. Then $\nabla J = C^\top e/N$ and $e_{k+1} = (I - \eta\, C C^\top/N)\,
 # e_k$. In the eigenbasis of $C C^\top / N$, with eigenvalues $\lambda_i \ge 0$,
+#
 # $$J(u_k) = \frac{1}{2N} \sum_i (1 - \eta \lambda_i)^{2k}\, e_{0,i}^2 .$$
+#
 # For $\eta \le 2/\lambda_{\max}$ each factor is at most 1. For a larger $\eta$ the leading one is
 # $(\eta \lambda_{\max} - 1)^{2k}$, above 1 and growing; it alone exceeds $J(u_0)$ if
 # $\pi (\eta \lambda_{\max} - 1)^{2K} \ge 1$. $\blacksquare$

@@ -26,15 +26,19 @@
 # **B.** Where the layers carry $\mathcal M_t$ into $\mathcal M_{t+1}$ and act on what is orthogonal
 # to it as $\sigma$ times an isometry, the law that minimises the *sum* of these costs over all
 # layers is again a projection, $u_t = -k_t e_t$, with
+#
 # $$k_t = \frac{b_t}{b_t + c}, \qquad b_t = 1 + \sigma^2 c\, k_{t+1}, \qquad k_L = 0 .$$
+#
 # The greedy gain of A is that of the last layer, and of every layer only if $\sigma = 0$. With
 # costs of the integral $z_t = \sum_{s \le t} e_s$ and of the difference $e_t + u_t - e_{t-1}$ the
 # optimal law is a PID law with gains from a $3 \times 3$ Riccati recursion.
 #
 # **C.** In that linear model a perturbation $\delta = \delta_\parallel + \delta_\perp$ of $x_0$
 # reaches the output $z = g^\top x_L$ as
+#
 # $$\Delta z = g^\top \Big(\textstyle\prod_t A_t\Big) \delta_\parallel + O\Big(\prod_t \sigma (1 -
 # k_t)\Big) \|\delta_\perp\| .$$
+#
 # Projection removes what leaves the subspace and *nothing else*: the part of the damage that it can
 # undo is the part that came through $\delta_\perp$. That it restores a quarter of the accuracy of a
 # real network is therefore a statement about the network and the adversary, not a theorem. The
@@ -43,8 +47,10 @@
 # **D.** Steering. Let one output be led to a target, $\frac w2 (g^\top x_L - y)^2 + \frac r2 \sum_t
 # \|u_t\|^2$, layers linear. The cost to go has rank one. With one backward pass, $a_L = g$,
 # $a_t = A_t^\top a_{t+1}$,
+#
 # $$V_t(x) = \frac{\alpha_t}{2} \big(a_t^\top (x - \bar x_t) + d\big)^2, \qquad \alpha_t =
 # \frac{\alpha_{t+1}}{1 + \alpha_{t+1} \|a_t\|^2 / r}, \quad \alpha_L = w,$$
+#
 # where $d = g^\top \bar x_L - y$ is the miss of the uncontrolled trajectory $\bar x$, and
 # $u_t(x) = -\frac{\alpha_t}{r}\, a_t \big(a_t^\top (x - \bar x_t) + d\big)$ is the exact feedback.
 # For $k$ outputs, $1/\alpha_t$ becomes $M_t = W^{-1} + \frac1r \sum_{s \ge t} a_s^\top a_s$, a
@@ -67,7 +73,9 @@
 #
 # **B.** Suppose $V_{t+1} = \frac{q_{t+1}}2 \|e_{t+1}\|^2$. As $e_{t+1} = \sigma R_t P_t (e_t +
 # u_t)$, a part of $u_t$ in $\operatorname{span} V_t$ only costs, so $u_t = P_t u_t$ and
+#
 # $$V_t = \min_u \tfrac12 (1 + \sigma^2 q_{t+1}) \|e_t + u\|^2 + \tfrac c2 \|u\|^2,$$
+#
 # which with $b_t = 1 + \sigma^2 q_{t+1}$ is solved by $u = -\frac{b_t}{b_t + c} e_t$ and leaves
 # $q_t = \frac{b_t c}{b_t + c} = c\,k_t$. With integral and difference the same holds in the state
 # $(e_t, z_{t-1}, e_{t-1})$, all three transported by the isometries, so that the problem is
@@ -83,9 +91,11 @@
 # $a_{t+1}^\top A_t (x + u - \bar x_t) + d = a_t^\top (x + u - \bar x_t) + d =: m + a_t^\top u$.
 # Stationarity, $(r I + \alpha\, a a^\top) u = -\alpha\, a\, m$ with $\alpha = \alpha_{t+1}$,
 # is solved by Sherman-Morrison,
+#
 # $$(r I + \alpha\, a a^\top)^{-1} = \frac1r \Big( I - \frac{\alpha\, a a^\top / r}{1 + \alpha
 # \|a\|^2 / r} \Big) \quad\Longrightarrow\quad u = -\frac1r\, \frac{\alpha}{1 + \alpha \|a\|^2/r}\,
 # a\, m = -\frac{\alpha_t}{r} a\, m ,$$
+#
 # and $V_t = \frac{\alpha_t}2 m^2$ follows. In the reciprocal the recursion is a sum: $1/\alpha_t =
 # 1/\alpha_{t+1} + \|a_t\|^2 / r$. $\blacksquare$
 

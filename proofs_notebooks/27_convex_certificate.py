@@ -17,8 +17,11 @@
 # ## Statement
 #
 # Around a point, logits are affine in the change $u$ of the controls. The program
+#
 # $$\min_u\; P(u) = \frac1N \sum_i \ell(z_i + G_i u;\, y_i) + R(u)$$
+#
 # has the dual $\max_a D(a)$ with, for $v(a) = -\frac1N \sum_i G_i^\top a_i$,
+#
 # $$D(a) = \frac1N \sum_i \big[\langle a_i, z_i\rangle - \ell^*(a_i; y_i)\big] - R^*(v(a)) .$$
 #
 # **A.** $P(u) \ge D(a)$ for all $u$ and $a$, and the optima are equal.
@@ -39,8 +42,10 @@
 # **F.** Let $f - \frac\sigma2\|\cdot\|^2$ be convex, for a $\sigma$ of any sign. At any point $w$
 # with $e = \nabla f(w)$, on the ball of radius $r$ around $c$, with $q = c - w$ and
 # $h = e + \sigma q$,
+#
 # $$\min f \;\ge\; f(w) + \langle e, q\rangle + \frac\sigma2\|q\|^2 +
 # \min_{0 \le s \le r} \Big(\frac\sigma2 s^2 - \|h\| s\Big),$$
+#
 # with equality where $w$ minimises a convex $f$, or a quadratic one of any sign with
 # $\sigma = \lambda_{\min}(H)$. For a network $z(u + d) = z + Gd + \rho(d)$ and convex $\Phi$, with
 # $a = \nabla\Phi$ at the linearised outputs of $w$, controls gain at most the bound of the

@@ -20,7 +20,9 @@
 # variance $1/n$ or so, $B$ zero, and the multiplier $s = s_0 r^{-\gamma}$. Under Adam with one rate
 # $\eta$ for both factors and a fixed number of steps, the best rate of a wide layer goes with the
 # rank as
+#
 # $$\boxed{\; \eta_* \propto r^{-(1-\gamma)/2} \;}$$
+#
 # so that its logarithm has the slope 0 in $\log r$ for the usual $s = \alpha/r$ (**a**), and the
 # slope $-\frac12$ for a fixed multiplier (**b**).
 #
@@ -45,16 +47,21 @@
 #
 # *First step.* $g_A = 0$, so that $B$ alone moves, $B_{jk} = -\eta\, \mathrm{sign}(q_j)\,
 # \mathrm{sign}((A h)_k)$, and the output changes by
+#
 # $$s B A h = -\eta\, s r\, a\; \mathrm{sign}(q), \qquad a = \frac1r \sum_k |(A h)_k| = \Theta(1).$$
+#
 # Every one of the $r$ columns adds the same: the signs are aligned.
 #
 # *Later steps.* Now $(B^\top q)_k$ has the sign of $-(A h)_k$, and a step adds
 # $\eta\, \mathrm{sign}((A h)_k) \|h\|_1$ to $(A h)_k$. After $t$ steps $|B_{jk}| = t \eta$ and
 # $|(A h)_k|$ has grown by $(t - 1)\, \eta \|h\|_1$:
+#
 # $$s B A h = -\,\mathrm{sign}(q)\; s r\, t \eta\, \big(a + (t - 1)\, \eta \|h\|_1\big).$$
 #
 # *Best rate.* Set the amount after $T$ steps to $c$:
+#
 # $$s r\, T \eta\, \big(a + (T - 1)\, \eta \|h\|_1\big) = c.$$
+#
 # Rank and multiplier enter as $s r = s_0 r^{1 - \gamma}$ alone. For $\gamma = 1$ the equation does
 # not contain the rank at all. Otherwise the second term decides in a wide layer, where
 # $T \eta \|h\|_1 \gg a$, and $\eta_* = (c / (s r T (T - 1) \|h\|_1))^{1/2} \propto

@@ -107,3 +107,14 @@ def test_no_formula_is_cut_by_markdown() -> None:
             r'<div class="highlight">.*?</div>|<code>.*?</code>', "", body, flags=re.DOTALL
         )
         assert "$" not in text, (path.stem, text[text.index("$") :][:100])
+
+
+def test_display_formulas_stand_alone() -> None:
+    """Behind a line of text the site reads the dollars of the next formulas the wrong way round."""
+    for path in pages.files():
+        before, inside = "#", False
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not inside and line.startswith("# $$"):
+                assert before == "#" or before.startswith("# %%"), f"{path.name}:{number}"
+            inside ^= line.startswith("#") and line.count("$$") % 2 == 1
+            before = line
