@@ -27,10 +27,7 @@
 # $$\boxed{\; \frac{\partial d^*}{\partial c} > 0, \qquad d^*(s \text{ copies}) = d^*(1) \;}$$
 #
 # So the first half follows from a distance; the second does not follow from the number of
-# parameters. It holds only as far as the larger model's pre-training brings it closer. Sizes are
-# therefore compared twice: those of two models as they are published, and those of a family in which
-# nothing differs but the size (`deltacontrol pretrain`), as the slope of $\log_{10} d_{90}$ on
-# $\log_{10}$ of the number of parameters.
+# parameters. It holds only as far as the larger model's pre-training brings it closer.
 
 # %% [markdown]
 # ## Assumptions

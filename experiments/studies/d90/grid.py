@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 from deltacontrol.experiments.studies.d90.dimension import DimensionSearch
 from deltacontrol.experiments.studies.d90.fine_tuning import FineTuningDimension
 from deltacontrol.experiments.studies.d90.mnist import MnistDimension, Net
-from deltacontrol.experiments.training.pretraining.experiment import Pretraining
 
 TASKS = ("movie", "trec6", "amazon", "nyt")
 SMALL, LARGE, WIDE = "minilm-l3", "minilm-l6", "mpnet-base"
@@ -27,12 +26,6 @@ PRETRAINED = {
     (WIDE, "said"): TASKS[:1],  # a training in its 109 million dimensions takes minutes
 }
 RANDOM = {SMALL: TASKS, LARGE: TASKS}
-# Sizes that differ in nothing else, on tasks of six corpora that leave room above guessing.
-WIDTHS = (48, 80, 128, 192)
-FAMILY_TASKS = ("trec6", "bbc", "r8", "20ng", "intensity", "amazon-intensity")
-FAMILY: dict[str, Any] = (
-    TRAINING | {"batch_size": 16} | SEARCH | {"budget": 12, "baseline_seeds": 8}
-)
 
 
 def experiments(preset: str) -> list[DimensionSearch]:
@@ -83,19 +76,6 @@ def own() -> list[FineTuningDimension]:
     Of their trainings only those of the baseline are not in the searches above.
     """
     return [_search(SMALL, task, "said", pretrained=False, start=LARGEST) for task in RANDOM[SMALL]]
-
-
-def sizes(task: str) -> list[FineTuningDimension]:
-    """Encoders of one recipe of pre-training, from the smallest to the largest."""
-    return [
-        FineTuningDimension(model=f"family/encoder-{width}", task=task, method="said", **FAMILY)
-        for width in WIDTHS
-    ]
-
-
-def pretraining() -> list[Pretraining]:
-    """That of these encoders."""
-    return [Pretraining(family="encoder", width=width) for width in WIDTHS]
 
 
 def _search(model: str, task: str, method: Method, **options: Any) -> FineTuningDimension:
