@@ -99,8 +99,12 @@ class Figures:
         return self.preset == "quick" or self.recompute
 
     def _plan(self, name: str, figure: base.FigureModule) -> None:
-        if collect.is_fixed(figure.STUDY) or not self._computes:
+        fixed = collect.is_fixed(figure.STUDY)
+        if fixed or (not self._computes and collect.is_published(figure.STUDY)):
             print(f"{name}: drawn from committed records, nothing to do")
+            return
+        if not self._computes:
+            print(f"{name}: no committed records to draw from; --recompute makes its runs")
             return
         from deltacontrol.experiments.runs.sweep import plan
 

@@ -17,6 +17,7 @@ from deltacontrol.experiments.runs.scheduling.forecast import Forecast
 from deltacontrol.experiments.runs.scheduling.plan import Clock, Plan, makespan, ordered
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.experiments.runs.sweep import plan, run_all
+from deltacontrol.paper_figures import collect
 from tests.experiments.toy_runs import Toy, toys
 
 
@@ -179,12 +180,17 @@ def test_a_sweep_prints_its_plan_and_the_time(
 
 
 def test_figures_tell_their_plan_and_run_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = tmp_path / "runs"
-    words = ["figures", "--plan", "--only", "solvers", "taxonomy", "--runs", str(runs)]
+    words = ["figures", "--plan", "--only", "solvers", "cost", "--runs", str(runs)]
     assert cli._main(words) == 0
     said = capsys.readouterr().out
     assert "solvers: " in said and " to do, " in said and not runs.exists()
     assert cli._main([*words, "--preset", "paper"]) == 0
     assert "solvers: drawn from committed records, nothing to do" in capsys.readouterr().out
+    monkeypatch.setattr(collect, "is_published", lambda study: False)
+    assert cli._main([*words, "--preset", "paper"]) == 0
+    said = capsys.readouterr().out
+    assert "solvers: no committed records" in said and "--recompute" in said
+    assert "cost: drawn from committed records" in said  # of a benchmark
