@@ -37,10 +37,10 @@ _MARKS = 1000  # of the line of progress
 class Pretrain:
     """Pre-train a family of small models of one recipe, to be used by name.
 
-    Encoders (BERT, a masked language model) and decoders (Llama, a causal one) of several widths
-    differ in size alone: one vocabulary, the same text in the same order, one schedule, a rate and
-    a depth by rule. A finished model is a name wherever a model is asked for. The text is out of
-    packages, without the rows that packaged tasks are tested on (English, lower case).
+    Encoders (ModernBERT, a masked language model) and decoders (Llama, a causal one) of several
+    widths differ in size alone: one vocabulary, the same text in the same order, one schedule, a
+    rate and a depth by rule. A finished model is a name wherever a model is asked for. The text is
+    out of packages, without the rows that packaged tasks are tested on (English, lower case).
 
     Each pre-training is recorded, with its held-out loss, its curve and the digest of its weights.
     The same command again computes nothing; a killed one goes on from its checkpoints.
@@ -199,6 +199,15 @@ def _table(found: Sequence[Pretraining], records: Sequence[Record]) -> str:
             f"{minutes:8.1f}  {result['weights_sha256'][:12]}"
         )
     lines.append("loss: nats a predicted token, on held-out text; of an encoder the masked ones")
+    told = [r.result for r in records if r.result.get("loss") is not None]
+    if told:
+        lines.append(f"the frequencies of single tokens alone: {told[0]['unigram_loss']:.3f}")
+    blind = [r["model"] for r in told if r["loss"] >= r["unigram_loss"]]
+    if blind:
+        lines.append(
+            f"NOT BETTER THAN THAT, so that no context is learnt: {', '.join(blind)}; give more "
+            "--steps"
+        )
     return "\n".join(lines)
 
 

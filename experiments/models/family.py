@@ -4,15 +4,17 @@
     family/decoder-48@quick       of the preset quick
     family/decoder-48@steps=50,seed=1
 
-An encoder is a BERT with a masked language model's head, a decoder a Llama with a causal one. Of
-width d, a multiple of `HEAD`, each has
+An encoder is a ModernBERT with a masked language model's head, a decoder a Llama with a causal one:
+both normalise before a block, turn queries and keys by position, and gate the inner map. (A BERT,
+which normalises behind the block, stays at the frequencies of single tokens for as many updates.)
+Of width d, a multiple of `HEAD`, each has
 
     L = max(2, round(d/48)) blocks,   d/16 heads of 16,   a rate of pre-training of 0.5/d,
 
 weights drawn with the standard deviation (0.02² · 768/d)^½ (BERT's own at its own width), and the
 embedding as output map. All have one vocabulary and see the same rows of text in the same order.
-They differ in attention (both ways, or to the left), the maps behind it (4d with GELU, or three of
-8d/3 with SiLU), and what they predict.
+Families differ in attention (both ways, or to the left), the gate (GELU or SiLU), the normalisation
+(by mean and variance, or by the root mean square), and what they predict.
 
 `deltacontrol pretrain` makes them; this file knows no torch.
 """
@@ -33,7 +35,7 @@ FamilyName = Literal["encoder", "decoder"]
 FAMILIES: tuple[FamilyName, ...] = get_args(FamilyName)
 
 # Part of every member's digest: raise it when the recipe changes, here or where it is followed.
-RECIPE = 1
+RECIPE = 2
 SIZES = (48, 80, 128, 192, 288)
 PRESETS = {"quick": 60, "paper": 2000}
 PREFIX = "family/"
@@ -107,16 +109,13 @@ class Member:
     def num_parameters(self) -> int:
         """Of the model with its head for a full vocabulary, the tied embedding once.
 
-        With width d, L blocks, V tokens, S positions, and the inner width m: an encoder has
-        Vd + Sd + 2d + 2d (the embeddings and their norm), L(4(d² + d) + 8d² + 5d + 4d), and the
-        head d² + d + 2d + V; a decoder Vd, L(4d² + 3dm + 2d) and d.
+        With width d, L blocks, V tokens, and the inner width m, both have Vd and L(4d² + 3dm + 2d)
+        and the last norm d; an encoder has one norm d less in its first block, d behind the
+        embedding, and the head d² + d + V.
         """
         d, blocks, inner = self.width, self.depth, self._inner
-        if self.family == "encoder":
-            embeddings = (VOCABULARY + LENGTH + 4) * d
-            block = 4 * (d * d + d) + 2 * d * inner + inner + d + 4 * d
-            return embeddings + blocks * block + d * d + 3 * d + VOCABULARY
-        return VOCABULARY * d + blocks * (4 * d * d + 3 * d * inner + 2 * d) + d
+        body = VOCABULARY * d + blocks * (4 * d * d + 3 * d * inner + 2 * d) + d
+        return body + (d * d + d + VOCABULARY) * (self.family == "encoder")
 
     @property
     def seconds(self) -> float:
@@ -154,7 +153,7 @@ class Member:
     @property
     def description(self) -> str:
         """One line for listings."""
-        kind = "BERT" if self.family == "encoder" else "Llama"
+        kind = "ModernBERT" if self.family == "encoder" else "Llama"
         there = "pre-trained" if self.path.is_dir() else "not pre-trained yet"
         size = f"{self.num_parameters / 1e6:.2f}M parameters"
         return f"{kind}, {self.depth} layers, width {self.width}, {size}, {there}"
@@ -197,13 +196,12 @@ class Member:
             **special,
         }
         if self.family == "encoder":
-            # Text that is seen hardly more than once needs no dropout.
-            return shared | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            return shared | {"layer_types": ["full_attention"] * self.depth}
         return shared
 
     @property
     def _inner(self) -> int:
-        return 4 * self.width if self.family == "encoder" else 8 * self.width // 3 // HEAD * HEAD
+        return 8 * self.width // 3 // HEAD * HEAD
 
 
 def parse(name: str) -> Member | None:

@@ -94,7 +94,8 @@ class Pretraining(Experiment):
     def execute(self, workspace: Workspace) -> Outcome:
         """Pre-train the model and put it into the cache, or tell what the cache keeps of it.
 
-        The result holds the model's name, loss and perplexity on held-out rows, num_total,
+        The result holds the model's name, loss and perplexity on held-out rows, unigram_loss (what
+        the frequencies of single tokens reach there), num_total,
         num_layers, the digests weights_sha256 and tokens_sha256, tokens_seen, learning_rate,
         num_evaluated (rows), and the measures of `TrainingResult`. After a divergence nothing is
         kept, and loss is None.
@@ -147,10 +148,10 @@ class Pretraining(Experiment):
 
     def start(self, folder: Path) -> PreTrainedModel:
         """The model at its random start; configuration and tokenizer are written into a folder."""
-        from transformers import BertConfig, LlamaConfig
+        from transformers import LlamaConfig, ModernBertConfig
 
         texts, member = self._tokens(), self.member
-        made: Any = BertConfig if self.family == "encoder" else LlamaConfig
+        made: Any = ModernBertConfig if self.family == "encoder" else LlamaConfig
         special = texts.special(member)
         shutil.rmtree(folder, ignore_errors=True)
         made(**member.configuration(texts.vocabulary, special)).save_pretrained(folder)
@@ -194,6 +195,7 @@ class Pretraining(Experiment):
         result = {
             "model": self.member.name,
             **final,
+            "unigram_loss": texts.unigram_loss,
             "num_evaluated": min(len(texts.rows["held_out"]), ROWS_AT_THE_END),
             "num_total": sum(p.numel() for p in model.parameters()),
             "num_layers": self.member.depth,

@@ -68,6 +68,20 @@ class Tokens:
         return total.hexdigest()
 
     @cached_property
+    def unigram_loss(self) -> float:
+        """-Σ_t p(t) log q(t) in nats a token: what the frequencies of single tokens alone reach.
+
+        p are the frequencies of the held-out rows, q those of the training rows with one more of
+        every token. A model of a greater loss has learnt no context.
+        """
+        counts = {
+            part: np.bincount(rows.ravel(), minlength=self.vocabulary).astype(float)
+            for part, rows in self.rows.items()
+        }
+        held, known = counts["held_out"], counts["training"] + 1.0
+        return float(-(held / held.sum()) @ np.log(known / known.sum()))
+
+    @cached_property
     def vocabulary(self) -> int:
         """Number of tokens, special ones among them."""
         return self._inner().get_vocab_size()
@@ -97,9 +111,10 @@ class Tokens:
 
     def special(self, member: Member) -> dict[str, int]:
         """Numbers of special tokens for a member's configuration."""
+        ends = {"pad_token_id": PAD, "bos_token_id": CLS, "eos_token_id": SEP}
         if member.family == "encoder":
-            return {"pad_token_id": PAD}
-        return {"pad_token_id": PAD, "bos_token_id": CLS, "eos_token_id": SEP}
+            return ends | {"cls_token_id": CLS, "sep_token_id": SEP}
+        return ends
 
     def _inner(self) -> Tokenizer:
         from tokenizers import Tokenizer
