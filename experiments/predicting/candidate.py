@@ -65,6 +65,7 @@ class Candidate:
     Attributes:
         situation: shared by all candidates; one of them at a time acts on its model.
         text: a delta such as ``"lora:rank=8"``, or several with spaces between them.
+        rate: of short trainings that are told no other; by default the recorded or default one.
 
     Raises:
         InputError: there is no such delta, or the text names none.
@@ -72,6 +73,7 @@ class Candidate:
 
     situation: Situation
     text: str
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         """Check the text."""
@@ -125,10 +127,11 @@ class Candidate:
 
         Args:
             steps: of the training, on the rows of the situation.
-            rate: by default the recorded or default one.
+            rate: by default that of the candidate.
             evaluated: without it the loss is not a number, and only time and memory are told.
         """
-        situation, training = self.situation, replace(self.training(rate), steps=steps)
+        chosen = self.rate if rate is None else rate
+        situation, training = self.situation, replace(self.training(chosen), steps=steps)
         training = replace(training, compile="never", eval_every=None, patience=None)
         setting = situation.setting
         settings = training_settings(training, "classification", math.inf)

@@ -1,0 +1,1 @@
+"""Whether larger models close the gap between deltas and full fine-tuning."""
