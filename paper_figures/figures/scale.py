@@ -181,7 +181,8 @@ def caption(table: pd.DataFrame) -> str:
         f"Ten times as many parameters move the gap to full fine-tuning by {joined(told)} points, "
         f"and the variance over placements by {spread_slope(table).text(sign='+')}. {TITLE}: "
         f"{len(sizes)} encoders of one recipe with {sizes.min() / 1e6:.2g} to "
-        f"{sizes.max() / 1e6:.2g} million parameters, {first['steps']} updates of "
+        f"{sizes.max() / 1e6:.2g} million parameters, each pre-trained once, wider ones deeper, "
+        f"{first['steps']} updates of "
         f"{first['batch_size']} rows, {counted(table['task'].nunique(), 'task')} of as many "
         "corpora, "
         f"{counted(table['seed'].nunique(), 'seed')}, each method at a rate that validation rows "
@@ -190,7 +191,8 @@ def caption(table: pd.DataFrame) -> str:
         "fine-tuning. (c) Updates until 95 % of the way from the majority's accuracy to the last "
         f"one, geometric mean. (d) Variance over "
         f"{joined([shown[name].label for name in PLACEMENTS])}, less that over seeds, mean over "
-        "tasks with its 95 % interval, drawn from tasks."
+        "tasks with its 95 % interval, drawn from tasks. Intervals are those of tasks: what "
+        "another pre-training of these models would change is not in them."
     )
 
 
