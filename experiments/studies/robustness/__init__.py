@@ -1,0 +1,1 @@
+"""What perturbed texts cost, and what a correction of the hidden states gives back."""

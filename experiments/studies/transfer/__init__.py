@@ -1,0 +1,1 @@
+"""What the control of one task is worth for another."""
