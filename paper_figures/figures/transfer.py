@@ -29,7 +29,7 @@ from deltacontrol.experiments.runs.record import Record
 from deltacontrol.experiments.studies.transfer.grid import TASKS
 from deltacontrol.paper_figures.agreement import Agreement
 from deltacontrol.paper_figures.base import PAGE_WIDTH, check_replicates
-from deltacontrol.paper_figures.marks import beside, counted, letter, number
+from deltacontrol.paper_figures.marks import beside, counted, joined, letter, number
 from deltacontrol.theory.errors import InputError
 
 TITLE = "Controls of one task on others"
@@ -170,7 +170,8 @@ def caption(table: pd.DataFrame) -> str:
     seeds = counted(table["seed"].nunique(), "seed")
     return (
         f"The control of a task of the same kind gains {' and '.join(told)} more than that of "
-        f"another kind. {TITLE}: {first['delta']} on {first['model']}, "
+        f"another kind. As a start it gains, within a kind, {joined(_by_kind(table))} points. "
+        f"{TITLE}: {first['delta']} on {first['model']}, "
         f"{counted(table['target'].nunique(), 'task')}, means over {seeds}, in points of test "
         "accuracy above the model without a control. (a) The control stays and a linear head is "
         f"fitted to the target's rows. (b) Control and head are trained for {first['tune_steps']} "
@@ -181,6 +182,18 @@ def caption(table: pd.DataFrame) -> str:
         "permutations of the tasks."
         + (f" {diverged} of {len(table)} trainings diverged." if diverged else "")
     )
+
+
+def _by_kind(table: pd.DataFrame) -> list[str]:
+    """Mean gain as a start of the tasks of a kind from each other, of those with two corpora."""
+    gains, names = _matrix(table, "tuned")
+    kinds = np.array([TASKS[name].kind for name in names])
+    told = []
+    for kind in dict.fromkeys(kinds):
+        inside = (kinds[:, None] == kind) & (kinds[None, :] == kind) & _apart(names)
+        if inside.any():
+            told.append(f"{gains[inside].mean():+.1f} ({kind})")
+    return told
 
 
 def agreement(table: pd.DataFrame) -> list[Agreement]:

@@ -97,3 +97,14 @@ def test_runs_of_two_settings_are_not_averaged(records) -> None:
     other = replace(records[0], config=records[0].config | {"steps": 7, "seed": 99})
     with pytest.raises(InputError, match="differ in more than their seed"):
         transfer.table([*records, other])
+
+
+def test_gains_within_each_kind_are_told(records) -> None:
+    table = transfer.table(records)
+    told = dict(reversed(text.removesuffix(")").split(" (")) for text in transfer._by_kind(table))
+    assert set(told) == {"sentiment", "topic", "pair"}  # the others have one corpus
+    gains, names = transfer._matrix(table, "tuned")
+    own = [i for i, name in enumerate(names) if TASKS[name].kind == "topic"]
+    by_hand = np.mean([gains[i, j] for i in own for j in own if i != j])
+    assert float(told["topic"]) == pytest.approx(by_hand, abs=0.051)
+    assert f"within a kind, {told['sentiment']} (sentiment)" in transfer.caption(table)
