@@ -16,7 +16,7 @@ the target may have been seen in training.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,10 +212,7 @@ def kinds_apart(table: pd.DataFrame, way: str) -> Tested:
     """c: what tasks of one kind gain more, the kinds permuted among the tasks."""
     gains, names = _matrix(table, way)
     kinds = np.array([TASKS[name].kind for name in names])
-
-    def same(order: np.ndarray) -> np.ndarray:
-        return (kinds[order][:, None] == kinds[order][None, :]).astype(float)
-
+    same = (kinds[:, None] == kinds[None, :]).astype(float)
     return _permuted(gains, same, _apart(names))
 
 
@@ -228,17 +225,15 @@ def nearness(curves: pd.DataFrame, way: str) -> Tested:
         .to_numpy(float)
         for what in (f"{way}_gain", "cosine")
     )
-    return _permuted(gains, lambda order: cosines[np.ix_(order, order)], _apart(names))
+    return _permuted(gains, cosines, _apart(names))
 
 
-def _permuted(
-    gains: np.ndarray, explains: Callable[[np.ndarray], np.ndarray], used: np.ndarray
-) -> Tested:
+def _permuted(gains: np.ndarray, explains: np.ndarray, used: np.ndarray) -> Tested:
     """The coefficient of what explains, with effects of sources and targets taken out of both.
 
     Args:
         gains: (tasks, tasks).
-        explains: from an order of the tasks to (tasks, tasks).
+        explains: (tasks, tasks), whose tasks are permuted.
         used: which cells take part (tasks, tasks).
     """
     count = len(gains)
@@ -248,22 +243,22 @@ def _permuted(
     effects[np.arange(len(sources)), count + targets] = 1.0
     left = np.linalg.svd(effects, full_matrices=False)
     basis = left.U[:, left.S > 1e-9 * left.S[0]]
+    y = gains[used] - basis @ (basis.T @ gains[used])
 
-    def rest(values: np.ndarray) -> np.ndarray:
-        return values - basis @ (basis.T @ values)
+    def coefficients(orders: np.ndarray) -> np.ndarray:
+        """One for each order of the tasks (orders, tasks)."""
+        x = explains[orders[:, sources], orders[:, targets]]
+        x = x - (x @ basis) @ basis.T
+        sizes = (x * x).sum(1)
+        known = np.where(sizes > 1e-12, sizes, np.nan)
+        return (x @ y) / known
 
-    y = rest(gains[used])
-
-    def coefficient(order: np.ndarray) -> float:
-        x = rest(explains(order)[used])
-        size = float(x @ x)
-        return float(x @ y) / size if size > 1e-12 else math.nan
-
-    value = coefficient(np.arange(count))
+    value = float(coefficients(np.arange(count)[None])[0])
     if not math.isfinite(value):  # nothing is explained, or a gain is no number
         return Tested(value, 1.0, 1.0)
     generator = np.random.default_rng(0)
-    drawn = np.array([coefficient(generator.permutation(count)) for _ in range(PERMUTATIONS)])
+    orders = np.array([generator.permutation(count) for _ in range(PERMUTATIONS)])
+    drawn = coefficients(orders)
     drawn = drawn[np.isfinite(drawn)]
     tolerance = 1e-9 * max(1.0, abs(value))  # sums in another order are the same number
     above, below = ((drawn >= value - tolerance).sum(), (drawn <= value + tolerance).sum())
