@@ -24,7 +24,7 @@ def looks_of(record: Record, name: str = "accuracy") -> pd.DataFrame:
     return found.rename(columns={column: name}).reset_index(drop=True)
 
 
-def smoothed(values: Sequence[float]) -> np.ndarray:
+def smoothed(values: Sequence[float] | pd.Series) -> np.ndarray:
     """A running mean over three looks, of two at the ends."""
     series = pd.Series(np.asarray(values, dtype=float))
     return series.rolling(WIDTH, center=True, min_periods=2).mean().to_numpy()
@@ -36,7 +36,12 @@ def least_way(majority: float, rows: int) -> float:
 
 
 def nearly_done(
-    steps: Sequence[float], accuracy: Sequence[float], majority: float, *, rows: int, last: float
+    steps: Sequence[float] | pd.Series,
+    accuracy: Sequence[float] | pd.Series,
+    majority: float,
+    *,
+    rows: int,
+    last: float,
 ) -> float:
     """The step at which a training is nearly done.
 

@@ -8,6 +8,7 @@ all where methods are compared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -213,20 +214,20 @@ def _speeds(table: pd.DataFrame, methods: Sequence[str]) -> tuple[pd.DataFrame, 
     kept = own[own["task"].map(learnt)]
     if kept.empty:
         return kept, None
-    speeds = -np.log(_wide(kept, "steps_95"))
+    speeds = -_logs(kept, "steps_95")
     return speeds, Clusters([str(task) for task in speeds.index])
 
 
-def _wide(table: pd.DataFrame, what: str) -> pd.DataFrame:
-    """Geometric mean over seeds: a row a task, a column a method."""
-    logs = np.log(table[what]).groupby([table["task"], table["method"]]).mean()
-    wide = np.exp(logs.unstack("method"))
+def _logs(table: pd.DataFrame, what: str) -> pd.DataFrame:
+    """The mean log over seeds: a row a task, a column a method."""
+    logs = table[what].map(math.log).groupby([table["task"], table["method"]]).mean()
+    wide = logs.unstack("method")
     return wide[list(looks(table["method"]))]
 
 
 def _averages(table: pd.DataFrame, what: str) -> dict[str, Estimate]:
     """The geometric mean over tasks by method."""
-    wide = np.log(_wide(table, what))
+    wide = _logs(table, what)
     clusters = Clusters([str(task) for task in wide.index])
     means = clusters.means(wide)
     return {str(name): _exp(clusters.estimate(means[:, i])) for i, name in enumerate(wide)}
@@ -234,7 +235,7 @@ def _averages(table: pd.DataFrame, what: str) -> dict[str, Estimate]:
 
 def _ratio(table: pd.DataFrame, one: str, other: str) -> Estimate:
     """Steps of one method over those of another, paired by tasks."""
-    wide = np.log(_wide(table, "steps_95"))[[one, other]]
+    wide = _logs(table, "steps_95")[[one, other]]
     clusters = Clusters([str(task) for task in wide.index])
     return _exp(clusters.of_means(wide, lambda means: means[:, 0] - means[:, 1]))
 
@@ -244,7 +245,8 @@ def _exp(found: Estimate) -> Estimate:
 
 
 def _draw_times(ax: Axes, table: pd.DataFrame, what: str, label: str) -> None:
-    wide, shown, means = _wide(table, what), looks(table["method"]), _averages(table, what)
+    shown, means = looks(table["method"]), _averages(table, what)
+    wide = _logs(table, what).map(math.exp)
     for place, name in enumerate(wide):
         color, found = shown[str(name)].color, means[str(name)]
         ax.scatter(wide[name], np.full(len(wide), place + 0.27), s=7, color=color, linewidths=0)

@@ -101,7 +101,8 @@ def test_runs_of_two_settings_are_not_averaged(records) -> None:
 
 def test_gains_within_each_kind_are_told(records) -> None:
     table = transfer.table(records)
-    told = dict(reversed(text.removesuffix(")").split(" (")) for text in transfer._by_kind(table))
+    parts = [text.removesuffix(")").split(" (") for text in transfer._by_kind(table)]
+    told = {kind: gain for gain, kind in parts}
     assert set(told) == {"sentiment", "topic", "pair"}  # the others have one corpus
     gains, names = transfer._matrix(table, "tuned")
     own = [i for i, name in enumerate(names) if TASKS[name].kind == "topic"]
