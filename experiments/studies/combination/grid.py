@@ -7,6 +7,10 @@ learning rate, searched on validation rows of two of the tasks
 (`deltacontrol.experiments.studies.combination.rates`), for both amounts of rows; a sequence takes
 the rate of all three.
 
+Beside it stand both with a head and with a template, on a model that has the head of a masked
+language model: the largest but one of the family of `deltacontrol pretrain`. A template's words
+take the place of the head, so that there every subset but the empty one is trained.
+
 Source: Ding et al., Nature Machine Intelligence 5, 2023, "Combinations of delta-tuning methods".
 """
 
@@ -32,6 +36,20 @@ TASKS = {
     "r8:same-class": "pair",
 }
 IN_TURN = ("movie", "bbc", "r8:same-class")
+# Task → sentence, and the word of each class, one token of the family's vocabulary.
+FEELING = "{text} It was [MASK].", ("negative=bad", "positive=great")
+TEMPLATES = {
+    "movie": FEELING,
+    "tweets": FEELING,
+    "bbc": (
+        "{text} It is about [MASK].",
+        ("business=business", "entertainment=music", "politics=government", "sports=game",
+         "tech=computer"),
+    ),
+    "20ng:same-class": ("{text} The same? [MASK]. {text_pair}", ("no=no", "yes=yes")),
+}  # fmt: skip
+FORMS = HEAD, TEMPLATE = "head", "template"
+TEMPLATE_MODEL = "family/encoder-192"
 SEEDS = 3
 SHOTS = 16
 STEPS, BATCH = 80, 8
@@ -49,16 +67,31 @@ def name(deltas: Sequence[str]) -> str:
     return "+".join(part for part in PARTS if part in deltas) or NONE
 
 
+def key(subset: Sequence[str], form: str | None = None) -> str:
+    """Name of a searched rate; the form is given on the model of the templates."""
+    return f"{form}/{name(subset)}" if form else name(subset)
+
+
+def form_of(config: Mapping[str, Any]) -> str | None:
+    """Head or template on the model of the templates, None on the other."""
+    if config["model"] != TEMPLATE_MODEL:
+        return None
+    return TEMPLATE if config.get("template") else HEAD
+
+
 def _key(config: Mapping[str, Any]) -> str:
-    return name([delta["name"] for delta in config["deltas"]])
+    return key([delta["name"] for delta in config["deltas"]], form_of(config))
 
 
 RATES = StudyRates("combination", _key)
 
 
-def training(task: str, deltas: Sequence[str], rate: float | None, **more: Any) -> FineTuning:
+def training(
+    task: str, deltas: Sequence[str], rate: float | None, form: str | None = None, **more: Any
+) -> FineTuning:
     """One run of the study; without a rate, at the default."""
     given: dict[str, Any] = {
+        "model": TEMPLATE_MODEL if form else MODEL,
         "steps": STEPS,
         "batch_size": BATCH,
         "max_length": LENGTH * (2 if TASKS[task] == "pair" else 1),
@@ -67,14 +100,18 @@ def training(task: str, deltas: Sequence[str], rate: float | None, **more: Any) 
     }
     if "shots" not in more:
         given["train_limit"] = STEPS * BATCH
+    if form == TEMPLATE:
+        given["template"], given["verbaliser"] = TEMPLATES[task]
     return FineTuning(
-        model=MODEL, task=task, deltas=tuple(deltas) or (NONE,), learning_rate=rate,
-        **(given | more),
-    )  # fmt: skip
+        task=task, deltas=tuple(deltas) or (NONE,), learning_rate=rate, **(given | more)
+    )
 
 
 def experiments(preset: str) -> list[FineTuning]:
-    """Subsets with all rows, with few, and sequences; at quick one task, one seed, a few steps.
+    """Subsets with all rows, with few, sequences, and templates beside heads.
+
+    At quick there are no templates, whose model has to be pre-trained, and one task, one seed and a
+    few steps.
 
     Raises:
         InputError: the rates of the grid "paper" are not searched.
@@ -84,10 +121,12 @@ def experiments(preset: str) -> list[FineTuning]:
         tasks, in_turn, orders, seeds = ("bbc",), ("bbc",), [PARTS], 1
         short: dict[str, Any] = {"steps": 8, "eval_limit": 60}
     else:
-        rates = RATES.known(map(name, subsets()))
+        wanted = [*map(key, subsets()), *(key(s, form) for form in FORMS for s in subsets()[1:])]
+        rates = RATES.known(wanted)
         tasks, in_turn, seeds, short = tuple(TASKS), IN_TURN, SEEDS, {}
         orders = list(permutations(PARTS))
     few: dict[str, Any] = {"shots": SHOTS}
+    forms = [] if preset == "quick" else FORMS
     return [
         *(
             training(task, subset, rates.get(name(subset)), seed=seed, **rows, **short)
@@ -103,6 +142,14 @@ def experiments(preset: str) -> list[FineTuning]:
             )
             for task in in_turn
             for order in orders
+            for seed in range(seeds)
+        ),
+        *(
+            training(task, subset, rates[key(subset, form)], form, seed=seed, **rows)
+            for form in forms
+            for rows in ({}, few)
+            for task in TEMPLATES
+            for subset in subsets()[1:]
             for seed in range(seeds)
         ),
     ]  # fmt: skip
