@@ -18,15 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from deltacontrol.experiments.runs.record import Record
-from deltacontrol.experiments.studies.combination.grid import (
-    HEAD,
-    PARTS,
-    TASKS,
-    TEMPLATE,
-    form_of,
-    name,
-    subsets,
-)
+from deltacontrol.experiments.studies.combination import grid as study
 from deltacontrol.paper_figures.agreement import (
     Agreement,
     no_gain,
@@ -59,7 +51,7 @@ PUBLISHED_FEW = {"houlsby": 92.7, "houlsby+bitfit": 93.1, "prompt": 74.9, "houls
 PUBLISHED_FEW |= {"houlsby+bitfit+prompt": 91.6}
 MARGIN = 1.0  # points: a gain below it is none
 ALL, FEW, IN_TURN = "all rows", "16 rows a class", "in turn"
-FORM_BLOCKS = [f"{rows}, {form}" for rows in (ALL, FEW) for form in (HEAD, TEMPLATE)]
+FORM_BLOCKS = [f"{rows}, {form}" for rows in (ALL, FEW) for form in (study.HEAD, study.TEMPLATE)]
 BLOCKS = (ALL, FEW, IN_TURN, *FORM_BLOCKS)
 COLORS = {ALL: "#0072B2", FEW: "#D55E00"}
 INK = "#222222"
@@ -79,7 +71,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                 {
                     "block": block,
                     "task": task,
-                    "category": TASKS[task],
+                    "category": study.TASKS[task],
                     "method": method,
                     "stage": stage,
                     "seed": config["seed"],
@@ -100,9 +92,9 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
 
 def _place(row: Mapping[str, Any]) -> tuple:
     """Blocks, tasks and subsets in the order of the study."""
-    known = {label: place for place, label in enumerate(map(name, subsets()))}
+    known = {label: place for place, label in enumerate(map(study.name, study.subsets()))}
     place = known.get(row["method"], len(known))
-    task = list(TASKS).index(row["task"])
+    task = list(study.TASKS).index(row["task"])
     return BLOCKS.index(row["block"]), task, place, row["method"], row["seed"], row["stage"]
 
 
@@ -111,8 +103,8 @@ def _label(record: Record) -> tuple[str, str, str]:
     deltas = [delta["name"] for delta in config["deltas"]]
     if config.get("sequential"):
         return IN_TURN, config["task"], " > ".join(deltas)
-    rows, form = FEW if config.get("shots") else ALL, form_of(config)
-    return f"{rows}, {form}" if form else rows, config["task"], name(deltas)
+    rows, form = FEW if config.get("shots") else ALL, study.form_of(config)
+    return f"{rows}, {form}" if form else rows, config["task"], study.name(deltas)
 
 
 def _accuracies(record: Record) -> list[tuple[int, float | None]]:
@@ -235,7 +227,7 @@ def agreement(table: pd.DataFrame) -> list[Agreement]:
     text = "adding BitFit, prompt tuning or both to an adapter gains nothing"
     published = _gain(PUBLISHED)
     found.append(no_gain("combination, all rows", text, published, _added(above), MARGIN))
-    pairs = [(m, _with_prompt(m)) for m in ("houlsby", "bitfit", "houlsby+bitfit")]
+    pairs = [(m, f"{m}+prompt") for m in ("houlsby", "bitfit", "houlsby+bitfit")]
     added = pd.concat([points[more] - points[less] for less, more in pairs], axis=1)
     mean = clusters.of_means(added, lambda means: means.mean(axis=1))
     published = float(np.mean([PUBLISHED[more] - PUBLISHED[less] for less, more in pairs]))
@@ -283,12 +275,7 @@ def _added(above: pd.DataFrame) -> Estimate:
 
 def _gain(published: Mapping[str, float]) -> float:
     """The same of published averages."""
-    own = _with_adapter(published)
-    return float(np.mean([published[m] - published[REFERENCE] for m in own]))
-
-
-def _with_prompt(method: str) -> str:
-    return f"{method}+prompt"
+    return float(np.mean([published[m] - published[REFERENCE] for m in _with_adapter(published)]))
 
 
 def _short(method: str) -> str:
@@ -302,15 +289,13 @@ def _blocks(table: pd.DataFrame) -> list[str]:
 def _with_forms(table: pd.DataFrame) -> list[str]:
     """The amounts of rows with which both a head and a template were trained."""
     there = set(table["block"])
-    return [
-        rows for rows in (ALL, FEW) if {f"{rows}, {form}" for form in (HEAD, TEMPLATE)} <= there
-    ]
+    return [rows for rows in (ALL, FEW) if f"{rows}, {study.TEMPLATE}" in there]
 
 
 def _gained(table: pd.DataFrame, rows: str) -> pd.DataFrame:
     """Points of a template less those of a head: a row a task, a column a subset."""
-    head, template = (_wide(table, f"{rows}, {form}", "points") for form in (HEAD, TEMPLATE))
-    return template - head
+    template = _wide(table, f"{rows}, {study.TEMPLATE}", "points")
+    return template - _wide(table, f"{rows}, {study.HEAD}", "points")
 
 
 def _template_gain(table: pd.DataFrame, rows: str) -> Estimate:
@@ -321,15 +306,15 @@ def _template_gain(table: pd.DataFrame, rows: str) -> Estimate:
 
 def _in_turn(table: pd.DataFrame) -> list[str]:
     found = table.loc[table["block"] == IN_TURN, "task"]
-    return [task for task in TASKS if task in set(found)]
+    return [task for task in study.TASKS if task in set(found)]
 
 
 def _wide(table: pd.DataFrame, block: str, what: str) -> pd.DataFrame:
     """The mean over seeds: a row a task, a column a subset."""
     rows = table[table["block"] == block]
     wide = rows.pivot_table(index="task", columns="method", values=what, aggfunc="mean")
-    tasks = [task for task in TASKS if task in wide.index]
-    return wide.loc[tasks, [m for m in map(name, subsets()) if m in wide.columns]]
+    tasks = [task for task in study.TASKS if task in wide.index]
+    return wide.loc[tasks, [m for m in map(study.name, study.subsets()) if m in wide.columns]]
 
 
 def _above(table: pd.DataFrame, block: str) -> pd.DataFrame:
@@ -410,7 +395,7 @@ def _draw_in_turn(ax: Axes, curves: pd.DataFrame) -> None:
         ax.plot(steps, rows["value"], color=color, marker="o", markersize=3)
         parts = [SHORT[part] for part in str(method).split(" > ")]
         ends.append((steps[-1], float(rows["value"].iloc[-1]), ", ".join(parts), color))
-    ax.set_xticks(range(1, len(PARTS) + 1))
+    ax.set_xticks(range(1, len(study.PARTS) + 1))
     ax.set_xlabel("deltas trained")
     ax.set_ylabel("validation accuracy (%)")
     ax.set_title("one after another")
