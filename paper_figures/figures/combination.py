@@ -189,18 +189,16 @@ def caption(table: pd.DataFrame) -> str:
     seeds = table.groupby(["block", "task", "method"])["seed"].nunique()
     sentences = [
         f"With {block}, adding to an adapter gains {added.text(sign='+')} points in the mean over "
-        f"what is added, and prompt tuning alone is {above['prompt'].text(sign='+')} points "
-        "from it.",
+        f"what is added, and prompt tuning alone is {above['prompt'].text(sign='+')} from it.",
         f"{TITLE}: AP adapter (Houlsby), BF BitFit, PT prompt, none the head alone; "
         f"{first['model']}, {first['steps']} updates of {first['batch_size']} rows, "
         f"{counted(seeds.min(), 'seed')}, {counted(table['task'].nunique(), 'task')} of as many "
-        "corpora. (a, b) Points "
-        "of test accuracy above the adapter alone: a dot is a task, the diamond the mean over "
-        "tasks with its 95 % interval, drawn from tasks; crosses are the published averages of "
-        "GLUE with RoBERTa-large (Ding et al., 2023, Table 2). (c) Loss on test rows less the mean "
-        "training loss of the last ten updates; with all rows each is seen once. (d) Accuracy on "
-        "validation rows after each stage "
-        f"of a sequence, mean over {joined(_in_turn(table))}; the text names the order.",
+        "corpora. (a, b) Points of test accuracy above the adapter alone: a dot is a task, the "
+        "diamond the mean over tasks with its 95 % interval, drawn from tasks; crosses are the "
+        "published averages of GLUE with RoBERTa-large (Ding et al., 2023, Table 2). (c) Loss on "
+        "test rows less the mean training loss of the last ten updates; with all rows each is seen "
+        "once. (d) Accuracy on validation rows after each stage of a sequence, mean over "
+        f"{joined(_in_turn(table))}; the text names the order.",
     ]
     templates = _with_forms(table)
     if templates:
