@@ -69,11 +69,25 @@ def test_what_a_template_gains_is_over_a_head_of_the_same_model(records) -> None
     found = {one.row: one for one in combination.agreement(table)}["combination, templates"]
     # By hand from Table 2: 0, 0.2, 0.2, -0.3, 0.3, 0.4 and -0.2.
     assert found.published.startswith("+0.1 ") and found.agrees is True
-    assert combination._gained(table, combination.ALL).shape == (4, 7)
+    assert combination._gained(table, combination.ALL).shape == (6, 7)
     # Runs of the other model are in none of these blocks, and the other way round.
     alone = table[~table["block"].isin(combination.FORM_BLOCKS)]
     assert set(alone["model"]) == {"minilm-l3"} and not combination._with_forms(alone)
     assert "template" not in combination.caption(alone)
+
+
+def test_templates_have_a_word_for_every_class_of_their_tasks() -> None:
+    from deltacontrol.experiments import tasks
+    from deltacontrol.experiments.studies.combination import grid
+    from deltacontrol.experiments.tasks.templates import Template
+
+    assert set(grid.TEMPLATES) == set(grid.TASKS)
+    for task, (sentence, verbaliser) in grid.TEMPLATES.items():
+        try:
+            labels = tasks.load(task).labels
+        except InputError:
+            pytest.skip("a packaged task cannot be had here")
+        assert set(Template(sentence, verbaliser).words) == set(labels), task
 
 
 def test_rates_are_searched_for_every_form_of_the_grid() -> None:

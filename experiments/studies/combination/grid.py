@@ -38,6 +38,7 @@ TASKS = {
 IN_TURN = ("movie", "bbc", "r8:same-class")
 # Task → sentence, and the word of each class, one token of the family's vocabulary.
 FEELING = "{text} It was [MASK].", ("negative=bad", "positive=great")
+SAME = "{text} The same? [MASK]. {text_pair}", ("different=no", "same=yes")
 TEMPLATES = {
     "movie": FEELING,
     "tweets": FEELING,
@@ -46,7 +47,9 @@ TEMPLATES = {
         ("business=business", "entertainment=music", "politics=government", "sports=game",
          "tech=computer"),
     ),
-    "20ng:same-class": ("{text} The same? [MASK]. {text_pair}", ("no=no", "yes=yes")),
+    "trec50:is-HUM:ind": ("{text} Who? [MASK].", ("other=no", "HUM:ind=yes")),
+    "20ng:same-class": SAME,
+    "r8:same-class": SAME,
 }  # fmt: skip
 FORMS = HEAD, TEMPLATE = "head", "template"
 TEMPLATE_MODEL = "family/encoder-192"
