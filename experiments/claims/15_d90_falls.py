@@ -1,31 +1,27 @@
 """Claim 15: d90 falls with pre-training and with model size.
 
-A number of dimensions is known from bootstrap draws over the trainings of its search; one beyond
-the dimensions that were searched is a bound only. A ratio is therefore taken twice, with the bounds
-on either side: the interval reaches from the lower end of the lesser ratio to the upper end of the
-greater one. Tasks are drawn again as well: they are the unit of replication.
+Each task has a log10 ratio of d90 or, over several sizes, the slope of log10 d90 on the log10 of
+the parameters (`deltacontrol.experiments.studies.d90.changes`: the interval is that of tasks).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from deltacontrol.experiments.studies.d90 import changes
 from deltacontrol.theory.claims import Claim, Evidence, Part, Records, Threshold
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from deltacontrol.experiments.runs.record import Record
+    from deltacontrol.experiments.studies.d90.changes import Searches
     from deltacontrol.experiments.studies.d90.fine_tuning import FineTuningDimension
 
-MOST = 2e8  # more numbers than any of the models has
-DRAWS = 4000
 # Aghajanyan et al., table 1: (base, large) of BERT and RoBERTa by SAID on MRPC and QQP.
 PUBLISHED_SIZES = ((1608, 1037), (8030, 1200), (896, 207), (896, 774))
-
-Pair = tuple["Record", "Record"]
+# Parameters in millions, of BERT (Devlin et al., NAACL 2019) and RoBERTa (Liu et al., 2019).
+PUBLISHED_PARAMETERS = ((110, 340), (110, 340), (125, 355), (125, 355))
 
 
 def _runs() -> list[FineTuningDimension]:
@@ -35,7 +31,13 @@ def _runs() -> list[FineTuningDimension]:
     models = (d90.SMALL, d90.LARGE, d90.WIDE)
     methods: tuple[d90.Method, ...] = ("said", "did")
     starts = [s for model in models for method in methods for s in d90.starts(model, method)]
-    return [*starts, *d90.own()]
+    family = [
+        search
+        for task in d90.FAMILY_TASKS
+        for own in (False, True)
+        for search in d90.sizes(task, own=own)
+    ]
+    return list(dict.fromkeys([*starts, *d90.own(), *d90.pretraining(), *family]))
 
 
 def _searches(
@@ -55,95 +57,21 @@ def _own(records: Records) -> dict[str, Record]:
     return {search.task: records(search) for search in d90.own()}
 
 
-def _pairs(before: dict[str, Record], after: dict[str, Record]) -> dict[str, Pair]:
+def _pairs(before: dict[str, Record], after: dict[str, Record]) -> dict[str, Searches]:
     return {task: (before[task], after[task]) for task in before if task in after}
 
 
 def _predict(records: Records) -> dict[str, Any]:
     """The judged number is below zero; the published sizes differ by this factor on average."""
     logs = [math.log10(large / base) for base, large in PUBLISHED_SIZES]
-    return {"published log10 ratio, base to large": sum(logs) / len(logs)}
-
-
-def _draws(record: Record, rule: Record | None = None, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Bootstrap draws of d90, with what is a bound only at its lesser end, and at its greater end.
-
-    "Less than the smallest dimension" lies between one and that, "more than the largest" between
-    that and all of the model's numbers. The target is that of the record, or of another one; the
-    draws of two records, and those of two seeds, are independent.
-    """
-    import numpy as np
-
-    from deltacontrol.experiments.studies.d90.dimension import estimate_from
-    from deltacontrol.theory.dimension.estimate import Baseline
-
-    config, result = record.config, record.result
-    found = estimate_from(
-        record.curve(),
-        Baseline(tuple((rule or record).result["baseline"]), config["share"]),
-        chance=result["chance"],
-        confidence=result["confidence"],
-        seed=int(record.id, 16) % 2**32 + seed,
-    )
-    smallest, largest = found.dimensions[0], found.dimensions[-1]
-    draws = np.array(found.draws or (found.dimension,))
-    return tuple(
-        np.where(draws <= 0, low, np.where(np.isinf(draws), high, draws))
-        for low, high in ((1.0, largest), (smallest, MOST))
-    )
-
-
-def _log_ratios(pair: Pair, *, common: bool = False, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Draws of log10(d90 after / d90 before), with bounds for the claim, and against it.
-
-    With ``common`` both are held to the target of the first.
-    """
-    import numpy as np
-
-    rule = pair[0] if common else None
-    before, after = _draws(pair[0], rule), _draws(pair[1], rule, seed)
-    size = min(len(before[0]), len(after[0]))
-    return tuple(np.log10(after[i][:size]) - np.log10(before[1 - i][:size]) for i in (0, 1))
-
-
-def _over_tasks(
-    pairs: Mapping[str, Pair], *, common: bool = False, seed: int = 0, **more: Any
-) -> Evidence:
-    """Mean over tasks of the log ratio: tasks are drawn again, and of each a draw of its ratio.
-
-    The value has bounds on the side against the claim.
-    """
-    import numpy as np
-
-    random = np.random.default_rng(seed)
-    tasks = random.integers(0, len(pairs), (DRAWS, len(pairs)))
-    places = random.random((DRAWS, len(pairs)))
-    means, values = [], []
-    found = [_log_ratios(pair, common=common, seed=seed) for pair in pairs.values()]
-    for ratios in zip(*found, strict=True):
-        drawn = [
-            [ratios[t][int(x * len(ratios[t]))] for t, x in zip(row, column, strict=True)]
-            for row, column in zip(tasks, places, strict=True)
-        ]
-        means.append(np.sort(np.mean(drawn, axis=1)))
-        values.append([float(np.median(r)) for r in ratios])
-    half = DRAWS // 2
-    by_task = {
-        task: f"{before.result['text']} to {after.result['text']}, log10 ratio {low:.3f}"
-        + ("" if low == high else f" to {high:.3f}")
-        for (task, (before, after)), low, high in zip(pairs.items(), *values, strict=True)
+    sizes = [math.log10(large / base) for base, large in PUBLISHED_PARAMETERS]
+    return {
+        "published log10 ratio, base to large": _mean(logs),
+        "published slope, base to large": _mean([a / b for a, b in zip(logs, sizes, strict=True)]),
     }
-    return Evidence.of_draws(
-        float(np.mean(values[1])),
-        np.concatenate([means[0][:half], means[1][half:]]),
-        "task",
-        len(pairs),
-        details={"by task, each by its own target": by_task, **more.pop("details", {})},
-        **more,
-    )
 
 
-def _sizes(records: Records) -> dict[str, Pair]:
+def _sizes(records: Records) -> dict[str, Searches]:
     """Three layers and six, both pre-trained."""
     from deltacontrol.experiments.studies.d90 import grid as d90
 
@@ -151,7 +79,7 @@ def _sizes(records: Records) -> dict[str, Pair]:
     return _pairs(small, large)
 
 
-def _starts(records: Records) -> dict[str, Pair]:
+def _starts(records: Records) -> dict[str, Searches]:
     """Random weights and pre-trained ones, three layers, by the target of the latter."""
     from deltacontrol.experiments.studies.d90 import grid as d90
 
@@ -159,13 +87,13 @@ def _starts(records: Records) -> dict[str, Pair]:
     return _pairs(random, small)
 
 
-def _told(pairs: Mapping[str, Pair], **options: Any) -> str:
+def _told(pairs: Mapping[str, Searches], **options: Any) -> str:
     """A ratio beside the judged one, which may be of one task."""
     import numpy as np
 
     if len(pairs) > 1:
-        return _over_tasks(pairs, **options).text
-    ratios = [np.median(_log_ratios(p)[1]) for p in pairs.values()]
+        return changes.over_tasks(pairs, **options).text
+    ratios = [np.median(changes.weighted(p, changes.RATIO)[1]) for p in pairs.values()]
     return f"{ratios[0]:.3g}, 1 task" if ratios else "no task"
 
 
@@ -173,7 +101,7 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _above_chance(pairs: Mapping[str, Pair]) -> bool:
+def _above_chance(pairs: Mapping[str, Searches]) -> bool:
     results = [record.result for pair in pairs.values() for record in pair]
     return all(result["target"] > result["chance"] for result in results)
 
@@ -194,7 +122,7 @@ def _pretraining(prediction: Mapping[str, Any], records: Records) -> Evidence:
         reached[task] = (score >= goal, f"{score:.3f}, target {goal:.3f}")
     # Where full fine-tuning learns nothing, its share is reached by guessing.
     learnt = {task: (r, pairs[task][1]) for task, r in own.items() if r.result["dimensions"]}
-    return _over_tasks(
+    return changes.over_tasks(
         pairs,
         details={
             "full fine-tuning from random weights": {t: text for t, (_, text) in reached.items()},
@@ -221,7 +149,9 @@ def _neither(prediction: Mapping[str, Any], records: Records) -> Evidence:
     lies around one. No control with power is known that the records allow.
     """
     pairs = {task: (random, random) for task, (random, _) in _starts(records).items()}
-    return _over_tasks(pairs, seed=1, note="random weights against the same, by draws of its own")
+    return changes.over_tasks(
+        pairs, seed=1, note="random weights against the same, by draws of its own"
+    )
 
 
 # -- b: size --------------------------------------------------------------------------------------
@@ -241,7 +171,7 @@ def _size(prediction: Mapping[str, Any], records: Records) -> Evidence:
     reaches = [
         _mean(large.result["baseline"]) >= small.result["target"] for small, large in pairs.values()
     ]
-    return _over_tasks(
+    return changes.over_tasks(
         pairs,
         common=True,
         details={
@@ -264,7 +194,28 @@ def _own_targets(prediction: Mapping[str, Any], records: Records) -> Evidence:
     That is harder to reach where the larger model's full fine-tuning is better. This ratio had been
     measured before it was made a control.
     """
-    return _over_tasks(_sizes(records), note="each size by the target of its own")
+    return changes.over_tasks(_sizes(records), note="each size by the target of its own")
+
+
+def _made(truth: float, number: int) -> Any:
+    """The record of a search whose d90 is known."""
+    from types import SimpleNamespace
+
+    import pandas as pd
+
+    rows = [
+        {"dimension": d, "performance": 0.72 + 0.1 * math.log10(d / truth) + e, "used": True}
+        for d in (100, 1000, 10_000, 100_000)
+        for e in (-0.001, 0.001)
+    ]
+    result = {"baseline": [0.8, 0.8], "target": 0.72, "chance": 0.2, "confidence": 0.9}
+    result |= {"dimensions": [100, 100_000]}
+    return SimpleNamespace(
+        id=f"{number:x}",
+        curve=lambda: pd.DataFrame(rows).astype({"dimension": "Int64"}),
+        config={"share": 0.9},
+        result=result | {"text": f"{truth:g}"},
+    )
 
 
 def _passes(prediction: Mapping[str, Any], records: Records) -> Evidence:
@@ -272,32 +223,121 @@ def _passes(prediction: Mapping[str, Any], records: Records) -> Evidence:
 
     Both have the same full fine-tuning, so that whose target is taken does not matter.
     """
-    from types import SimpleNamespace
-
-    import pandas as pd
-
-    def search(truth: float, number: int) -> Any:
-        rows = [
-            {"dimension": d, "performance": 0.72 + 0.1 * math.log10(d / truth) + e, "used": True}
-            for d in (100, 1000, 10_000, 100_000)
-            for e in (-0.001, 0.001)
-        ]
-        result = {"baseline": [0.8, 0.8], "target": 0.72, "chance": 0.2, "confidence": 0.9}
-        return SimpleNamespace(
-            id=f"{number:x}",
-            curve=lambda: pd.DataFrame(rows).astype({"dimension": "Int64"}),
-            config={"share": 0.9},
-            result=result | {"text": f"{truth:g}"},
-        )
-
     pairs: dict[str, Any] = {
-        f"made task {i}": (search(3000.0, 2 * i), search(300.0, 2 * i + 1)) for i in range(2)
+        f"made task {i}": (_made(3000.0, 2 * i), _made(300.0, 2 * i + 1)) for i in range(2)
     }
     note = "made curves that reach 0.72 at dimensions of 3000 and 300"
-    return _over_tasks(pairs, note=note)
+    return changes.over_tasks(pairs, note=note)
+
+
+# -- c: size, of one family -----------------------------------------------------------------------
+
+
+ROOM = 0.05  # of the smallest model's target above guessing, for a task to count
+LEAST_TASKS = 4
+
+
+def _roomy(records: Records) -> list[str]:
+    """Tasks on which the smallest model's target is well above guessing; known before any d90."""
+    from deltacontrol.experiments.studies.d90 import grid as d90
+
+    smallest = {task: records(d90.sizes(task)[0]).result for task in d90.FAMILY_TASKS}
+    return [t for t, result in smallest.items() if result["target"] - result["chance"] >= ROOM]
+
+
+def _family(records: Records, *, own: bool) -> dict[str, Searches]:
+    """Searches of all sizes by task, from the smallest on; of all tasks where few have room."""
+    from deltacontrol.experiments.studies.d90 import grid as d90
+
+    roomy = _roomy(records)
+    tasks = roomy if len(roomy) > 1 else d90.FAMILY_TASKS
+    return {task: tuple(map(records, d90.sizes(task, own=own))) for task in tasks}
+
+
+def _pretrainings(records: Records) -> list[Record]:
+    from deltacontrol.experiments.studies.d90 import grid as d90
+
+    return [records(pretraining) for pretraining in d90.pretraining()]
+
+
+def _slope_weights(parameters: Sequence[float]) -> list[float]:
+    """Of a line through log10 d90 over the log10 of the parameters, by least squares."""
+    x = [math.log10(number) for number in parameters]
+    spread = sum((value - _mean(x)) ** 2 for value in x)
+    return [(value - _mean(x)) / spread for value in x]
+
+
+def _slope(searches: Mapping[str, Searches], records: Records, **more: Any) -> Evidence:
+    parameters = [record.result["num_total"] for record in _pretrainings(records)]
+    weights = _slope_weights(parameters)
+    return changes.over_tasks(searches, weights=weights, called="slope", most=parameters, **more)
+
+
+def _family_slope(prediction: Mapping[str, Any], records: Records) -> Evidence:
+    """From the smallest to the largest, all held to the target of the smallest."""
+    from deltacontrol.experiments.studies.d90 import grid as d90
+
+    searches, scored = (_family(records, own=own) for own in (False, True))
+    roomy = _roomy(records)
+    scores = {task: [_mean(s.result["baseline"]) for s in scored[task]] for task in searches}
+    reaches = [
+        score >= searches[task][0].result["target"] for task, of in scores.items() for score in of
+    ]
+    pretrained = [record.result for record in _pretrainings(records)]
+    losses = [result["loss"] for result in pretrained]
+    config = next(iter(scored.values()))[0].config
+    return _slope(
+        searches,
+        records,
+        details={
+            "parameters": [result["num_total"] for result in pretrained],
+            "held-out loss of pre-training": losses,
+            "loss of single tokens' frequencies": pretrained[0]["unigram_loss"],
+            "full fine-tuning": scores,
+            "left out, the smallest model is near guessing": [
+                task for task in d90.FAMILY_TASKS if task not in roomy
+            ],
+            "published slope, base to large": prediction["published slope, base to large"],
+        },
+        assumptions={
+            f"the smallest model has room above guessing on {LEAST_TASKS} tasks": len(roomy)
+            >= LEAST_TASKS,
+            "full fine-tuning of every size reaches the target on every task": all(reaches),
+            "pre-training learns more than frequencies, and more with size": losses
+            == sorted(losses, reverse=True)
+            and losses[0] < pretrained[0]["unigram_loss"],
+        },
+        note=(
+            f"encoders of {len(losses)} widths pre-trained alike and once, wider ones deeper; "
+            f"SAID, {config['steps']} steps of {config['batch_size']} rows; target: 90 % of full "
+            f"fine-tuning of the smallest, {config['baseline_seeds']} seeds"
+        ),
+    )
+
+
+def _family_own_targets(prediction: Mapping[str, Any], records: Records) -> Evidence:
+    """No common target: every size is held to 90 % of its own full fine-tuning."""
+    return _slope(_family(records, own=True), records, note="each size by the target of its own")
+
+
+def _family_passes(prediction: Mapping[str, Any], records: Records) -> Evidence:
+    """Searches whose answers are known: d90 goes as one over the parameters, on five tasks."""
+    parameters = (3e5, 6e5, 1.2e6, 2.4e6)
+    made: dict[str, Any] = {
+        f"made task {i}": tuple(_made(1e9 / n, 4 * i + j) for j, n in enumerate(parameters))
+        for i in range(5)
+    }
+    return changes.over_tasks(
+        made,
+        weights=_slope_weights(parameters),
+        called="slope",
+        most=parameters,
+        note="made curves: d90 in inverse proportion to the parameters",
+    )
 
 
 RATIO = "mean log10 ratio of d90 over tasks"
+SLOPE = "mean slope of log10 d90 on log10 parameters over tasks"
 
 CLAIM = Claim(
     id=15,
@@ -305,15 +345,16 @@ CLAIM = Claim(
     title="d90 falls with pre-training and with model size",
     statement=(
         "the dimension of a random subspace in which a language model reaches 90 % of full "
-        "fine-tuning is (a) less from pre-trained than from random weights, and (b) less in a "
-        "larger pre-trained model by the same target, in geometric mean over tasks"
+        "fine-tuning is (a) less from pre-trained than from random weights, and less in a larger "
+        "pre-trained model by the same target, (b) of six layers than of three, (c) over the sizes "
+        "of a family of one recipe of pre-training, in geometric mean over tasks"
     ),
     source="Aghajanyan, Gupta & Zettlemoyer, ACL 2021, sections 4 and 5",
     notebook="15_d90_falls",
     revised=(
         "one row joined both, sizes had targets of their own, and d90 from random weights was "
-        "judged where full fine-tuning misses the target; trainings to convergence of one family "
-        "of four sizes, with eight seeds, need new runs"
+        "judged where full fine-tuning misses the target; part c was added when there was a family "
+        "of models of one recipe of pre-training"
     ),
     predict=_predict,
     parts=(
@@ -333,6 +374,15 @@ CLAIM = Claim(
             _size,
             _own_targets,
             _passes,
+            "real fine-tuning",
+        ),
+        Part(
+            "c",
+            "sizes of one family",
+            Threshold("<", 0.0, f"{SLOPE}, one target"),
+            _family_slope,
+            _family_own_targets,
+            _family_passes,
             "real fine-tuning",
         ),
     ),

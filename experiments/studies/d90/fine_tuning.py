@@ -6,9 +6,10 @@ record is read. Sources: Aghajanyan et al., ACL 2021, section 3 (DID, SAID).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from deltacontrol.experiments.models.family import PREFIX
 from deltacontrol.experiments.studies.d90.dimension import DimensionSearch, Reading
 from deltacontrol.experiments.training.finetune import FineTuning
 from deltacontrol.theory.errors import InputError
@@ -34,6 +35,9 @@ class _Trained:
     baseline: Literal["full", "pretrained", "delta"] = "full"
     """What to reach a share of: full fine-tuning of the same start, that of the pre-trained start,
     or the delta itself."""
+    baseline_model: str = ""
+    """The model whose full fine-tuning gives the target; the model itself if empty. With a smaller
+    model here, models of several sizes are held to one target."""
     projection: str = "fastfood"
     """The kind of P: fastfood, dense, gaussian, sparse-sign, srht or kronecker."""
     pretrained: bool = True
@@ -59,6 +63,7 @@ class FineTuningDimension(DimensionSearch, _Trained):
     """The dimension that a model needs for a task."""
 
     kind: ClassVar[str] = "dimension"
+    younger: ClassVar[tuple[str, ...]] = ("baseline_model",)
 
     def __post_init__(self) -> None:
         """Check the fields and write the delta in full."""
@@ -69,6 +74,11 @@ class FineTuningDimension(DimensionSearch, _Trained):
             raise InputError(f"baseline is {self.baseline!r}; expected full, pretrained or delta")
         if self.baseline == "delta" and not self.delta:
             raise InputError("baseline is delta, but no delta is given; give one, such as lora")
+        if self.baseline_model and self.baseline != "full":
+            raise InputError(
+                f"baseline_model is {self.baseline_model}, and baseline {self.baseline}; another "
+                "model gives its full fine-tuning alone: leave baseline at full"
+            )
         self.training(self.largest, 1.0, 0)  # which checks what a training takes
 
     @property
@@ -76,7 +86,8 @@ class FineTuningDimension(DimensionSearch, _Trained):
         """Model, start, task, method and delta."""
         start = "" if self.pretrained else " from random weights"
         of = f" of {self.delta}" if self.delta else ""
-        return f"{self.model}{start} {self.task} {self.method}{of}"
+        by = f" by {self.baseline_model}" if self.baseline_model else ""
+        return f"{self.model}{start} {self.task} {self.method}{of}{by}"
 
     def training(self, dimension: int, rate: float, seed: int) -> FineTuning:
         """Fine-tuning in a subspace."""
@@ -86,11 +97,14 @@ class FineTuningDimension(DimensionSearch, _Trained):
     def baseline_training(self, rate: float, seed: int) -> FineTuning:
         """Full fine-tuning, or the delta itself."""
         start = self.pretrained or self.baseline == "pretrained"
-        return self._tuning(self.delta if self.baseline == "delta" else "full", rate, seed, start)
+        delta = self.delta if self.baseline == "delta" else "full"
+        found = self._tuning(delta, rate, seed, start)
+        return replace(found, model=self.baseline_model) if self.baseline_model else found
 
     def first_rate(self) -> float:
-        """About what MiniLM wants."""
-        return 3e-3 if self.baseline == "delta" else 3e-4
+        """About what MiniLM wants, or the small models of the family."""
+        small = (self.baseline_model or self.model).startswith(PREFIX)
+        return 3e-3 if self.baseline == "delta" or small else 3e-4
 
     def reading(self, record: Record) -> Reading:
         """Accuracy against the majority class, or Pearson's correlation against zero."""

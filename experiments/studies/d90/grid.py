@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from deltacontrol.experiments.studies.d90.dimension import DimensionSearch
 from deltacontrol.experiments.studies.d90.fine_tuning import FineTuningDimension
 from deltacontrol.experiments.studies.d90.mnist import MnistDimension, Net
+from deltacontrol.experiments.training.pretraining.experiment import Pretraining
 
 TASKS = ("movie", "trec6", "amazon", "nyt")
 SMALL, LARGE, WIDE = "minilm-l3", "minilm-l6", "mpnet-base"
@@ -26,6 +27,12 @@ PRETRAINED = {
     (WIDE, "said"): TASKS[:1],  # a training in its 109 million dimensions takes minutes
 }
 RANDOM = {SMALL: TASKS, LARGE: TASKS}
+# Models of one recipe of pre-training, on tasks of five corpora that leave room above guessing.
+WIDTHS = (48, 80, 128, 192)
+FAMILY_TASKS = ("trec6", "bbc", "r8", "20ng", "intensity")
+FAMILY: dict[str, Any] = (
+    TRAINING | {"batch_size": 16} | SEARCH | {"budget": 20, "baseline_seeds": 8}
+)
 
 
 def experiments(preset: str) -> list[DimensionSearch]:
@@ -76,6 +83,28 @@ def own() -> list[FineTuningDimension]:
     Of their trainings only those of the baseline are not in the searches above.
     """
     return [_search(SMALL, task, "said", pretrained=False, start=LARGEST) for task in RANDOM[SMALL]]
+
+
+def sizes(task: str, *, own: bool = False) -> list[FineTuningDimension]:
+    """Encoders of one recipe of pre-training, from the smallest to the largest.
+
+    All are held to the full fine-tuning of the smallest, or each to its ``own``.
+    """
+    models = [f"family/encoder-{width}" for width in WIDTHS]
+    return [
+        FineTuningDimension(
+            model=model,
+            task=task,
+            baseline_model="" if own or model == models[0] else models[0],
+            **FAMILY,
+        )
+        for model in models
+    ]
+
+
+def pretraining() -> list[Pretraining]:
+    """That of these encoders."""
+    return [Pretraining(family="encoder", width=width) for width in WIDTHS]
 
 
 def _search(model: str, task: str, method: Method, **options: Any) -> FineTuningDimension:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +18,7 @@ from scipy.stats import spearmanr
 
 from deltacontrol.experiments.runs.store import RunStore, configuration
 from deltacontrol.experiments.runs.sweep import run
+from deltacontrol.experiments.studies.d90 import changes
 from deltacontrol.experiments.studies.d90 import grid as d90
 from deltacontrol.experiments.studies.reachability import grid as reachability
 from deltacontrol.experiments.studies.spectra import grid as spectra
@@ -106,7 +108,11 @@ def test_claim_15_judges_pretraining_and_size(
             return 0.8 if own_reached else 0.5
         return 1.2 if search.model == d90.LARGE else 0.8
 
-    outcome = judge(tiny("15_d90_falls", DRAWS=400).CLAIM, search_records(truth, baseline))
+    claim = tiny("15_d90_falls").CLAIM
+    monkeypatch.setattr(changes, "DRAWS", 400)
+    # The sizes of a family: tests/experiments/test_d90_claim.py.
+    claim = replace(claim, parts=claim.parts[:2])
+    outcome = judge(claim, search_records(truth, baseline))
     assert [part.verdict.value for part in outcome.parts] == verdicts.split()
     start, size = outcome.parts
     assert start.evidence.value == pytest.approx(math.log10(small / random), abs=0.03)
