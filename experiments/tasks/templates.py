@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 MASK = "[MASK]"
 PLACES = ("text", "text_pair")
+SPACES = "Ġ▁ "  # how tokenizers write the space before a word
 EXAMPLE = "{text} It was [MASK].", "negative=terrible positive=great"
 _WORDS = EXAMPLE[1]
 _FORM = f'"{EXAMPLE[0]}" (a masked language model) or "{{text}} It was" (a causal one)'
@@ -232,8 +233,9 @@ class BoundTemplate:
         if self.masked:
             (with_word,) = self._ids([probe.replace(str(self.tokenizer.mask_token), word)])
             place = with_probe.index(self.mask or 0)
-            around = with_word[:place] + with_word[place + 1 :]
-            same = around == with_probe[:place] + with_probe[place + 1 :]
+            same = with_word[:place] == with_probe[:place] and self._alike(
+                with_word[place + 1 :], with_probe[place + 1 :]
+            )
         else:
             (with_word,) = self._ids([probe + gap + word])
             place, same = len(with_probe), with_word[:-1] == with_probe
@@ -246,6 +248,16 @@ class BoundTemplate:
                 "before it where words have one"
             )
         return token
+
+    def _alike(self, one: list[int], other: list[int]) -> bool:
+        """Whether tokens are the same but for a space before the first: one follows a mask."""
+
+        def bare(ids: list[int]) -> list[str]:
+            first, *rest = map(str, self.tokenizer.convert_ids_to_tokens(ids))
+            first = first.lstrip(SPACES)
+            return [first, *rest] if first else rest
+
+        return bare(one) == bare(other) if one and other else one == other
 
     def _plain(self, texts: list[str], name: str) -> list[str]:
         """The texts, in which no mask stands but the template's; it is said where one did."""

@@ -31,6 +31,7 @@ from deltacontrol.experiments.runs.running import run
 from deltacontrol.experiments.runs.store import RunStore
 from deltacontrol.experiments.tasks import corpus
 from deltacontrol.experiments.tasks.encoding import IGNORED
+from deltacontrol.experiments.tasks.templates import Template
 from deltacontrol.experiments.training import gradients
 from deltacontrol.experiments.training.checkpoints import FILE, steps_done
 from deltacontrol.experiments.training.evaluation import evaluate
@@ -240,6 +241,23 @@ def test_the_loss_of_single_tokens(tmp_path: Path) -> None:
     vars(made)["vocabulary"] = 3  # of the tokenizer, which is not there
     expected = -0.5 * math.log(4 / 7) - 0.5 * math.log(2 / 7)
     assert made.unigram_loss == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_word_of_a_template_is_one_token_where_the_mask_stands(
+    made: RunStore, text: tokens.Tokens
+) -> None:
+    """The mask takes the space before it; a full stop has one behind it, and none behind a word."""
+    member = family.Member("encoder", WIDTH, STEPS)
+    tokenizer = text.tokenizer(member)
+    vocabulary = tokenizer.get_vocab()
+    words = [t[1:] for t in vocabulary if t[0] == "Ġ" and t[1:].isalpha() and t[1:].isascii()][:2]
+    verbaliser = tuple(f"{n}={word}" for n, word in enumerate(words))
+    bound = Template("{text} It was [MASK].", verbaliser).bound(
+        tokenizer, "masked-lm", ["0", "1"], "a task"
+    )
+    assert list(bound.tokens) == [vocabulary["Ġ" + word] for word in words]
+    shown = tokenizer.convert_ids_to_tokens(tokenizer("it was [MASK].")["input_ids"])
+    assert shown[shown.index("[MASK]") - 1] not in ("Ġ", "▁")
 
 
 def test_a_model_that_learnt_no_context_is_named(made: RunStore) -> None:

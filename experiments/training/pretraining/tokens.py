@@ -135,7 +135,7 @@ def tokens() -> Tokens:
 
 def train_tokenizer(documents: Sequence[str]) -> Tokenizer:
     """A byte-level BPE of the documents, which is a function of them alone."""
-    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
 
@@ -146,7 +146,8 @@ def train_tokenizer(documents: Sequence[str]) -> Tokenizer:
     made.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=list(SPECIAL),
+        # A mask takes the space before it, as the word in its place does.
+        special_tokens=[AddedToken(mark, lstrip=mark == SPECIAL[MASK]) for mark in SPECIAL],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
